@@ -1,0 +1,562 @@
+"""The Mamba in the Llama: one stack of layers in which attention can be replaced by a Mamba that inherits its weights.
+
+    attention without softmax   h_t = h_{t-1} + v_t k_tᵀ                            y_t = h_t q_t
+    Mamba                       h_t = exp(Δ_t A) ∘ h_{t-1} + (Δ_t x_t) B_tᵀ         y_t = h_t C_t + D ∘ x_t
+
+The two lines differ by a step Δ and a decay A, so a trained attention layer hands its projections over (section 3 and
+Figure 1 of arXiv 2408.15237; `replace_attention` below does it):
+
+    query W_q -> C    key W_k -> B    value W_v -> x    output W_o -> out_proj
+    new, learned in distillation: Δ, A, a causal convolution of width 4, a gate z, a skip D
+
+A Llama is the stack with attention in every layer; there is no other model class. Letters are those of kernels.py:
+b batch, l length, d width, h query heads, g kv heads, p channels per head, n state size per head, w conv width,
+v vocabulary. In attention p is head_dim and n = p.
+
+In this file, top to bottom: Config; the mixers Attention, Mamba and Mamba2; Hybrid, the stack; Cache, what decoding
+remembers; replace_attention; save and load.
+"""
+import copy
+import dataclasses
+import json
+import math
+import os
+import pickle
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels import causal_conv, ssm_scan
+
+
+class MilError(ValueError):
+    """What went wrong, said to the person who typed: the file or flag, what was found, what was expected."""
+
+
+MIXERS = ("attention", "mamba", "mamba2", "none")
+
+
+@dataclass
+class Config:
+    """Sizes of a stack. The defaults are Llama-3-8B's; `mixers` names one of MIXERS per layer."""
+    v: int = 128256                # vocabulary
+    d: int = 4096                  # model width
+    n_layers: int = 32
+    n_heads: int = 32              # query heads of attention
+    n_kv_heads: int = 8            # key/value heads; must divide n_heads
+    head_dim: int = 0              # 0: d / n_heads
+    d_ff: int = 14336              # inner width of the SwiGLU MLP
+    context: int = 8192            # longest sequence attention has been trained for
+    mixers: list = field(default_factory=list)  # [] : attention everywhere, a Llama
+    rope_theta: float = 500000.0
+    rope_scaling: dict | None = None  # Llama 3.1: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    norm_eps: float = 1e-5
+    tied: bool = False             # the output head is the embedding
+    d_state: int = 16              # Mamba only: state and head size n = p; Mamba-2 has n = p = head_dim
+    d_conv: int = 4                # width of the causal convolution
+
+    def __post_init__(self):
+        self.mixers = list(self.mixers) or ["attention"] * self.n_layers
+        for name in ("v", "d", "n_layers", "n_heads", "n_kv_heads", "d_ff", "context", "d_state", "d_conv"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise MilError(f"config: {name} is {getattr(self, name)!r}, expected a whole number of at least 1")
+        if not self.head_dim:
+            if self.d % self.n_heads:
+                raise MilError(f"config: width d {self.d} is not divisible by n_heads {self.n_heads}; give head_dim")
+            self.head_dim = self.d // self.n_heads
+        if self.head_dim % 2:
+            raise MilError(f"config: head_dim is {self.head_dim}, but RoPE turns channels in pairs: expected an even number")
+        if self.n_heads % self.n_kv_heads:
+            raise MilError(f"config: n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}: "
+                           f"every kv head serves the same number of query heads")
+        if len(self.mixers) != self.n_layers:
+            raise MilError(f"config: {len(self.mixers)} mixers for {self.n_layers} layers, expected one per layer")
+        for i, mixer in enumerate(self.mixers):
+            if mixer not in MIXERS:
+                raise MilError(f"config: layer {i} has the mixer {mixer!r}, expected one of {', '.join(MIXERS)}")
+        if "mamba" in self.mixers and self.n_kv_heads * self.head_dim % self.d_state:
+            raise MilError(f"config: d_state {self.d_state} does not divide the kv width {self.n_kv_heads * self.head_dim} "
+                           f"(n_kv_heads × head_dim), so Mamba's heads cannot be cut from attention's")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Mixers: what moves information between tokens. forward(u, angles, log): u (b, l, d), angles the RoPE of the tokens'
+# positions, log this layer's part of the Cache or None in training. Each returns (b, l, d).
+
+
+def rope_angles(config, pos):
+    """cos and sin (b, 1, l, head_dim / 2) of position × frequency, in float32, with Llama-3.1's scaling when configured."""
+    half = config.head_dim // 2
+    freq = config.rope_theta ** (-torch.arange(half, device=pos.device, dtype=torch.float32) / half)
+    if config.rope_scaling:  # slow turns are stretched by `factor`, fast ones kept, a smooth ramp in between
+        r = config.rope_scaling
+        turns = r["original_max_position_embeddings"] * freq / (2 * math.pi)
+        ramp = (turns - r["low_freq_factor"]) / (r["high_freq_factor"] - r["low_freq_factor"])
+        freq = torch.lerp(freq / r["factor"], freq, ramp.clamp(0, 1))
+    angle = pos[:, None, :, None].float() * freq
+    return angle.cos(), angle.sin()
+
+
+def rope(t, cos, sin):
+    """Rotate the channel pairs (i, i + head_dim/2), Hugging Face's pairing. t (b, h, l, head_dim)."""
+    a, b = t.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(t.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with RoPE."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, wide, narrow = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.d, wide, bias=False)
+        self.k_proj = nn.Linear(config.d, narrow, bias=False)
+        self.v_proj = nn.Linear(config.d, narrow, bias=False)
+        self.o_proj = nn.Linear(wide, config.d, bias=False)
+
+    def forward(self, u, angles, log=None):
+        split = lambda t: t.unflatten(2, (-1, self.config.head_dim)).transpose(1, 2)  # noqa: E731  (b, heads, l, p)
+        q, k, v = split(self.q_proj(u)), split(self.k_proj(u)), split(self.v_proj(u))
+        q, k, mask = rope(q, *angles), rope(k, *angles), None
+        if log is not None:
+            k, v, mask = log.extend(k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def new_log(self, cache):
+        return AttentionLog(cache, self.config, self.q_proj.weight.dtype)
+
+
+def inverse_softplus(y):
+    return y + torch.log(-torch.expm1(-y))
+
+
+def initial_dt_bias(n):
+    """The bias for which Δ = softplus(bias) is log-uniform in [1e-3, 1e-1] (Mamba's initialisation)."""
+    dt = torch.exp(torch.empty(n, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
+    return inverse_softplus(dt)
+
+
+class Mamba(nn.Module):
+    """Mamba (S6) in attention's place: heads cut to n = p = d_state, a step Δ per channel, a decay A per state element.
+
+    Parameters are named and shaped as in the released checkpoints: out_proj and C_proj (h·p), in_proj_x and B_proj (g·p).
+    The convolution reads x only, and has its own weights for each of the h·p channels, after the kv heads fan out.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, wide, narrow = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.dt_rank = math.ceil(config.d / 16)
+        self.in_proj_x = nn.Linear(config.d, narrow, bias=False)
+        self.in_proj_z = nn.Linear(config.d, wide, bias=False)
+        self.B_proj = nn.Linear(config.d, narrow, bias=False)
+        self.C_proj = nn.Linear(config.d, wide, bias=False)
+        self.dt_proj_down = nn.Linear(config.d, self.dt_rank, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, wide, bias=True)
+        self.conv1d = nn.Conv1d(wide, wide, config.d_conv, groups=wide)
+        self.A_log = nn.Parameter(torch.empty(wide, config.d_state))
+        self.D = nn.Parameter(torch.empty(wide))
+        self.out_proj = nn.Linear(wide, config.d, bias=False)
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self):
+        """Initial values of what attention does not give (section 1 of the Mamba paper; A = -(1 .. n))."""
+        nn.init.uniform_(self.dt_proj.weight, -self.dt_rank**-0.5, self.dt_rank**-0.5)
+        self.dt_proj.bias.copy_(initial_dt_bias(self.dt_proj.bias.shape[0]))
+        self.A_log.copy_(torch.arange(1, self.config.d_state + 1, dtype=torch.float32).log().expand_as(self.A_log))
+        self.D.fill_(1)
+
+    def inherit(self, attention):
+        """Which of this block's tensors take which of attention's."""
+        return [(self.C_proj.weight, attention.q_proj), (self.B_proj.weight, attention.k_proj),
+                (self.in_proj_x.weight, attention.v_proj), (self.out_proj.weight, attention.o_proj)]
+
+    def forward(self, u, angles, log=None):
+        n = self.config.d_state
+        heads = lambda t: t.unflatten(-1, (-1, n))  # noqa: E731                  (..., h·p) -> (..., h, p), p = n
+        x, z = heads(self.in_proj_x(u)), heads(self.in_proj_z(u))     # (b, l, g, p) (b, l, h, p)
+        B, C = heads(self.B_proj(u)), heads(self.C_proj(u))           # (b, l, g, n) (b, l, h, n)
+        dt = F.linear(self.dt_proj_down(u), self.dt_proj.weight)      # (b, l, h·p); its bias is added in the scan
+        conv, h0, lengths = (None, None, None) if log is None else log.read()
+        dt = dt if lengths is None else hide_padding(dt, lengths)
+        x, conv = causal_conv(x, self.conv1d.weight.view(-1, n, self.config.d_conv), self.conv1d.bias.view(-1, n), conv, lengths)
+        A = -torch.exp(self.A_log.float()).view(-1, n, n)             # (h, p, n)
+        y, h = ssm_scan(x, heads(dt), A, B, C, D=heads(self.D), z=z, dt_bias=heads(self.dt_proj.bias), h0=h0)
+        if log is not None:
+            log.write(conv, h)
+        return self.out_proj(y.flatten(2))
+
+    def new_log(self, cache):
+        c = self.config
+        g, h = c.n_kv_heads * c.head_dim // c.d_state, c.n_heads * c.head_dim // c.d_state
+        return StateLog(cache, (c.d_conv - 1, g, c.d_state), (h, c.d_state, c.d_state), self.out_proj.weight.dtype)
+
+
+class Mamba2(nn.Module):
+    """Mamba-2 (SSD) in attention's place: attention's own heads, n = p = head_dim, one Δ and one A per head.
+
+    in_proj's rows are ordered z, x, B, C, dt as in the released checkpoints. The convolution reads x, B and C, before
+    the kv heads fan out; a per-head RMSNorm follows the gate.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        wide, narrow, h = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.n_heads
+        self.split = [wide, 2 * narrow + wide, h]  # z | x, B, C | dt
+        self.in_proj = nn.Linear(config.d, sum(self.split), bias=False)
+        self.conv1d = nn.Conv1d(self.split[1], self.split[1], config.d_conv, groups=self.split[1])
+        self.dt_bias = nn.Parameter(torch.empty(h))
+        self.A_log = nn.Parameter(torch.empty(h))
+        self.D = nn.Parameter(torch.empty(h))
+        self.norm = nn.RMSNorm(wide, eps=1e-5)  # holds the weight; normalised per head below
+        self.out_proj = nn.Linear(wide, config.d, bias=False)
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self):
+        """Initial values of what attention does not give (Mamba-2's own: A uniform in [1, 16])."""
+        self.dt_bias.copy_(initial_dt_bias(self.config.n_heads))
+        self.A_log.copy_(torch.empty(self.config.n_heads, dtype=torch.float32).uniform_(1, 16).log())
+        self.D.fill_(1)
+
+    def inherit(self, attention):
+        """Which of this block's tensors take which of attention's."""
+        wide, narrow = self.split[0], self.conv1d.weight.shape[0] - self.split[0]
+        _, x, B, C, _ = self.in_proj.weight.split([wide, narrow // 2, narrow // 2, wide, self.split[2]])
+        return [(C, attention.q_proj), (B, attention.k_proj), (x, attention.v_proj), (self.out_proj.weight, attention.o_proj)]
+
+    def forward(self, u, angles, log=None):
+        p, g = self.config.head_dim, self.config.n_kv_heads
+        z, xBC, dt = self.in_proj(u).split(self.split, dim=-1)
+        conv, h0, lengths = (None, None, None) if log is None else log.read()
+        dt = dt if lengths is None else hide_padding(dt, lengths)
+        xBC, conv = causal_conv(xBC.unsqueeze(2), self.conv1d.weight.transpose(0, 1), self.conv1d.bias[None], conv, lengths)
+        x, B, C = xBC.unflatten(3, (-1, p)).squeeze(2).split([g, g, self.config.n_heads], dim=2)  # (b, l, heads, p)
+        y, h = ssm_scan(x, dt, -torch.exp(self.A_log.float()), B, C, D=self.D, dt_bias=self.dt_bias, h0=h0)
+        if log is not None:
+            log.write(conv, h)
+        y = F.rms_norm(y * F.silu(z).unflatten(2, (-1, p)), (p,), eps=self.norm.eps)  # per head (b, l, h, p)
+        return self.out_proj(y.flatten(2) * self.norm.weight)
+
+    def new_log(self, cache):
+        p, h = self.config.head_dim, self.config.n_heads
+        return StateLog(cache, (self.config.d_conv - 1, 1, self.split[1]), (h, p, p), self.out_proj.weight.dtype)
+
+
+class NoMixer(nn.Module):
+    """No information moves between tokens (the ablation of the paper's Table 9)."""
+
+    def __init__(self, config):
+        super().__init__()
+
+    def inherit(self, attention):
+        return []
+
+    def forward(self, u, angles, log=None):
+        return torch.zeros_like(u)
+
+    def new_log(self, cache):
+        return None
+
+
+CLASSES = {"attention": Attention, "mamba": Mamba, "mamba2": Mamba2, "none": NoMixer}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The stack
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate u) ∘ up u)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d, config.d_ff, bias=False)
+        self.up_proj = nn.Linear(config.d, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d, bias=False)
+
+    def forward(self, u):
+        return self.down_proj(F.silu(self.gate_proj(u)) * self.up_proj(u))
+
+
+class Block(nn.Module):
+    """A Llama layer, whatever its mixer: u + mixer(norm u), then u + mlp(norm u)."""
+
+    def __init__(self, config, mixer):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.d, eps=config.norm_eps)
+        self.mixer = CLASSES[mixer](config)
+        self.post_attention_layernorm = nn.RMSNorm(config.d, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, u, angles, log=None):
+        u = u + self.mixer(self.input_layernorm(u), angles, log)
+        return u + self.mlp(self.post_attention_layernorm(u))
+
+
+class Hybrid(nn.Module):
+    """The stack. A Llama when every mixer is attention; config.mixers[i] says what layer i is."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.v, config.d)
+        self.layers = nn.ModuleList(Block(config, mixer) for mixer in config.mixers)
+        self.norm = nn.RMSNorm(config.d, eps=config.norm_eps)
+        self.lm_head = nn.Linear(config.d, config.v, bias=False)
+        self.tie()
+        self.reset()
+
+    def tie(self):
+        if self.config.tied:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    @torch.no_grad()
+    def reset(self):
+        """Normal 0.02 for every projection, less on the two that write to the residual stream (as GPT-2)."""
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)) and not name.endswith("dt_proj"):  # dt_proj has its own
+                last = name.endswith(("o_proj", "out_proj", "down_proj"))
+                module.weight.normal_(std=0.02 / math.sqrt(2 * self.config.n_layers) if last else 0.02)
+
+    def hidden(self, tokens, cache=None, lengths=None):
+        """The stack without its head: tokens (b, l) -> (b, l, d).
+
+        With a cache the tokens follow what it holds and are added to it. lengths (b,) says how many of each row's
+        tokens are real when rows are padded on the right; what stands at padded positions of the result is undefined.
+        """
+        b, l = tokens.shape
+        pos = torch.arange(l, device=tokens.device).expand(b, l) if cache is None else cache.open(b, l, lengths)
+        u, angles = self.embed_tokens(tokens), rope_angles(self.config, pos)
+        for i, layer in enumerate(self.layers):
+            u = layer(u, angles, None if cache is None else cache.logs[i])
+        if cache is not None:
+            cache.close()
+        return self.norm(u)
+
+    def forward(self, tokens, cache=None, lengths=None):
+        """Logits (b, l, v) of the token after each. See `hidden`."""
+        return self.lm_head(self.hidden(tokens, cache, lengths))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The cache: what decoding remembers. Each layer has a log, each row of the batch a cursor into it.
+
+
+class Cache:
+    """`Cache(model, batch, size)`: room for `size` tokens a row. `length` (b,) is each row's cursor.
+
+    One interface over both kinds of layer: the model opens it for l new tokens, every layer extends its own log, and
+    closing it moves the cursors. An attention log grows by one key and value a token; a Mamba log is one state and the
+    last w - 1 inputs of the convolution, whatever the length. Entries at or after a row's cursor mean nothing.
+    """
+
+    def __init__(self, model, batch, size):
+        self.size, self.used = size, 0  # used: the furthest any row has been written, known without asking the device
+        self.length = torch.zeros(batch, dtype=torch.long, device=model.embed_tokens.weight.device)
+        self.logs = [layer.mixer.new_log(self) for layer in model.layers]
+
+    def open(self, b, l, lengths=None):
+        """Positions (b, l) of l new tokens a row, of which lengths (b,) are real (None: all)."""
+        if b != len(self.length):
+            raise MilError(f"cache: {b} rows of tokens for a cache of {len(self.length)} rows")
+        if self.used + l > self.size:
+            raise MilError(f"cache: {l} more tokens do not fit: {self.used} of {self.size} places are used")
+        self.new, self.lengths = l, lengths
+        self.pos = self.length[:, None] + torch.arange(l, device=self.length.device)
+        return self.pos
+
+    def close(self):
+        self.length += self.new if self.lengths is None else self.lengths
+        self.used += self.new
+
+
+class AttentionLog:
+    """K and V (b, g, size + 1, p) written at each row's own cursor; the place past the end takes the padding."""
+
+    def __init__(self, cache, config, dtype):
+        self.cache = cache
+        shape = (len(cache.length), config.n_kv_heads, cache.size + 1, config.head_dim)
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=cache.length.device) for _ in range(2))
+
+    def extend(self, k, v):
+        """Write the new k, v (b, g, l, p). Returns all keys and values so far, and who may see whom (None: causal)."""
+        c = self.cache
+        at = c.pos if c.lengths is None else torch.where(c.pos < (c.length + c.lengths)[:, None], c.pos, c.size)
+        row = torch.arange(len(at), device=at.device)[:, None]
+        self.k[row, :, at] = k.transpose(1, 2).to(self.k.dtype)
+        self.v[row, :, at] = v.transpose(1, 2).to(self.v.dtype)
+        if c.used == 0:  # nothing came before: plain causal attention over the new tokens
+            return k, v, None
+        end = c.used + c.new
+        mask = torch.arange(end, device=at.device) <= c.pos[..., None]  # (b, l, end)
+        return self.k[:, :, :end].to(k.dtype), self.v[:, :, :end].to(v.dtype), mask[:, None]
+
+
+class StateLog:
+    """The state h (b, h, p, n), float32, and the convolution's last inputs (b, w-1, g, p), both at the cursor."""
+
+    def __init__(self, cache, conv, state, dtype):
+        self.cache, b, device = cache, len(cache.length), cache.length.device
+        self.conv = torch.zeros(b, *conv, dtype=dtype, device=device)
+        self.h = torch.zeros(b, *state, dtype=torch.promote_types(dtype, torch.float32), device=device)
+
+    def read(self):
+        return self.conv, self.h, self.cache.lengths
+
+    def write(self, conv, h):
+        self.conv.copy_(conv)
+        self.h.copy_(h)
+
+
+def hide_padding(dt, lengths):
+    """dt (b, l, ...) with -inf at a row's padding: there Δ = softplus(-inf) = 0, which neither decays nor writes."""
+    real = torch.arange(dt.shape[1], device=dt.device) < lengths[:, None]
+    return dt.masked_fill(~real.view(*real.shape, *[1] * (dt.dim() - 2)), -torch.inf)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Turning attention into Mamba
+
+
+def interleaved_layers(n_layers, keep):
+    """Which layers to replace so that the share `keep` of attention stays, spread evenly.
+
+    Reproduces the paper's sets for 32 layers: keep 0.75 -> 0, 4, 8 …; 0.5 -> 0, 2, 4 …; 0.25 -> all but 3, 7, 11 …
+    """
+    if not 0 <= keep <= 1:
+        raise MilError(f"keep is {keep}, expected a share of attention between 0 and 1")
+    count = round(n_layers * (1 - keep))
+    return [j * n_layers // count for j in range(count)]
+
+
+def replace_attention(model, layers, mixer="mamba2", init="attention", share=False):
+    """A student: `model` with attention replaced by `mixer` in `layers`, everything else kept.
+
+    init="attention" copies the layer's projections (W_q -> C, W_k -> B, W_v -> x, W_o -> out), "random" does not. The
+    model itself is untouched, and may be a student already: layers converted before keep what they learned. With
+    share=True the kept parts are the model's own tensors, not copies. Raises MilError for a layer out of range, listed
+    twice, or holding no attention.
+    """
+    if mixer not in MIXERS[1:]:
+        raise MilError(f"replace_attention: mixer {mixer!r}, expected one of {', '.join(MIXERS[1:])}")
+    if init not in ("attention", "random"):
+        raise MilError(f"replace_attention: init {init!r}, expected attention or random")
+    mixers = list(model.config.mixers)
+    for i in layers:
+        if not 0 <= i < len(mixers):
+            raise MilError(f"replace_attention: layer {i} is out of range, the model has layers 0 to {len(mixers) - 1}")
+        if mixers[i] != "attention":
+            raise MilError(f"replace_attention: layer {i} holds {mixers[i]}, not attention: it is already replaced or listed twice")
+        mixers[i] = mixer
+    dataclasses.replace(model.config, mixers=mixers)  # checks that the new heads can be cut from the old
+    leaving = {id(w) for i in layers for w in model.layers[i].mixer.parameters()}  # not worth a copy
+    student = copy.deepcopy(model, {id(w): w for w in model.parameters() if share or id(w) in leaving})
+    student.config.mixers = mixers  # one object, known to every layer
+    for i in layers:
+        attention, new = model.layers[i].mixer, CLASSES[mixer](student.config)
+        if init == "attention":
+            with torch.no_grad():
+                for target, source in new.inherit(attention):
+                    target.copy_(source.weight)
+        weight = attention.q_proj.weight
+        student.layers[i].mixer = cast(new, weight.dtype).to(weight.device)
+    return student
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints: a directory with config.json and the file of weights it names. Renaming config.json into place is the
+# one moment at which a new checkpoint replaces an old one.
+
+
+def cast(model, dtype):
+    """Convert to `dtype`, but leave in float32 what makes up Δ and A: a decay near 1 does not survive fewer bits."""
+    for name, w in model.named_parameters():
+        if dtype == torch.float64 or not name.endswith(("A_log", "D", "dt_bias", "dt_proj.bias")):
+            w.data = w.data.to(dtype)
+    return model
+
+
+def write_whole(path, write):
+    """Call write(file) on a temporary neighbour of `path` and rename it into place, so `path` is never half written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        raise MilError(f"{path}: cannot be written: {e.strerror or e}") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(model, directory, **notes):
+    """Write config.json (with `notes` beside the configuration, e.g. the tokenizer) and the weights to `directory`."""
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise MilError(f"{directory}: cannot be made: {e.strerror or e}") from e
+    name = f"weights-{secrets.token_hex(4)}.pt"
+    weights = {k: w.detach().cpu() for k, w in model.state_dict().items() if not (model.config.tied and k == "lm_head.weight")}
+    write_whole(directory / name, lambda f: torch.save(weights, f))
+    about = {"format": "mil", "config": dataclasses.asdict(model.config), "weights": name, **notes}
+    write_whole(directory / "config.json", lambda f: f.write(json.dumps(about, indent=1).encode()))
+    for old in directory.glob("weights-*.pt"):
+        if old.name != name:
+            old.unlink(missing_ok=True)
+
+
+def read_config(directory):
+    """config.json of a checkpoint directory as a dict, its "config" entry a Config. MilError when it is no checkpoint."""
+    path = Path(directory) / "config.json"
+    try:
+        about = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise MilError(f"{directory}: no checkpoint here: config.json not found") from None
+    except (OSError, ValueError) as e:
+        raise MilError(f"{path}: cannot be read as JSON: {e}") from e
+    if not isinstance(about, dict) or about.get("format") != "mil" or not isinstance(about.get("config"), dict):
+        raise MilError(f'{path}: not a checkpoint of this project: expected "format": "mil" and a "config"')
+    try:
+        about["config"] = Config(**about["config"])
+    except (MilError, TypeError) as e:
+        raise MilError(f"{path}: {e}") from e
+    return about
+
+
+def load(directory, device=None, dtype=None):
+    """The model saved in `directory`, on `device` (CPU) and in `dtype` (the file's), in eval mode.
+
+    Reads weights only, no code (torch.load with weights_only=True), memory-mapped. MilError says what does not fit.
+    """
+    about = read_config(directory)
+    path = Path(directory) / str(about.get("weights"))
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise MilError(f"{path}: not found, though config.json names it; the checkpoint is incomplete") from None
+    except pickle.UnpicklingError as e:
+        raise MilError(f"{path}: refused: it holds something other than tensors, which could run code") from e
+    except (RuntimeError, OSError, EOFError, ValueError) as e:
+        raise MilError(f"{path}: not a whole file of weights (truncated or damaged?): {str(e).splitlines()[0]}") from e
+    with torch.device("meta"):
+        model = Hybrid(about["config"])
+    want = {k: tuple(w.shape) for k, w in model.state_dict().items() if not (model.config.tied and k == "lm_head.weight")}
+    have = {k: tuple(w.shape) for k, w in weights.items()} if isinstance(weights, dict) else {}
+    for k in sorted(want.keys() | have.keys()):
+        if want.get(k) != have.get(k):
+            raise MilError(f"{path}: {k} is {have.get(k, 'missing')}, expected {want.get(k, 'no such tensor')} by config.json")
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie()
+    model = model if dtype is None else cast(model, dtype)
+    return model.to(device or "cpu").eval()
