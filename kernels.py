@@ -93,10 +93,10 @@ def conv_reference(x, weight, bias=None, state=None):
     x (b, l, g, p); weight (h, p, w); bias (h, p): head i reads kv head i // (h/g). state (b, w-1, g, p) holds the
     inputs before x, zeros when None. Returns y (b, l, h, p) and the inputs to carry on from, shaped like state.
     """
-    l, (heads, _, w), f = x.shape[1], weight.shape, torch.promote_types(x.dtype, torch.float32)
+    (l, g), w, f = x.shape[1:3], weight.shape[2], torch.promote_types(x.dtype, torch.float32)
     x = F.pad(x, (0, 0, 0, 0, w - 1, 0)) if state is None else torch.cat([state.to(x.dtype), x], dim=1)
-    xs = repeat_heads(x, heads).to(f)
-    y = sum(xs[:, k:k + l] * weight[..., k].to(f) for k in range(w))
+    xs, weight = x.to(f).unsqueeze(3), weight.to(f).unflatten(0, (g, -1))    # (b, l, g, 1, p) (g, h/g, p, w)
+    y = sum(xs[:, k:k + l] * weight[..., k] for k in range(w)).flatten(2, 3)
     y = y if bias is None else y + bias.to(f)
     return F.silu(y).to(x.dtype), x[:, l:]
 
@@ -124,7 +124,7 @@ def ssm_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None):
             y, h = (ssd_torch if A.dim() == 1 else s6_torch)(x.to(f), delta, A.to(f), B.to(f), C.to(f), h0.to(f))
         if D is not None:  # broadcast over the heads that share a kv head, by a view: (b, l, g, h/g, p)
             D = D[:, None] if D.dim() == 1 else D
-            y = y + (x.unsqueeze(3) * D.to(f).view(1, 1, x.shape[2], -1, D.shape[1])).view_as(y)
+            y = y + (x.unsqueeze(3) * D.to(f).view(x.shape[2], -1, D.shape[1])).flatten(2, 3)
         if z is not None:
             y = y * F.silu(z.to(f))
         return y.to(x.dtype), h
@@ -133,21 +133,15 @@ def ssm_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None):
 def causal_conv(x, weight, bias=None, state=None, lengths=None):
     """`conv_reference`, fast and differentiable. With `lengths` (b,) row i has only that many real tokens, padded
     on the right, and the returned state holds each row's own last inputs."""
-    w = weight.shape[2]
+    l, w = x.shape[1], weight.shape[2]
     if weight.shape[0] % x.shape[2] or weight.shape[1] != x.shape[3]:
         raise ValueError(f"causal_conv: weight is {tuple(weight.shape)} (h, p, w) but x is {tuple(x.shape)} "
                          f"(b, l, g, p): p must agree and g must divide h")
-    if use_triton(x):
-        full = x if state is None else torch.cat([state.to(x.dtype), x], dim=1)
-        y = TritonConv.apply(full, weight, bias)[:, full.shape[1] - x.shape[1]:]
-        last = full[:, -(w - 1):] if full.shape[1] >= w - 1 else F.pad(full, (0, 0, 0, 0, w - 1 - full.shape[1], 0))
-    else:
-        y, last = conv_reference(x, weight, bias, state)
-    if lengths is not None:
-        full = F.pad(x, (0, 0, 0, 0, w - 1, 0)) if state is None else torch.cat([state.to(x.dtype), x], dim=1)
-        rows = lengths[:, None] + torch.arange(w - 1, device=x.device)  # (b, w-1): the window that ends at lengths
-        last = full.gather(1, rows[:, :, None, None].expand(-1, -1, *x.shape[2:]))
-    return y, last
+    full = x if state is None else torch.cat([state.to(x.dtype), x], dim=1)
+    y = TritonConv.apply(full, weight, bias)[:, -l:] if use_triton(x) else conv_reference(x, weight, bias, state)[0]
+    end = full.shape[1] - l + (l if lengths is None else lengths[:, None])                     # in full, a number or (b, 1)
+    at = (torch.arange(1 - w, 0, device=x.device) + end).expand(len(x), w - 1)[..., None, None]  # before 0: the zeros
+    return y, full.gather(1, at.clamp(min=0).expand(-1, -1, *x.shape[2:])).masked_fill(at < 0, 0)
 
 
 def check_ssm(x, dt, A, B, C, D, z, dt_bias, h0):
@@ -189,11 +183,13 @@ def pass_states(S, decay, h0):
 
 def s6_torch(x, delta, A, B, C, h0):
     """Mamba. With T = √l both loops, over the tokens of a chunk and over the chunks, take √l turns."""
-    l, heads = x.shape[1], C.shape[2]
+    l = x.shape[1]
     T = max(1, round(l**0.5))
-    x, delta, B, C = split_chunks(T, repeat_heads(x, heads), delta, repeat_heads(B, heads), C)
+    x, delta, B, C = split_chunks(T, x, delta, B, C)
     decay = torch.exp(delta[..., None] * A)                             # (b, c, T, h, p, n)
-    write = (delta * x)[..., None] * B[..., None, :]                    # (b, c, T, h, p, n)
+    u = delta.unflatten(3, (x.shape[3], -1)) * x.unsqueeze(4)           # Δ x (b, c, T, gx, h/gx, p)
+    u = u.flatten(3, 4).unflatten(3, (B.shape[3], -1))                  # (b, c, T, gb, h/gb, p)
+    write = (u[..., None] * B[..., None, None, :]).flatten(3, 4)        # (b, c, T, h, p, n)
     states = [write[:, :, 0]]
     for t in range(1, T):
         states.append(decay[:, :, t] * states[-1] + write[:, :, t])
@@ -209,8 +205,9 @@ def ssd_torch(x, delta, A, B, C, h0, T=64):
     x, delta, B, C = split_chunks(min(T, l), x, delta, B, C)
     s = (delta.double() * A.double()).cumsum(2).transpose(2, 3)        # (b, c, h, T): log decay since the start
     # float64 for s: far into a chunk it is large, and what matters is the small difference between neighbours
-    seen = torch.ones(s.shape[-1], s.shape[-1], dtype=torch.bool, device=s.device).tril()
-    decay = (s[..., :, None] - s[..., None, :]).masked_fill(~seen, -torch.inf).to(x.dtype).exp()  # (b, c, h, T, T)
+    one = torch.eye(s.shape[-1], dtype=x.dtype, device=s.device)        # a token reads itself undecayed
+    earlier = torch.ones_like(one, dtype=torch.bool).tril(-1)
+    decay = (s[..., :, None] - s[..., None, :]).masked_fill(~earlier, -torch.inf).to(x.dtype).exp() + one  # (b, c, h, T, T)
     after, since = (s[..., -1:] - s).to(x.dtype).exp(), s.to(x.dtype).exp()                       # (b, c, h, T)
     u = (delta.unflatten(3, (x.shape[3], -1))[..., None] * x[..., None, :]).flatten(3, 4)         # Δ x (b, c, T, h, p)
     Cg = C.unflatten(3, (B.shape[3], -1))                                                         # (b, c, T, g, r, n)
@@ -474,7 +471,8 @@ if triton is not None:
             tl.store(p_dC + o_bc, b_dC, mask=(o_t < l)[:, None] & (o_n < n)[None, :])
             tl.store(p_dB + o_bc, b_dB, mask=(o_t < l)[:, None] & (o_n < n)[None, :])
         # a_t = Δ_t A moves every s from t on, and all that reaches the chunk's end from before t
-        b_da = tl.cumsum(b_ds, axis=0, reverse=True) + tl.cumsum(b_end, axis=0) - b_end
+        b_before = tl.sum(tl.where(o_i[None, :] < o_i[:, None], b_end[None, :], 0.), axis=1)  # cumsum - b_end would cancel
+        b_da = tl.cumsum(b_ds, axis=0, reverse=True) + b_before
         b_da += b_hold * tl.exp(b_s_end.to(tl.float32))
         tl.store(p_ddelta + (i_b * l + o_t) * h + i_h, b_du_x + b_da * tl.load(p_A + i_h), mask=o_t < l)
         tl.store(p_dA + i_bch, tl.sum(b_da * b_delta, axis=0))

@@ -38,6 +38,7 @@ class MilError(ValueError):
 
 
 MIXERS = ("attention", "mamba", "mamba2", "none")
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Config:
     context: int = 8192            # longest sequence attention has been trained for
     mixers: list = field(default_factory=list)  # [] : attention everywhere, a Llama
     rope_theta: float = 500000.0
-    rope_scaling: dict | None = None  # Llama 3.1: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    rope_scaling: dict | None = None  # Llama 3.1's, a dict of ROPE_SCALING
     norm_eps: float = 1e-5
     tied: bool = False             # the output head is the embedding
     d_state: int = 16              # Mamba only: state and head size n = p; Mamba-2 has n = p = head_dim
@@ -78,6 +79,9 @@ class Config:
         for i, mixer in enumerate(self.mixers):
             if mixer not in MIXERS:
                 raise MilError(f"config: layer {i} has the mixer {mixer!r}, expected one of {', '.join(MIXERS)}")
+        lacking = [key for key in ROPE_SCALING if self.rope_scaling and key not in self.rope_scaling]
+        if lacking:
+            raise MilError(f"config: rope_scaling lacks {', '.join(lacking)}; expected {', '.join(ROPE_SCALING)} (Llama 3.1's)")
         if "mamba" in self.mixers and self.n_kv_heads * self.head_dim % self.d_state:
             raise MilError(f"config: d_state {self.d_state} does not divide the kv width {self.n_kv_heads * self.head_dim} "
                            f"(n_kv_heads × head_dim), so Mamba's heads cannot be cut from attention's")
@@ -103,7 +107,7 @@ def rope_angles(config, pos):
 
 def rope(t, cos, sin):
     """Rotate the channel pairs (i, i + head_dim/2), Hugging Face's pairing. t (b, h, l, head_dim)."""
-    a, b = t.float().chunk(2, dim=-1)
+    a, b = t.to(torch.promote_types(t.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(t.dtype)
 
 

@@ -81,8 +81,8 @@ class Settings:
 
 
 PRESETS = {
-    "cpu": dict(n_layers=4, d=128, n_heads=4, n_kv_heads=2, d_ff=384, context=256, batch=16, teacher_steps=500,
-                stage1_steps=160, stage2_steps=80, eval_sequences=64),
+    "cpu": dict(n_layers=4, d=128, n_heads=4, n_kv_heads=2, d_ff=384, context=256, batch=8, teacher_steps=1000,
+                stage1_steps=240, stage2_steps=140, eval_sequences=64),
     "cuda": dict(n_layers=8, d=512, n_heads=8, n_kv_heads=4, d_ff=1408, context=512, batch=64, teacher_steps=1500,
                  stage1_steps=400, stage2_steps=200, eval_sequences=256),
 }
@@ -340,7 +340,7 @@ def fit(name, model, train, steps, lr, batches, loss_of, s, device, log, keep):
     optimiser = torch.optim.AdamW(train, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda")
     model.train()
     began, rising, every = time.perf_counter(), max(1, round(s.warmup * steps)), max(1, steps // 100)
-    recent = torch.zeros((), device=device)
+    recent = []
     for step in range(steps):
         rate = lr * min((step + 1) / rising, 0.5 * (1 + math.cos(math.pi * max(0, step + 1 - rising) / max(1, steps - rising))))
         for group in optimiser.param_groups:
@@ -352,13 +352,15 @@ def fit(name, model, train, steps, lr, batches, loss_of, s, device, log, keep):
         torch.nn.utils.clip_grad_norm_(train, s.clip)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        recent += loss.detach()
+        recent.append(loss.detach())
         if step % every == every - 1 or step == steps - 1:  # reading the loss waits for the device, so not every step
-            mean = recent.item() / (step % every + 1)
-            recent.zero_()
-            if not math.isfinite(mean):
-                raise MilError(f"{name}: the loss became {mean} by step {step + 1} of {steps}; stopped. {keep}. "
-                               f"Try a lower learning rate (this stage had {lr:g})")
+            values = torch.stack(recent).tolist()
+            recent.clear()
+            for i, value in enumerate(values):
+                if not math.isfinite(value):
+                    raise MilError(f"{name}: the loss became {value} at step {step + 2 - len(values) + i} of {steps}; stopped. "
+                                   f"{keep}. Try a lower learning rate (this stage had {lr:g})")
+            mean = sum(values) / len(values)
             seconds = time.perf_counter() - began
             line = (f"{name}  step {step + 1}/{steps}  loss {mean:.4f}  {(step + 1) * s.batch * s.context / seconds:,.0f} tokens/s  "
                     f"ETA {clock(seconds / (step + 1) * (steps - step - 1))}")

@@ -1,0 +1,72 @@
+"""What the tests share. With CUDA they run the compiled kernels; without, the same kernels under Triton's interpreter."""
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined: before kernels.py is imported
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+import kernels
+import mil
+
+kernels.INTERPRET = False  # the interpreter is slow: on the CPU only the tests that ask for form("triton") take it
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+settings.register_profile("mil", deadline=None, print_blob=True, derandomize="CI" in os.environ,
+                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+settings.load_profile("mil")
+
+
+@contextlib.contextmanager
+def form(name):
+    """Inside, `kernels` takes its Triton form (compiled on CUDA, interpreted on the CPU) or its PyTorch form."""
+    if name == "triton" and kernels.triton is None:
+        pytest.skip("Triton is not installed")
+    patch = pytest.MonkeyPatch()
+    if name == "torch":
+        patch.setattr(kernels, "use_triton", lambda x: False)
+    patch.setattr(kernels, "INTERPRET", name == "triton" and DEVICE == "cpu")
+    with contextlib.closing(type("", (), {"close": lambda self: patch.undo()})()):
+        yield
+
+
+def assert_close(got, want, tolerance, name="", noise=0.0):
+    """Every element within `noise` + `tolerance` × (its own size + the root mean square of all); NaN never is."""
+    got, want = got.detach().double().cpu(), want.detach().double().cpu()
+    assert got.shape == want.shape, f"{name}: {tuple(got.shape)} instead of {tuple(want.shape)}"
+    scale = want.abs() + want.square().mean().sqrt() + 1e-30
+    worst = (((got - want).abs() - noise) / scale).max().item() if want.numel() else 0.0
+    assert worst <= tolerance, f"{name}: relative error {worst:.2e}, allowed {tolerance:.0e}"
+
+
+def run_script(*argv, stdin=""):
+    """A command as a user types it, in a process of its own and without the interpreter."""
+    return subprocess.run([sys.executable, *map(str, argv)], cwd=Path(__file__).parent.parent, input=stdin, capture_output=True, text=True, timeout=400,
+                          env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
+
+
+@st.composite
+def configs(draw, mixers=mil.MIXERS):
+    """Small stacks of any mix of mixers: grouped heads, head sizes off the powers of two, tied or untied."""
+    n_kv_heads, group, head_dim = draw(st.sampled_from([(1, 1, 4), (1, 3, 8), (2, 1, 6), (2, 2, 12), (3, 2, 4)]))
+    chosen = draw(st.lists(st.sampled_from(mixers), min_size=1, max_size=3))
+    return mil.Config(v=17, d=draw(st.sampled_from([8, 20])), n_layers=len(chosen), n_heads=n_kv_heads * group, n_kv_heads=n_kv_heads,
+                      head_dim=head_dim, d_ff=24, context=64, mixers=chosen, tied=draw(st.booleans()),
+                      d_state=draw(st.sampled_from([k for k in (1, 2, 3, 4, 6) if n_kv_heads * head_dim % k == 0])))
+
+
+def build(config, dtype=torch.float64, seed=0):
+    """A stack whose every parameter is random enough to matter (norms and D are not all ones, weights are not tiny)."""
+    torch.manual_seed(seed)
+    model = mil.Hybrid(config).to(dtype)
+    with torch.no_grad():
+        for name, w in model.named_parameters():
+            w.add_(torch.randn_like(w) * (0.3 if w.dim() > 1 else 0.1))
+    return model.to(DEVICE).eval()

@@ -1,0 +1,206 @@
+"""Tokenizers, the law a token is drawn from, decoding, and the command line."""
+import base64
+
+import pytest
+import tiktoken
+import torch
+from conftest import DEVICE, build, configs, run_script
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import generate as g
+import mil
+from mil import Config, MilError
+
+MIXED = dict(v=257, d=16, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=24, context=48, d_state=4)
+
+
+@pytest.fixture
+def student(tmp_path):
+    """A small checkpoint with every mixer, whose tokenizer is "bytes"."""
+    mil.save(build(Config(**MIXED, mixers=["attention", "mamba", "mamba2", "none"]), torch.float32), tmp_path / "m", tokenizer="bytes")
+    return str(tmp_path / "m")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+@given(st.text())
+def test_bytes_encode_any_text_and_special_tokens_in_it_are_plain(text):
+    encoding, text = g.load_tokenizer("bytes"), text + "<|endoftext|>"
+    ids = g.encode(encoding, text)
+    assert ids == list(text.encode()) and encoding.decode(ids) == text
+
+
+def llama3_file(path, merges=(b"he", b"ll", b"hell", b"hello", b" w")):
+    tokens = [bytes([i]) for i in range(256)] + list(merges)
+    path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
+    return path
+
+
+def test_a_llama3_tokenizer_model_is_read_with_its_special_tokens(tmp_path):
+    encoding = g.load_tokenizer(str(llama3_file(tmp_path / "tokenizer.model")))
+    assert encoding.n_vocab == 261 + 256
+    numbers = {t: encoding.encode_single_token(t) - 261 for t in ("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_3|>",
+               "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>", "<|reserved_special_token_250|>")}
+    assert list(numbers.values()) == [0, 1, 5, 6, 7, 8, 9, 255]
+    assert g.encode(encoding, "hello<|eot_id|>")[:2] == [261, 259] and len(g.encode(encoding, "hello<|eot_id|>")) == 2 + len("<|eot_id|>")
+    assert g.stop_tokens(encoding) == [262, 270]
+
+
+@pytest.mark.parametrize("text, match", [("aGk= 0\nnot base64 1\n", "line 2"), ("aGk= 5\n", "ranks are not"), ("", "lack"), ("aGk=\n", "line 1")])
+def test_a_damaged_tokenizer_model_is_refused(tmp_path, text, match):
+    (tmp_path / "t.model").write_text(text)
+    with pytest.raises(MilError, match=match):
+        g.load_tokenizer(str(tmp_path / "t.model"))
+
+
+def test_a_tokenizer_that_needs_the_network_says_so_and_what_to_pass_instead(monkeypatch):
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("no route")))
+    with pytest.raises(MilError, match="tiktoken must download it.*--tokenizer bytes"):
+        g.load_tokenizer("cl100k_base")
+    with pytest.raises(MilError, match="neither a file nor a known encoding.*gpt2"):
+        g.load_tokenizer("nonsense")
+
+
+@given(st.text())
+def test_a_character_whose_bytes_span_tokens_prints_whole(text):
+    stream = g.TextStream(g.load_tokenizer("bytes"))
+    pieces = [stream.feed(i) for i in text.encode()]
+    assert "".join(pieces) == text and stream.finish() == ""
+
+
+def test_bytes_that_are_no_text_become_replacement_characters():
+    stream = g.TextStream(g.load_tokenizer("bytes"))
+    assert stream.feed(0xE2) == "" and stream.feed(0x82) == "" and stream.feed(ord("a")) == "\ufffda"
+    assert stream.feed(0xF0) == "" and stream.finish() == "\ufffd"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The law a token is drawn from
+
+
+@given(st.lists(st.integers(-8, 8).map(lambda i: i / 4), min_size=2, max_size=12), st.floats(0.1, 3), st.integers(0, 14), st.floats(0.05, 1))
+def test_the_law_is_softmax_cut_to_top_k_then_top_p(logits, temperature, top_k, top_p):
+    law = g.token_law(torch.tensor(logits, dtype=torch.float64), temperature, top_k, top_p).tolist()
+    weights = [torch.tensor(x / temperature, dtype=torch.float64).exp().item() for x in logits]
+    if top_k and top_k < len(logits):
+        weights = [w if w >= sorted(weights)[-top_k] else 0.0 for w in weights]
+    share = [w / sum(weights) for w in weights]
+    mass_before = {s: sum(sorted(share, reverse=True)[:sorted(share, reverse=True).index(s)]) for s in share}
+    if any(abs(m - top_p) < 1e-9 for m in mass_before.values()):
+        return  # on the edge rounding decides
+    kept = [s if mass_before[s] < top_p or top_p == 1 else 0.0 for s in share]
+    assert law == pytest.approx([s / sum(kept) for s in kept], abs=1e-9)
+    greedy = g.token_law(torch.tensor(logits), 0.0)
+    assert greedy.sum() == 1 and greedy[max(range(len(logits)), key=logits.__getitem__)] == 1
+
+
+def test_sampling_follows_the_law():
+    """Chi-square over 4,000 first tokens of one prompt; 50 % expected below the median, 1e-6 above the limit used."""
+    model = build(Config(**{**MIXED, "v": 8}), torch.float32)
+    (draws,) = list(g.generate(model, [[1, 2, 3]] * 4000, 1, 1.5, 6, 0.9, generator=torch.Generator(DEVICE).manual_seed(0)))
+    with torch.no_grad():
+        law = g.token_law(model(torch.tensor([[1, 2, 3]], device=DEVICE))[0, -1], 1.5, 6, 0.9).double().cpu()
+    count = torch.bincount(torch.tensor(draws), minlength=8).double()
+    assert not count[law == 0].any()
+    law, count = law[law > 0], count[law > 0]
+    assert len(law) > 2 and ((count - 4000 * law).square() / (4000 * law)).sum() < 40  # at most 7 degrees of freedom: p = 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Decoding
+
+
+@given(configs(), st.integers(0, 1000))
+@settings(max_examples=15)
+def test_greedy_decoding_with_the_cache_is_greedy_decoding_without(config, seed):
+    model, ids = build(config, seed=seed), [1, 5, 2]
+    got = [row[0] for row in g.generate(model, [ids], 12, temperature=0)]
+    for token in got:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids], device=DEVICE))[0, -1]
+        assert logits[token] >= logits.max() - 1e-9
+        ids = ids + [token]
+
+
+@pytest.mark.parametrize("mixers", [["attention"] * 4, ["mamba"] * 4, ["mamba2"] * 4, ["attention", "mamba", "mamba2", "none"]], ids="-".join)
+def test_prompts_of_unequal_length_in_a_batch_give_each_what_it_gives_alone(mixers):
+    model = build(Config(**MIXED, mixers=mixers), torch.float32)
+    prompts = [[7], list(range(40, 60)), [3, 1, 4, 1, 5], [200] * 11]
+    together = list(zip(*g.generate(model, prompts, 20, temperature=0)))
+    for prompt, row in zip(prompts, together):
+        assert [r[0] for r in g.generate(model, [prompt], 20, temperature=0)] == list(row)
+
+
+def test_a_row_ends_at_its_own_stop_token_or_at_the_context_and_the_others_go_on():
+    model = build(Config(**MIXED), torch.float32)
+    prompts = [[7], [3, 1, 4]]
+    free = list(zip(*g.generate(model, prompts, 12, temperature=0)))
+    stop = free[0][4]
+    got = list(zip(*g.generate(model, prompts, 12, temperature=0, stop=[stop])))
+    for before, after in zip(free, got):
+        end = before.index(stop) + 1 if stop in before else 12
+        assert list(after[:end]) == list(before[:end]) and not any(t is not None for t in after[end:])
+    assert len(list(g.generate(model, [list(range(45))], 12, temperature=0))) == 3  # a context of 48
+    assert len(list(g.generate(model, [[1]], 5, temperature=0))) == 5
+
+
+def test_the_same_seed_gives_the_same_sample():
+    model = build(Config(**MIXED), torch.float32)
+    draw = lambda seed: list(g.generate(model, [[1], [2, 3]], 20, 1.0, generator=torch.Generator(DEVICE).manual_seed(seed)))  # noqa: E731
+    assert draw(1) == draw(1) and draw(1) != draw(2)
+
+
+@pytest.mark.parametrize("prompt, match", [([], "prompt 1 is empty"), ([1] * 48, "prompt 1 has 48 tokens, but the model's context is 48"),
+                                           ([300], "token 300, but the model's vocabulary is 257")])
+def test_prompts_that_cannot_be_continued_are_refused(prompt, match):
+    with pytest.raises(MilError, match=match):
+        next(g.generate(build(Config(**MIXED)), [prompt], 5))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_the_command_streams_a_prompt_and_closes_with_its_speed(student):
+    done = run_script("generate.py", "--model", student, "--prompt", "def ", "--max_new_tokens", 8, "--temperature", 0, "--device", DEVICE)
+    assert done.returncode == 0 and done.stdout.startswith("def ") and " tokens in " in done.stderr and "tokens/s" in done.stderr
+    assert run_script("generate.py", f"--model={student}", "--prompt=-", "--max_new_tokens=8", "--temperature=0", "--device", DEVICE, stdin="def ").stdout == done.stdout
+
+
+def test_several_prompts_print_each_under_its_number(student):
+    done = run_script("generate.py", "--model", student, "--prompt", "a", "--prompt", "bcd", "--max_new_tokens", 4, "--temperature", 0)
+    assert done.returncode == 0 and "=== 1 of 2\na" in done.stdout and "=== 2 of 2\nbcd" in done.stdout
+
+
+@pytest.mark.parametrize("argv, match", [
+    (["--temprature", "1"], "unknown flag --temprature; did you mean --temperature?"), (["--temperature", "hot"], "invalid float value: 'hot'"),
+    (["--temperature=-1"], "--temperature is -1.0, expected 0"), (["--temperature=nan"], "--temperature is nan"), (["--top_p", "0"], "--top_p is 0.0"),
+    (["--top_p", "1.5"], "--top_p is 1.5"), (["--top_k=-2"], "--top_k is -2"), (["--max_new_tokens", "0"], "--max_new_tokens is 0"),
+    (["--dtype", "int8"], "--dtype is int8"), (["--prompt", ""], "prompt 1 is empty"), (["--device", "abacus"], "--device abacus: not usable"),
+    (["--prompt", "x" * 60], "prompt 1 has 60 tokens, but the model's context is 48"), (["--model", "/nowhere"], "/nowhere: no checkpoint here"), (["stray", "--prompt", "a"], "unexpected argument stray")])
+def test_bad_flags_get_one_clear_line(student, argv, match, capsys):
+    with pytest.raises(MilError) as e:
+        g.main(["--model", student, "--device", "cpu", *([] if "--prompt" in argv else ["--prompt", "a"]), *argv])
+    assert match in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_bad_command_exits_with_one_line_and_no_traceback(student):
+    for argv in (["--model", "/nowhere", "--prompt", "a"], ["--model", student], ["--nonsense"]):
+        done = run_script("generate.py", *argv)
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_help_names_every_flag_and_its_reason():
+    done = run_script("generate.py", "--help")
+    assert done.returncode == 0
+    for f in g.dataclasses.fields(g.Settings):
+        assert f"--{f.name} " in done.stdout and f.metadata["help"].split()[0] in done.stdout
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
+    mil.save(build(Config(**{**MIXED, "v": 200}), torch.float32), tmp_path, tokenizer="bytes")
+    with pytest.raises(MilError, match="257 tokens, the model only 200"):
+        g.load_with_tokenizer(tmp_path)

@@ -1,0 +1,232 @@
+"""The scan and the convolution: the definition is the formula, and every fast form is the definition."""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE, assert_close, form
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels
+
+FORMS = pytest.mark.parametrize("which", ["triton", "torch"])
+DECAYS = pytest.mark.parametrize("decay", ["mamba", "mamba2"])
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+LENGTHS = st.sampled_from([1, 2, 3, 15, 16, 17, 33, 63, 64, 65, 129])                # up to one past two blocks of 64
+SHORT = st.sampled_from([1, 2, 3, 15, 16, 17, 33])  # the interpreted Mamba walks token by token: two blocks of its 16
+HEADS = st.sampled_from([(1, 1, 1), (2, 1, 2), (3, 1, 3), (4, 2, 1), (6, 3, 2)])     # h, gx, gb
+SIZES = st.sampled_from([(1, 1), (3, 5), (5, 3), (16, 16), (20, 24), (64, 64), (128, 40), (7, 130)])  # p, n
+
+
+def scan_inputs(decay, b, l, heads, size, seed, dtype=torch.float64, options="DzbhDzbh", layout="contiguous"):
+    """Named inputs of ssm_scan. `options` holds D, z, b (dt_bias), h (h0); layout is how x, dt, B, C, z lie in memory."""
+    (h, gx, gb), (p, n) = heads, size
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def lay(t):
+        t = t.to(dtype).to(DEVICE)
+        if layout == "sliced":  # a part of a wider projection
+            wide = torch.cat([torch.full_like(t, torch.nan), t, torch.full_like(t, torch.nan)], dim=-1)
+            return wide[..., t.shape[-1]:2 * t.shape[-1]]
+        if layout == "transposed":  # length last in memory: the last axis is not contiguous
+            return t.transpose(1, -1).contiguous().transpose(1, -1)
+        return t
+
+    per = (h, p) if decay == "mamba" else (h,)
+    t = dict(x=lay(tensor(b, l, gx, p)), dt=lay(tensor(b, l, *per)), A=-tensor(*per, *((n,) if decay == "mamba" else ())).exp().to(DEVICE),
+             B=lay(tensor(b, l, gb, n)), C=lay(tensor(b, l, h, n)))
+    t["A"] = t["A"].to(torch.promote_types(dtype, torch.float32))
+    if "D" in options:
+        t["D"] = tensor(*per).to(t["A"])
+    if "z" in options:
+        t["z"] = lay(tensor(b, l, h, p))
+    if "b" in options:
+        t["dt_bias"] = tensor(*per).to(t["A"])
+    if "h" in options:
+        t["h0"] = tensor(b, h, p, n).to(t["A"])
+    return t
+
+
+def value_and_gradients(scan, inputs, seed=1):
+    """y, h and the gradient of a random linear function of both with respect to every input."""
+    leaves = {k: t.detach().requires_grad_() for k, t in inputs.items()}
+    y, h = scan(**leaves)
+    generator = torch.Generator().manual_seed(seed)
+    wy, wh = (torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in (y, h))
+    gradients = torch.autograd.grad((y * wy).double().sum() + (h * wh).double().sum(), list(leaves.values()))
+    return {"y": y, "h": h, **{f"d{k}": g for k, g in zip(leaves, gradients)}}
+
+
+def check_against_definition(which, dtype, inputs):
+    with form(which):
+        got = value_and_gradients(kernels.ssm_scan, inputs)
+    want = value_and_gradients(kernels.ssm_reference, {k: t.double() for k, t in inputs.items()})
+    assert got["y"].dtype == dtype and got["h"].dtype == torch.promote_types(dtype, torch.float32)
+    largest = max(t.abs().max().item() for t in want.values())  # beside it 1e-14 is the rounding of a float64 sum
+    for name in want:
+        assert_close(got[name], want[name], TOLERANCE[dtype], name, noise=1e-14 * largest)
+
+
+@FORMS
+@DECAYS
+def test_scan_equals_the_definition_in_value_and_every_gradient(which, decay):
+    slow = DEVICE == "cpu" and which == "triton"
+    @settings(max_examples=12 if slow else 40)
+    @given(st.integers(1, 2), SHORT if slow and decay == "mamba" else LENGTHS, HEADS, SIZES, st.sampled_from(["", "D", "z", "b", "h", "Dzbh"]),
+           st.sampled_from(["contiguous", "sliced", "transposed"]), st.integers(0, 2**31))
+    def check(b, l, heads, size, options, layout, seed):
+        check_against_definition(which, torch.float32, scan_inputs(decay, b, l, heads, size, seed, torch.float32, options, layout))
+    check()
+
+
+@FORMS
+@DECAYS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=["bf16", "fp16", "fp64"])
+def test_scan_takes_every_type(which, decay, dtype):
+    check_against_definition(which, dtype, scan_inputs(decay, 1, 17 if decay == "mamba" else 130, (4, 2, 1), (16, 16), 3, dtype))
+
+
+@FORMS
+@DECAYS
+def test_scan_survives_extreme_steps_and_decays(which, decay):
+    for shift, A in ((-30.0, -1.0), (30.0, -1.0), (0.0, -1e-4), (0.0, -1e4), (30.0, -1e4)):
+        inputs = scan_inputs(decay, 1, 35, (2, 1, 2), (4, 3), 5, torch.float32, "D")
+        inputs["dt"] = inputs["dt"] + shift
+        inputs["A"] = torch.full_like(inputs["A"], A)
+        check_against_definition(which, torch.float32, inputs)
+    zeros = {k: torch.zeros_like(t) for k, t in inputs.items()}
+    with form(which):
+        assert all(not t.any() for k, t in value_and_gradients(kernels.ssm_scan, zeros).items() if k in ("y", "h"))
+
+
+@DECAYS
+@given(st.integers(1, 6), HEADS, st.integers(0, 2**31))
+@settings(max_examples=20)
+def test_the_definition_is_the_closed_form(decay, l, heads, seed):
+    """y_t = Σ_{s≤t} exp(A Σ_{s<r≤t} Δ_r) Δ_s x_s (B_s · C_t), summed by hand, in numpy."""
+    t = {k: v.cpu().numpy() for k, v in scan_inputs(decay, 2, l, heads, (3, 2), seed, torch.float64).items()}
+    (b, _, gx, p), (h, n) = t["x"].shape, t["C"].shape[2:]
+    y, last = np.zeros((b, l, h, p)), np.zeros((b, h, p, n))
+    for i, j, c, k in np.ndindex(b, h, p, n):
+        at = (j, c) if decay == "mamba" else (j,)
+        delta = np.log1p(np.exp(t["dt"][(i, slice(None), *at)] + t["dt_bias"][at]))
+        A = t["A"][j, c, k] if decay == "mamba" else t["A"][j]
+        x, B = t["x"][i, :, j // (h // gx), c], t["B"][i, :, j // (h // t["B"].shape[2]), k]
+        for q in range(l):
+            state = np.exp(A * delta[:q + 1].sum()) * t["h0"][i, j, c, k]
+            state += sum(np.exp(A * delta[s + 1:q + 1].sum()) * delta[s] * x[s] * B[s] for s in range(q + 1))
+            y[i, q, j, c] += state * t["C"][i, q, j, k]
+        last[i, j, c, k] = state
+    for i, j, c in np.ndindex(b, h, p):
+        z = t["z"][i, :, j, c]
+        skip = t["D"][(j, c) if decay == "mamba" else (j,)] * t["x"][i, :, j // (h // gx), c]
+        y[i, :, j, c] = (y[i, :, j, c] + skip) * z / (1 + np.exp(-z))
+    got = kernels.ssm_reference(**{k: torch.from_numpy(v) for k, v in t.items()})
+    assert_close(got[0], torch.from_numpy(y), 1e-10, "y")
+    assert_close(got[1], torch.from_numpy(last), 1e-10, "h")
+
+
+@FORMS
+@DECAYS
+def test_scan_can_be_cut_anywhere_and_resumed(which, decay):
+    slow = DEVICE == "cpu" and which == "triton"
+    @settings(max_examples=3 if slow else 15)
+    @given(st.data(), st.integers(2, 40 if slow and decay == "mamba" else 140), st.integers(0, 2**31))
+    def check(data, l, seed):
+        cut = data.draw(st.integers(1, l - 1))
+        t = scan_inputs(decay, 1, l, (2, 1, 2), (4, 5), seed, torch.float32, "Dzb")
+        first, second = ({k: v[:, part] if k in ("x", "dt", "B", "C", "z") else v for k, v in t.items()}
+                         for part in (slice(None, cut), slice(cut, None)))
+        with form(which):
+            y, h = kernels.ssm_scan(**t)
+            y1, h1 = kernels.ssm_scan(**first)
+            y2, h2 = kernels.ssm_scan(**second, h0=h1)
+        assert_close(torch.cat([y1, y2], dim=1), y, 5e-5, "y")
+        assert_close(h2, h, 5e-5, "h")
+    check()
+
+
+@FORMS
+@DECAYS
+def test_the_future_never_changes_the_past_and_rows_never_meet(which, decay):
+    t = scan_inputs(decay, 3, 70, (2, 1, 2), (4, 5), 1, torch.float32, "Dzbh")
+    changed = {k: v.clone() for k, v in t.items()}
+    for k in ("x", "dt", "B", "C", "z"):
+        changed[k][:2, 41:] = 7.0   # the future of two rows
+        changed[k][2] = -5.0        # all of the third
+    with form(which):
+        y, h = kernels.ssm_scan(**t)
+        y2, h2 = kernels.ssm_scan(**changed)
+    assert torch.equal(y[:2, :41], y2[:2, :41]) and not torch.equal(y[0, 41:], y2[0, 41:])
+    with form(which):
+        alone, _ = kernels.ssm_scan(**{k: v[1:2] if k in ("x", "dt", "B", "C", "z", "h0") else v for k, v in t.items()})
+    assert_close(y[1:2], alone, 1e-6)
+
+
+@FORMS
+@DECAYS
+def test_y_is_linear_in_x(which, decay):
+    t = scan_inputs(decay, 1, 67, (2, 1, 2), (4, 5), 1, torch.float32, "Dzb")
+    other = torch.randn(t["x"].shape, generator=torch.Generator().manual_seed(9)).to(DEVICE)
+    with form(which):
+        y1, y2 = (kernels.ssm_scan(**{**t, "x": x})[0] for x in (t["x"], other))
+        y, _ = kernels.ssm_scan(**{**t, "x": 2 * t["x"] - 3 * other})
+    assert_close(y, 2 * y1 - 3 * y2, 5e-5)
+
+
+@DECAYS
+def test_scan_refuses_shapes_that_do_not_fit_and_names_the_argument(decay):
+    t = scan_inputs(decay, 1, 4, (6, 3, 2), (4, 5), 1)
+    for name in ("dt", "A", "B", "C", "D", "z", "dt_bias", "h0"):
+        with pytest.raises(ValueError, match=r"ssm: (\w+ is|x has)"):
+            kernels.ssm_scan(**{**t, name: torch.cat([t[name], t[name]], dim=-1)})
+    with pytest.raises(ValueError, match="both divide"):
+        kernels.ssm_scan(**{**t, "x": t["x"][:, :, [0, 1, 2, 0]]})
+    with pytest.raises(ValueError, match="no tokens"):
+        kernels.ssm_scan(**{k: v[:, :0] if k in ("x", "dt", "B", "C", "z") else v for k, v in t.items()})
+
+
+def test_autocast_leaves_state_and_decay_in_float32():
+    t = scan_inputs("mamba2", 1, 70, (2, 1, 2), (4, 4), 1, torch.bfloat16)
+    want = kernels.ssm_scan(**t)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got = kernels.ssm_scan(**t)
+    assert got[1].dtype == torch.float32 and torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+@FORMS
+def test_convolution_equals_conv1d_and_carries_its_state(which):
+    @settings(max_examples=6 if which == "triton" and DEVICE == "cpu" else 30)
+    @given(st.integers(1, 2), st.integers(1, 70), st.sampled_from([(1, 1), (2, 6), (3, 3)]), st.sampled_from([1, 5, 33]),
+           st.sampled_from([1, 2, 4]), st.booleans(), st.integers(0, 2**31))
+    def check(b, l, heads, p, w, bias, seed):
+        (g, h), generator = heads, torch.Generator().manual_seed(seed)
+        new = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE).requires_grad_()  # noqa: E731
+        x, weight, bias, state = new(b, l, g, p), new(h, p, w), new(h, p) if bias else None, new(b, w - 1, g, p)
+        leaves = [t for t in (x, weight, bias, state) if t is not None]
+        with form(which):
+            y, end = kernels.causal_conv(x, weight, bias, state)
+        full = torch.cat([state, x], dim=1).double()
+        wide = full.repeat_interleave(h // g, dim=2).flatten(2).transpose(1, 2)             # (b, h·p, w-1+l)
+        want = F.silu(F.conv1d(wide, weight.double().reshape(h * p, 1, w), None if bias is None else bias.double().flatten(), groups=h * p))
+        want = want.transpose(1, 2).unflatten(2, (h, p))
+        assert_close(y, want, 1e-5, "y")
+        assert torch.equal(end.double(), full[:, l:])
+        seen = torch.randn(y.shape, generator=generator).to(DEVICE)
+        for a, e in zip(torch.autograd.grad((y * seen).sum(), leaves), torch.autograd.grad((want * seen).sum(), leaves)):
+            assert_close(a, e, 5e-5, "gradient")
+    check()
+
+
+@FORMS
+def test_convolution_gives_each_padded_row_its_own_state(which):
+    x, weight, lengths = torch.randn(3, 6, 2, 5, device=DEVICE), torch.randn(4, 5, 4, device=DEVICE), torch.tensor([1, 4, 6], device=DEVICE)
+    for state in (None, torch.randn(3, 3, 2, 5, device=DEVICE)):
+        with form(which):
+            _, end = kernels.causal_conv(x, weight, None, state, lengths)
+            for i, n in enumerate(lengths.tolist()):
+                alone = kernels.causal_conv(x[i:i + 1, :n], weight, None, None if state is None else state[i:i + 1])[1]
+                assert torch.equal(end[i:i + 1], alone)

@@ -1,0 +1,370 @@
+"""The stack, its cache, the replacement of attention and the checkpoints."""
+import copy
+import dataclasses
+import json
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE, assert_close, build, configs, form
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels
+import mil
+from mil import Cache, Config, MilError
+
+SMALL = dict(v=11, d=16, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=24, context=32, d_state=4)
+
+
+def random_tokens(config, b, l, seed=0):
+    return torch.randint(config.v, (b, l), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The mixers
+
+
+def test_attention_is_softmax_over_the_past_with_grouped_heads():
+    config = Config(**{**SMALL, "n_heads": 6, "n_kv_heads": 2, "head_dim": 4})
+    block, u, l = build(config).layers[0].mixer, torch.randn(2, 9, 16, dtype=torch.float64, device=DEVICE), 9
+    pos = torch.arange(l, device=DEVICE).expand(2, l)
+    heads = lambda w: (u @ w.weight.T).view(2, l, -1, 4)  # noqa: E731
+    angle = pos[0, :, None] * config.rope_theta ** (-torch.arange(2, device=DEVICE) / 2)               # (l, 2)
+    turn = lambda t: torch.view_as_real(torch.complex(t[..., :2], t[..., 2:]) * torch.polar(torch.ones_like(angle), angle)[:, None]  # noqa: E731
+                                        ).transpose(-1, -2).flatten(-2)
+    q, k, v = turn(heads(block.q_proj)), turn(heads(block.k_proj)), heads(block.v_proj)
+    y = torch.zeros(2, l, 6, 4, dtype=torch.float64, device=DEVICE)
+    for t in range(l):
+        for i in range(6):  # query head i reads kv head i // 3
+            y[:, t, i] = torch.einsum("bs,bsp->bp", (torch.einsum("bp,bsp->bs", q[:, t, i], k[:, :t + 1, i // 3]) / 2).softmax(-1), v[:, :t + 1, i // 3])
+    assert_close(block(u, mil.rope_angles(config, pos)), y.flatten(2) @ block.o_proj.weight.T, 1e-6)
+
+
+def test_rope_scaling_stretches_slow_turns_and_keeps_fast_ones():
+    scaling = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    config = Config(rope_scaling=scaling, n_layers=1)
+    cos, _ = mil.rope_angles(config, torch.tensor([[1]]))
+    for i in range(64):
+        freq = 500000.0 ** (-i / 64)
+        wavelength = 2 * math.pi / freq
+        if wavelength > 8192 / 1:
+            freq = freq / 8
+        elif wavelength >= 8192 / 4:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            freq = (1 - smooth) * freq / 8 + smooth * freq
+        assert abs(cos[0, 0, 0, i].item() - math.cos(freq)) < 1e-6
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 2), (3, 1)])
+def test_without_its_new_parts_the_mamba_block_is_the_attention_it_came_from(monkeypatch, mixer, heads):
+    """method: conv, SiLU, gate and norm taken out, Δ = 1, A = 0, D = 0: causal attention without softmax, scale and RoPE."""
+    config = Config(**{**SMALL, "n_heads": heads[0], "n_kv_heads": heads[1], "head_dim": 6, "d_state": 6})
+    teacher = build(config)
+    block = mil.replace_attention(teacher, [1], mixer).layers[1].mixer
+    u = torch.randn(2, 21, 16, dtype=torch.float64, device=DEVICE)
+    u[..., 0] = 1  # a constant channel, so that the gate's projection can give silu(z) = 1
+    with torch.no_grad():
+        gate, step = (block.in_proj_z.weight, block.dt_proj) if mixer == "mamba" else (block.in_proj.weight[:block.split[0]], None)
+        gate.zero_()[:, 0] = 1.2784645427610738
+        if mixer == "mamba":
+            step.weight.zero_()
+            step.bias.fill_(math.log(math.e - 1))
+        else:
+            block.in_proj.weight[-heads[0]:].zero_()
+            block.dt_bias.fill_(math.log(math.e - 1))
+        block.A_log.fill_(-math.inf)
+        block.D.zero_()
+    monkeypatch.setattr(mil, "causal_conv", lambda x, weight, bias, state, lengths: (kernels.repeat_heads(x, weight.shape[0]), state))
+    monkeypatch.setattr(F, "rms_norm", lambda y, *_, **__: y)
+    a = teacher.layers[1].mixer
+    q, k, v = (w(u).unflatten(2, (-1, 6)) for w in (a.q_proj, a.k_proj, a.v_proj))
+    k, v = (t.repeat_interleave(heads[0] // heads[1], dim=2) for t in (k, v))
+    scores = torch.einsum("bthp,bshp->bhts", q, k).tril()
+    want = a.o_proj(torch.einsum("bhts,bshp->bthp", scores, v).flatten(2))
+    assert_close(block(u, None), want, 1e-6)  # dt_bias, A and D are kept in float32
+
+
+def test_new_parameters_start_at_the_papers_values():
+    config = Config(**{**SMALL, "d": 40, "head_dim": 16, "d_state": 8, "mixers": ["mamba", "mamba2", "mamba", "mamba2"]})
+    model = mil.Hybrid(config)
+    for block in (model.layers[0].mixer, model.layers[1].mixer):
+        bias = block.dt_proj.bias if isinstance(block, mil.Mamba) else block.dt_bias
+        delta = F.softplus(bias)
+        assert 1e-3 * 0.99 < delta.min() and delta.max() < 1e-1 * 1.01 and delta.std() > 0
+        assert (block.D == 1).all()
+    s6, ssd = model.layers[0].mixer, model.layers[1].mixer
+    assert_close(s6.A_log.exp(), torch.arange(1, 9).expand(64, 8), 1e-6)
+    assert ssd.A_log.exp().min() >= 1 and ssd.A_log.exp().max() <= 16 and ssd.A_log.std() > 0
+    assert s6.dt_proj.weight.abs().max() <= 3**-0.5 and s6.dt_proj.weight.abs().max() > 3**-0.5 / 2  # dt_rank = ceil(40/16)
+    assert (ssd.norm.weight == 1).all() and ssd.norm.eps == 1e-5
+
+
+def test_parameters_are_named_and_shaped_as_in_the_released_checkpoints():
+    """d_model 32, d_inner 64 (4 heads of 16), d_xb 32 (2 kv heads), d_state 8 for Mamba and the head size for Mamba-2."""
+    config = Config(v=11, d=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=24, d_state=8, mixers=["mamba", "mamba2"])
+    shapes = [{k: tuple(w.shape) for k, w in layer.mixer.state_dict().items()} for layer in mil.Hybrid(config).layers]
+    assert shapes[0] == {"in_proj_x.weight": (32, 32), "in_proj_z.weight": (64, 32), "B_proj.weight": (32, 32), "C_proj.weight": (64, 32),
+                         "dt_proj_down.weight": (2, 32), "dt_proj.weight": (64, 2), "dt_proj.bias": (64,), "conv1d.weight": (64, 1, 4),
+                         "conv1d.bias": (64,), "A_log": (64, 8), "D": (64,), "out_proj.weight": (32, 64)}
+    assert shapes[1] == {"in_proj.weight": (64 + 32 + 32 + 64 + 4, 32), "conv1d.weight": (128, 1, 4), "conv1d.bias": (128,),
+                         "dt_bias": (4,), "A_log": (4,), "D": (4,), "norm.weight": (64,), "out_proj.weight": (32, 64)}
+
+
+def test_the_gated_norm_of_mamba2_is_per_head_and_after_the_gate():
+    config = Config(**{**SMALL, "mixers": ["mamba2"] * 4})
+    block = build(config).layers[0].mixer
+    seen, u = {}, torch.randn(1, 5, 16, dtype=torch.float64, device=DEVICE)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(mil, "ssm_scan", lambda *a, **k: seen.setdefault("scan", kernels.ssm_scan(*a, **k)))
+    patch.setattr(block.out_proj, "forward", lambda y: seen.setdefault("y", y))
+    block(u, None)
+    patch.undo()
+    gated = seen["scan"][0] * F.silu((u @ block.in_proj.weight[:16].T)).view(1, 5, 4, 4)
+    want = gated / (gated.square().mean(-1, keepdim=True) + 1e-5).sqrt() * block.norm.weight.view(4, 4)
+    assert_close(seen["y"], want.flatten(2), 1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The stack and its cache
+
+
+@given(configs(), st.integers(2, 12), st.integers(0, 100), st.data())
+@settings(max_examples=25)
+def test_the_future_never_changes_the_past_of_a_stack(config, l, seed, data):
+    model, tokens = build(config, seed=seed), random_tokens(config, 2, l, seed)
+    at = data.draw(st.integers(1, l - 1))
+    changed = tokens.clone()
+    changed[:, at:] = (changed[:, at:] + 1) % config.v
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    assert_close(after[:, :at], before[:, :at], 1e-10)
+    assert not torch.equal(after[:, at:], before[:, at:])
+
+
+@given(configs(), st.lists(st.integers(1, 20), min_size=1, max_size=5), st.integers(1, 3), st.integers(0, 100))
+@settings(max_examples=60)
+def test_a_stack_with_a_cache_equals_the_stack_without_for_any_split(config, pieces, b, seed):
+    model, tokens = build(config, seed=seed), random_tokens(config, b, sum(pieces), seed)
+    with torch.no_grad():
+        want, cache = model(tokens), Cache(model, b, sum(pieces))
+        got = torch.cat([model(part, cache) for part in tokens.split(pieces, dim=1)], dim=1)
+    assert_close(got, want, 1e-8)
+
+
+@given(configs(), st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=4), st.integers(0, 100))
+@settings(max_examples=40)
+def test_rows_of_unequal_length_in_a_cache_are_each_as_if_alone(config, rounds, seed):
+    """Each round feeds every row its own number of tokens, padded on the right with anything."""
+    model, totals = build(config, seed=seed), [sum(r[i] for r in rounds) for i in range(3)]
+    tokens = random_tokens(config, 3, max(totals), seed)
+    cache, at, got = Cache(model, 3, 9 * len(rounds)), [0, 0, 0], [[], [], []]
+    with torch.no_grad():
+        for r in rounds:
+            fed = random_tokens(config, 3, max(r), seed + 1)
+            for i in range(3):
+                fed[i, :r[i]] = tokens[i, at[i]:at[i] + r[i]]
+            logits = model(fed, cache, torch.tensor(r, device=DEVICE))
+            for i in range(3):
+                got[i].append(logits[i, :r[i]])
+                at[i] += r[i]
+        for i in range(3):
+            assert_close(torch.cat(got[i]), model(tokens[i:i + 1, :totals[i]])[0], 1e-8)
+
+
+@pytest.mark.parametrize("mixer", mil.MIXERS)
+def test_a_float32_stack_takes_the_triton_kernels_and_agrees_with_float64(mixer):
+    config = Config(**{**SMALL, "n_layers": 1, "mixers": [mixer]})
+    model, tokens = build(config, torch.float32), random_tokens(config, 2, 19)
+    with form("triton"), torch.no_grad():
+        cache = Cache(model, 2, 19)
+        got, cached = model(tokens), torch.cat([model(part, cache) for part in tokens.split([7, 1, 11], dim=1)], dim=1)
+        want = copy.deepcopy(model).double()(tokens)
+    assert_close(got, want, 1e-4)
+    assert_close(cached, want, 1e-4)
+
+
+def test_the_cache_refuses_what_does_not_fit():
+    model = build(Config(**SMALL))
+    with pytest.raises(MilError, match="2 rows of tokens for a cache of 3"):
+        model(random_tokens(model.config, 2, 3), Cache(model, 3, 8))
+    with pytest.raises(MilError, match="9 more tokens do not fit: 0 of 8"):
+        model(random_tokens(model.config, 3, 9), Cache(model, 3, 8))
+
+
+def test_a_layer_without_mixer_moves_nothing_between_tokens():
+    config = Config(**{**SMALL, "mixers": ["none"] * 4})
+    model, tokens = build(config), random_tokens(config, 1, 6)
+    changed = tokens.clone()
+    changed[0, 0] = (changed[0, 0] + 1) % config.v
+    with torch.no_grad():
+        assert torch.equal(model(tokens)[:, 1:], model(changed)[:, 1:])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Replacing attention
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "none"])
+def test_a_replaced_layer_carries_exactly_the_attentions_weights_and_all_else_is_untouched(mixer, share, tied):
+    teacher = build(Config(**SMALL, tied=tied), torch.float32)
+    before = {k: w.clone() for k, w in teacher.state_dict().items()}
+    student = mil.replace_attention(teacher, [0, 2], mixer, share=share)
+    assert student.config.mixers == [mixer, "attention", mixer, "attention"] and teacher.config.mixers == ["attention"] * 4
+    for i in (0, 2):
+        a, m = teacher.layers[i].mixer, student.layers[i].mixer
+        if mixer == "mamba":
+            got = [m.C_proj.weight, m.B_proj.weight, m.in_proj_x.weight, m.out_proj.weight]
+        elif mixer == "mamba2":
+            _, x, B, C, _ = m.in_proj.weight.split([16, 8, 8, 16, 4])
+            got = [C, B, x, m.out_proj.weight]
+        else:
+            got = []
+        for w, source in zip(got, (a.q_proj, a.k_proj, a.v_proj, a.o_proj)):
+            assert torch.equal(w, source.weight) and w.data_ptr() != source.weight.data_ptr()
+    kept = {k: w for k, w in student.state_dict().items() if not k.startswith(("layers.0.mixer", "layers.2.mixer"))}
+    assert set(kept) == {k for k in before if not k.startswith(("layers.0.mixer", "layers.2.mixer"))}
+    for k, w in kept.items():
+        assert torch.equal(w, before[k]) and (w.data_ptr() == teacher.state_dict()[k].data_ptr()) == share, k
+    for k, w in teacher.state_dict().items():
+        assert torch.equal(w, before[k]), k
+    assert (student.lm_head.weight is student.embed_tokens.weight) == tied
+
+
+def test_replacement_can_be_applied_again_and_keeps_what_was_learned():
+    first = mil.replace_attention(build(Config(**SMALL), torch.float32), [0], "mamba2")
+    with torch.no_grad():
+        for w in first.layers[0].mixer.parameters():
+            w.add_(1)
+    second = mil.replace_attention(first, [3], "mamba")
+    assert second.config.mixers == ["mamba2", "attention", "attention", "mamba"]
+    for k, w in first.layers[0].mixer.state_dict().items():
+        assert torch.equal(second.layers[0].mixer.state_dict()[k], w)
+
+
+def test_random_initialisation_does_not_copy_attention():
+    teacher = build(Config(**SMALL), torch.float32)
+    block = mil.replace_attention(teacher, [1], "mamba", init="random").layers[1].mixer
+    assert not torch.equal(block.C_proj.weight, teacher.layers[1].mixer.q_proj.weight)
+
+
+def test_interleaved_layers_are_the_papers():
+    assert mil.interleaved_layers(32, 0.5) == list(range(0, 32, 2))
+    assert mil.interleaved_layers(32, 0.75) == list(range(0, 32, 4))
+    assert sorted(set(range(32)) - set(mil.interleaved_layers(32, 0.25))) == list(range(3, 32, 4))
+    assert sorted(set(range(32)) - set(mil.interleaved_layers(32, 0.125))) == list(range(7, 32, 8))
+    assert mil.interleaved_layers(32, 0) == list(range(32)) and mil.interleaved_layers(32, 1) == []
+
+
+@pytest.mark.parametrize("layers, match", [([4], "layer 4 is out of range, the model has layers 0 to 3"), ([-1], "out of range"),
+                                           ([1, 1], "already replaced or listed twice"), ([0], "layer 0 holds mamba2, not attention")])
+def test_layers_that_cannot_be_replaced_are_refused(layers, match):
+    model = mil.replace_attention(build(Config(**SMALL)), [0], "mamba2")
+    with pytest.raises(MilError, match=match):
+        mil.replace_attention(model, layers)
+
+
+@pytest.mark.parametrize("change, match", [
+    (dict(n_kv_heads=3), "n_heads 4 is not divisible by n_kv_heads 3"), (dict(d=18), "width d 18 is not divisible by n_heads 4"),
+    (dict(head_dim=3), "head_dim is 3"), (dict(mixers=["attention"]), "1 mixers for 4 layers"), (dict(v=0), "v is 0"),
+    (dict(mixers=["attention", "rwkv"] * 2), "'rwkv', expected one of attention"), (dict(d_ff=1.5), "d_ff is 1.5"),
+    (dict(mixers=["mamba"] * 4, d_state=5), "d_state 5 does not divide the kv width 8"), (dict(rope_scaling={"factor": 8}), "rope_scaling lacks")])
+def test_a_config_that_makes_no_sense_is_refused(change, match):
+    with pytest.raises(MilError, match=match):
+        Config(**{**SMALL, **change})
+
+
+def test_heads_that_cannot_be_cut_are_refused_before_anything_is_built():
+    with pytest.raises(MilError, match="d_state 5 does not divide"):
+        mil.replace_attention(build(Config(**{**SMALL, "d_state": 5})), [0], "mamba")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@given(configs(), st.integers(0, 100))
+@settings(max_examples=15)
+def test_save_and_load_give_the_same_model(tmp_path_factory, config, seed):
+    model, place = build(config, torch.float32, seed), tmp_path_factory.mktemp("save")
+    mil.save(model, place / "deep" / "er", note="kept")
+    loaded = mil.load(place / "deep" / "er", DEVICE)
+    assert loaded.config == model.config and mil.read_config(place / "deep" / "er")["note"] == "kept"
+    assert set(loaded.state_dict()) == set(model.state_dict())
+    for k, w in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[k], w) and loaded.state_dict()[k].dtype == w.dtype, k
+    assert not loaded.training and (loaded.lm_head.weight is loaded.embed_tokens.weight) == config.tied
+
+
+def test_loading_in_another_type_keeps_the_decay_in_float32(tmp_path):
+    mil.save(build(Config(**{**SMALL, "mixers": ["mamba", "mamba2"] * 2}), torch.float32), tmp_path)
+    model = mil.load(tmp_path, DEVICE, torch.bfloat16)
+    wide = {k.split("mixer.")[1] for k, w in model.named_parameters() if w.dtype == torch.float32}
+    assert wide == {"A_log", "D", "dt_bias", "dt_proj.bias"} and model.lm_head.weight.dtype == torch.bfloat16
+    logits = model(random_tokens(model.config, 1, 20))
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+
+
+def test_a_crash_while_saving_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    old, new = build(Config(**SMALL), torch.float32, 1), build(Config(**SMALL), torch.float32, 2)
+    mil.save(old, tmp_path)
+    whole = torch.save
+
+    def crash(weights, f):
+        f.write(b"half of a checkpoint")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", crash)
+    with pytest.raises(KeyboardInterrupt):
+        mil.save(new, tmp_path)
+    monkeypatch.setattr(torch, "save", whole)
+    monkeypatch.setattr(json, "dumps", lambda *a, **k: 1 / 0)  # the weights are there, config.json is not
+    with pytest.raises(ZeroDivisionError):
+        mil.save(new, tmp_path)
+    assert torch.equal(mil.load(tmp_path).lm_head.weight.to(DEVICE), old.lm_head.weight)
+    assert not list(tmp_path.glob("*.tmp"))
+    monkeypatch.undo()
+    mil.save(new, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2  # the old weights are gone, and what the crash left too
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("this code ran",))
+
+
+@pytest.mark.parametrize("damage, match", [
+    (lambda d: (d / "config.json").unlink(), "config.json not found"),
+    (lambda d: (d / "config.json").write_text("{"), "cannot be read as JSON"),
+    (lambda d: (d / "config.json").write_text('{"a": 1}'), "not a checkpoint of this project"),
+    (lambda d: (d / "config.json").write_text((d / "config.json").read_text().replace('"d": 16', '"width": 16')), "config.json"),
+    (lambda d: (d / "config.json").write_text((d / "config.json").read_text().replace('"v": 11', '"v": 12')), r"is \(11, 16\), expected \(12, 16\)"),
+    (lambda d: next(d.glob("*.pt")).unlink(), "the checkpoint is incomplete"),
+    (lambda d: next(d.glob("*.pt")).write_bytes(next(d.glob("*.pt")).read_bytes()[:-2000]), "truncated or damaged"),
+    (lambda d: torch.save({"a": Evil()}, next(d.glob("*.pt"))), "could run code"),
+    (lambda d: next(d.glob("*.pt")).write_bytes(pickle.dumps(Evil())), "could run code|damaged"),
+    (lambda d: torch.save([1, 2], next(d.glob("*.pt"))), "missing"),
+], ids=["no config", "bad json", "other json", "unknown key", "other shape", "no weights", "truncated", "code", "plain pickle", "a list"])
+def test_a_damaged_checkpoint_gets_one_clear_line_and_runs_no_code(tmp_path, capsys, damage, match):
+    mil.save(build(Config(**SMALL), torch.float32), tmp_path)
+    damage(tmp_path)
+    with pytest.raises(MilError, match=match) as e:
+        mil.load(tmp_path)
+    assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
+    assert "this code ran" not in capsys.readouterr().out
+
+
+def test_a_directory_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MilError, match="cannot be made"):
+        mil.save(build(Config(**SMALL)), tmp_path / "file" / "model")
+
+
+def test_config_round_trips_through_json():
+    config = Config(**SMALL, mixers=["mamba2", "attention", "none", "mamba"], rope_scaling=dict.fromkeys(mil.ROPE_SCALING, 1.0))
+    assert Config(**json.loads(json.dumps(dataclasses.asdict(config)))) == config

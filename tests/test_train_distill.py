@@ -1,0 +1,256 @@
+"""The main job at a tiny size, its parts, and what it says to bad input."""
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEVICE, assert_close, build, run_script
+from hypothesis import given
+from hypothesis import strategies as st
+
+import generate as g
+import mil
+import train_distill as t
+from mil import MilError
+
+TINY = ["--n_layers", "4", "--d", "32", "--n_heads", "4", "--n_kv_heads", "2", "--d_ff", "64", "--context", "64", "--batch", "8", "--teacher_steps", "60",
+        "--stage1_steps", "20", "--stage2_steps", "10", "--eval_sequences", "16", "--device", DEVICE, "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """The default job, its sizes apart: on the standard library, from nothing, as a user starts it."""
+    out = tmp_path_factory.mktemp("job")
+    done = run_script("train_distill.py", "--out", out, *TINY)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A file of text, enough for a tiny run."""
+    (tmp_path / "text.txt").write_text("".join(f"the {i} of {i * i} is {i % 7}\n" for i in range(900)))
+    return tmp_path / "text.txt"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The job
+
+
+def test_the_job_learns_writes_its_table_and_shows_a_sample(job):
+    out, printed = job
+    results = json.loads((out / "results.json").read_text())
+    names = [row["model"] for row in results["rows"]]
+    assert names == ["teacher", "student, not trained", "stage 1.1, 1 of 4 layers replaced", "stage 1.2, 2 of 4 layers replaced",
+                     "stage 2, all parameters"]
+    teacher, untrained, *_, last = results["rows"]
+    assert teacher["loss"] < math.log(257) - 1.5 and teacher["kl"] == 0 and teacher["agreement"] == 1
+    assert last["loss"] < untrained["loss"] and last["kl"] < untrained["kl"] and last["agreement"] > untrained["agreement"]
+    for row in results["rows"]:
+        assert row["perplexity"] == pytest.approx(math.exp(row["loss"])) and f"{row['loss']:.4f}" in printed
+        assert row["bits_per_byte"] == pytest.approx(row["loss"] / math.log(2), rel=0.01)  # a token is a byte but for ends of text
+    assert "teacher" in printed and "│ student\ndef " in printed and "peak memory" in printed and results["seconds"] > 0
+    lines = (out / "log.txt").read_text().splitlines()
+    assert all(any(stage in line for line in lines) for stage in ("teacher  step 60/60", "stage 1.2", "stage 2", "ETA", "tokens/s"))
+    first, *_, final = [float(line.split("loss ")[1].split()[0]) for line in lines if line.startswith("teacher  step")]
+    assert final < first
+
+
+def test_a_second_run_reuses_the_teacher_and_gives_the_same_result(job):
+    out, _ = job
+    before = json.loads((out / "results.json").read_text())["rows"]
+    weights = mil.load(out / "teacher").state_dict()
+    done = run_script("train_distill.py", "--out", out, *TINY)
+    assert done.returncode == 0 and f"teacher: reused from {out}/teacher" in done.stdout and "teacher  step" not in done.stdout
+    assert all(torch.equal(w, weights[k]) for k, w in mil.load(out / "teacher").state_dict().items())
+    if DEVICE == "cpu":  # same seed, same CPU, same result
+        after = json.loads((out / "results.json").read_text())["rows"]
+        for a, b in zip(before, after):
+            assert {k: v for k, v in a.items() if k in ("loss", "kl", "agreement")} == {k: v for k, v in b.items() if k in ("loss", "kl", "agreement")}
+
+
+def test_the_student_speaks_through_generate(job):
+    out, _ = job
+    done = run_script("generate.py", "--model", out / "student", "--prompt", "def ", "--max_new_tokens", "20")
+    assert done.returncode == 0 and done.stdout.startswith("def ") and len(done.stdout) > 8
+    assert mil.load(out / "student").config.mixers == ["mamba2", "attention", "mamba2", "attention"]
+
+
+def test_another_teacher_is_distilled_and_left_alone(job, text, tmp_path):
+    out, _ = job
+    before = {p: p.read_bytes() for p in (out / "teacher").iterdir()}
+    t.main(["--out", str(tmp_path / "o"), "--teacher", str(out / "teacher"), "--data", str(text), "--mixer", "mamba", "--keep", "0.25",
+            "--stage1_steps", "3", "--stage2_steps", "2", "--batch", "4", "--eval_sequences", "4", "--device", DEVICE])
+    assert {p: p.read_bytes() for p in (out / "teacher").iterdir()} == before and not (tmp_path / "o" / "teacher").exists()
+    assert mil.load(tmp_path / "o" / "student").config.mixers.count("mamba") == 3
+
+
+def test_a_teacher_made_with_other_settings_is_not_reused(text, tmp_path, capsys):
+    argv = ["--out", str(tmp_path / "o"), "--data", str(text), *TINY, "--teacher_steps", "3", "--stage1_steps", "2", "--stage2_steps", "1"]
+    t.main(argv)
+    t.main([*argv, "--teacher_steps", "4"])
+    assert "was made with other settings or data; training a new one" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stages, losses
+
+
+def small_settings(tmp_path, **changes):
+    s = t.Settings(out=str(tmp_path), **{"warmup": 0.1, **changes})
+    t.complete(s, torch.device("cpu"))
+    s.batch, s.context, s.eval_sequences = 2, 16, 4
+    return s
+
+
+def test_stage_1_trains_the_mixers_only_and_stage_2_everything(tmp_path):
+    s = small_settings(tmp_path)
+    teacher = build(mil.Config(v=17, d=16, n_layers=4, n_heads=2, n_kv_heads=1, d_ff=24, context=16), torch.float32)
+    student = mil.replace_attention(teacher, [0, 2], "mamba2")
+    before = {k: w.clone() for k, w in student.state_dict().items()}
+    batches = iter(lambda: tuple(torch.randint(17, (2, 16), device=DEVICE) for _ in range(2)), None)
+    loss = lambda x, y: t.distillation_loss(student(x), None, y, 1.0, 0.0)  # noqa: E731
+    train = [w for i in (0, 2) for w in student.layers[i].mixer.parameters()]
+    with open(tmp_path / "log", "w") as log:
+        t.fit("stage 1", student, train, 3, 1e-2, batches, loss, s, torch.device(DEVICE), log, "")
+        for k, w in student.state_dict().items():
+            moved = not torch.equal(w, before[k])
+            assert moved == k.startswith(("layers.0.mixer", "layers.2.mixer")), k
+        assert all(w.grad is None for w in student.parameters())
+        t.fit("stage 2", student, list(student.parameters()), 3, 1e-2, batches, loss, s, torch.device(DEVICE), log, "")
+    assert all(not torch.equal(w, before[k]) for k, w in student.state_dict().items())
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(2, 9), st.floats(0, 2), st.floats(0, 2), st.integers(0, 1000))
+def test_the_loss_is_alpha_ce_plus_beta_kl_per_predicted_token(b, l, v, alpha, beta, seed):
+    torch.manual_seed(seed)
+    student, teacher, targets = torch.randn(b, l, v), torch.randn(b, l, v), torch.randint(v, (b, l))
+    want = 0.0
+    for i, j in np.ndindex(b, l):
+        p, q = teacher[i, j].double().softmax(-1), student[i, j].double().softmax(-1)
+        want += (-alpha * q[targets[i, j]].log() + beta * (p * (p / q).log()).sum()) / (b * l)
+    assert_close(t.distillation_loss(student, teacher, targets, alpha, beta), want, 1e-4, noise=1e-6)
+
+
+def test_layers_are_replaced_in_steps_spread_evenly_at_every_step():
+    plan = lambda n, keep, steps: t.replacement_steps(t.Settings(keep=keep, replace_steps=steps), mil.Config(n_layers=n))  # noqa: E731
+    assert plan(32, 0.5, 2) == [list(range(0, 32, 4)), list(range(2, 32, 4))]
+    for n, keep, steps in ((32, 0.0, 4), (12, 0.25, 3), (7, 0.5, 2), (5, 0.0, 5)):
+        got = plan(n, keep, steps)
+        assert len(got) == steps and all(got) and sorted(sum(got, [])) == mil.interleaved_layers(n, keep)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_says_the_step_and_keeps_the_checkpoint(text, tmp_path, monkeypatch):
+    argv = ["--out", str(tmp_path / "o"), "--data", str(text), *TINY, "--teacher_steps", "5", "--stage1_steps", "20", "--stage2_steps", "2"]
+    honest, calls = t.distillation_loss, []
+
+    def poisoned(student, teacher, targets, alpha, beta):
+        calls.append(teacher is not None)
+        return honest(student, teacher, targets, alpha, beta) * (math.nan if sum(calls) == 14 else 1)
+
+    monkeypatch.setattr(t, "distillation_loss", poisoned)
+    with pytest.raises(MilError, match=r"stage 1.2.*became nan at step 4 of 10; stopped. The last good checkpoint is .*student, after stage 1.1"):
+        t.main(argv)
+    assert mil.load(tmp_path / "o" / "student").config.mixers.count("mamba2") == 1
+    assert all(w.isfinite().all() for w in mil.load(tmp_path / "o" / "student").parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def corpus(tmp_path, *data, **changes):
+    s = small_settings(tmp_path / "out", data=[str(d) for d in data], **changes)
+    return t.load_corpus(s, g.load_tokenizer("bytes"), "bytes")
+
+
+def test_the_corpus_is_split_by_file_and_ends_each_text(tmp_path):
+    for i in range(40):
+        (tmp_path / f"{i:02}.txt").write_text(f"{i:02}" * 40)
+    c = corpus(tmp_path, *sorted(tmp_path.glob("*.txt")))
+    documents = lambda part: bytes(x if x < 256 else 0 for x in part).decode().split("\0")[:-1]  # noqa: E731
+    assert documents(c.val) == ["09" * 40, "29" * 40] and len(documents(c.train)) == 38 and isinstance(c.train, np.memmap)
+
+
+def test_the_default_corpus_is_the_standard_library_without_tests():
+    files = [str(f) for f in t.standard_library()]
+    assert files == sorted(files) and any(f.endswith("/argparse.py") for f in files) and len(files) > 300
+    assert not any("site-packages" in f or "/test/" in f or "/tests/" in f for f in files)
+
+
+def test_jsonl_of_every_shape_becomes_documents(tmp_path):
+    records = [{"text": "plain"}, {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]},
+               {"prompt": "one ", "completion": "two"}]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps(r) for r in records))
+    assert t.read_documents(tmp_path / "a.jsonl", True) == ["plain", "user: hi\nassistant: yo", "one two"]
+
+
+def test_a_folder_is_read_without_its_hidden_and_binary_files(tmp_path):
+    for name, data in (("a.py", b"text"), (".hidden/b.py", b"no"), ("c.bin", b"\xff\xfe\x00"), ("deep/d.md", b"more")):
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / name).write_bytes(data)
+    assert [d for f in t.find_files([tmp_path / "d"]) for d in t.read_documents(f, False)] == ["text", "more"]
+
+
+@pytest.mark.parametrize("name, content, match", [
+    ("a.jsonl", '{"text": "a"}\n{"text": \n', "a.jsonl: line 2 is not JSON"), ("a.jsonl", '{"text": "a"}\n\n{"body": "b"}\n', "line 3 has body; expected text"),
+    ("a.jsonl", "[1]\n", "line 1 has list"), ("a.jsonl", '{"messages": []}', "line 1 has messages"), ("a.txt", "", "no text found"),
+    ("a.txt", "short", "training tokens, but one batch needs 33"), ("a.txt", b"\xff\xfe", "not UTF-8 text")])
+def test_bad_data_gets_one_clear_line_and_leaves_nothing_behind(tmp_path, name, content, match):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(MilError, match=match) as e:
+        corpus(tmp_path, tmp_path / name)
+    assert "\n" not in str(e.value) and (tmp_path / "out" / "data").exists() == ("needs" in match)
+
+
+def test_missing_data_is_said(tmp_path):
+    with pytest.raises(MilError, match="no such file or folder"):
+        corpus(tmp_path, tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MilError, match="no files in this folder"):
+        corpus(tmp_path, tmp_path / "empty")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Bad flags
+
+
+@pytest.mark.parametrize("argv, match", [
+    (["--stage1_step", "3"], "unknown flag --stage1_step; did you mean --stage1_steps?"), (["--keep", "1.5"], "keep is 1.5"), (["--keep=1"], "replaces none"),
+    (["--mixer", "rwkv"], "--mixer is 'rwkv', expected one of mamba"), (["--batch", "x"], "invalid int value"), (["--batch=-2"], "--batch is -2"),
+    (["--alpha", "0", "--beta", "0"], "nothing would be learned"), (["--warmup", "2"], "--warmup is 2.0"), (["--replace_steps", "9"], "--replace_steps is 9"),
+    (["--teacher_lr=-1"], "--teacher_lr is -1"), (["--stage1_lr", "nan"], "--stage1_lr is nan"), (["--n_heads", "3", "--n_kv_heads", "3"], "not divisible"),
+    (["--teacher", "/nowhere"], "/nowhere: no checkpoint"), (["--tokenizer", "nonsense"], "neither a file nor a known encoding"), (["--data", "/nowhere"], "no such file"),
+    (["--dtype", "float8"], "--dtype is 'float8'"), (["--device", "abacus"], "--device abacus"), (["--init", "zeros"], "--init is 'zeros'")])
+def test_bad_flags_get_one_clear_line(tmp_path, argv, match):
+    with pytest.raises(MilError) as e:
+        t.main(["--out", str(tmp_path / "o"), *TINY, *argv])
+    assert match in str(e.value) and "\n" not in str(e.value)
+
+
+def test_an_output_that_cannot_be_written_is_said_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    done = run_script("train_distill.py", "--out", tmp_path / "file" / "o", *TINY)
+    assert done.returncode == 1 and done.stderr.startswith("error: --out") and done.stderr.count("\n") == 1 and not done.stdout
+    assert (tmp_path / "file").read_text() == "precious"
+    if os.geteuid():  # root writes everywhere
+        (tmp_path / "locked").mkdir(mode=0o500)
+        assert "cannot be" in run_script("train_distill.py", "--out", tmp_path / "locked" / "o", *TINY).stderr
+
+
+def test_help_gives_every_flag_a_line():
+    done = run_script("train_distill.py", "--help")
+    assert done.returncode == 0
+    for f in t.dataclasses.fields(t.Settings):
+        assert f"--{f.name} " in done.stdout
+
+
+def test_weights_loss_and_gradients_are_float32_under_bfloat16(tmp_path):
+    s = small_settings(tmp_path, dtype="bfloat16")
+    student = mil.replace_attention(build(mil.Config(v=17, d=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=24), torch.float32), [0])
+    with t.compute_in(s, torch.device(DEVICE)):
+        loss = t.distillation_loss(student(torch.zeros(1, 5, dtype=torch.long, device=DEVICE)), None, torch.zeros(1, 5, dtype=torch.long, device=DEVICE), 1.0, 0.0)
+    loss.backward()
+    assert loss.dtype == torch.float32 and all(w.dtype == torch.float32 and w.grad is not None and w.grad.isfinite().all() for w in student.parameters())
