@@ -17,11 +17,8 @@ import codecs
 import dataclasses
 import difflib
 import os
-import shutil
 import sys
 import time
-import types
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,10 +33,10 @@ from mil import MilError
 # Command lines: every field of a dataclass is a flag
 
 
-def flag(default, help):
-    """A dataclass field that is also a flag `--name value`, with the line that --help shows."""
+def flag(default, help, **parse):
+    """A dataclass field that is also a flag `--name value`, with the line that --help shows. `parse` goes to argparse."""
     make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return dataclasses.field(metadata={"help": help}, **make)
+    return dataclasses.field(metadata={"help": help, "parse": parse}, **make)
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,16 +45,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_flags(settings, argv, description):
-    """An instance of the dataclass `settings` from `--name value` or `--name=value`; lists take several values.
+    """An instance of the dataclass `settings` from `--name value` or `--name=value`.
 
     Raises MilError for an unknown flag (naming the nearest known one) or a value of the wrong type.
     """
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(settings):
-        kinds = [k for k in typing.get_args(f.type) or [f.type] if k is not types.NoneType]
-        many = {"nargs": "+", "action": "extend"} if f.type is list else {"type": kinds[0], "metavar": kinds[0].__name__}
-        default = "" if f.default in (None, "", dataclasses.MISSING) else f" (default {f.default})"
-        parser.add_argument("--" + f.name, default=None, help=f.metadata["help"].replace("%", "%%") + default, **many)
+        kind = {} if f.type is list else {"type": f.type, "metavar": f.type.__name__}
+        default = "" if f.default in ("", dataclasses.MISSING) or "default" in f.metadata["help"] else f" (default {f.default})"
+        parser.add_argument("--" + f.name, default=None, help=f.metadata["help"].replace("%", "%%") + default, **kind, **f.metadata["parse"])
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
@@ -81,10 +77,14 @@ def run_command(main):
 
 
 def pick_device(name):
-    """torch.device for a --device flag; "" takes CUDA when there is one."""
+    """torch.device for a --device flag, made the current one; "" takes CUDA when there is one."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"expected cpu or cuda, not {device.type}")
         torch.empty(0, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as e:
         raise MilError(f"--device {name}: not usable here: {str(e).splitlines()[0]}") from e
     return device
@@ -98,15 +98,20 @@ LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{
 STOPS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|endofprompt|>")
 
 
+def is_named(tokenizer):
+    """Whether `tokenizer` is the name of an encoding rather than the path of a file."""
+    return tokenizer == "bytes" or tokenizer in tiktoken.list_encoding_names()
+
+
 def load_tokenizer(name):
-    """A tiktoken.Encoding: "bytes" (built in: 256 bytes and an end of text), the path of a Llama-3 tokenizer.model, or
-    the name of one of tiktoken's own encodings, which tiktoken downloads on first use."""
+    """A tiktoken.Encoding: "bytes" (built in: 256 bytes and an end of text), the name of one of tiktoken's own encodings,
+    which tiktoken downloads on first use, or the path of a Llama-3 tokenizer.model."""
     if name == "bytes":
         return tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
                                  special_tokens={"<|endoftext|>": 256})
-    if os.path.exists(name):
-        return read_llama3_tokenizer(Path(name))
-    if name not in tiktoken.list_encoding_names():
+    if not is_named(name):
+        if os.path.exists(name):
+            return read_llama3_tokenizer(Path(name))
         raise MilError(f"--tokenizer {name}: neither a file nor a known encoding; expected bytes, the path of a Llama-3 "
                        f"tokenizer.model, or one of {', '.join(tiktoken.list_encoding_names())}")
     try:
@@ -144,26 +149,44 @@ def stop_tokens(encoding):
     return [encoding.encode_single_token(t) for t in STOPS if t in encoding.special_tokens_set]
 
 
+def token_bytes(encoding, token):
+    """The bytes a token stands for in the text: none for special tokens and for numbers the encoding does not use."""
+    try:
+        data = encoding.decode_single_token_bytes(token)
+    except KeyError:  # a model's vocabulary may be rounded up past the tokenizer's, and an encoding may have gaps
+        return b""
+    return b"" if data.decode("utf-8", "replace") in encoding.special_tokens_set else data
+
+
 def encode(encoding, text):
     """Token ids of `text`, after the begin token where the encoding has one. Special tokens in it are plain text."""
-    begin = [encoding.encode_single_token(t) for t in ("<|begin_of_text|>",) if t in encoding.special_tokens_set]
+    begin = "<|begin_of_text|>"
+    begin = [encoding.encode_single_token(begin)] if begin in encoding.special_tokens_set else []
     return begin + encoding.encode_ordinary(text)
 
 
 def save_with_tokenizer(model, directory, tokenizer, **notes):
     """mil.save, and the tokenizer: its name in config.json, or its file beside it."""
-    if os.path.exists(tokenizer):
-        os.makedirs(directory, exist_ok=True)
-        if not os.path.exists(Path(directory) / "tokenizer.model") or not os.path.samefile(tokenizer, Path(directory) / "tokenizer.model"):
-            shutil.copyfile(tokenizer, Path(directory) / "tokenizer.model")
-        tokenizer = "tokenizer.model"
+    if not is_named(tokenizer):
+        data, tokenizer = Path(tokenizer).read_bytes(), "tokenizer.model"
+        mil.make_directory(directory)
+        mil.write_whole(Path(directory) / tokenizer, lambda f: f.write(data))
     mil.save(model, directory, tokenizer=tokenizer, **notes)
+
+
+def tokenizer_of(directory):
+    """What to give load_tokenizer for the checkpoint in `directory`."""
+    name = mil.read_config(directory).get("tokenizer")
+    if not isinstance(name, str):
+        raise MilError(f'{directory}/config.json: names no tokenizer; expected "tokenizer": "bytes", a tiktoken name or '
+                       f'"tokenizer.model" (mil.save(model, directory, tokenizer=…) writes it)')
+    return name if is_named(name) else str(Path(directory) / name)
 
 
 def load_with_tokenizer(directory, device=None, dtype=None):
     """The model saved in `directory`, and its encoding."""
-    name = mil.read_config(directory).get("tokenizer", "bytes")
-    encoding = load_tokenizer(str(Path(directory) / name) if name.endswith(".model") else name)
+    name = tokenizer_of(directory)
+    encoding = load_tokenizer(name)
     model = mil.load(directory, device, dtype)
     if encoding.n_vocab > model.config.v:
         raise MilError(f"{directory}: the tokenizer {name} has {encoding.n_vocab} tokens, the model only {model.config.v}")
@@ -181,7 +204,8 @@ def token_law(logits, temperature=1.0, top_k=0, top_p=1.0):
     """
     if temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-    logits = logits.double() / temperature if logits.dtype == torch.float64 else logits.float() / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
     law = logits.softmax(-1)
@@ -201,19 +225,22 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     on; the generator ends when all rows are finished or have max_new_tokens. Rows do not see each other.
     """
     device, context = model.embed_tokens.weight.device, model.config.context
+    if not prompts:
+        raise MilError("no prompts: there is nothing to continue")
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise MilError(f"prompt {i + 1} is empty: there is nothing to continue")
         if len(prompt) >= context:
             raise MilError(f"prompt {i + 1} has {len(prompt)} tokens, but the model's context is {context}: expected at "
                            f"most {context - 1}, to leave room for one more")
-        if max(prompt) >= model.config.v or min(prompt) < 0:
-            raise MilError(f"prompt {i + 1} has token {max(prompt)}, but the model's vocabulary is {model.config.v}")
+        for token in prompt:
+            if not 0 <= token < model.config.v:
+                raise MilError(f"prompt {i + 1} has token {token}, but the model's vocabulary is {model.config.v}")
     lengths = [len(prompt) for prompt in prompts]
     tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
     for row, prompt in zip(tokens, prompts):
         row[:len(prompt)] = torch.tensor(prompt)
-    cache = mil.Cache(model, len(prompts), max(lengths) + max_new_tokens)
+    cache = mil.Cache(model, len(prompts), max(lengths) + min(max_new_tokens, context - min(lengths)))
     ends = torch.tensor(lengths, device=device)
     hidden = model.hidden(tokens.to(device), cache, ends)                         # the prompts in one pass
     last = hidden[torch.arange(len(prompts), device=device), ends - 1]            # (b, d)
@@ -236,7 +263,7 @@ class TextStream:
         self.encoding, self.decoder = encoding, codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token):
-        return self.decoder.decode(self.encoding.decode_single_token_bytes(token) if token < self.encoding.n_vocab else b"")
+        return self.decoder.decode(token_bytes(self.encoding, token))
 
     def finish(self):
         return self.decoder.decode(b"", final=True)
@@ -249,14 +276,14 @@ class TextStream:
 @dataclass
 class Settings:
     model: str = flag("out/student", "checkpoint directory, as train_distill.py writes it")
-    prompt: list = flag([], "the text to continue; - reads standard input; several make a batch")
+    prompt: list = flag([], "the text to continue; - reads standard input; given several times, a batch", action="append", metavar="text")
     max_new_tokens: int = flag(256, "stop after this many tokens")
     temperature: float = flag(0.8, "0 takes the likeliest token, 1 samples the model as it is, more is wilder")
     top_k: int = flag(0, "sample among the k likeliest tokens only; 0: no limit")
     top_p: float = flag(0.95, "sample among the fewest tokens that have this probability together; 1: no limit")
     seed: int = flag(0, "seed of the sampling")
     device: str = flag("", "cpu, cuda, cuda:1 …; empty: cuda if there is one")
-    dtype: str = flag("", "float32, bfloat16 or float16; empty: as saved")
+    dtype: str = flag("", "float32, bfloat16, float16 or float64; empty: as saved")
 
 
 def check_settings(s):
@@ -269,9 +296,21 @@ def check_settings(s):
     if s.max_new_tokens < 1:
         raise MilError(f"--max_new_tokens is {s.max_new_tokens}, expected at least 1")
     if s.dtype not in ("", "float32", "bfloat16", "float16", "float64"):
-        raise MilError(f"--dtype is {s.dtype}, expected float32, bfloat16 or float16")
+        raise MilError(f"--dtype is {s.dtype}, expected float32, bfloat16, float16 or float64")
+    if not 0 <= s.seed < 2**63:
+        raise MilError(f"--seed is {s.seed}, expected 0 to 2^63 - 1")
     if not s.prompt:
         raise MilError("--prompt is missing: give the text to continue, or - to read it from standard input")
+
+
+def read_prompt(text, number):
+    try:
+        text = sys.stdin.buffer.read().decode() if text == "-" else os.fsencode(text).decode()
+    except UnicodeDecodeError as e:
+        raise MilError(f"prompt {number} is not UTF-8 text (byte {e.start})") from None
+    if not text:
+        raise MilError(f"prompt {number} is empty: there is nothing to continue")
+    return text
 
 
 def main(argv):
@@ -279,10 +318,8 @@ def main(argv):
     check_settings(s)
     device = pick_device(s.device)
     model, encoding = load_with_tokenizer(s.model, device, getattr(torch, s.dtype) if s.dtype else None)
-    texts = [sys.stdin.read() if text == "-" else text for text in s.prompt]
-    for i, text in enumerate(texts):
-        if not text:
-            raise MilError(f"prompt {i + 1} is empty: there is nothing to continue")
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets a ? and not an error
+    texts = [read_prompt(text, i + 1) for i, text in enumerate(s.prompt)]
     prompts = [encode(encoding, text) for text in texts]
     stop, streams = stop_tokens(encoding), [TextStream(encoding) for _ in texts]
     whole, count, began, single = list(texts), 0, time.perf_counter(), len(texts) == 1

@@ -5,7 +5,7 @@
     y_t = h_t C_t + D ∘ x_t,   then   y_t ∘ silu(z_t)               the output, its skip and its gate
 
 Without Δ, A, D and z this is causal attention with the softmax taken out, so each symbol has an attention
-name (The Mamba in the Llama, arXiv 2408.15237, section 3):
+name (The Mamba in the Llama, arXiv 2408.15237, section 2):
 
     C  query   (b, l, h, n)        b  batch            h  query heads        n  state size per head
     B  key     (b, l, g, n)        l  length           g  key/value heads    p  channels per head
@@ -33,7 +33,7 @@ How the scan is made parallel. The recurrence is linear in h, so the sequence is
 Only step 2 is sequential, and it is l/T long. The gradient is the same three steps run backwards in time: the
 adjoint G_t = ∂L/∂h_t obeys G_{t-1} = exp(Δ_t A) ∘ G_t + dy_{t-1} ⊗ C_{t-1}. The two decays share step 2; inside a
 chunk Mamba walks token by token with its state in registers, and Mamba-2 multiplies matrices on the tensor cores.
-The backward pass keeps only the inputs and recomputes the states.
+The Triton backward keeps only the inputs and recomputes the states.
 
 Names in the kernels: b_ a block in registers, p_ a pointer, o_ offsets, m_ a mask, i_ an index, s_ a stride.
 """
@@ -111,9 +111,9 @@ def ssm_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None):
     Raises ValueError, naming the argument, when the shapes do not fit together.
     """
     check_ssm(x, dt, A, B, C, D, z, dt_bias, h0)
-    if x.shape[1] == 1:  # one token has nothing to run in parallel: the definition is a single step
-        return ssm_reference(x, dt, A, B, C, D, z, dt_bias, h0)
     with torch.autocast(x.device.type, enabled=False):  # the state and Δ·A stay float32 whatever surrounds them
+        if x.shape[1] == 1:  # one token has nothing to run in parallel: the definition is a single step
+            return ssm_reference(x, dt, A, B, C, D, z, dt_bias, h0)
         f = torch.promote_types(x.dtype, torch.float32)
         delta = F.softplus(dt.to(f) if dt_bias is None else dt.to(f) + dt_bias.to(f))
         if h0 is None:
@@ -132,11 +132,13 @@ def ssm_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None):
 
 def causal_conv(x, weight, bias=None, state=None, lengths=None):
     """`conv_reference`, fast and differentiable. With `lengths` (b,) row i has only that many real tokens, padded
-    on the right, and the returned state holds each row's own last inputs."""
-    l, w = x.shape[1], weight.shape[2]
-    if weight.shape[0] % x.shape[2] or weight.shape[1] != x.shape[3]:
-        raise ValueError(f"causal_conv: weight is {tuple(weight.shape)} (h, p, w) but x is {tuple(x.shape)} "
-                         f"(b, l, g, p): p must agree and g must divide h")
+    on the right, and the returned state holds each row's own last inputs. ValueError when the shapes do not fit."""
+    (b, l, g, p), (h, _, w) = x.shape, weight.shape
+    if h % g:
+        raise ValueError(f"causal_conv: the kv heads of x ({g}) must divide the heads of weight ({h})")
+    for name, t, want in (("weight", weight, (h, p, w)), ("bias", bias, (h, p)), ("state", state, (b, w - 1, g, p))):
+        if t is not None and tuple(t.shape) != want:
+            raise ValueError(f"causal_conv: {name} is {tuple(t.shape)}, expected {want} for x {tuple(x.shape)}")
     full = x if state is None else torch.cat([state.to(x.dtype), x], dim=1)
     y = TritonConv.apply(full, weight, bias)[:, -l:] if use_triton(x) else conv_reference(x, weight, bias, state)[0]
     end = full.shape[1] - l + (l if lengths is None else lengths[:, None])                     # in full, a number or (b, 1)
@@ -146,7 +148,12 @@ def causal_conv(x, weight, bias=None, state=None, lengths=None):
 
 def check_ssm(x, dt, A, B, C, D, z, dt_bias, h0):
     """Every argument against the shapes in the file's head; ValueError on the first that does not fit."""
+    for name, t, axes in (("x", x, "b, l, g, p"), ("B", B, "b, l, g, n"), ("C", C, "b, l, h, n")):
+        if t.dim() != 4:
+            raise ValueError(f"ssm: {name} is {tuple(t.shape)}, expected four axes ({axes})")
     (b, l, gx, p), gb, (h, n) = x.shape, B.shape[2], C.shape[2:]
+    if B.shape[3] != n:
+        raise ValueError(f"ssm: B is {tuple(B.shape)} and C is {tuple(C.shape)}, but their last axis, n, must agree")
     per = (h,) if A.dim() == 1 else (h, p)  # what has one value per head in Mamba-2 has one per channel in Mamba
     want = {"A": per if A.dim() == 1 else (h, p, n), "dt": (b, l, *per), "B": (b, l, gb, n), "C": (b, l, h, n),
             "D": per, "dt_bias": per, "z": (b, l, h, p), "h0": (b, h, p, n)}

@@ -3,11 +3,12 @@
     attention without softmax   h_t = h_{t-1} + v_t k_tᵀ                            y_t = h_t q_t
     Mamba                       h_t = exp(Δ_t A) ∘ h_{t-1} + (Δ_t x_t) B_tᵀ         y_t = h_t C_t + D ∘ x_t
 
-The two lines differ by a step Δ and a decay A, so a trained attention layer hands its projections over (section 3 and
+The two lines differ by a step Δ and a decay A, so a trained attention layer hands its projections over (section 2 and
 Figure 1 of arXiv 2408.15237; `replace_attention` below does it):
 
     query W_q -> C    key W_k -> B    value W_v -> x    output W_o -> out_proj
     new, learned in distillation: Δ, A, a causal convolution of width 4, a gate z, a skip D
+    left behind: the softmax with its scale 1/√p, and RoPE (the recurrence knows the order of the tokens)
 
 A Llama is the stack with attention in every layer; there is no other model class. Letters are those of kernels.py:
 b batch, l length, d width, h query heads, g kv heads, p channels per head, n state size per head, w conv width,
@@ -37,7 +38,7 @@ class MilError(ValueError):
     """What went wrong, said to the person who typed: the file or flag, what was found, what was expected."""
 
 
-MIXERS = ("attention", "mamba", "mamba2", "none")
+MIXERS = ("attention", "mamba", "mamba2", "none")  # CLASSES below holds the modules
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -61,10 +62,14 @@ class Config:
     d_conv: int = 4                # width of the causal convolution
 
     def __post_init__(self):
+        for name in ("v", "d", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "context", "d_state", "d_conv"):
+            least = 0 if name == "head_dim" else 1
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise MilError(f"config: {name} is {getattr(self, name)!r}, expected a whole number of at least {least}")
+        for name in ("rope_theta", "norm_eps"):
+            if not isinstance(getattr(self, name), (int, float)) or not getattr(self, name) > 0:
+                raise MilError(f"config: {name} is {getattr(self, name)!r}, expected a number above 0")
         self.mixers = list(self.mixers) or ["attention"] * self.n_layers
-        for name in ("v", "d", "n_layers", "n_heads", "n_kv_heads", "d_ff", "context", "d_state", "d_conv"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise MilError(f"config: {name} is {getattr(self, name)!r}, expected a whole number of at least 1")
         if not self.head_dim:
             if self.d % self.n_heads:
                 raise MilError(f"config: width d {self.d} is not divisible by n_heads {self.n_heads}; give head_dim")
@@ -93,7 +98,8 @@ class Config:
 
 
 def rope_angles(config, pos):
-    """cos and sin (b, 1, l, head_dim / 2) of position × frequency, in float32, with Llama-3.1's scaling when configured."""
+    """cos and sin (b, 1, l, head_dim / 2) of the positions pos (b, l) × frequency, in float32, with Llama-3.1's scaling
+    when configured."""
     half = config.head_dim // 2
     freq = config.rope_theta ** (-torch.arange(half, device=pos.device, dtype=torch.float32) / half)
     if config.rope_scaling:  # slow turns are stretched by `factor`, fast ones kept, a smooth ramp in between
@@ -127,7 +133,7 @@ class Attention(nn.Module):
         q, k, v = split(self.q_proj(u)), split(self.k_proj(u)), split(self.v_proj(u))
         q, k, mask = rope(q, *angles), rope(k, *angles), None
         if log is not None:
-            k, v, mask = log.extend(k, v)
+            k, v, mask = log.extend(k, v)                         # (b, g, all so far, p), mask (b, 1, l, all so far) or None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
@@ -135,14 +141,15 @@ class Attention(nn.Module):
         return AttentionLog(cache, self.config, self.q_proj.weight.dtype)
 
 
-def inverse_softplus(y):
-    return y + torch.log(-torch.expm1(-y))
-
-
 def initial_dt_bias(n):
     """The bias for which Δ = softplus(bias) is log-uniform in [1e-3, 1e-1] (Mamba's initialisation)."""
-    dt = torch.exp(torch.empty(n, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
-    return inverse_softplus(dt)
+    delta = torch.exp(torch.empty(n, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
+    return delta + torch.log(-torch.expm1(-delta))  # the inverse of softplus
+
+
+def decay_rates(A_log):
+    """A = -exp(A_log), never in less than float32."""
+    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
 
 
 class Mamba(nn.Module):
@@ -150,6 +157,9 @@ class Mamba(nn.Module):
 
     Parameters are named and shaped as in the released checkpoints: out_proj and C_proj (h·p), in_proj_x and B_proj (g·p).
     The convolution reads x only, and has its own weights for each of the h·p channels, after the kv heads fan out.
+    With d_state = head_dim the block without its new parts is the attention without softmax; with a smaller one it is
+    that attention with its heads cut to d_state channels, which for grouped heads pairs other slices than attention did
+    (as in the released models). `angles` is for attention alone.
     """
 
     def __init__(self, config):
@@ -170,7 +180,7 @@ class Mamba(nn.Module):
 
     @torch.no_grad()
     def reset(self):
-        """Initial values of what attention does not give (section 1 of the Mamba paper; A = -(1 .. n))."""
+        """Initial values of what attention does not give (those of Mamba itself; A = -(1 .. n))."""
         nn.init.uniform_(self.dt_proj.weight, -self.dt_rank**-0.5, self.dt_rank**-0.5)
         self.dt_proj.bias.copy_(initial_dt_bias(self.dt_proj.bias.shape[0]))
         self.A_log.copy_(torch.arange(1, self.config.d_state + 1, dtype=torch.float32).log().expand_as(self.A_log))
@@ -190,7 +200,7 @@ class Mamba(nn.Module):
         conv, h0, lengths = (None, None, None) if log is None else log.read()
         dt = dt if lengths is None else hide_padding(dt, lengths)
         x, conv = causal_conv(x, self.conv1d.weight.view(-1, n, self.config.d_conv), self.conv1d.bias.view(-1, n), conv, lengths)
-        A = -torch.exp(self.A_log.float()).view(-1, n, n)             # (h, p, n)
+        A = decay_rates(self.A_log).view(-1, n, n)                    # (h, p, n)
         y, h = ssm_scan(x, heads(dt), A, B, C, D=heads(self.D), z=z, dt_bias=heads(self.dt_proj.bias), h0=h0)
         if log is not None:
             log.write(conv, h)
@@ -213,9 +223,9 @@ class Mamba2(nn.Module):
         super().__init__()
         self.config = config
         wide, narrow, h = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.n_heads
-        self.split = [wide, 2 * narrow + wide, h]  # z | x, B, C | dt
-        self.in_proj = nn.Linear(config.d, sum(self.split), bias=False)
-        self.conv1d = nn.Conv1d(self.split[1], self.split[1], config.d_conv, groups=self.split[1])
+        self.sizes = [wide, 2 * narrow + wide, h]  # z | x, B, C | dt
+        self.in_proj = nn.Linear(config.d, sum(self.sizes), bias=False)
+        self.conv1d = nn.Conv1d(self.sizes[1], self.sizes[1], config.d_conv, groups=self.sizes[1])
         self.dt_bias = nn.Parameter(torch.empty(h))
         self.A_log = nn.Parameter(torch.empty(h))
         self.D = nn.Parameter(torch.empty(h))
@@ -232,18 +242,18 @@ class Mamba2(nn.Module):
 
     def inherit(self, attention):
         """Which of this block's tensors take which of attention's."""
-        wide, narrow = self.split[0], self.conv1d.weight.shape[0] - self.split[0]
-        _, x, B, C, _ = self.in_proj.weight.split([wide, narrow // 2, narrow // 2, wide, self.split[2]])
+        wide, narrow = self.sizes[0], (self.sizes[1] - self.sizes[0]) // 2
+        _, x, B, C, _ = self.in_proj.weight.split([wide, narrow, narrow, wide, self.sizes[2]])
         return [(C, attention.q_proj), (B, attention.k_proj), (x, attention.v_proj), (self.out_proj.weight, attention.o_proj)]
 
     def forward(self, u, angles, log=None):
         p, g = self.config.head_dim, self.config.n_kv_heads
-        z, xBC, dt = self.in_proj(u).split(self.split, dim=-1)
+        z, xBC, dt = self.in_proj(u).split(self.sizes, dim=-1)
         conv, h0, lengths = (None, None, None) if log is None else log.read()
         dt = dt if lengths is None else hide_padding(dt, lengths)
         xBC, conv = causal_conv(xBC.unsqueeze(2), self.conv1d.weight.transpose(0, 1), self.conv1d.bias[None], conv, lengths)
         x, B, C = xBC.unflatten(3, (-1, p)).squeeze(2).split([g, g, self.config.n_heads], dim=2)  # (b, l, heads, p)
-        y, h = ssm_scan(x, dt, -torch.exp(self.A_log.float()), B, C, D=self.D, dt_bias=self.dt_bias, h0=h0)
+        y, h = ssm_scan(x, dt, decay_rates(self.A_log), B, C, D=self.D, dt_bias=self.dt_bias, h0=h0)
         if log is not None:
             log.write(conv, h)
         y = F.rms_norm(y * F.silu(z).unflatten(2, (-1, p)), (p,), eps=self.norm.eps)  # per head (b, l, h, p)
@@ -251,7 +261,7 @@ class Mamba2(nn.Module):
 
     def new_log(self, cache):
         p, h = self.config.head_dim, self.config.n_heads
-        return StateLog(cache, (self.config.d_conv - 1, 1, self.split[1]), (h, p, p), self.out_proj.weight.dtype)
+        return StateLog(cache, (self.config.d_conv - 1, 1, self.sizes[1]), (h, p, p), self.out_proj.weight.dtype)
 
 
 class NoMixer(nn.Module):
@@ -365,6 +375,7 @@ class Cache:
     def __init__(self, model, batch, size):
         self.size, self.used = size, 0  # used: the furthest any row has been written, known without asking the device
         self.length = torch.zeros(batch, dtype=torch.long, device=model.embed_tokens.weight.device)
+        self.new, self.lengths, self.pos = 0, None, None  # of the tokens being added, between open and close
         self.logs = [layer.mixer.new_log(self) for layer in model.layers]
 
     def open(self, b, l, lengths=None):
@@ -437,14 +448,15 @@ def interleaved_layers(n_layers, keep):
     """
     if not 0 <= keep <= 1:
         raise MilError(f"keep is {keep}, expected a share of attention between 0 and 1")
-    count = round(n_layers * (1 - keep))
+    count = math.floor(n_layers * (1 - keep) + 0.5)
     return [j * n_layers // count for j in range(count)]
 
 
 def replace_attention(model, layers, mixer="mamba2", init="attention", share=False):
     """A student: `model` with attention replaced by `mixer` in `layers`, everything else kept.
 
-    init="attention" copies the layer's projections (W_q -> C, W_k -> B, W_v -> x, W_o -> out), "random" does not. The
+    init="attention" copies the layer's projections (W_q -> C, W_k -> B, W_v -> x, W_o -> out), "random" does not. New
+    projections keep PyTorch's own initial values, as in the authors' code. The
     model itself is untouched, and may be a student already: layers converted before keep what they learned. With
     share=True the kept parts are the model's own tensors, not copies. Raises MilError for a layer out of range, listed
     twice, or holding no attention.
@@ -453,7 +465,7 @@ def replace_attention(model, layers, mixer="mamba2", init="attention", share=Fal
         raise MilError(f"replace_attention: mixer {mixer!r}, expected one of {', '.join(MIXERS[1:])}")
     if init not in ("attention", "random"):
         raise MilError(f"replace_attention: init {init!r}, expected attention or random")
-    mixers = list(model.config.mixers)
+    mixers, layers = list(model.config.mixers), list(layers)
     for i in layers:
         if not 0 <= i < len(mixers):
             raise MilError(f"replace_attention: layer {i} is out of range, the model has layers 0 to {len(mixers) - 1}")
@@ -462,7 +474,8 @@ def replace_attention(model, layers, mixer="mamba2", init="attention", share=Fal
         mixers[i] = mixer
     dataclasses.replace(model.config, mixers=mixers)  # checks that the new heads can be cut from the old
     leaving = {id(w) for i in layers for w in model.layers[i].mixer.parameters()}  # not worth a copy
-    student = copy.deepcopy(model, {id(w): w for w in model.parameters() if share or id(w) in leaving})
+    as_is = {id(w): w for w in model.parameters() if share or id(w) in leaving}  # deepcopy takes these for copied already
+    student = copy.deepcopy(model, as_is)
     student.config.mixers = mixers  # one object, known to every layer
     for i in layers:
         attention, new = model.layers[i].mixer, CLASSES[mixer](student.config)
@@ -503,21 +516,31 @@ def write_whole(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def make_directory(path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise MilError(f"{path}: cannot be made: {e.strerror or e}") from e
+
+
 def save(model, directory, **notes):
     """Write config.json (with `notes` beside the configuration, e.g. the tokenizer) and the weights to `directory`."""
     directory = Path(directory)
+    make_directory(directory)
+    name, path = f"weights-{secrets.token_hex(4)}.pt", directory / "config.json"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise MilError(f"{directory}: cannot be made: {e.strerror or e}") from e
-    name = f"weights-{secrets.token_hex(4)}.pt"
+        old = json.loads(path.read_text())["weights"]
+    except (OSError, ValueError, KeyError, TypeError):
+        old = None  # nothing, or nothing of ours
     weights = {k: w.detach().cpu() for k, w in model.state_dict().items() if not (model.config.tied and k == "lm_head.weight")}
     write_whole(directory / name, lambda f: torch.save(weights, f))
-    about = {"format": "mil", "config": dataclasses.asdict(model.config), "weights": name, **notes}
-    write_whole(directory / "config.json", lambda f: f.write(json.dumps(about, indent=1).encode()))
-    for old in directory.glob("weights-*.pt"):
-        if old.name != name:
-            old.unlink(missing_ok=True)
+    about = {**notes, "format": "mil", "config": dataclasses.asdict(model.config), "weights": name}
+    try:
+        write_whole(path, lambda f: f.write(json.dumps(about, indent=1).encode()))
+        name = old  # from here on it is the old file that no config.json names
+    finally:
+        if isinstance(name, str) and Path(name).name == name:
+            (directory / name).unlink(missing_ok=True)
 
 
 def read_config(directory):
@@ -525,12 +548,13 @@ def read_config(directory):
     path = Path(directory) / "config.json"
     try:
         about = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise MilError(f"{directory}: no checkpoint here: config.json not found") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise MilError(f"{directory}: no checkpoint here: expected a directory with a config.json") from None
     except (OSError, ValueError) as e:
         raise MilError(f"{path}: cannot be read as JSON: {e}") from e
-    if not isinstance(about, dict) or about.get("format") != "mil" or not isinstance(about.get("config"), dict):
-        raise MilError(f'{path}: not a checkpoint of this project: expected "format": "mil" and a "config"')
+    if not isinstance(about, dict) or about.get("format") != "mil" or not isinstance(about.get("config"), dict) \
+            or not isinstance(about.get("weights"), str):
+        raise MilError(f'{path}: not a checkpoint of this project: expected "format": "mil", a "config" and "weights"')
     try:
         about["config"] = Config(**about["config"])
     except (MilError, TypeError) as e:
@@ -544,7 +568,7 @@ def load(directory, device=None, dtype=None):
     Reads weights only, no code (torch.load with weights_only=True), memory-mapped. MilError says what does not fit.
     """
     about = read_config(directory)
-    path = Path(directory) / str(about.get("weights"))
+    path = Path(directory) / about["weights"]
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
@@ -556,7 +580,8 @@ def load(directory, device=None, dtype=None):
     with torch.device("meta"):
         model = Hybrid(about["config"])
     want = {k: tuple(w.shape) for k, w in model.state_dict().items() if not (model.config.tied and k == "lm_head.weight")}
-    have = {k: tuple(w.shape) for k, w in weights.items()} if isinstance(weights, dict) else {}
+    have = {k: tuple(w.shape) if torch.is_tensor(w) and w.is_floating_point() else "not a float tensor"
+            for k, w in weights.items()} if isinstance(weights, dict) else {}
     for k in sorted(want.keys() | have.keys()):
         if want.get(k) != have.get(k):
             raise MilError(f"{path}: {k} is {have.get(k, 'missing')}, expected {want.get(k, 'no such tensor')} by config.json")

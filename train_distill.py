@@ -14,7 +14,7 @@ token:
 Stage 1 trains only the new Mamba mixers; MLPs, norms, embeddings and the kept attention stay the teacher's. Attention
 is replaced in steps, the layers already converted keeping what they learned. Stage 2 trains everything, for a shorter
 time. Deviations from the paper at this scale: the text is the corpus itself, not answers written by the teacher, and
-the learning rates suit small models.
+the learning rates suit small models. The third stage (preferences) is not here.
 
 In this file, top to bottom: settings; data; losses and evaluation; the training loop; the stages; the report.
 """
@@ -38,47 +38,12 @@ import torch.nn.functional as F
 
 import mil
 from generate import (TextStream, encode, flag, generate, load_tokenizer, load_with_tokenizer, parse_flags, pick_device,
-                      run_command, save_with_tokenizer, stop_tokens)
+                      run_command, save_with_tokenizer, stop_tokens, token_bytes, tokenizer_of)
 from mil import MilError
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Settings. Sizes left at 0 depend on the device: minutes on two CPU cores, or on one GPU with a larger teacher.
-
-
-@dataclass
-class Settings:
-    out: str = flag("out", "where teacher/, student/, results.json and log.txt go")
-    data: list = flag([], "text files, folders, or .jsonl (text, messages, or prompt and completion); empty: Python's standard library")
-    tokenizer: str = flag("", "bytes, a Llama-3 tokenizer.model, or a tiktoken name; empty: the teacher's, or bytes")
-    teacher: str = flag("", "checkpoint of a ready teacher; empty: train one, or reuse the one in --out")
-    mixer: str = flag("mamba2", "what replaces attention: mamba, mamba2, or none (the paper's ablation)")
-    keep: float = flag(0.5, "share of attention layers that stay; the paper finds 0.5 close to the teacher, 0 possible")
-    replace_steps: int = flag(2, "replace attention in this many steps: the paper's stepwise beats all at once")
-    init: str = flag("attention", "attention: the mixer inherits W_q, W_k, W_v, W_o; random: it does not (worse)")
-    seed: int = flag(0, "of initial values and of the order of the data")
-    device: str = flag("", "cpu, cuda, cuda:1 …; empty: cuda if there is one")
-    dtype: str = flag("", "of the arithmetic, bfloat16 or float32; weights are float32. Empty: bfloat16 on cuda")
-    n_layers: int = flag(0, "teacher: layers")
-    d: int = flag(0, "teacher: width")
-    n_heads: int = flag(0, "teacher: query heads")
-    n_kv_heads: int = flag(0, "teacher: key/value heads; fewer than query heads is grouped-query attention")
-    d_ff: int = flag(0, "teacher: inner width of the MLP; 0 with --d given: 8/3 of it")
-    context: int = flag(0, "tokens in a training sequence")
-    batch: int = flag(0, "sequences in a step")
-    teacher_steps: int = flag(0, "training steps of the teacher")
-    stage1_steps: int = flag(0, "steps of stage 1, all replacement steps together")
-    stage2_steps: int = flag(0, "steps of stage 2")
-    teacher_lr: float = flag(3e-3, "peak learning rate of the teacher; small models bear large rates")
-    stage1_lr: float = flag(3e-3, "stage 1; the paper's 8e-5 is for 8B parameters")
-    stage2_lr: float = flag(1e-3, "stage 2; the paper's 2e-5 is for 8B parameters")
-    alpha: float = flag(1.0, "weight α of the cross-entropy (paper: 1)")
-    beta: float = flag(1.0, "weight β of the KL to the teacher (paper: 0.1 on the teacher's own answers)")
-    warmup: float = flag(0.05, "share of a stage's steps in which the rate rises; then it falls as a cosine")
-    clip: float = flag(1.0, "largest gradient norm (paper: 0.1)")
-    eval_sequences: int = flag(0, "validation sequences in an evaluation")
-    prompt: str = flag("def ", "for the sample at the end")
-
 
 PRESETS = {
     "cpu": dict(n_layers=4, d=128, n_heads=4, n_kv_heads=2, d_ff=384, context=256, batch=8, teacher_steps=1000,
@@ -87,6 +52,45 @@ PRESETS = {
                  stage1_steps=400, stage2_steps=200, eval_sequences=256),
 }
 SIZES = ("n_layers", "d", "n_heads", "n_kv_heads", "d_ff")
+
+
+def sized(name, help):
+    return flag(0, f"{help} (default {PRESETS['cpu'][name]} on cpu, {PRESETS['cuda'][name]} on cuda)")
+
+
+@dataclass
+class Settings:
+    out: str = flag("out", "where teacher/, student/, results.json and log.txt go")
+    data: list = flag([], "text files, folders, or .jsonl (text, messages, or prompt and completion); empty: Python's standard library",
+                      nargs="+", action="extend", metavar="path")
+    tokenizer: str = flag("", "bytes, a Llama-3 tokenizer.model, or a tiktoken name; empty: the teacher's, or bytes")
+    teacher: str = flag("", "checkpoint of a ready teacher; empty: train one, or reuse the one in --out")
+    mixer: str = flag("mamba2", "what replaces attention: mamba, mamba2, or none (the paper's ablation)")
+    keep: float = flag(0.5, "share of attention layers that stay; the paper finds 0.5 close to the teacher, 0 possible")
+    replace_steps: int = flag(0, "replace attention in this many steps: the paper's stepwise beats all at once (default 2, or 1 for one layer)")
+    init: str = flag("attention", "attention: the mixer inherits W_q, W_k, W_v, W_o; random: it does not (worse)")
+    seed: int = flag(0, "of initial values and of the order of the data")
+    device: str = flag("", "cpu, cuda, cuda:1 …; empty: cuda if there is one")
+    dtype: str = flag("", "of the arithmetic, bfloat16 or float32; weights are float32. Empty: bfloat16 on cuda")
+    n_layers: int = sized("n_layers", "teacher: layers; every second one will be a Mamba")
+    d: int = sized("d", "teacher: width; cost grows with its square")
+    n_heads: int = sized("n_heads", "teacher: query heads; each d / n_heads wide")
+    n_kv_heads: int = sized("n_kv_heads", "teacher: key/value heads; fewer than query heads is grouped-query attention")
+    d_ff: int = sized("d_ff", "teacher: inner width of the MLP; 8/3 of d, rounded up to 128, as in Llama")
+    context: int = sized("context", "tokens in a training sequence; the longest text attention can read")
+    batch: int = sized("batch", "sequences in a step; less noise, more time")
+    teacher_steps: int = sized("teacher_steps", "training steps of the teacher; a better teacher gives a better student")
+    stage1_steps: int = sized("stage1_steps", "steps of stage 1, all replacement steps together: the new mixers learn")
+    stage2_steps: int = sized("stage2_steps", "steps of stage 2: everything learns")
+    teacher_lr: float = flag(3e-3, "peak learning rate of the teacher; small models bear large rates")
+    stage1_lr: float = flag(3e-3, "stage 1; the paper's 8e-5 is for 8B parameters")
+    stage2_lr: float = flag(1e-3, "stage 2; the paper's 2e-5 is for 8B parameters")
+    alpha: float = flag(1.0, "weight α of the cross-entropy (paper: 1)")
+    beta: float = flag(1.0, "weight β of the KL to the teacher (paper: 0.1 on the teacher's own answers)")
+    warmup: float = flag(0.05, "share of a stage's steps in which the rate rises; then it falls as a cosine")
+    clip: float = flag(1.0, "largest gradient norm (paper: 0.1)")
+    eval_sequences: int = sized("eval_sequences", "validation sequences in an evaluation; more is more exact")
+    prompt: str = flag("def ", "for the sample at the end")
 
 
 def complete(s, device, teacher_config=None):
@@ -100,7 +104,7 @@ def complete(s, device, teacher_config=None):
         preset = {**preset, **{name: getattr(teacher_config, name) for name in SIZES},
                   "context": min(preset["context"], teacher_config.context)}
     if s.d and not s.d_ff:
-        s.d_ff = -(-8 * s.d // 3 // 32) * 32
+        s.d_ff = math.ceil(s.d * 8 / 3 / 128) * 128
     for name, value in preset.items():
         if getattr(s, name) < 0:
             raise MilError(f"--{name} is {getattr(s, name)}, expected 1 or more (0: the default of the device)")
@@ -111,9 +115,15 @@ def complete(s, device, teacher_config=None):
     for name, allowed in (("mixer", mil.MIXERS[1:]), ("init", ("attention", "random")), ("dtype", ("float32", "bfloat16"))):
         if getattr(s, name) not in allowed:
             raise MilError(f"--{name} is {getattr(s, name)!r}, expected one of {', '.join(allowed)}")
-    for name in ("alpha", "beta", "teacher_lr", "stage1_lr", "stage2_lr", "clip"):
+    for name in ("alpha", "beta", "teacher_lr", "stage1_lr", "stage2_lr"):
         if not 0 <= getattr(s, name) < math.inf:
             raise MilError(f"--{name} is {getattr(s, name)}, expected 0 or more")
+    if not s.clip > 0:
+        raise MilError(f"--clip is {s.clip}, expected more than 0 (inf: no clipping)")
+    if not 0 <= s.seed < 2**63 - 1:
+        raise MilError(f"--seed is {s.seed}, expected 0 to 2^63 - 2")
+    if not s.prompt or s.context < 2:
+        raise MilError(f"--prompt is {s.prompt!r} and --context {s.context}; expected some text and at least 2")
     if s.alpha == s.beta == 0:
         raise MilError("--alpha and --beta are both 0: nothing would be learned; expected at least one above 0")
     if not 0 <= s.warmup <= 1:
@@ -121,12 +131,22 @@ def complete(s, device, teacher_config=None):
     count = len(mil.interleaved_layers(s.n_layers, s.keep))
     if count == 0:
         raise MilError(f"--keep {s.keep} of {s.n_layers} layers replaces none; expected a smaller share")
+    s.replace_steps = s.replace_steps or min(2, count)
     if not 1 <= s.replace_steps <= count:
         raise MilError(f"--replace_steps is {s.replace_steps}, expected 1 to {count}, the number of layers to replace")
+    if s.stage1_steps < s.replace_steps:
+        raise MilError(f"--stage1_steps is {s.stage1_steps}, expected at least one for each of {s.replace_steps} replacement steps")
+    if teacher_config is None and s.d % (2 * s.n_heads):
+        raise MilError(f"--d is {s.d}, expected a multiple of twice --n_heads {s.n_heads}: a head's channels turn in pairs")
+    if teacher_config is not None and set(teacher_config.mixers) != {"attention"}:
+        raise MilError(f"--teacher {s.teacher}: holds {', '.join(sorted(set(teacher_config.mixers)))}; expected a Llama, with "
+                       f"attention in every layer")
+    planned = teacher_config or mil.Config(v=1, context=s.context, **{name: getattr(s, name) for name in SIZES})
+    dataclasses.replace(planned, mixers=[s.mixer] * s.n_layers)  # MilError now, not after training, if heads cannot be cut
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Data: documents -> tokens on disk, split into training and validation by document
+# Data: documents -> tokens on disk, split into training and validation by document (within each when there are few)
 
 
 def standard_library():
@@ -135,14 +155,16 @@ def standard_library():
     return sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
 
 
-def find_files(paths):
-    """The files under `paths`, sorted within each; MilError when there is nothing."""
-    files = []
+def find_files(paths, out):
+    """The files under `paths`, sorted within each, without hidden ones and what this program wrote to `out`; MilError
+    when there is nothing."""
+    files, out = [], Path(out).resolve()
     for path in map(Path, paths):
         if not path.exists():
             raise MilError(f"--data {path}: no such file or folder")
-        found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not any(
-            part.startswith(".") for part in p.relative_to(path).parts))
+        found = [path] if not path.is_dir() else sorted(
+            p for p in path.rglob("*") if p.is_file() and out not in p.resolve().parents
+            and not any(part.startswith(".") for part in p.relative_to(path).parts))
         if not found:
             raise MilError(f"--data {path}: no files in this folder")
         files += found
@@ -165,7 +187,9 @@ def read_documents(file, named):
     """The documents of one file: every line of a .jsonl, or the whole text. A file that is not UTF-8 is an error when
     the user `named` it, and passed over when it was found in a folder."""
     try:
-        text = file.read_bytes().decode("utf-8")
+        text = file.read_bytes().decode("utf-8-sig")
+        if "\0" in text:
+            raise UnicodeDecodeError("utf-8", b"", text.index("\0"), 0, "")
     except OSError as e:
         raise MilError(f"--data {file}: cannot be read: {e.strerror}") from e
     except UnicodeDecodeError as e:
@@ -175,7 +199,7 @@ def read_documents(file, named):
     if file.suffix != ".jsonl":
         return [text] if text.strip() else []
     documents = []
-    for i, line in enumerate(text.splitlines(), 1):
+    for i, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -186,7 +210,7 @@ def read_documents(file, named):
         if document is None:
             keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
             raise MilError(f"--data {file}: line {i} has {keys or 'no keys'}; expected text, messages (a list of role and "
-                           f"content), or prompt and completion")
+                           f"content, both text), or prompt and completion, all of them text")
         documents.append(document)
     return documents
 
@@ -204,14 +228,15 @@ def load_corpus(s, encoding, tokenizer):
 
     Every twentieth document is validation. With fewer than ten documents, the last tenth of each is.
     """
-    files = find_files(s.data) if s.data else standard_library()
-    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    files = find_files(s.data, s.out) if s.data else standard_library()
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
     key = hashlib.sha256(json.dumps([stats, tokenizer, encoding.n_vocab, len(encoding._mergeable_ranks)]).encode()).hexdigest()[:16]
     kind = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
     paths = [Path(s.out) / "data" / f"{key}.{part}.bin" for part in ("train", "val")]
     if not all(p.exists() for p in paths):
         end = stop_tokens(encoding)[:1]
-        documents = [d for f in files for d in read_documents(f, named=f in map(Path, s.data))]
+        named = set(map(Path, s.data))
+        documents = [d for f in files for d in read_documents(f, f in named)]
         if not documents:
             raise MilError(f"--data {' '.join(s.data) or '(the standard library)'}: no text found, the files are empty or not UTF-8")
         parts = [[], []]
@@ -225,14 +250,14 @@ def load_corpus(s, encoding, tokenizer):
                 parts[1].append(ids[cut:])
             if i % 500 == 499:
                 show(f"tokenising: {i + 1} of {len(documents)} documents")
-        make_directory(paths[0].parent)
+        mil.make_directory(paths[0].parent)
         for path, part in zip(paths, parts):
             mil.write_whole(path, lambda f, part=part: f.write(np.concatenate(part).tobytes()))
     train, val = (np.memmap(p, dtype=kind, mode="r") if p.stat().st_size else np.zeros(0, kind) for p in paths)
-    for name, part, need in (("training", train, s.batch * s.context + 1), ("validation", val, s.context + 1)):
-        if len(part) < need:
-            raise MilError(f"--data: {len(part)} {name} tokens, but one batch needs {need} "
-                           f"(--batch {s.batch} × --context {s.context} + 1): give more text or lower them")
+    for name, part, rows in (("training", train, s.batch), ("validation", val, 1)):
+        if len(part) < rows * s.context + 1:
+            raise MilError(f"--data: {len(part)} {name} tokens, but {rows} of --context {s.context} need "
+                           f"{rows * s.context + 1}: give more text, or lower --context{' or --batch' * (rows > 1)}")
     about = f"{len(files)} files, {len(train):,} training and {len(val):,} validation tokens ({tokenizer})"
     return Corpus(train, val, key, about)
 
@@ -283,7 +308,7 @@ def compute_in(s, device):
 @torch.no_grad()
 def evaluate(model, teacher, corpus, encoding, s, device):
     """loss, perplexity, bits per byte, KL to the teacher and top-1 agreement with it, on validation text."""
-    sizes = torch.tensor([0 if i in stop_tokens(encoding) else len(token_bytes(encoding, i)) for i in range(model.config.v)], device=device)
+    sizes = torch.tensor([len(token_bytes(encoding, i)) for i in range(model.config.v)], device=device)
     total = torch.zeros(5, dtype=torch.float64, device=device)
     model.eval()
     for x, y in evaluation_batches(corpus.val, s, device):
@@ -297,41 +322,34 @@ def evaluate(model, teacher, corpus, encoding, s, device):
             "kl": kl / count, "agreement": agree / count}
 
 
-def token_bytes(encoding, i):
-    try:
-        return encoding.decode_single_token_bytes(i)
-    except KeyError:  # the model's vocabulary may be rounded up past the tokenizer's
-        return b""
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The training loop
 
 
-def show(line="", done=True, keep=[0]):
+def show(line, done=True):
     """A line on the terminal; with done=False one that the next line overwrites."""
     live = sys.stdout.isatty()
     if done or live:
-        print(f"\r{line:<{keep[0]}}" if live else line, end="\n" if done else "", flush=True)
-        keep[0] = 0 if done else len(line)
-
-
-def make_directory(path):
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise MilError(f"--out {path}: cannot be made: {e.strerror}") from e
+        print(f"\r\033[K{line}" if live else line, end="\n" if done else "", flush=True)  # \033[K clears the rest of the line
 
 
 def clock(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def fit(name, model, train, steps, lr, batches, loss_of, s, device, log, keep):
-    """AdamW over the parameters `train`, warm-up then cosine, on loss_of(x, y). Returns seconds and tokens per second.
+def schedule(step, steps, warmup):
+    """The share of the peak rate at `step`: rises over the first `warmup` of the steps, then falls as half a cosine."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
+
+
+def fit(name, model, train, steps, lr, batches, loss_of, s, device, journal, kept):
+    """AdamW over the parameters `train` on loss_of(x, y). Returns seconds and tokens per second.
 
     Everything outside `train` gets neither gradient nor optimiser state. Stops with MilError when the loss is not finite;
-    `keep` says which checkpoint is then the last good one.
+    `kept` says which checkpoint is then the last good one.
     """
     for w in model.parameters():
         w.requires_grad_(False)
@@ -339,12 +357,11 @@ def fit(name, model, train, steps, lr, batches, loss_of, s, device, log, keep):
         w.requires_grad_(True)
     optimiser = torch.optim.AdamW(train, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda")
     model.train()
-    began, rising, every = time.perf_counter(), max(1, round(s.warmup * steps)), max(1, steps // 100)
+    began, every = time.perf_counter(), max(1, steps // 100)
     recent = []
     for step in range(steps):
-        rate = lr * min((step + 1) / rising, 0.5 * (1 + math.cos(math.pi * max(0, step + 1 - rising) / max(1, steps - rising))))
         for group in optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = lr * schedule(step, steps, s.warmup)
         x, y = next(batches)
         with compute_in(s, device):
             loss = loss_of(x, y)
@@ -359,13 +376,13 @@ def fit(name, model, train, steps, lr, batches, loss_of, s, device, log, keep):
             for i, value in enumerate(values):
                 if not math.isfinite(value):
                     raise MilError(f"{name}: the loss became {value} at step {step + 2 - len(values) + i} of {steps}; stopped. "
-                                   f"{keep}. Try a lower learning rate (this stage had {lr:g})")
+                                   f"{kept}. Try a lower learning rate (this stage had {lr:g})")
             mean = sum(values) / len(values)
             seconds = time.perf_counter() - began
             line = (f"{name}  step {step + 1}/{steps}  loss {mean:.4f}  {(step + 1) * s.batch * s.context / seconds:,.0f} tokens/s  "
                     f"ETA {clock(seconds / (step + 1) * (steps - step - 1))}")
-            log.write(line + "\n")
-            log.flush()
+            journal.write(line + "\n")
+            journal.flush()
             show(line, done=step == steps - 1 or (not sys.stdout.isatty() and (step + 1) % (every * 20) == 0))
     model.eval()
     seconds = time.perf_counter() - began
@@ -376,7 +393,7 @@ def fit(name, model, train, steps, lr, batches, loss_of, s, device, log, keep):
 # The stages
 
 
-def get_teacher(s, corpus, encoding, tokenizer, device, log):
+def get_teacher(s, corpus, encoding, tokenizer, device, journal):
     """A Llama trained on the corpus, or the one of an earlier run when it was made from the same settings and data."""
     config = mil.Config(v=encoding.n_vocab, context=s.context, rope_theta=10000.0, **{name: getattr(s, name) for name in SIZES})
     recipe = {"data": corpus.key, "torch": torch.__version__,
@@ -391,7 +408,7 @@ def get_teacher(s, corpus, encoding, tokenizer, device, log):
     torch.manual_seed(s.seed)
     teacher = mil.Hybrid(config).to(device)
     speed = fit("teacher", teacher, list(teacher.parameters()), s.teacher_steps, s.teacher_lr, random_batches(corpus.train, s, device, [s.seed, 0]),
-                lambda x, y: distillation_loss(teacher(x), None, y, 1.0, 0.0), s, device, log, "No teacher was saved")
+                lambda x, y: distillation_loss(teacher(x), None, y, 1.0, 0.0), s, device, journal, "This run saved no teacher")
     save_with_tokenizer(teacher, place, tokenizer, recipe=recipe)
     return teacher, speed
 
@@ -409,7 +426,7 @@ def replacement_steps(s, config):
     return steps
 
 
-def distill(s, teacher, corpus, encoding, tokenizer, device, log, rows):
+def distill(s, teacher, corpus, encoding, tokenizer, device, journal, rows):
     """Stages 1 and 2. Appends a row of evaluation to `rows` after each; returns the student."""
     for w in teacher.parameters():
         w.requires_grad_(False)
@@ -423,9 +440,11 @@ def distill(s, teacher, corpus, encoding, tokenizer, device, log, rows):
 
     def report(name, student, speed):
         rows.append({"model": name, **evaluate(student, teacher, corpus, encoding, s, device), **speed})
+        if not math.isfinite(rows[-1]["loss"]):
+            raise MilError(f"{name}: the validation loss is {rows[-1]['loss']}; stopped. {kept}. Try lower learning rates")
         show(f"{name}: validation loss {rows[-1]['loss']:.4f}, KL to the teacher {rows[-1]['kl']:.4f}")
 
-    steps, place, kept = replacement_steps(s, teacher.config), Path(s.out) / "student", "No student was saved"
+    steps, place, kept = replacement_steps(s, teacher.config), Path(s.out) / "student", "This run saved no student"
     torch.manual_seed(s.seed + 1)
     report("student, not trained", mil.replace_attention(teacher, sum(steps, []), s.mixer, s.init), {})
     student = mil.replace_attention(teacher, [], s.mixer)
@@ -434,14 +453,14 @@ def distill(s, teacher, corpus, encoding, tokenizer, device, log, rows):
         replaced = [j for j, mixer in enumerate(student.config.mixers) if mixer == s.mixer]
         name = f"stage 1.{i + 1}, {len(replaced)} of {len(student.layers)} layers replaced"
         mixers = [w for j in replaced for w in student.layers[j].mixer.parameters()]
-        count = s.stage1_steps // len(steps)
+        count = s.stage1_steps * (i + 1) // len(steps) - s.stage1_steps * i // len(steps)
         speed = fit(name, student, mixers, count, s.stage1_lr, random_batches(corpus.train, s, device, [s.seed, 1, i]),
-                    loss_of(student), s, device, log, kept) if mixers and count else {}
+                    loss_of(student), s, device, journal, kept) if mixers else {}
         report(name, student, speed)
         save_with_tokenizer(student, place, tokenizer, stage=name)
         kept = f"The last good checkpoint is {place}, after {name}"
     speed = fit("stage 2, all parameters", student, list(student.parameters()), s.stage2_steps, s.stage2_lr,
-                random_batches(corpus.train, s, device, [s.seed, 2]), loss_of(student), s, device, log, kept)
+                random_batches(corpus.train, s, device, [s.seed, 2]), loss_of(student), s, device, journal, kept)
     report("stage 2, all parameters", student, speed)
     save_with_tokenizer(student, place, tokenizer, stage="stage 2")
     return student
@@ -482,12 +501,13 @@ def main(argv):
     device = pick_device(s.device)
     about = mil.read_config(s.teacher) if s.teacher else {}
     complete(s, device, about.get("config"))
-    make_directory(s.out)
+    if s.teacher and Path(s.teacher).resolve() == (Path(s.out) / "student").resolve():
+        raise MilError(f"--teacher {s.teacher} is where the student will be written; give another --out")
+    mil.make_directory(s.out)
     teacher = None
     if s.teacher:
         teacher, encoding = load_with_tokenizer(s.teacher, device, torch.float32)
-        name = about.get("tokenizer", "bytes")
-        name = str(Path(s.teacher) / name) if name.endswith(".model") else name
+        name = tokenizer_of(s.teacher)
         if s.tokenizer and load_tokenizer(s.tokenizer)._mergeable_ranks != encoding._mergeable_ranks:
             raise MilError(f"--tokenizer {s.tokenizer} is not the one the teacher in {s.teacher} was trained with ({name}); leave it out")
         s.tokenizer = name
@@ -495,26 +515,26 @@ def main(argv):
         s.tokenizer = s.tokenizer or "bytes"
         encoding = load_tokenizer(s.tokenizer)
     try:
-        log = open(Path(s.out) / "log.txt", "a")
+        journal = open(Path(s.out) / "log.txt", "a")
     except OSError as e:
         raise MilError(f"--out {s.out}: cannot be written: {e.strerror}") from e
-    with log:
+    with journal:
         corpus = load_corpus(s, encoding, s.tokenizer)
         show(f"data: {corpus.about}")
         speed = {}
         if teacher is None:
-            teacher, speed = get_teacher(s, corpus, encoding, s.tokenizer, device, log)
+            teacher, speed = get_teacher(s, corpus, encoding, s.tokenizer, device, journal)
         count = sum(w.numel() for w in teacher.parameters())
         show(f"teacher: {count / 1e6:.1f} M parameters, {len(teacher.layers)} layers of width {teacher.config.d}")
         rows = [{"model": "teacher", **evaluate(teacher, teacher, corpus, encoding, s, device), **speed}]
-        student = distill(s, teacher, corpus, encoding, s.tokenizer, device, log, rows)
+        student = distill(s, teacher, corpus, encoding, s.tokenizer, device, journal, rows)
         seconds = time.perf_counter() - began
         memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores, {platform.machine()}"
         final = (f"\n{table(rows)}\n\nstudent / teacher validation loss: {rows[-1]['loss'] / rows[0]['loss']:.4f}   "
                  f"peak memory {memory / 2**30:.2f} GiB   {seconds:.0f} s in all on {machine}, torch {torch.__version__}")
         show(final)
-        log.write(final + "\n")
+        journal.write(final + "\n")
         results = {"rows": rows, "seconds": seconds, "peak_memory_bytes": memory, "machine": machine, "torch": torch.__version__,
                    "python": platform.python_version(), "teacher_parameters": count, "settings": dataclasses.asdict(s)}
         mil.write_whole(Path(s.out) / "results.json", lambda f: f.write(json.dumps(results, indent=1).encode()))

@@ -29,11 +29,10 @@ def form(name):
     """Inside, `kernels` takes its Triton form (compiled on CUDA, interpreted on the CPU) or its PyTorch form."""
     if name == "triton" and kernels.triton is None:
         pytest.skip("Triton is not installed")
-    patch = pytest.MonkeyPatch()
-    if name == "torch":
-        patch.setattr(kernels, "use_triton", lambda x: False)
-    patch.setattr(kernels, "INTERPRET", name == "triton" and DEVICE == "cpu")
-    with contextlib.closing(type("", (), {"close": lambda self: patch.undo()})()):
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "torch":
+            patch.setattr(kernels, "use_triton", lambda x: False)
+        patch.setattr(kernels, "INTERPRET", name == "triton" and DEVICE == "cpu")
         yield
 
 

@@ -154,7 +154,7 @@ def test_the_same_seed_gives_the_same_sample():
 
 
 @pytest.mark.parametrize("prompt, match", [([], "prompt 1 is empty"), ([1] * 48, "prompt 1 has 48 tokens, but the model's context is 48"),
-                                           ([300], "token 300, but the model's vocabulary is 257")])
+                                           ([300], "token 300, but the model's vocabulary is 257"), ([5, -1], "has token -1")])
 def test_prompts_that_cannot_be_continued_are_refused(prompt, match):
     with pytest.raises(MilError, match=match):
         next(g.generate(build(Config(**MIXED)), [prompt], 5))
@@ -178,7 +178,7 @@ def test_several_prompts_print_each_under_its_number(student):
 @pytest.mark.parametrize("argv, match", [
     (["--temprature", "1"], "unknown flag --temprature; did you mean --temperature?"), (["--temperature", "hot"], "invalid float value: 'hot'"),
     (["--temperature=-1"], "--temperature is -1.0, expected 0"), (["--temperature=nan"], "--temperature is nan"), (["--top_p", "0"], "--top_p is 0.0"),
-    (["--top_p", "1.5"], "--top_p is 1.5"), (["--top_k=-2"], "--top_k is -2"), (["--max_new_tokens", "0"], "--max_new_tokens is 0"),
+    (["--top_p", "1.5"], "--top_p is 1.5"), (["--top_k=-2"], "--top_k is -2"), (["--seed=-1"], "--seed is -1"), (["--device", "meta"], "expected cpu or cuda"), (["--max_new_tokens", "0"], "--max_new_tokens is 0"),
     (["--dtype", "int8"], "--dtype is int8"), (["--prompt", ""], "prompt 1 is empty"), (["--device", "abacus"], "--device abacus: not usable"),
     (["--prompt", "x" * 60], "prompt 1 has 60 tokens, but the model's context is 48"), (["--model", "/nowhere"], "/nowhere: no checkpoint here"), (["stray", "--prompt", "a"], "unexpected argument stray")])
 def test_bad_flags_get_one_clear_line(student, argv, match, capsys):
@@ -204,3 +204,25 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
     mil.save(build(Config(**{**MIXED, "v": 200}), torch.float32), tmp_path, tokenizer="bytes")
     with pytest.raises(MilError, match="257 tokens, the model only 200"):
         g.load_with_tokenizer(tmp_path)
+
+
+def test_a_checkpoint_that_names_no_tokenizer_is_refused(tmp_path):
+    mil.save(build(Config(**MIXED), torch.float32), tmp_path)
+    with pytest.raises(MilError, match="names no tokenizer"):
+        g.load_with_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_file_travels_with_the_model_and_a_name_stays_a_name(tmp_path, monkeypatch):
+    model = build(Config(**{**MIXED, "v": 520}), torch.float32)
+    g.save_with_tokenizer(model, tmp_path / "m", str(llama3_file(tmp_path / "t.model")))
+    assert g.load_with_tokenizer(tmp_path / "m")[1].n_vocab == 517
+    g.save_with_tokenizer(model, tmp_path / "m", g.tokenizer_of(tmp_path / "m"))  # onto itself
+    (tmp_path / "bytes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    g.save_with_tokenizer(model, tmp_path / "n", "bytes")
+    assert g.load_with_tokenizer(tmp_path / "n")[1].n_vocab == 257
+
+
+def test_special_tokens_and_gaps_stand_for_no_text(tmp_path):
+    encoding = tiktoken.Encoding("gap", pat_str=".", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={"<|x|>": 300})
+    assert [g.token_bytes(encoding, i) for i in (65, 260, 300, 999)] == [b"A", b"", b"", b""]

@@ -181,16 +181,19 @@ def test_y_is_linear_in_x(which, decay):
 def test_scan_refuses_shapes_that_do_not_fit_and_names_the_argument(decay):
     t = scan_inputs(decay, 1, 4, (6, 3, 2), (4, 5), 1)
     for name in ("dt", "A", "B", "C", "D", "z", "dt_bias", "h0"):
-        with pytest.raises(ValueError, match=r"ssm: (\w+ is|x has)"):
+        with pytest.raises(ValueError, match=rf"ssm: (B is .* and )?{name} is" if name == "C" else rf"ssm: {name} is"):
             kernels.ssm_scan(**{**t, name: torch.cat([t[name], t[name]], dim=-1)})
+    with pytest.raises(ValueError, match="x is .*, expected four axes"):
+        kernels.ssm_scan(**{**t, "x": t["x"][0]})
     with pytest.raises(ValueError, match="both divide"):
         kernels.ssm_scan(**{**t, "x": t["x"][:, :, [0, 1, 2, 0]]})
     with pytest.raises(ValueError, match="no tokens"):
         kernels.ssm_scan(**{k: v[:, :0] if k in ("x", "dt", "B", "C", "z") else v for k, v in t.items()})
 
 
-def test_autocast_leaves_state_and_decay_in_float32():
-    t = scan_inputs("mamba2", 1, 70, (2, 1, 2), (4, 4), 1, torch.bfloat16)
+@pytest.mark.parametrize("l", [1, 70])
+def test_autocast_leaves_state_and_decay_in_float32(l):
+    t = scan_inputs("mamba2", 1, l, (2, 1, 2), (4, 4), 1, torch.bfloat16)
     want = kernels.ssm_scan(**t)
     with torch.autocast(DEVICE, torch.bfloat16):
         got = kernels.ssm_scan(**t)
@@ -219,6 +222,15 @@ def test_convolution_equals_conv1d_and_carries_its_state(which):
         for a, e in zip(torch.autograd.grad((y * seen).sum(), leaves), torch.autograd.grad((want * seen).sum(), leaves)):
             assert_close(a, e, 5e-5, "gradient")
     check()
+
+
+def test_convolution_refuses_shapes_that_do_not_fit_and_names_the_argument():
+    x, weight, bias, state = torch.zeros(1, 5, 2, 3), torch.zeros(4, 3, 4), torch.zeros(4, 3), torch.zeros(1, 3, 2, 3)
+    for change in (dict(bias=torch.zeros(3)), dict(state=torch.zeros(1, 4, 2, 3)), dict(weight=torch.zeros(4, 2, 4))):
+        with pytest.raises(ValueError, match=f"causal_conv: {next(iter(change))} is"):
+            kernels.causal_conv(**{**dict(x=x, weight=weight, bias=bias, state=state), **change})
+    with pytest.raises(ValueError, match="must divide the heads of weight"):
+        kernels.causal_conv(x, weight[:3])
 
 
 @FORMS

@@ -68,7 +68,7 @@ def test_without_its_new_parts_the_mamba_block_is_the_attention_it_came_from(mon
     u = torch.randn(2, 21, 16, dtype=torch.float64, device=DEVICE)
     u[..., 0] = 1  # a constant channel, so that the gate's projection can give silu(z) = 1
     with torch.no_grad():
-        gate, step = (block.in_proj_z.weight, block.dt_proj) if mixer == "mamba" else (block.in_proj.weight[:block.split[0]], None)
+        gate, step = (block.in_proj_z.weight, block.dt_proj) if mixer == "mamba" else (block.in_proj.weight[:block.sizes[0]], None)
         gate.zero_()[:, 0] = 1.2784645427610738
         if mixer == "mamba":
             step.weight.zero_()
@@ -247,6 +247,11 @@ def test_replacement_can_be_applied_again_and_keeps_what_was_learned():
         assert torch.equal(second.layers[0].mixer.state_dict()[k], w)
 
 
+def test_the_layers_to_replace_may_come_from_any_iterable():
+    student = mil.replace_attention(build(Config(**SMALL)), (i for i in (0, 1)), "mamba2")
+    assert [isinstance(layer.mixer, mil.Mamba2) for layer in student.layers] == [True, True, False, False] == [m == "mamba2" for m in student.config.mixers]
+
+
 def test_random_initialisation_does_not_copy_attention():
     teacher = build(Config(**SMALL), torch.float32)
     block = mil.replace_attention(teacher, [1], "mamba", init="random").layers[1].mixer
@@ -273,7 +278,8 @@ def test_layers_that_cannot_be_replaced_are_refused(layers, match):
     (dict(n_kv_heads=3), "n_heads 4 is not divisible by n_kv_heads 3"), (dict(d=18), "width d 18 is not divisible by n_heads 4"),
     (dict(head_dim=3), "head_dim is 3"), (dict(mixers=["attention"]), "1 mixers for 4 layers"), (dict(v=0), "v is 0"),
     (dict(mixers=["attention", "rwkv"] * 2), "'rwkv', expected one of attention"), (dict(d_ff=1.5), "d_ff is 1.5"),
-    (dict(mixers=["mamba"] * 4, d_state=5), "d_state 5 does not divide the kv width 8"), (dict(rope_scaling={"factor": 8}), "rope_scaling lacks")])
+    (dict(mixers=["mamba"] * 4, d_state=5), "d_state 5 does not divide the kv width 8"), (dict(rope_scaling={"factor": 8}), "rope_scaling lacks"), (dict(head_dim=-2), "head_dim is -2"), (dict(rope_theta="x"), "rope_theta is 'x'"),
+    (dict(n_layers="4"), "n_layers is '4'")])
 def test_a_config_that_makes_no_sense_is_refused(change, match):
     with pytest.raises(MilError, match=match):
         Config(**{**SMALL, **change})
@@ -330,7 +336,15 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint_whole(tmp_path, monkeypa
     assert not list(tmp_path.glob("*.tmp"))
     monkeypatch.undo()
     mil.save(new, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2  # the old weights are gone, and what the crash left too
+    assert len(list(tmp_path.iterdir())) == 2  # the old weights are gone, and nothing of the crashes is left
+
+
+def test_saving_deletes_nothing_it_did_not_write(tmp_path):
+    (tmp_path / "weights-best.pt").write_text("precious")
+    for seed in (1, 2):
+        mil.save(build(Config(**SMALL), torch.float32, seed), tmp_path, weights="a note cannot take the place of a key")
+    assert (tmp_path / "weights-best.pt").read_text() == "precious" and len(list(tmp_path.glob("weights-*.pt"))) == 2
+    assert mil.load(tmp_path).config == Config(**SMALL)
 
 
 class Evil:
@@ -339,7 +353,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("damage, match", [
-    (lambda d: (d / "config.json").unlink(), "config.json not found"),
+    (lambda d: (d / "config.json").unlink(), "no checkpoint here"),
     (lambda d: (d / "config.json").write_text("{"), "cannot be read as JSON"),
     (lambda d: (d / "config.json").write_text('{"a": 1}'), "not a checkpoint of this project"),
     (lambda d: (d / "config.json").write_text((d / "config.json").read_text().replace('"d": 16', '"width": 16')), "config.json"),
@@ -349,7 +363,9 @@ class Evil:
     (lambda d: torch.save({"a": Evil()}, next(d.glob("*.pt"))), "could run code"),
     (lambda d: next(d.glob("*.pt")).write_bytes(pickle.dumps(Evil())), "could run code|damaged"),
     (lambda d: torch.save([1, 2], next(d.glob("*.pt"))), "missing"),
-], ids=["no config", "bad json", "other json", "unknown key", "other shape", "no weights", "truncated", "code", "plain pickle", "a list"])
+    (lambda d: torch.save({"lm_head.weight": 1}, next(d.glob("*.pt"))), "missing|not a float"),
+    (lambda d: torch.save({k: w.int() for k, w in torch.load(next(d.glob("*.pt"))).items()}, next(d.glob("*.pt"))), "not a float tensor"),
+], ids=["no config", "bad json", "other json", "unknown key", "other shape", "no weights", "truncated", "code", "plain pickle", "a list", "numbers", "integers"])
 def test_a_damaged_checkpoint_gets_one_clear_line_and_runs_no_code(tmp_path, capsys, damage, match):
     mil.save(build(Config(**SMALL), torch.float32), tmp_path)
     damage(tmp_path)

@@ -185,24 +185,26 @@ def test_jsonl_of_every_shape_becomes_documents(tmp_path):
                {"prompt": "one ", "completion": "two"}]
     (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps(r) for r in records))
     assert t.read_documents(tmp_path / "a.jsonl", True) == ["plain", "user: hi\nassistant: yo", "one two"]
+    (tmp_path / "b.jsonl").write_bytes('\ufeff{"text": "a\u2028b"}'.encode())  # a byte-order mark, and a line end that is none in JSON
+    assert t.read_documents(tmp_path / "b.jsonl", True) == ["a\u2028b"]
 
 
 def test_a_folder_is_read_without_its_hidden_and_binary_files(tmp_path):
-    for name, data in (("a.py", b"text"), (".hidden/b.py", b"no"), ("c.bin", b"\xff\xfe\x00"), ("deep/d.md", b"more")):
+    for name, data in (("a.py", b"text"), (".hidden/b.py", b"no"), ("c.bin", b"\xff\xfe\x00"), ("deep/d.md", b"more"), ("e.dat", b"a\0b\0"), ("out/log.txt", b"our own")):
         (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "d" / name).write_bytes(data)
-    assert [d for f in t.find_files([tmp_path / "d"]) for d in t.read_documents(f, False)] == ["text", "more"]
+    assert [d for f in t.find_files([tmp_path / "d"], tmp_path / "d" / "out") for d in t.read_documents(f, False)] == ["text", "more"]
 
 
 @pytest.mark.parametrize("name, content, match", [
     ("a.jsonl", '{"text": "a"}\n{"text": \n', "a.jsonl: line 2 is not JSON"), ("a.jsonl", '{"text": "a"}\n\n{"body": "b"}\n', "line 3 has body; expected text"),
     ("a.jsonl", "[1]\n", "line 1 has list"), ("a.jsonl", '{"messages": []}', "line 1 has messages"), ("a.txt", "", "no text found"),
-    ("a.txt", "short", "training tokens, but one batch needs 33"), ("a.txt", b"\xff\xfe", "not UTF-8 text")])
+    ("a.txt", "short", "training tokens, but 2 of --context 16 need 33"), ("a.txt", b"\xff\xfe", "not UTF-8 text")])
 def test_bad_data_gets_one_clear_line_and_leaves_nothing_behind(tmp_path, name, content, match):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(MilError, match=match) as e:
         corpus(tmp_path, tmp_path / name)
-    assert "\n" not in str(e.value) and (tmp_path / "out" / "data").exists() == ("needs" in match)
+    assert "\n" not in str(e.value) and (tmp_path / "out" / "data").exists() == ("need" in match)
 
 
 def test_missing_data_is_said(tmp_path):
@@ -220,8 +222,10 @@ def test_missing_data_is_said(tmp_path):
 @pytest.mark.parametrize("argv, match", [
     (["--stage1_step", "3"], "unknown flag --stage1_step; did you mean --stage1_steps?"), (["--keep", "1.5"], "keep is 1.5"), (["--keep=1"], "replaces none"),
     (["--mixer", "rwkv"], "--mixer is 'rwkv', expected one of mamba"), (["--batch", "x"], "invalid int value"), (["--batch=-2"], "--batch is -2"),
+    (["--clip", "0"], "--clip is 0.0"), (["--seed=-1"], "--seed is -1"), (["--prompt", ""], "--prompt is ''"), (["--d", "36"], "multiple of twice --n_heads"),
+    (["--stage1_steps", "1"], "one for each of 2"), (["--mixer", "mamba", "--n_kv_heads", "1"], "d_state 16 does not divide the kv width 8"),
     (["--alpha", "0", "--beta", "0"], "nothing would be learned"), (["--warmup", "2"], "--warmup is 2.0"), (["--replace_steps", "9"], "--replace_steps is 9"),
-    (["--teacher_lr=-1"], "--teacher_lr is -1"), (["--stage1_lr", "nan"], "--stage1_lr is nan"), (["--n_heads", "3", "--n_kv_heads", "3"], "not divisible"),
+    (["--teacher_lr=-1"], "--teacher_lr is -1"), (["--stage1_lr", "nan"], "--stage1_lr is nan"), (["--n_kv_heads", "3"], "not divisible"),
     (["--teacher", "/nowhere"], "/nowhere: no checkpoint"), (["--tokenizer", "nonsense"], "neither a file nor a known encoding"), (["--data", "/nowhere"], "no such file"),
     (["--dtype", "float8"], "--dtype is 'float8'"), (["--device", "abacus"], "--device abacus"), (["--init", "zeros"], "--init is 'zeros'")])
 def test_bad_flags_get_one_clear_line(tmp_path, argv, match):
@@ -233,7 +237,7 @@ def test_bad_flags_get_one_clear_line(tmp_path, argv, match):
 def test_an_output_that_cannot_be_written_is_said_before_any_work(tmp_path):
     (tmp_path / "file").write_text("precious")
     done = run_script("train_distill.py", "--out", tmp_path / "file" / "o", *TINY)
-    assert done.returncode == 1 and done.stderr.startswith("error: --out") and done.stderr.count("\n") == 1 and not done.stdout
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {tmp_path}/file/o: cannot be made") and done.stderr.count("\n") == 1 and not done.stdout
     assert (tmp_path / "file").read_text() == "precious"
     if os.geteuid():  # root writes everywhere
         (tmp_path / "locked").mkdir(mode=0o500)
