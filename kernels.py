@@ -24,18 +24,26 @@ In this file
     ssm_scan         the same result, differentiable and fast: Triton on CUDA, chunked PyTorch elsewhere
     conv_reference   the short causal convolution + SiLU in front of the scan, and causal_conv, its fast form
 
-How the scan is made parallel. The recurrence is linear in h, so the sequence is cut into chunks of T tokens:
+How the scan is made fast. The recurrence is linear in h, so a sequence can be cut anywhere:
 
-    1. states   every chunk, on its own, computes the state S it would leave behind from h = 0
-    2. pass     from chunk to chunk, h ← exp(A ΣΔ) h + S, which leaves in place of S the state each chunk starts from
-    3. outputs  every chunk, on its own again, computes its y from its starting state
+    1. end     every piece, on its own, computes the state S it would leave behind from h = 0
+    2. join    from piece to piece, h ← exp(A ΣΔ) h + S, which leaves in place of S the state each piece starts from
+    3. walk    every piece, on its own again, computes its y from its starting state
 
-Only step 2 is sequential, and it is l/T long. The gradient is the same three steps run backwards in time: the
-adjoint G_t = ∂L/∂h_t obeys G_{t-1} = exp(Δ_t A) ∘ G_t + dy_{t-1} ⊗ C_{t-1}. The two decays share step 2; inside a
-chunk Mamba walks token by token with its state in registers, and Mamba-2 multiplies matrices on the tensor cores.
-The Triton backward keeps only the inputs and recomputes the states.
+In PyTorch the pieces are many short chunks and all of it is vectorised. In Triton a walk keeps the state in registers
+and goes through its piece once, token by token for Mamba, tile by tile for Mamba-2, where a tile of T tokens is a few
+products of matrices on the tensor cores. Batch, heads and blocks of channels run in parallel; that fills a GPU at
+training sizes, so a sequence is one piece, steps 1 and 2 fall away and the state never goes to memory. Only a small batch
+is cut into segments, as few as fill the chip.
 
-Names in the kernels: b_ a block in registers, p_ a pointer, o_ offsets, m_ a mask, i_ an index, s_ a stride.
+The gradient is the same walk backwards in time: the adjoint G_t = ∂L/∂h_t obeys G_{t-1} = exp(Δ_t A) ∘ G_t + dy_{t-1} ⊗
+C_{t-1}. The Triton backward keeps only the inputs: a walk forwards leaves the state of every T-th token in memory; then
+Mamba walks back, recomputing T states at a time in registers, while Mamba-2 leaves the adjoint of every tile too and takes
+all tiles at once.
+
+Names in the kernels: b_ a block in registers, p_ a pointer, o_ offsets, m_ a mask, i_ an index, s_ a stride (s_xl: of x
+over l), c a number of segments, s the tokens in one, T tokens taken together, BP and BN blocks of p and n, rx and rb the
+query heads that share a head of x and of B.
 """
 import os
 
@@ -114,14 +122,14 @@ def ssm_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None):
     with torch.autocast(x.device.type, enabled=False):  # the state and Δ·A stay float32 whatever surrounds them
         if x.shape[1] == 1:  # one token has nothing to run in parallel: the definition is a single step
             return ssm_reference(x, dt, A, B, C, D, z, dt_bias, h0)
+        if use_triton(x):
+            inside = z if A.dim() == 3 else None  # Mamba's kernel gates its output, Mamba-2's leaves the gate to its norm
+            y, h = TritonScan.apply(x, dt, A, B, C, D, inside, dt_bias, h0)
+            return y if inside is z else (y.float() * F.silu(z.float())).to(x.dtype), h
         f = torch.promote_types(x.dtype, torch.float32)
         delta = F.softplus(dt.to(f) if dt_bias is None else dt.to(f) + dt_bias.to(f))
-        if h0 is None:
-            h0 = x.new_zeros(x.shape[0], C.shape[2], x.shape[3], C.shape[3], dtype=f)
-        if use_triton(x):
-            y, h = TritonScan.apply(x, delta, A, B, C, h0)
-        else:
-            y, h = (ssd_torch if A.dim() == 1 else s6_torch)(x.to(f), delta, A.to(f), B.to(f), C.to(f), h0.to(f))
+        h0 = x.new_zeros(x.shape[0], C.shape[2], x.shape[3], C.shape[3], dtype=f) if h0 is None else h0.to(f)
+        y, h = (ssd_torch if A.dim() == 1 else s6_torch)(x.to(f), delta, A.to(f), B.to(f), C.to(f), h0)
         if D is not None:  # broadcast over the heads that share a kv head, by a view: (b, l, g, h/g, p)
             D = D[:, None] if D.dim() == 1 else D
             y = y + (x.unsqueeze(3) * D.to(f).view(x.shape[2], -1, D.shape[1])).flatten(2, 3)
@@ -228,261 +236,379 @@ def ssd_torch(x, delta, A, B, C, h0, T=64):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The scan in Triton: the same three steps, forwards in time for y and backwards for the gradients.
-# x, B, C and dy come with their own strides (s_ over batch, length, head; the last axis is contiguous), everything
-# else is contiguous float32. S is (b, c, h, p, n): the chunks' own states before step 2, their starting states after.
+# The scan in Triton. Tensors come with their own strides over batch, length and head, the last axis contiguous; A, D, h0 are
+# contiguous float32. Strides and sizes within a batch are constants of the compiled kernel, which turns most address
+# arithmetic into immediates (for Mamba it halves the registers); lengths are not, so a new length compiles nothing.
 
-SIZES = ["l", "c"]  # a new length must not compile a new kernel
-T6, TD = 16, 64  # tokens in a chunk: Mamba keeps a chunk's states in registers, Mamba-2 fills a matrix tile
+SIZES, SEGMENTS = ["l", "tiles"], ["l", "c", "s"]
+# Chosen by measurement on an H200 (README): states of Mamba in one warp, and the warps to aim at, two a scheduler; the
+# launches of Mamba-2's walk that gives y, of its walk that leaves states, of its gradient.
+TILE, WARPS, T6 = 256, 1024, 8
+WALK_Y, WALK_STATES = dict(num_warps=4, num_stages=2), dict(num_warps=4, num_stages=3)
+GRADIENT = dict(num_warps=8, num_stages=2, maxnreg=128)
 
 if triton is not None:
+    LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x LOG2E), and 2^x is what the chip computes
+
+    @triton.jit(do_not_specialize=SIZES)
+    def delta_kernel(p_dt, p_A, p_bias, p_delta, p_s, l, tiles, s_tb, s_tl: tl.constexpr, s_th: tl.constexpr, h: tl.constexpr, p: tl.constexpr,
+                     BIAS: tl.constexpr, SUM: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
+        """Δ (b, tiles·T, h, p) = softplus(dt + bias), 0 past the end; with SUM also s, the running sum of
+        Δ A LOG2E within each tile. Beyond 2^-200 nothing is left of a float32, so larger decays are cut there: s stays
+        so small that its differences, which matter, are exact (in float64 where the inputs are float32)."""
+        i_bc = tl.program_id(0).to(tl.int64)
+        i_b, i_c = i_bc // tiles, i_bc % tiles
+        o, o_t = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), i_c * T + tl.arange(0, T)
+        m = o < h * p
+        b_dt = tl.load(p_dt + i_b * s_tb + o_t[:, None] * s_tl + (o // p * s_th + o % p)[None, :],
+                       mask=(o_t < l)[:, None] & m[None, :], other=-float("inf")).to(tl.float32)
+        if BIAS:
+            b_dt += tl.load(p_bias + o, mask=m, other=0.)[None, :]
+        b_e = tl.exp(-tl.abs(b_dt))  # log(1 + e) = 2 artanh(e / (2 + e)), to float32 precision also where e is tiny
+        b_w = b_e / (2 + b_e)
+        b_q = b_w * b_w
+        b_sum = 1 + b_q * (1 / 3 + b_q * (1 / 5 + b_q * (1 / 7 + b_q * (1 / 9 + b_q * (1 / 11 + b_q / 13)))))
+        b_delta = tl.maximum(b_dt, 0.) + 2 * b_w * b_sum
+        o_out = (i_bc * T + tl.arange(0, T))[:, None] * (h * p) + o[None, :]
+        tl.store(p_delta + o_out, b_delta, mask=m[None, :])
+        if SUM:
+            b_a = tl.maximum(b_delta * tl.load(p_A + o, mask=m, other=0.)[None, :] * LOG2E, -200.)
+            tl.store(p_s + o_out, tl.cumsum(b_a.to(p_s.dtype.element_ty), axis=0), mask=m[None, :])
+
+    @triton.jit
+    def slope(b_delta):
+        """The derivative of softplus where it is Δ: 1 - e^-Δ, to float32 precision also where Δ is tiny."""
+        b_small = b_delta * (1 - b_delta / 2 * (1 - b_delta / 3 * (1 - b_delta / 4 * (1 - b_delta / 5))))
+        return tl.where(b_delta < 0.05, b_small, 1 - tl.exp(-b_delta))
+
+    @triton.jit
+    def silu(b):
+        return b * tl.sigmoid(b)
 
     @triton.jit(do_not_specialize=["c"])
-    def pass_kernel(p_S, p_total, p_A, p_h0, p_h, c, h, p, n, s_Ah, s_Ap, s_An, s_tb, s_tc, s_th, s_tp,
-                    REVERSE: tl.constexpr, BLOCK: tl.constexpr):
-        """Step 2, in place: h ← exp(A ΣΔ) h + S over the chunks, or its adjoint from the last chunk to the first."""
+    def join_kernel(p_S, p_total, p_A, p_h0, p_h, c, h, p, n, REVERSE: tl.constexpr, MAMBA2: tl.constexpr, BLOCK: tl.constexpr):
+        """From segment to segment: h ← exp(A ΣΔ) h + S, leaving in place of S what the segment starts from; or from the last
+        to the first. S (b, c, h, p, n), total ΣΔ shaped like Δ with c for l, h0 and h (b, h, p, n)."""
         i_bh = tl.program_id(0).to(tl.int64)
         i_b, i_h = i_bh // h, i_bh % h
-        o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # over the p × n elements of one state
+        o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         m = o < p * n
-        o_p, o_n = o // n, o % n
-        b_A = tl.load(p_A + i_h * s_Ah + o_p * s_Ap + o_n * s_An, mask=m, other=0.)
+        b_A = tl.load(p_A + i_h) if MAMBA2 else tl.load(p_A + i_h * p * n + o, mask=m, other=0.)
         b_h = tl.load(p_h0 + i_bh * p * n + o, mask=m, other=0.)
-        for i in range(c):
-            i_c = c - 1 - i if REVERSE else i
-            p_Sc = p_S + ((i_b * c + i_c) * h + i_h) * p * n + o
-            b_S = tl.load(p_Sc, mask=m, other=0.)
-            b_total = tl.load(p_total + i_b * s_tb + i_c * s_tc + i_h * s_th + o_p * s_tp, mask=m, other=0.)
-            tl.store(p_Sc, b_h, mask=m)
+        for k in range(c):
+            i_bch = (i_b * c + (c - 1 - k if REVERSE else k)) * h + i_h
+            b_S = tl.load(p_S + i_bch * p * n + o, mask=m, other=0.)
+            b_total = tl.load(p_total + i_bch) if MAMBA2 else tl.load(p_total + i_bch * p + o // n, mask=m, other=0.)
+            tl.store(p_S + i_bch * p * n + o, b_h, mask=m)
             b_h = tl.exp(b_A * b_total) * b_h + b_S
         tl.store(p_h + i_bh * p * n + o, b_h, mask=m)
 
-    @triton.jit(do_not_specialize=SIZES)
-    def s6_forward_kernel(p_x, p_delta, p_A, p_B, p_C, p_S, p_y, l, c, h, p, n, rx, rb,
-                          s_xb, s_xl, s_xh, s_Bb, s_Bl, s_Bh, s_Cb, s_Cl, s_Ch,
-                          OUTPUT: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
-        """Mamba, one chunk of one head: step 1 (from zero, leaves S), or with OUTPUT step 3 (from S, leaves y)."""
+    @triton.jit
+    def s6_load(p_x, p_delta, p_B, p_C, p_z, i_0, l, o_p, o_n, s_xl: tl.constexpr, s_Bl: tl.constexpr, s_Cl: tl.constexpr, s_zl: tl.constexpr,
+                h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, LEAVE: tl.constexpr, ADJOINT: tl.constexpr, GATE: tl.constexpr, T: tl.constexpr):
+        """The inputs of T tokens from i_0 on, zero from l on (where Δ = 0 leaves the state alone)."""
+        xs, deltas, Bs, Cs, zs = (), (), (), (), ()
+        for j in tl.static_range(T):
+            m_p, m_n = o_p < tl.where(i_0 + j < l, p, 0), o_n < tl.where(i_0 + j < l, n, 0)
+            xs = xs + (tl.load(p_x + i_0 * s_xl + j * s_xl + o_p, mask=m_p, other=0.),)
+            deltas = deltas + (tl.load(p_delta + i_0 * (h * p) + j * (h * p) + o_p, mask=m_p, other=0.),)
+            Bs = Bs + (tl.load(p_B + i_0 * s_Bl + j * s_Bl + o_n, mask=m_n, other=0.),)
+            if LEAVE == "y":
+                Cs = Cs + (tl.load(p_C + i_0 * s_Cl + j * s_Cl + o_n, mask=m_n, other=0.),)
+            if GATE and (LEAVE == "y" or ADJOINT):
+                zs = zs + (tl.load(p_z + i_0 * s_zl + j * s_zl + o_p, mask=m_p, other=0.),)
+        return xs, deltas, Bs, Cs, zs
+
+    @triton.jit(do_not_specialize=SEGMENTS)
+    def s6_walk_kernel(p_x, p_delta, p_A, p_B, p_C, p_D, p_z, p_h0, p_y, p_h, p_S, p_total, l, c, s, s_xb, s_Bb, s_Cb, s_zb,
+                       s_xl: tl.constexpr, s_xh: tl.constexpr, s_Bl: tl.constexpr, s_Bh: tl.constexpr,
+                       s_Cl: tl.constexpr, s_Ch: tl.constexpr, s_zl: tl.constexpr, s_zh: tl.constexpr,
+                       h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr, rb: tl.constexpr,
+                       LEAVE: tl.constexpr, ADJOINT: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr,
+                       T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
+        """Mamba, one block of channels of one head through one segment of s tokens. What it leaves:
+
+            "y"        the output and, in h, the state at the segment's end, from the state in h0 at its start
+            "states"   S (b, l/T, h, p, n), the state before every T-th token, from the same
+            "end"      in h what the segment adds to its end on its own, and in total ΣΔ (b, c, h, p)
+
+        The ADJOINT of "end" walks backwards, x being dy and B being C: h is what the outputs add to the adjoint of the start.
+
+        The inputs of T tokens are asked for together, while the T before them are worked on: at two warps a scheduler the
+        memory's latency is what would bound the walk."""
         i_bch = tl.program_id(0).to(tl.int64)
         i_b, i_c, i_h = i_bch // (c * h), i_bch // h % c, i_bch % h
         o_p, o_n = tl.program_id(1) * BP + tl.arange(0, BP), tl.arange(0, BN)
         m_p, m_n = o_p < p, o_n < n
         m_pn, o_pn = m_p[:, None] & m_n[None, :], o_p[:, None] * n + o_n[None, :]
-        b_A = tl.load(p_A + i_h * p * n + o_pn, mask=m_pn, other=0.)
-        p_S += i_bch * p * n
-        b_h = tl.load(p_S + o_pn, mask=m_pn, other=0.) if OUTPUT else tl.zeros((BP, BN), tl.float32)
-        for i in range(T):
-            i_t = i_c * T + i
-            m_pt, m_nt = o_p < tl.where(i_t < l, p, 0), o_n < tl.where(i_t < l, n, 0)
-            o_d = ((i_b * l + i_t) * h + i_h) * p + o_p
-            b_delta = tl.load(p_delta + o_d, mask=m_pt, other=0.)  # past the end Δ = 0 leaves the state alone
-            b_x = tl.load(p_x + i_b * s_xb + i_t * s_xl + i_h // rx * s_xh + o_p, mask=m_pt, other=0.)
-            b_B = tl.load(p_B + i_b * s_Bb + i_t * s_Bl + i_h // rb * s_Bh + o_n, mask=m_nt, other=0.)
-            b_h = tl.exp(b_delta[:, None] * b_A) * b_h + (b_delta * b_x.to(tl.float32))[:, None] * b_B[None, :].to(tl.float32)
-            if OUTPUT:
-                b_C = tl.load(p_C + i_b * s_Cb + i_t * s_Cl + i_h * s_Ch + o_n, mask=m_nt, other=0.)
-                tl.store(p_y + o_d, tl.sum(b_h * b_C[None, :].to(tl.float32), axis=1), mask=m_pt)
-        if not OUTPUT:
-            tl.store(p_S + o_pn, b_h, mask=m_pn)
+        b_A = tl.load(p_A + i_h * p * n + o_pn, mask=m_pn, other=0.) * LOG2E
+        b_h = tl.zeros((BP, BN), tl.float32) if LEAVE == "end" else tl.load(p_h0 + i_bch * p * n + o_pn, mask=m_pn, other=0.)
+        b_D = tl.load(p_D + i_h * p + o_p, mask=m_p, other=0.) if SKIP else tl.zeros((BP,), tl.float32)
+        b_total = tl.zeros((BP,), tl.float32)
+        p_x += i_b * s_xb + i_h // rx * s_xh
+        p_delta += i_b * c * s * h * p + i_h * p
+        p_B += i_b * s_Bb + i_h // rb * s_Bh
+        p_C += i_b * s_Cb + i_h * s_Ch
+        p_z += i_b * s_zb + i_h * s_zh
+        p_y += i_b * l * h * p + i_h * p
+        i_0 = i_c * s + (s - T if ADJOINT else 0)
+        ahead = s6_load(p_x, p_delta, p_B, p_C, p_z, i_0, l, o_p, o_n, s_xl, s_Bl, s_Cl, s_zl, h, p, n, LEAVE, ADJOINT, GATE, T)
+        for k in range(s // T):
+            xs, deltas, Bs, Cs, zs = ahead
+            i_1 = i_0 - T if ADJOINT else i_0 + T
+            ahead = s6_load(p_x, p_delta, p_B, p_C, p_z, i_1, tl.where(k + 1 < s // T, l, i_1), o_p, o_n, s_xl, s_Bl, s_Cl, s_zl, h, p, n,
+                            LEAVE, ADJOINT, GATE, T)
+            if LEAVE == "states":
+                tl.store(p_S + ((i_b * tl.cdiv(l, T) + i_0 // T) * h + i_h) * p * n + o_pn, b_h, mask=(o_p < tl.where(i_0 < l, p, 0))[:, None] & m_n[None, :])
+            ys = ()
+            for i in tl.static_range(T):
+                b_x, b_B = xs[T - 1 - i if ADJOINT else i].to(tl.float32), Bs[T - 1 - i if ADJOINT else i].to(tl.float32)
+                b_delta = deltas[T - 1 - i if ADJOINT else i]
+                b_decay = tl.exp2(b_delta[:, None] * b_A)
+                if ADJOINT:
+                    if GATE:
+                        b_x *= silu(zs[T - 1 - i].to(tl.float32))
+                    b_h = b_decay * (b_h + b_x[:, None] * b_B[None, :])
+                else:
+                    b_h = b_decay * b_h + (b_delta * b_x)[:, None] * b_B[None, :]
+                if LEAVE == "end":
+                    b_total += b_delta
+                if LEAVE == "y":
+                    b_y = tl.sum(b_h * Cs[i].to(tl.float32)[None, :], axis=1) + b_D * b_x
+                    if GATE:
+                        b_y *= silu(zs[i].to(tl.float32))
+                    ys = ys + (b_y,)
+            if LEAVE == "y":
+                for j in tl.static_range(T):
+                    tl.store(p_y + i_0 * (h * p) + j * (h * p) + o_p, ys[j], mask=o_p < tl.where(i_0 + j < l, p, 0))
+            i_0 = i_1
+        if LEAVE != "states":
+            tl.store(p_h + i_bch * p * n + o_pn, b_h, mask=m_pn)
+        if LEAVE == "end":
+            tl.store(p_total + i_bch * p + o_p, b_total, mask=m_p)
 
-    @triton.jit(do_not_specialize=SIZES)
-    def s6_backward_kernel(p_x, p_delta, p_A, p_B, p_C, p_dy, p_S, p_G, p_dx, p_ddelta, p_dA, p_dB, p_dC,
-                           b, l, c, h, p, n, rx, rb,
-                           s_xb, s_xl, s_xh, s_Bb, s_Bl, s_Bh, s_Cb, s_Cl, s_Ch, s_yb, s_yl, s_yh,
-                           GRADS: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
-        """Mamba, one chunk backwards in time: step 1 of the adjoint (leaves in G what the chunk's start receives), or
-        with GRADS step 3 (from G, the adjoint at the chunk's end, and S, the state at its start). The states in
-        between are recomputed and held in registers. Sums over heads and channel blocks are left to the caller."""
+    @triton.jit(do_not_specialize=SEGMENTS)
+    def s6_backward_kernel(p_x, p_delta, p_A, p_B, p_C, p_D, p_z, p_dy, p_dh, p_S, p_dx, p_ddt, p_dA, p_dB, p_dC, p_dD, p_dz, p_dbias, p_dh0,
+                           b, l, c, s, s_xb, s_Bb, s_Cb, s_zb, s_yb,
+                           s_xl: tl.constexpr, s_xh: tl.constexpr, s_Bl: tl.constexpr, s_Bh: tl.constexpr,
+                           s_Cl: tl.constexpr, s_Ch: tl.constexpr, s_zl: tl.constexpr, s_zh: tl.constexpr, s_yl: tl.constexpr, s_yh: tl.constexpr,
+                           h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr, rb: tl.constexpr,
+                           SKIP: tl.constexpr, GATE: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
+        """Mamba, one block of channels of one head from the last token of a segment to its first, b_g the adjoint of the
+        state. T / 2 tokens at a time: the states in between are recomputed from S, held in registers, and taken
+        backwards. Sums over the heads of a group and over blocks of channels are left to the caller."""
         i_bch, i_p = tl.program_id(0).to(tl.int64), tl.program_id(1)
         i_b, i_c, i_h = i_bch // (c * h), i_bch // h % c, i_bch % h
         o_p, o_n = i_p * BP + tl.arange(0, BP), tl.arange(0, BN)
         m_p, m_n = o_p < p, o_n < n
         m_pn, o_pn = m_p[:, None] & m_n[None, :], o_p[:, None] * n + o_n[None, :]
-        b_A = tl.load(p_A + i_h * p * n + o_pn, mask=m_pn, other=0.)
-        p_x += i_b * s_xb + i_h // rx * s_xh
-        p_B += i_b * s_Bb + i_h // rb * s_Bh
-        p_C += i_b * s_Cb + i_h * s_Ch
-        p_dy += i_b * s_yb + i_h * s_yh
-        states = ()
-        if GRADS:
-            b_h = tl.load(p_S + i_bch * p * n + o_pn, mask=m_pn, other=0.)
-            states = (b_h,)  # states[i] is h before token i of the chunk
-            for i in tl.static_range(T):
-                i_t = i_c * T + i
-                m_pt, m_nt = o_p < tl.where(i_t < l, p, 0), o_n < tl.where(i_t < l, n, 0)
-                b_delta = tl.load(p_delta + ((i_b * l + i_t) * h + i_h) * p + o_p, mask=m_pt, other=0.)
-                b_x = tl.load(p_x + i_t * s_xl + o_p, mask=m_pt, other=0.).to(tl.float32)
-                b_B = tl.load(p_B + i_t * s_Bl + o_n, mask=m_nt, other=0.).to(tl.float32)
-                b_h = tl.exp(b_delta[:, None] * b_A) * b_h + (b_delta * b_x)[:, None] * b_B[None, :]
-                states = states + (b_h,)
-            b_g = tl.load(p_G + i_bch * p * n + o_pn, mask=m_pn, other=0.)
-            b_dA = tl.zeros((BP, BN), tl.float32)
-        else:
-            b_g = tl.zeros((BP, BN), tl.float32)
-        for j in tl.static_range(T):
-            i_t = i_c * T + T - 1 - j
-            m_pt, m_nt = o_p < tl.where(i_t < l, p, 0), o_n < tl.where(i_t < l, n, 0)
-            o_d = ((i_b * l + i_t) * h + i_h) * p + o_p
-            b_delta = tl.load(p_delta + o_d, mask=m_pt, other=0.)
-            b_C = tl.load(p_C + i_t * s_Cl + o_n, mask=m_nt, other=0.).to(tl.float32)
-            b_dy = tl.load(p_dy + i_t * s_yl + o_p, mask=m_pt, other=0.).to(tl.float32)
-            b_g += b_dy[:, None] * b_C[None, :]
-            b_decay = tl.exp(b_delta[:, None] * b_A)
-            if GRADS:
-                b_x = tl.load(p_x + i_t * s_xl + o_p, mask=m_pt, other=0.).to(tl.float32)
-                b_B = tl.load(p_B + i_t * s_Bl + o_n, mask=m_nt, other=0.).to(tl.float32)
-                b_gB = tl.sum(b_g * b_B[None, :], axis=1)           # adjoint of the written value Δ x
-                b_ga = b_g * b_decay * states[T - 1 - j]            # adjoint of the exponent Δ A
-                b_dA += b_ga * b_delta[:, None]
-                tl.store(p_dx + o_d, b_gB * b_delta, mask=m_pt)
-                tl.store(p_ddelta + o_d, b_gB * b_x + tl.sum(b_ga * b_A, axis=1), mask=m_pt)
-                o_bc = (((i_p * b + i_b) * l + i_t) * h + i_h) * n + o_n
-                tl.store(p_dB + o_bc, tl.sum(b_g * (b_delta * b_x)[:, None], axis=0), mask=m_nt)
-                tl.store(p_dC + o_bc, tl.sum(b_dy[:, None] * states[T - j], axis=0), mask=m_nt)
-            b_g = b_decay * b_g
-        if GRADS:
-            tl.store(p_dA + i_bch * p * n + o_pn, b_dA, mask=m_pn)
-        else:
-            tl.store(p_G + i_bch * p * n + o_pn, b_g, mask=m_pn)
+        b_A = tl.load(p_A + i_h * p * n + o_pn, mask=m_pn, other=0.) * LOG2E
+        b_g = tl.load(p_dh + i_bch * p * n + o_pn, mask=m_pn, other=0.)
+        b_D = tl.load(p_D + i_h * p + o_p, mask=m_p, other=0.) if SKIP else tl.zeros((BP,), tl.float32)
+        b_dA, b_dD, b_dbias = tl.zeros((BP, BN), tl.float32), tl.zeros((BP,), tl.float32), tl.zeros((BP,), tl.float32)
+        p_x += i_b * s_xb + i_h // rx * s_xh + o_p
+        p_delta += i_b * c * s * h * p + i_h * p + o_p
+        p_B += i_b * s_Bb + i_h // rb * s_Bh + o_n
+        p_C += i_b * s_Cb + i_h * s_Ch + o_n
+        p_z += i_b * s_zb + i_h * s_zh + o_p
+        p_dy += i_b * s_yb + i_h * s_yh + o_p
+        o_y, o_bc = i_b * l * h * p + i_h * p + o_p, (i_p * b + i_b) * l * h * n + i_h * n + o_n
+        K: tl.constexpr = T // 2
+        for k in range(tl.cdiv(s, T)):
+            i_c0 = i_c * s + s - T - k * T
+            for part in tl.static_range(1, -1, -1):  # the second half of the T tokens, then the first
+                i_0 = i_c0 + part * K
+                b_h = tl.load(p_S + ((i_b * tl.cdiv(l, T) + i_c0 // T) * h + i_h) * p * n + o_pn,
+                              mask=(o_p < tl.where(i_c0 < l, p, 0))[:, None] & m_n[None, :], other=0.)
+                if part == 1:
+                    deltas, xs, Bs = (), (), ()
+                    for j in tl.static_range(K):
+                        m = i_c0 + j < l
+                        deltas = deltas + (tl.load(p_delta + i_c0 * (h * p) + j * (h * p), mask=m_p, other=0.),)  # past the end Δ = 0
+                        xs = xs + (tl.load(p_x + i_c0 * s_xl + j * s_xl, mask=o_p < tl.where(m, p, 0), other=0.),)
+                        Bs = Bs + (tl.load(p_B + i_c0 * s_Bl + j * s_Bl, mask=o_n < tl.where(m, n, 0), other=0.),)
+                    for j in tl.static_range(K):
+                        b_h = tl.exp2(deltas[j][:, None] * b_A) * b_h + (deltas[j] * xs[j].to(tl.float32))[:, None] * Bs[j].to(tl.float32)[None, :]
+                deltas, xs, Bs, Cs, dys, zs, states = (), (), (), (), (), (), ()  # states[j] is h before token j
+                for j in tl.static_range(K):
+                    m = i_0 + j < l
+                    deltas = deltas + (tl.load(p_delta + i_0 * (h * p) + j * (h * p), mask=m_p, other=0.),)
+                    xs = xs + (tl.load(p_x + i_0 * s_xl + j * s_xl, mask=o_p < tl.where(m, p, 0), other=0.),)
+                    Bs = Bs + (tl.load(p_B + i_0 * s_Bl + j * s_Bl, mask=o_n < tl.where(m, n, 0), other=0.),)
+                    Cs = Cs + (tl.load(p_C + i_0 * s_Cl + j * s_Cl, mask=o_n < tl.where(m, n, 0), other=0.),)
+                    dys = dys + (tl.load(p_dy + i_0 * s_yl + j * s_yl, mask=o_p < tl.where(m, p, 0), other=0.),)
+                    if GATE:
+                        zs = zs + (tl.load(p_z + i_0 * s_zl + j * s_zl, mask=o_p < tl.where(m, p, 0), other=0.),)
+                for j in tl.static_range(K):
+                    states = states + (b_h,)
+                    b_h = tl.exp2(deltas[j][:, None] * b_A) * b_h + (deltas[j] * xs[j].to(tl.float32))[:, None] * Bs[j].to(tl.float32)[None, :]
+                for j in tl.static_range(K - 1, -1, -1):
+                    b_x, b_B, b_C, b_dy, b_delta = xs[j].to(tl.float32), Bs[j].to(tl.float32), Cs[j].to(tl.float32), dys[j].to(tl.float32), deltas[j]
+                    m_pt, m_nt, o_yt, o_bct = o_p < tl.where(i_0 + j < l, p, 0), o_n < tl.where(i_0 + j < l, n, 0), o_y + i_0 * (h * p) + j * (h * p), o_bc + i_0 * (h * n) + j * (h * n)
+                    if GATE:
+                        b_z = zs[j].to(tl.float32)
+                        b_sig = tl.sigmoid(b_z)
+                        b_y = tl.sum(b_h * b_C[None, :], axis=1) + b_D * b_x
+                        tl.store(p_dz + o_yt, b_dy * b_y * b_sig * (1 + b_z * (1 - b_sig)), mask=m_pt)
+                        b_dy *= b_z * b_sig
+                    b_g += b_dy[:, None] * b_C[None, :]
+                    b_gB = tl.sum(b_g * b_B[None, :], axis=1)           # adjoint of the written value Δ x
+                    tl.store(p_dB + o_bct, tl.sum(b_g * (b_delta * b_x)[:, None], axis=0), mask=m_nt)
+                    tl.store(p_dC + o_bct, tl.sum(b_dy[:, None] * b_h, axis=0), mask=m_nt)
+                    b_g *= tl.exp2(b_delta[:, None] * b_A)
+                    b_h = states[j]
+                    b_ga = b_g * b_h                                    # adjoint of the exponent Δ A
+                    b_dA += b_ga * b_delta[:, None]
+                    b_dD += b_dy * b_x
+                    b_ddt = (b_gB * b_x + tl.sum(b_ga * b_A, axis=1) / LOG2E) * slope(b_delta)
+                    b_dbias += b_ddt
+                    tl.store(p_dx + o_yt, b_gB * b_delta + b_dy * b_D, mask=m_pt)
+                    tl.store(p_ddt + o_yt, b_ddt, mask=m_pt)
+        tl.store(p_dh0 + i_bch * p * n + o_pn, b_g, mask=m_pn)
+        tl.store(p_dA + i_bch * p * n + o_pn, b_dA, mask=m_pn)
+        tl.store(p_dD + i_bch * p + o_p, b_dD, mask=m_p)
+        tl.store(p_dbias + i_bch * p + o_p, b_dbias, mask=m_p)
 
     @triton.jit
-    def log_decay(p_delta, p_A, i_b, i_c, i_h, l, h, T: tl.constexpr):
-        """Δ (T,), and s (T,) the sum of Δ A since the chunk's start, in float64 as `ssd_torch` explains."""
-        o_t = i_c * T + tl.arange(0, T)
-        b_delta = tl.load(p_delta + (i_b * l + o_t) * h + i_h, mask=o_t < l, other=0.)
-        return b_delta, tl.cumsum(b_delta.to(tl.float64) * tl.load(p_A + i_h).to(tl.float64), axis=0)
-
-    @triton.jit
-    def tile(p, s_row, s_col, o_row, o_col, n_row, n_col):
-        """Load a tile as float32, zero outside (n_row, n_col); transposed when the strides are given the other way."""
+    def tile(p, s_row, o_row, o_col, n_row, n_col, DOT: tl.constexpr):
+        """Load a tile in the type the dots take, zero from row n_row and column n_col on."""
         m = (o_row < n_row)[:, None] & (o_col < n_col)[None, :]
-        return tl.load(p + o_row.to(tl.int64)[:, None] * s_row + o_col.to(tl.int64)[None, :] * s_col, mask=m, other=0.).to(tl.float32)
+        return tl.load(p + o_row[:, None] * s_row + o_col[None, :], mask=m, other=0.).to(DOT)
 
-    @triton.jit(do_not_specialize=SIZES)
-    def ssd_state_kernel(p_u, p_v, p_delta, p_A, p_S, l, c, h, p, n, ru, rv, s_ub, s_ul, s_uh, s_vb, s_vl, s_vh,
-                         ADJOINT: tl.constexpr, PREC: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
-        """Mamba-2, step 1: S = Σ_t w_t u_t ⊗ v_t with u = x, v = B, w = Δ × the decay from t to the chunk's end; or,
-        for the ADJOINT, u = dy, v = C, w = the decay from the chunk's start to t."""
+    @triton.jit(do_not_specialize=SEGMENTS)
+    def ssd_walk_kernel(p_u, p_delta, p_s, p_v, p_C, p_D, p_h0, p_y, p_h, p_S, p_total, l, c, s, s_ub, s_vb, s_Cb,
+                        s_ul: tl.constexpr, s_uh: tl.constexpr, s_vl: tl.constexpr, s_vh: tl.constexpr,
+                        s_Cl: tl.constexpr, s_Ch: tl.constexpr, h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr, rb: tl.constexpr,
+                        LEAVE: tl.constexpr, ADJOINT: tl.constexpr, SKIP: tl.constexpr,
+                        DOT: tl.constexpr, PREC: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
+        """Mamba-2, one block of channels of one head through one segment of s tokens, tile after tile of T, the state (n, p):
+
+            h ← decay over the tile · h + Σ_t w_t v_t ⊗ u_t       u = x, v = B, w = Δ × the decay from t to the tile's end
+            y = (decay ∘ C Bᵀ) (Δ x) + decay since the tile's start ∘ C h
+
+        Leaves "y", "states" (n, p) or the "end" as Mamba's walk does. The ADJOINT walks from the last tile to the first
+        with u = dy, v = C, w = the decay from the tile's start to t."""
         i_bch = tl.program_id(0).to(tl.int64)
         i_b, i_c, i_h = i_bch // (c * h), i_bch // h % c, i_bch % h
-        o_t = i_c * T + tl.arange(0, T)
-        o_p, o_n = tl.program_id(1) * BP + tl.arange(0, BP), tl.program_id(2) * BN + tl.arange(0, BN)
-        b_delta, b_s = log_decay(p_delta, p_A, i_b, i_c, i_h, l, h, T)
-        if ADJOINT:
-            b_w = tl.exp(b_s.to(tl.float32))
-        else:
-            b_s_end = tl.sum(tl.where(tl.arange(0, T) == T - 1, b_s, 0.), axis=0)
-            b_w = tl.exp((b_s_end - b_s).to(tl.float32)) * b_delta
-        b_u = tile(p_u + i_b * s_ub + i_h // ru * s_uh, 1, s_ul, o_p, o_t, p, l)   # (p, T)
-        b_v = tile(p_v + i_b * s_vb + i_h // rv * s_vh, s_vl, 1, o_t, o_n, l, n)   # (T, n)
-        b_S = tl.dot(b_u * b_w[None, :], b_v, input_precision=PREC)
-        tl.store(p_S + i_bch * p * n + o_p[:, None] * n + o_n[None, :], b_S, mask=(o_p < p)[:, None] & (o_n < n)[None, :])
-
-    @triton.jit(do_not_specialize=SIZES)
-    def ssd_output_kernel(p_x, p_delta, p_A, p_B, p_C, p_S, p_y, l, c, h, p, n, rx, rb,
-                          s_xb, s_xl, s_xh, s_Bb, s_Bl, s_Bh, s_Cb, s_Cl, s_Ch,
-                          PREC: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
-        """Mamba-2, step 3: y = (decay ∘ C Bᵀ) (Δ x) inside the chunk, plus what its starting state gives."""
-        i_bch = tl.program_id(0).to(tl.int64)
-        i_b, i_c, i_h = i_bch // (c * h), i_bch // h % c, i_bch % h
-        o_t, o_p = i_c * T + tl.arange(0, T), tl.program_id(1) * BP + tl.arange(0, BP)
-        b_delta, b_s = log_decay(p_delta, p_A, i_b, i_c, i_h, l, h, T)
+        o_i, o_p, o_n = tl.arange(0, T), tl.program_id(1) * BP + tl.arange(0, BP), tl.arange(0, BN)
+        m_np, o_np = (o_n < n)[:, None] & (o_p < p)[None, :], o_p[None, :] * n + o_n[:, None]
+        b_h = tl.zeros((BN, BP), tl.float32) if LEAVE == "end" else tl.load(p_h0 + i_bch * p * n + o_np, mask=m_np, other=0.)
+        b_D = tl.load(p_D + i_h) if SKIP else 0.
+        b_total = 0.
+        p_u += i_b * s_ub + i_h // rx * s_uh
+        p_v += i_b * s_vb + i_h // rb * s_vh
         p_C += i_b * s_Cb + i_h * s_Ch
-        p_B += i_b * s_Bb + i_h // rb * s_Bh
-        p_S += i_bch * p * n
-        b_scores, b_y = tl.zeros((T, T), tl.float32), tl.zeros((T, BP), tl.float32)
-        for i_n in range(0, n, BN):
-            o_n = i_n + tl.arange(0, BN)
-            b_C = tile(p_C, s_Cl, 1, o_t, o_n, l, n)                                        # (T, n)
-            b_scores += tl.dot(b_C, tile(p_B, 1, s_Bl, o_n, o_t, n, l), input_precision=PREC)  # (T, T)
-            b_y += tl.dot(b_C, tile(p_S, 1, n, o_n, o_p, n, p), input_precision=PREC)          # (T, p)
-        m_tt = tl.arange(0, T)[:, None] >= tl.arange(0, T)[None, :]
-        b_decay = tl.exp(tl.where(m_tt, b_s[:, None] - b_s[None, :], -float("inf")).to(tl.float32))
-        b_x = tile(p_x + i_b * s_xb + i_h // rx * s_xh, s_xl, 1, o_t, o_p, l, p)            # (T, p)
-        b_y = b_y * tl.exp(b_s.to(tl.float32))[:, None] + tl.dot(b_scores * b_decay * b_delta[None, :], b_x, input_precision=PREC)
-        m_tp = (o_t < l)[:, None] & (o_p < p)[None, :]
-        tl.store(p_y + ((i_b * l + o_t[:, None]) * h + i_h) * p + o_p[None, :], b_y, mask=m_tp)
+        for k in range(s // T):
+            i_0 = i_c * s + (s - T - k * T if ADJOINT else k * T)
+            b_u = tile(p_u + i_0 * s_ul, s_ul, o_i, o_p, l - i_0, p, DOT)               # (T, p)
+            b_v = tl.trans(tile(p_v + i_0 * s_vl, s_vl, o_i, o_n, l - i_0, n, DOT))     # (n, T)
+            o_s = (i_b * c * s + i_0) * h + i_h
+            b_delta, b_s, b_end = tl.load(p_delta + o_s + o_i * h), tl.load(p_s + o_s + o_i * h), tl.load(p_s + o_s + (T - 1) * h)
+            b_since = tl.exp2(b_s.to(tl.float32))
+            if LEAVE == "y":
+                b_C = tile(p_C + i_0 * s_Cl, s_Cl, o_i, o_n, l - i_0, n, DOT)                           # (T, n)
+                b_scores = tl.dot(b_C, b_v, input_precision=PREC)                                       # (T, T)
+                b_y = tl.dot(b_C, b_h.to(DOT), input_precision=PREC) * b_since[:, None]                 # (T, p)
+                b_decay = tl.exp2(tl.where(o_i[:, None] >= o_i[None, :], b_s[:, None] - b_s[None, :], -float("inf")).to(tl.float32))
+                b_y += tl.dot((b_scores * b_decay * b_delta[None, :]).to(DOT), b_u, input_precision=PREC)
+                b_y += b_D * b_u.to(tl.float32)
+                m_tp = (i_0 + o_i < l)[:, None] & (o_p < p)[None, :]
+                tl.store(p_y + ((i_b * l + i_0) * h + i_h) * p + o_i[:, None] * (h * p) + o_p[None, :], b_y, mask=m_tp)
+            if LEAVE == "states":
+                o_S = ((i_b * tl.cdiv(l, T) + i_0 // T) * h + i_h) * p * n
+                tl.store(p_S + o_S + o_n[:, None] * p + o_p[None, :], b_h, mask=(o_n < tl.where(i_0 < l, n, 0))[:, None] & (o_p < p)[None, :])
+            if LEAVE == "end":
+                b_total += tl.sum(b_delta, axis=0)
+            b_w = b_since if ADJOINT else tl.exp2((b_end - b_s).to(tl.float32)) * b_delta
+            b_h = b_h * tl.exp2(b_end.to(tl.float32)) + tl.dot(b_v, (b_u.to(tl.float32) * b_w[:, None]).to(DOT), input_precision=PREC)
+        tl.store(p_h + i_bch * p * n + o_np, b_h, mask=m_np)
+        if LEAVE == "end":
+            tl.store(p_total + i_bch, b_total)
 
-    @triton.jit(do_not_specialize=SIZES)
-    def ssd_backward_kernel(p_x, p_delta, p_A, p_B, p_C, p_dy, p_S, p_G, p_dx, p_ddelta, p_dA, p_dB, p_dC,
-                            l, c, h, p, n, rx, rb, s_xb, s_xl, s_xh, s_Bb, s_Bl, s_Bh, s_Cb, s_Cl, s_Ch, s_yb, s_yl, s_yh,
-                            PREC: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
-        """Mamba-2, step 3 of the gradient, one chunk of one head: from S, the state at its start, and G, the adjoint of
-        the state at its end. t is the reader (C, dy), r the writer (x, B). Scores are formed in both orientations by
-        products of loaded tiles, never by transposing a product (a transposed dot feeding a dot is miscompiled by
-        Triton 3.4 to 3.7 on Hopper)."""
+    @triton.jit(do_not_specialize=["l", "tokens"])
+    def ssd_backward_kernel(p_x, p_delta, p_s, p_A, p_B, p_C, p_D, p_dy, p_S, p_G, p_dx, p_ddt, p_dA, p_dB, p_dC, p_dD, l, tokens, s_xb, s_Bb, s_Cb, s_yb,
+                            s_xl: tl.constexpr, s_xh: tl.constexpr, s_Bl: tl.constexpr, s_Bh: tl.constexpr,
+                            s_Cl: tl.constexpr, s_Ch: tl.constexpr, s_yl: tl.constexpr, s_yh: tl.constexpr,
+                            h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr, rb: tl.constexpr,
+                            SKIP: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+                            T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
+        """Mamba-2, the gradients of one tile of one head: from S, the state at its start, and G, the adjoint of the state at
+        its end. t is the reader (C, dy), r the writer (x, B). What belongs to the writers is computed transposed, as
+        (p, T) and (n, T), because Triton 3.4 to 3.7 on Hopper miscompiles a dot that takes a dot's result transposed."""
         i_bch = tl.program_id(0).to(tl.int64)
+        c = tl.cdiv(l, T)
         i_b, i_c, i_h = i_bch // (c * h), i_bch // h % c, i_bch % h
-        o_i = tl.arange(0, T)
-        o_t = i_c * T + o_i
-        b_delta, b_s = log_decay(p_delta, p_A, i_b, i_c, i_h, l, h, T)
-        b_s_end = tl.sum(tl.where(o_i == T - 1, b_s, 0.), axis=0)
-        b_since, b_after = tl.exp(b_s.to(tl.float32)), tl.exp((b_s_end - b_s).to(tl.float32))
-        p_x += i_b * s_xb + i_h // rx * s_xh
-        p_B += i_b * s_Bb + i_h // rb * s_Bh
-        p_C += i_b * s_Cb + i_h * s_Ch
-        p_dy += i_b * s_yb + i_h * s_yh
+        o_i, i_0 = tl.arange(0, T), i_c * T
+        l -= i_0  # what is left of the sequence
+        b_D = tl.load(p_D + i_h) if SKIP else 0.
+        p_x += i_b * s_xb + i_0 * s_xl + i_h // rx * s_xh
+        p_B += i_b * s_Bb + i_0 * s_Bl + i_h // rb * s_Bh
+        p_C += i_b * s_Cb + i_0 * s_Cl + i_h * s_Ch
+        p_dy += i_b * s_yb + i_0 * s_yl + i_h * s_yh
+        o_0 = (i_b * (l + i_0) + i_0) * h + i_h  # of what is written: (b, l, h)
         p_S += i_bch * p * n
         p_G += i_bch * p * n
 
-        b_CB, b_BC = tl.zeros((T, T), tl.float32), tl.zeros((T, T), tl.float32)  # C_t·B_r as [t, r] and as [r, t]
+        b_CB, b_yx = tl.zeros((T, T), tl.float32), tl.zeros((T, T), tl.float32)  # C_t · B_r and dy_t · x_r
         for i_n in range(0, n, BN):
             o_n = i_n + tl.arange(0, BN)
-            b_CB += tl.dot(tile(p_C, s_Cl, 1, o_t, o_n, l, n), tile(p_B, 1, s_Bl, o_n, o_t, n, l), input_precision=PREC)
-            b_BC += tl.dot(tile(p_B, s_Bl, 1, o_t, o_n, l, n), tile(p_C, 1, s_Cl, o_n, o_t, n, l), input_precision=PREC)
-        b_yx, b_xy = tl.zeros((T, T), tl.float32), tl.zeros((T, T), tl.float32)  # dy_t·x_r as [t, r] and as [r, t]
+            b_CB = tl.dot(tile(p_C, s_Cl, o_i, o_n, l, n, DOT), tl.trans(tile(p_B, s_Bl, o_i, o_n, l, n, DOT)), b_CB, input_precision=PREC)
         for i_p in range(0, p, BP):
             o_p = i_p + tl.arange(0, BP)
-            b_yx += tl.dot(tile(p_dy, s_yl, 1, o_t, o_p, l, p), tile(p_x, 1, s_xl, o_p, o_t, p, l), input_precision=PREC)
-            b_xy += tl.dot(tile(p_x, s_xl, 1, o_t, o_p, l, p), tile(p_dy, 1, s_yl, o_p, o_t, p, l), input_precision=PREC)
+            b_yx = tl.dot(tile(p_dy, s_yl, o_i, o_p, l, p, DOT), tl.trans(tile(p_x, s_xl, o_i, o_p, l, p, DOT)), b_yx, input_precision=PREC)
 
-        # decay from r to t where t ≥ r, in the two orientations, with the writer's Δ
-        b_tr = tl.exp(tl.where(o_i[:, None] >= o_i[None, :], b_s[:, None] - b_s[None, :], -float("inf")).to(tl.float32))
-        b_rt = tl.exp(tl.where(o_i[:, None] <= o_i[None, :], b_s[None, :] - b_s[:, None], -float("inf")).to(tl.float32))
+        o_s = (i_b * tokens + i_0) * h + i_h
+        b_delta, b_s, b_end = tl.load(p_delta + o_s + o_i * h), tl.load(p_s + o_s + o_i * h), tl.load(p_s + o_s + (T - 1) * h)
+        b_since, b_after = tl.exp2(b_s.to(tl.float32)), tl.exp2((b_end - b_s).to(tl.float32))
+        b_decay = tl.exp2(tl.where(o_i[:, None] >= o_i[None, :], b_s[:, None] - b_s[None, :], -float("inf")).to(tl.float32))
+        b_CB, b_yx = b_CB * b_decay, b_yx * b_delta[None, :]
         # adjoint of s: what pair (t, r) gives grows with s_t and shrinks with s_r; the pair (t, t) does neither
-        b_pair = tl.where(o_i[:, None] > o_i[None, :], b_CB * b_yx * b_tr * b_delta[None, :], 0.)
+        b_pair = tl.where(o_i[:, None] > o_i[None, :], b_CB * b_yx, 0.)
         b_ds = tl.sum(b_pair, axis=1) - tl.sum(b_pair, axis=0)
-        b_CB, b_BC = b_CB * b_tr * b_delta[None, :], b_BC * b_rt
-        b_yx, b_xy = b_yx * b_tr * b_delta[None, :], b_xy * b_rt * b_delta[:, None]
+        b_CB, b_yx = b_CB.to(DOT), (b_yx * b_decay).to(DOT)
 
         b_du_x = tl.zeros((T,), tl.float32)     # adjoint of Δ x, times x
-        b_end = tl.zeros((T,), tl.float32)      # what each writer gives to the state at the chunk's end, times G
+        b_give = tl.zeros((T,), tl.float32)     # what each writer gives to the state at the tile's end, times G
+        b_dD = tl.zeros((T,), tl.float32)
         for i_p in range(0, p, BP):
             o_p = i_p + tl.arange(0, BP)
-            b_x = tile(p_x, s_xl, 1, o_t, o_p, l, p)
-            b_GB = tl.zeros((T, BP), tl.float32)
+            b_x, b_dy = tl.trans(tile(p_x, s_xl, o_i, o_p, l, p, DOT)), tl.trans(tile(p_dy, s_yl, o_i, o_p, l, p, DOT))  # (p, T)
+            b_GB = tl.zeros((BP, T), tl.float32)
             for i_n in range(0, n, BN):
                 o_n = i_n + tl.arange(0, BN)
-                b_GB += tl.dot(tile(p_B, s_Bl, 1, o_t, o_n, l, n), tile(p_G, 1, n, o_n, o_p, n, p), input_precision=PREC)
-            b_GB *= b_after[:, None]
-            b_du = tl.dot(b_BC, tile(p_dy, s_yl, 1, o_t, o_p, l, p), input_precision=PREC) + b_GB
-            b_du_x += tl.sum(b_du * b_x, axis=1)
-            b_end += tl.sum(b_GB * b_x, axis=1) * b_delta
-            m_tp = (o_t < l)[:, None] & (o_p < p)[None, :]
-            tl.store(p_dx + ((i_b * l + o_t[:, None]) * h + i_h) * p + o_p[None, :], b_du * b_delta[:, None], mask=m_tp)
-        b_hold = 0.                             # <G, the starting state as it arrives at the chunk's end>
+                b_GB = tl.dot(tl.trans(tile(p_G, p, o_n, o_p, n, p, DOT)), tl.trans(tile(p_B, s_Bl, o_i, o_n, l, n, DOT)), b_GB, input_precision=PREC)
+            b_GB *= b_after[None, :]
+            b_du = tl.dot(b_dy, b_CB, b_GB, input_precision=PREC)
+            b_xf, b_dyf = b_x.to(tl.float32), b_dy.to(tl.float32)
+            b_du_x += tl.sum(b_du * b_xf, axis=0)
+            b_give += tl.sum(b_GB * b_xf, axis=0) * b_delta
+            b_dD += tl.sum(b_dyf * b_xf, axis=0)
+            tl.store(p_dx + o_0 * p + o_i[None, :] * (h * p) + o_p[:, None], b_du * b_delta[None, :] + b_D * b_dyf,
+                     mask=(o_p < p)[:, None] & (o_i < l)[None, :])
+        b_hold = 0.                             # <G, the starting state as it arrives at the tile's end>
         for i_n in range(0, n, BN):
             o_n = i_n + tl.arange(0, BN)
-            b_C = tile(p_C, s_Cl, 1, o_t, o_n, l, n)
-            b_dC, b_dB = tl.zeros((T, BN), tl.float32), tl.zeros((T, BN), tl.float32)
+            b_C, b_B = tile(p_C, s_Cl, o_i, o_n, l, n, DOT), tile(p_B, s_Bl, o_i, o_n, l, n, DOT)
+            b_dC, b_dB = tl.zeros((T, BN), tl.float32), tl.zeros((BN, T), tl.float32)
             for i_p in range(0, p, BP):
                 o_p = i_p + tl.arange(0, BP)
-                b_S, b_G = tile(p_S, n, 1, o_p, o_n, p, n), tile(p_G, n, 1, o_p, o_n, p, n)
-                b_dC += tl.dot(tile(p_dy, s_yl, 1, o_t, o_p, l, p), b_S, input_precision=PREC)
-                b_dB += tl.dot(tile(p_x, s_xl, 1, o_t, o_p, l, p), b_G, input_precision=PREC)
-                b_hold += tl.sum(tl.sum(b_S * b_G, axis=1), axis=0)
+                b_S, b_G = tile(p_S, p, o_n, o_p, n, p, DOT), tile(p_G, p, o_n, o_p, n, p, DOT)  # (n, p)
+                b_dC = tl.dot(tile(p_dy, s_yl, o_i, o_p, l, p, DOT), tl.trans(b_S), b_dC, input_precision=PREC)
+                b_dB = tl.dot(b_G, tl.trans(tile(p_x, s_xl, o_i, o_p, l, p, DOT)), b_dB, input_precision=PREC)
+                b_hold += tl.sum(tl.sum(b_S.to(tl.float32) * b_G.to(tl.float32), axis=1), axis=0)
             b_dC *= b_since[:, None]
-            b_ds += tl.sum(b_dC * b_C, axis=1)  # what the starting state gives y_t grows with s_t
-            b_dC += tl.dot(b_yx, tile(p_B, s_Bl, 1, o_t, o_n, l, n), input_precision=PREC)
-            b_dB = b_dB * (b_after * b_delta)[:, None] + tl.dot(b_xy, b_C, input_precision=PREC)
-            o_bc = ((i_b * l + o_t[:, None]) * h + i_h) * n + o_n[None, :]
-            tl.store(p_dC + o_bc, b_dC, mask=(o_t < l)[:, None] & (o_n < n)[None, :])
-            tl.store(p_dB + o_bc, b_dB, mask=(o_t < l)[:, None] & (o_n < n)[None, :])
-        # a_t = Δ_t A moves every s from t on, and all that reaches the chunk's end from before t
-        b_before = tl.sum(tl.where(o_i[None, :] < o_i[:, None], b_end[None, :], 0.), axis=1)  # cumsum - b_end would cancel
-        b_da = tl.cumsum(b_ds, axis=0, reverse=True) + b_before
-        b_da += b_hold * tl.exp(b_s_end.to(tl.float32))
-        tl.store(p_ddelta + (i_b * l + o_t) * h + i_h, b_du_x + b_da * tl.load(p_A + i_h), mask=o_t < l)
+            b_ds += tl.sum(b_dC * b_C.to(tl.float32), axis=1)  # what the starting state gives y_t grows with s_t
+            b_dC = tl.dot(b_yx, b_B, b_dC, input_precision=PREC)
+            b_dB = tl.dot(tl.trans(b_C), b_yx, b_dB * (b_after * b_delta)[None, :], input_precision=PREC)
+            tl.store(p_dC + o_0 * n + o_i[:, None] * (h * n) + o_n[None, :], b_dC, mask=(o_i < l)[:, None] & (o_n < n)[None, :])
+            tl.store(p_dB + o_0 * n + o_i[None, :] * (h * n) + o_n[:, None], b_dB, mask=(o_n < n)[:, None] & (o_i < l)[None, :])
+        # a_t = Δ_t A moves every s from t on, and all that reaches the tile's end from before t
+        b_before = tl.sum(tl.where(o_i[None, :] < o_i[:, None], b_give[None, :], 0.), axis=1)  # cumsum - b_give would cancel
+        b_da = tl.cumsum(b_ds, axis=0, reverse=True) + b_before + b_hold * tl.exp2(b_end.to(tl.float32))
+        b_ddt = (b_du_x + b_da * tl.load(p_A + i_h)) * slope(b_delta)
+        tl.store(p_ddt + o_0 + o_i * h, b_ddt, mask=o_i < l)
         tl.store(p_dA + i_bch, tl.sum(b_da * b_delta, axis=0))
+        tl.store(p_dD + i_bch, tl.sum(b_dD, axis=0))
 
     @triton.jit
     def conv_window(p_x, p_w, b_bias, i_t, o_p, m_p, l, s_xl, W: tl.constexpr):
@@ -495,7 +621,7 @@ if triton is not None:
             b_sum += b_x * tl.load(p_w + o_p * W + k, mask=m_p, other=0.).to(tl.float32)[None, :]
         return b_sum
 
-    @triton.jit(do_not_specialize=SIZES)
+    @triton.jit(do_not_specialize=["l", "c"])
     def conv_kernel(p_x, p_w, p_bias, p_y, p_dy, p_dx, p_dw, p_dbias, l, c, h, p, r, s_xb, s_xl, s_xh,
                     BACKWARD: tl.constexpr, BIAS: tl.constexpr, W: tl.constexpr, T: tl.constexpr, BP: tl.constexpr):
         """The convolution and its SiLU, or its gradients: dx per query head, dw and dbias per chunk of T tokens."""
@@ -536,86 +662,120 @@ def rows(t):
 
 def over_group(t, like):
     """Sum (b, l, h, w) over the query heads that share a kv head, into the shape and type of `like` (b, l, g, w)."""
-    return t.unflatten(2, (like.shape[2], -1)).sum(3).to(like.dtype)
+    g = like.shape[2]
+    return (t if t.shape[2] == g else t.unflatten(2, (g, -1)).sum(3)).to(like.dtype)
 
 
 class TritonScan(torch.autograd.Function):
-    """x, Δ, A, B, C, h0 -> y (before D and z, float32), h. Keeps its inputs; the backward recomputes the states."""
+    """`ssm_reference` on the kernels above, z for Mamba only. Keeps its inputs; the backward recomputes the states."""
 
     @staticmethod
-    def setup(x, delta, A, B, C):
-        """The sizes, the launch grids and the numbers every kernel takes."""
-        b, l, h, n = C.shape
-        p, mamba2 = x.shape[3], A.dim() == 1
-        T = TD if mamba2 else T6
-        c = triton.cdiv(l, T)
-        BN = min(64, max(16, triton.next_power_of_2(n))) if mamba2 else triton.next_power_of_2(n)
-        BP = min(64, max(16, triton.next_power_of_2(p))) if mamba2 else min(triton.next_power_of_2(p), max(1, 1024 // BN))
-        meta = dict(T=T, BP=BP, BN=BN, num_warps=4 if mamba2 else max(1, BP * BN // 256))
-        if mamba2:  # bf16 and fp16 fit in TF32's mantissa, so their products are exact; float32 is multiplied in full
-            meta["PREC"] = "ieee" if x.dtype == torch.float32 else "tf32"
-        return b, l, c, h, p, n, mamba2, meta, (b * c * h, triton.cdiv(p, BP), triton.cdiv(n, BN) if mamba2 else 1)
+    def setup(x, B, C, z, D, mamba2):
+        """What every launch takes: the tensors, their strides over the batch and within it, and the kernels' constants."""
+        (h, n), p = C.shape[2:], x.shape[3]
+        tensors, s = zip(*(rows(t) for t in (x, B, C) + (() if mamba2 else (x if z is None else z,))))
+        meta = dict(h=h, p=p, n=n, SKIP=D is not None)
+        if mamba2:  # bf16 is multiplied as it is, fp16 (whose range a state can leave) as TF32, float32 in full
+            dot, T = (tl.bfloat16, 64) if x.dtype == torch.bfloat16 and not INTERPRET else (tl.float32, 32)  # (it lacks bf16)
+            meta |= dict(DOT=dot, PREC="ieee" if x.dtype == torch.float32 else "tf32", T=T, BP=T)
+        else:
+            BN = triton.next_power_of_2(n)
+            BP = min(triton.next_power_of_2(p), max(1, TILE // BN))
+            meta |= dict(GATE=z is not None, T=T6, BP=BP, BN=BN, num_warps=max(1, BP * BN // 512))
+        return tensors, [k[0] for k in s], [k for _, *lh in s for k in lh], meta
 
     @staticmethod
-    def passing(S, delta, A, h0, T, reverse=False):
-        """Step 2 over S (b, c, h, p, n), in place; returns the state (or adjoint) at the other end, (b, h, p, n)."""
-        b, c, h, p, n = S.shape
-        total = split_chunks(T, delta)[0].sum(2)                               # ΣΔ (b, c, h) or (b, c, h, p)
-        s_A, s_t = A.stride() + (0,) * (3 - A.dim()), total.stride() + (0,) * (4 - total.dim())
-        end, block = torch.empty_like(h0), min(256, triton.next_power_of_2(p * n))
-        pass_kernel[(b * h, triton.cdiv(p * n, block))](S, total, A, h0, end, c, h, p, n, *s_A, *s_t,
-                                                        REVERSE=reverse, BLOCK=block, num_warps=max(1, block // 128))
+    def delta(dt, A, dt_bias, tokens, T, exact):
+        """Δ (b, tokens, h, p), and for Mamba-2 its sum s: see the kernel."""
+        t, (s_b, s_l, s_h) = rows(dt.unsqueeze(3) if A.dim() == 1 else dt)
+        (b, l, h, p), block = t.shape, 256 // T if A.dim() == 1 else 128
+        delta = dt.new_empty(b, tokens, *dt.shape[2:], dtype=torch.float32)
+        s = torch.empty_like(delta, dtype=torch.float64 if exact else torch.float32) if A.dim() == 1 else delta
+        bias = delta if dt_bias is None else dt_bias.float().contiguous()
+        delta_kernel[b * (tokens // T), triton.cdiv(h * p, block)](t, A, bias, delta, s, l, tokens // T, s_b, s_l, s_h, h, p, BIAS=dt_bias is not None,
+                                                                SUM=A.dim() == 1, T=T, BLOCK=block)
+        return delta, s
+
+    @staticmethod
+    def walk(x, delta, sums, A, B, C, D, z, c, leave, h0=None, y=None, h=None, S=None, total=None, adjoint=False):
+        """A walk through c segments of every sequence; `leave` says what it fills. `sums` for Mamba-2."""
+        mamba2 = A.dim() == 1
+        (x, B, C, *z), s_b, within, meta = TritonScan.setup(x, B, C, z, D, mamba2)
+        (b, l, heads), s = C.shape[:3], delta.shape[1] // c
+        D, h0, y, h, S, total = (A if t is None else t for t in (D, h0, y, h, S, total))  # what is not given is not read
+        grid, shared = (b * c * heads, triton.cdiv(meta["p"], meta["BP"])), dict(rx=heads // x.shape[2], rb=heads // B.shape[2], LEAVE=leave, **meta)
+        if mamba2:
+            ssd_walk_kernel[grid](x, delta, sums, B, C, D, h0, y, h, S, total, l, c, s, *s_b, *within, ADJOINT=adjoint,
+                                  BN=max(16, triton.next_power_of_2(meta["n"])), **shared, **(WALK_Y if leave == "y" else WALK_STATES))
+        else:
+            s6_walk_kernel[grid](x, delta, A, B, C, D, z[0], h0, y, h, S, total, l, c, s, *s_b, *within, ADJOINT=adjoint, **shared)
+
+    @staticmethod
+    def join(S, total, A, h0, reverse=False):
+        """In place of what each segment adds to the state S (b, c, h, p, n): the state it starts from. Returns the last one."""
+        (b, c, h, p, n), end = S.shape, torch.empty_like(h0)
+        block = min(256, triton.next_power_of_2(p * n))
+        join_kernel[b * h, triton.cdiv(p * n, block)](S, total, A, h0, end, c, h, p, n, REVERSE=reverse, MAMBA2=A.dim() == 1,
+                                                      BLOCK=block, num_warps=max(1, block // 128))
         return end
 
     @staticmethod
-    def starts(x, delta, A, B, C, h0):
-        """Steps 1 and 2: the state every chunk starts from (b, c, h, p, n), and the last state."""
-        b, l, c, h, p, n, mamba2, meta, grid = TritonScan.setup(x, delta, A, B, C)
-        (x, s_x), (B, s_B), (C, s_C) = rows(x), rows(B), rows(C)
-        S = torch.empty(b, c, h, p, n, device=x.device, dtype=torch.float32)
-        if mamba2:
-            ssd_state_kernel[grid](x, B, delta, A, S, l, c, h, p, n, h // x.shape[2], h // B.shape[2], *s_x, *s_B,
-                                   ADJOINT=False, **meta)
-        else:
-            s6_forward_kernel[grid](x, delta, A, B, C, S, S, l, c, h, p, n, h // x.shape[2], h // B.shape[2],
-                                    *s_x, *s_B, *s_C, OUTPUT=False, **meta)
-        return S, TritonScan.passing(S, delta, A, h0, meta["T"])
-
-    @staticmethod
-    def forward(ctx, x, delta, A, B, C, h0):
-        delta, A, h0 = delta.float().contiguous(), A.float().contiguous(), h0.float().contiguous()
-        b, l, c, h, p, n, mamba2, meta, grid = TritonScan.setup(x, delta, A, B, C)
-        S, end = TritonScan.starts(x, delta, A, B, C, h0)
-        (xc, s_x), (Bc, s_B), (Cc, s_C) = rows(x), rows(B), rows(C)
-        y = torch.empty(b, l, h, p, device=x.device, dtype=torch.float32)
-        kernel = ssd_output_kernel if mamba2 else s6_forward_kernel
-        kernel[grid[:2]](xc, delta, A, Bc, Cc, S, y, l, c, h, p, n, h // x.shape[2], h // B.shape[2],
-                         *s_x, *s_B, *s_C, **meta, **({} if mamba2 else dict(OUTPUT=True)))
-        ctx.save_for_backward(x, delta, A, B, C, h0)
-        return y, end
+    def forward(ctx, x, dt, A, B, C, D, z, dt_bias, h0):
+        (b, l, h, n), p, (*_, meta) = C.shape, x.shape[3], TritonScan.setup(x, B, C, z, D, A.dim() == 1)
+        fA, fD = A.float().contiguous(), None if D is None else D.float().contiguous()
+        h0 = x.new_zeros(b, h, p, n, dtype=torch.float32) if h0 is None else h0.float().contiguous()
+        c = segments(b, l, h, p, A.dim() == 1, meta)
+        delta, sums = TritonScan.delta(dt, fA, dt_bias, c * meta["T"] * triton.cdiv(l, c * meta["T"]), meta["T"], x.dtype == torch.float32)
+        starts, total = h0.unsqueeze(1), None
+        if c > 1:
+            starts, total = h0.new_empty(b, c, h, p, n), h0.new_empty(b, c, *dt.shape[2:])
+            TritonScan.walk(x, delta, sums, fA, B, C, None, None, c, "end", h=starts, total=total)
+            TritonScan.join(starts, total, fA, h0)
+        y, ends = x.new_empty(b, l, h, p), torch.empty_like(starts)
+        TritonScan.walk(x, delta, sums, fA, B, C, fD, z, c, "y", h0=starts, y=y, h=ends)
+        ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, starts, total)
+        return y, ends[:, -1]
 
     @staticmethod
     def backward(ctx, dy, dh):
-        x, delta, A, B, C, h0 = ctx.saved_tensors
-        b, l, c, h, p, n, mamba2, meta, grid = TritonScan.setup(x, delta, A, B, C)
-        (xc, s_x), (Bc, s_B), (Cc, s_C), (dy, s_y) = rows(x), rows(B), rows(C), rows(dy)
-        rx, rb = h // x.shape[2], h // B.shape[2]
-        S, _ = TritonScan.starts(x, delta, A, B, C, h0)
-        G = torch.empty_like(S)
-        new = lambda *shape: torch.empty(*shape, device=x.device, dtype=torch.float32)  # noqa: E731
-        dx, ddelta, parts = new(b, l, h, p), torch.empty_like(delta), 1 if mamba2 else grid[1]
-        dA, dB, dC = new(b * c, *A.shape), new(parts, b, l, h, n), new(parts, b, l, h, n)
-        every = (xc, delta, A, Bc, Cc, dy, S, G, dx, ddelta, dA, dB, dC)
-        sizes = (l, c, h, p, n, rx, rb, *s_x, *s_B, *s_C, *s_y)
+        x, dt, A, B, C, D, z, dt_bias, starts, total = ctx.saved_tensors
+        mamba2, (b, l, h, n), p, (dy, s_y), dh = A.dim() == 1, C.shape, x.shape[3], rows(dy), dh.contiguous()
+        (xc, Bc, Cc, *zc), s_b, within, meta = TritonScan.setup(x, B, C, z, D, mamba2)
+        new = lambda *shape, like=dh: torch.empty(*shape, device=x.device, dtype=like.dtype)  # noqa: E731
+        T, c, parts = meta["T"], starts.shape[1], 1 if mamba2 else triton.cdiv(p, meta["BP"])
+        fA, fD = A.float().contiguous(), dh if D is None else D.float().contiguous()
+        delta, sums = TritonScan.delta(dt, fA, dt_bias, c * T * triton.cdiv(l, c * T), T, x.dtype == torch.float32)
+        S = new(b, triton.cdiv(l, T), h, p * n, like=x if meta.get("DOT") == tl.bfloat16 else dh)
+        TritonScan.walk(x, delta, sums, fA, B, C, None, None, c, "states", h0=starts, h=torch.empty_like(starts), S=S)
+        G, dh0 = dh.unsqueeze(1), new(b, c, h, p, n)
+        if c > 1:
+            G = new(b, c, h, p, n)
+            TritonScan.walk(dy, delta, sums, fA, C, C, None, z, c, "end", h=G, total=torch.empty_like(total), adjoint=True)
+            TritonScan.join(G, total, fA, dh, reverse=True)
+        dx, ddt, dB, dC = new(b, l, h, p, like=x), new(*dt.shape, like=dt), new(parts, b, l, h, n, like=B), new(parts, b, l, h, n, like=C)
+        within, dz, sizes = [*within, *s_y[1:]], None if z is None else new(*z.shape, like=z), dict(rx=h // x.shape[2], rb=h // B.shape[2], **meta)
         if mamba2:
-            ssd_state_kernel[grid](dy, Cc, delta, A, G, l, c, h, p, n, 1, 1, *s_y, *s_C, ADJOINT=True, **meta)
-            dh0 = TritonScan.passing(G, delta, A, dh.contiguous(), TD, reverse=True)
-            ssd_backward_kernel[(grid[0],)](*every, *sizes, **meta)
+            Gs, tiles = torch.empty_like(S), b * S.shape[1]
+            dA, dD = new(tiles, h), new(tiles, h)
+            TritonScan.walk(dy, delta, sums, fA, C, C, None, None, c, "states", h0=G, h=dh0, S=Gs, adjoint=True)
+            ssd_backward_kernel[(tiles * h,)](xc, delta, sums, fA, Bc, Cc, fD, dy, S, Gs, dx, ddt, dA, dB, dC, dD, l, delta.shape[1], *s_b, s_y[0],
+                                              *within, BN=T, **sizes, **GRADIENT)
+            dbias = ddt.sum((0, 1), dtype=torch.float32)
         else:
-            s6_backward_kernel[grid[:2]](*every, b, *sizes, GRADS=False, **meta)
-            dh0 = TritonScan.passing(G, delta, A, dh.contiguous(), T6, reverse=True)
-            s6_backward_kernel[grid[:2]](*every, b, *sizes, GRADS=True, **meta)
-        return over_group(dx, x), ddelta, dA.sum(0), over_group(dB.sum(0), B), dC.sum(0).to(C.dtype), dh0
+            dA, dD, dbias = new(b * c, *A.shape), new(b * c, h, p), new(b * c, h, p)
+            s6_backward_kernel[b * c * h, parts](xc, delta, fA, Bc, Cc, fD, zc[0], dy, G, S, dx, ddt, dA, dB, dC, dD, dh if dz is None else dz, dbias, dh0,
+                                                 b, l, c, delta.shape[1] // c, *s_b, s_y[0], *within, **sizes)
+            dbias = dbias.sum(0)
+        one = lambda t: t[0] if parts == 1 else t.sum(0)  # noqa: E731
+        return (over_group(dx, x), ddt, dA.sum(0).to(A.dtype), over_group(one(dB), B), one(dC), None if D is None else dD.sum(0).to(D.dtype), dz,
+                None if dt_bias is None else dbias.to(dt_bias.dtype), dh0[:, 0] if ctx.needs_input_grad[8] else None)
+
+
+def segments(b, l, h, p, mamba2, meta):
+    """Into how many segments the walks cut a sequence: as few as fill a large GPU, with a warp on every scheduler twice over
+    (Mamba) or two blocks on every multiprocessor (Mamba-2)."""
+    blocks = b * h * triton.cdiv(p, meta["BP"])
+    return max(1, min((256 if mamba2 else WARPS) // blocks, l // (8 * meta["T"])))
 
 
 class TritonConv(torch.autograd.Function):
