@@ -16,6 +16,7 @@ import base64
 import codecs
 import dataclasses
 import difflib
+import math
 import os
 import sys
 import time
@@ -65,6 +66,7 @@ def parse_flags(settings, argv, description):
 
 def run_command(main):
     """Call main(argv); a MilError becomes one line on standard error and exit code 1, Ctrl-C exit code 130."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets a ? and not an error
     try:
         main(sys.argv[1:])
     except MilError as e:
@@ -74,6 +76,7 @@ def run_command(main):
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def pick_device(name):
@@ -84,6 +87,7 @@ def pick_device(name):
             raise RuntimeError(f"expected cpu or cuda, not {device.type}")
         torch.empty(0, device=device)
         if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as e:
         raise MilError(f"--device {name}: not usable here: {str(e).splitlines()[0]}") from e
@@ -112,12 +116,12 @@ def load_tokenizer(name):
     if not is_named(name):
         if os.path.exists(name):
             return read_llama3_tokenizer(Path(name))
-        raise MilError(f"--tokenizer {name}: neither a file nor a known encoding; expected bytes, the path of a Llama-3 "
+        raise MilError(f"tokenizer {name}: neither a file nor a known encoding; expected bytes, the path of a Llama-3 "
                        f"tokenizer.model, or one of {', '.join(tiktoken.list_encoding_names())}")
     try:
         return tiktoken.get_encoding(name)
     except Exception as e:  # whatever the download library raises
-        raise MilError(f"--tokenizer {name}: tiktoken must download it and could not ({type(e).__name__}); pass "
+        raise MilError(f"tokenizer {name}: tiktoken must download it and could not ({type(e).__name__}); pass "
                        f"--tokenizer bytes or the path of a tokenizer.model, or set TIKTOKEN_CACHE_DIR to a folder "
                        f"that has it") from e
 
@@ -130,12 +134,12 @@ def read_llama3_tokenizer(path):
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
     except OSError as e:
-        raise MilError(f"--tokenizer {path}: cannot be read: {e.strerror}") from e
+        raise MilError(f"tokenizer {path}: cannot be read: {e.strerror}") from e
     except ValueError:
-        raise MilError(f"--tokenizer {path}: line {i} is not `base64 rank`; expected a Llama-3 tokenizer.model "
+        raise MilError(f"tokenizer {path}: line {i} is not `base64 rank`; expected a Llama-3 tokenizer.model "
                        f"(a sentencepiece file, as of Llama 2, is something else)") from None
     if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([i]) not in ranks for i in range(256)):
-        raise MilError(f"--tokenizer {path}: {len(ranks)} tokens whose ranks are not 0 … {len(ranks) - 1}, or that lack "
+        raise MilError(f"tokenizer {path}: {len(ranks)} tokens whose ranks are not 0 … {len(ranks) - 1}, or that lack "
                        f"some of the 256 single bytes; is the file whole?")
     reserved = [f"<|reserved_special_token_{i}|>" for i in range(251)]
     special = ["<|begin_of_text|>", "<|end_of_text|>", *reserved[:4], "<|start_header_id|>", "<|end_header_id|>",
@@ -217,14 +221,18 @@ def token_law(logits, temperature=1.0, top_k=0, top_p=1.0):
     return law / law.sum(-1, keepdim=True)
 
 
+def longest_text(model):
+    """How many tokens the model can read and write: attention's context, no limit where there is no attention."""
+    return model.config.context if "attention" in model.config.mixers else math.inf
+
+
 @torch.inference_mode()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(), generator=None):
     """Continue each of `prompts` (lists of token ids of any lengths); every step yields one new id per row.
 
-    A row that is finished (it drew one of `stop`, which is yielded, or filled the model's context) yields None from then
-    on; the generator ends when all rows are finished or have max_new_tokens. Rows do not see each other.
+    A row that is finished (it drew one of `stop`, which is yielded, or filled the context) yields None from then on; the generator ends when all rows are finished or have max_new_tokens. Rows do not see each other.
     """
-    device, context = model.embed_tokens.weight.device, model.config.context
+    device, context = model.embed_tokens.weight.device, longest_text(model)
     if not prompts:
         raise MilError("no prompts: there is nothing to continue")
     for i, prompt in enumerate(prompts):
@@ -318,28 +326,28 @@ def main(argv):
     check_settings(s)
     device = pick_device(s.device)
     model, encoding = load_with_tokenizer(s.model, device, getattr(torch, s.dtype) if s.dtype else None)
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets a ? and not an error
     texts = [read_prompt(text, i + 1) for i, text in enumerate(s.prompt)]
     prompts = [encode(encoding, text) for text in texts]
     stop, streams = stop_tokens(encoding), [TextStream(encoding) for _ in texts]
-    whole, count, began, single = list(texts), 0, time.perf_counter(), len(texts) == 1
-    if single:
-        print(texts[0], end="", flush=True)
+    whole, counts, began, single = list(texts), [0] * len(texts), time.perf_counter(), len(texts) == 1
     steps = generate(model, prompts, s.max_new_tokens, s.temperature, s.top_k, s.top_p, stop,
                      torch.Generator(device).manual_seed(s.seed))
     for row in steps:
+        if single and not counts[0]:  # only now is it sure that the prompt can be continued
+            print(texts[0], end="", flush=True)
         for i, token in enumerate(row):
+            counts[i] += token is not None
             if token is not None and token not in stop:
                 piece = streams[i].feed(token)
                 whole[i] += piece
                 if single:
                     print(piece, end="", flush=True)
-        count += sum(token is not None for token in row)
-    seconds = time.perf_counter() - began
+    seconds, count = time.perf_counter() - began, sum(counts)
+    full = any(len(prompt) + n >= longest_text(model) for prompt, n in zip(prompts, counts))
     for i, stream in enumerate(streams):
         tail = stream.finish()
         print(tail if single else f"=== {i + 1} of {len(texts)}\n{whole[i]}{tail}")
-    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
+    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s" + f", up to the context of {longest_text(model)}" * full, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ v vocabulary. In attention p is head_dim and n = p.
 In this file, top to bottom: Config; the mixers Attention, Mamba and Mamba2; Hybrid, the stack; Cache, what decoding
 remembers; replace_attention; save and load.
 """
+import contextlib
 import copy
 import dataclasses
 import json
@@ -510,10 +511,11 @@ def write_whole(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError as e:
-        raise MilError(f"{path}: cannot be written: {e.strerror or e}") from e
+    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
+        raise MilError(f"{path}: cannot be written (disk full?): {getattr(e, 'strerror', None) or str(e).splitlines()[0]}") from e
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def make_directory(path):
@@ -555,6 +557,9 @@ def read_config(directory):
     if not isinstance(about, dict) or about.get("format") != "mil" or not isinstance(about.get("config"), dict) \
             or not isinstance(about.get("weights"), str):
         raise MilError(f'{path}: not a checkpoint of this project: expected "format": "mil", a "config" and "weights"')
+    unknown = about["config"].keys() - {f.name for f in dataclasses.fields(Config)}
+    if unknown:
+        raise MilError(f"{path}: the config has {', '.join(sorted(unknown))}, which this version does not know")
     try:
         about["config"] = Config(**about["config"])
     except (MilError, TypeError) as e:
@@ -576,7 +581,7 @@ def load(directory, device=None, dtype=None):
     except pickle.UnpicklingError as e:
         raise MilError(f"{path}: refused: it holds something other than tensors, which could run code") from e
     except (RuntimeError, OSError, EOFError, ValueError) as e:
-        raise MilError(f"{path}: not a whole file of weights (truncated or damaged?): {str(e).splitlines()[0]}") from e
+        raise MilError(f"{path}: not a whole file of weights: truncated or damaged") from e
     with torch.device("meta"):
         model = Hybrid(about["config"])
     want = {k: tuple(w.shape) for k, w in model.state_dict().items() if not (model.config.tied and k == "lm_head.weight")}

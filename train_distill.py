@@ -25,6 +25,8 @@ import math
 import os
 import platform
 import resource
+import shlex
+import shutil
 import sys
 import sysconfig
 import textwrap
@@ -329,6 +331,8 @@ def evaluate(model, teacher, corpus, encoding, s, device):
 def show(line, done=True):
     """A line on the terminal; with done=False one that the next line overwrites."""
     live = sys.stdout.isatty()
+    if live and not done:  # a line that wraps could not be overwritten
+        line = line[:shutil.get_terminal_size().columns - 1]
     if done or live:
         print(f"\r\033[K{line}" if live else line, end="\n" if done else "", flush=True)  # \033[K clears the rest of the line
 
@@ -402,8 +406,12 @@ def get_teacher(s, corpus, encoding, tokenizer, device, journal):
     if (place / "config.json").exists():
         about = mil.read_config(place)
         if about.get("recipe") == recipe and about["config"] == config:
+            try:
+                teacher = mil.load(place, device)
+            except MilError as e:
+                raise MilError(f"{e}; delete {place} to have it trained again") from e
             show(f"teacher: reused from {place}, made with the same settings and data")
-            return mil.load(place, device), {}
+            return teacher, {}
         show(f"teacher: the one in {place} was made with other settings or data; training a new one")
     torch.manual_seed(s.seed)
     teacher = mil.Hybrid(config).to(device)
@@ -474,7 +482,7 @@ def table(rows):
     lines = [f"{'':<38}{'loss':>8}{'ppl':>9}{'bits/byte':>11}{'KL':>9}{'agree':>8}{'tokens/s':>11}{'seconds':>9}"]
     for r in rows:
         speed = f"{r['tokens_per_second']:>11,.0f}{r['seconds']:>9.1f}" if "seconds" in r else ""
-        lines.append(f"{r['model']:<38}{r['loss']:>8.4f}{r['perplexity']:>9.3f}{r['bits_per_byte']:>11.4f}{r['kl']:>9.4f}"
+        lines.append(f"{r['model']:<38}{r['loss']:>8.4f}{r['perplexity']:>9.4g}{r['bits_per_byte']:>11.4f}{r['kl']:>9.4f}"
                      f"{r['agreement']:>8.1%}{speed}")
     return "\n".join(lines)
 
@@ -518,6 +526,7 @@ def main(argv):
         journal = open(Path(s.out) / "log.txt", "a")
     except OSError as e:
         raise MilError(f"--out {s.out}: cannot be written: {e.strerror}") from e
+    journal.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} train_distill.py {shlex.join(argv)}\n")
     with journal:
         corpus = load_corpus(s, encoding, s.tokenizer)
         show(f"data: {corpus.about}")
@@ -540,7 +549,7 @@ def main(argv):
         mil.write_whole(Path(s.out) / "results.json", lambda f: f.write(json.dumps(results, indent=1).encode()))
     show(f"\n{'teacher':<58} │ student")
     show(side_by_side(sample(teacher, encoding, s, device), sample(student, encoding, s, device)))
-    show(f"\nstudent: {s.out}/student   table: {s.out}/results.json   try: python generate.py --model {s.out}/student --prompt \"{s.prompt}\"")
+    show(f"\nstudent: {s.out}/student   table: {s.out}/results.json   try: python generate.py --model {s.out}/student --prompt {shlex.quote(s.prompt)}")
 
 
 if __name__ == "__main__":

@@ -145,6 +145,8 @@ def test_a_row_ends_at_its_own_stop_token_or_at_the_context_and_the_others_go_on
         assert list(after[:end]) == list(before[:end]) and not any(t is not None for t in after[end:])
     assert len(list(g.generate(model, [list(range(45))], 12, temperature=0))) == 3  # a context of 48
     assert len(list(g.generate(model, [[1]], 5, temperature=0))) == 5
+    endless = build(Config(**MIXED, mixers=["mamba2"] * 4), torch.float32)  # without attention there is no context to fill
+    assert len(list(g.generate(endless, [list(range(45))], 12, temperature=0))) == 12
 
 
 def test_the_same_seed_gives_the_same_sample():
