@@ -359,7 +359,8 @@ if triton is not None:
             ahead = s6_load(p_x, p_delta, p_B, p_C, p_z, i_1, tl.where(k + 1 < s // T, l, i_1), o_p, o_n, s_xl, s_Bl, s_Cl, s_zl, h, p, n,
                             LEAVE, ADJOINT, GATE, T)
             if LEAVE == "states":
-                tl.store(p_S + ((i_b * tl.cdiv(l, T) + i_0 // T) * h + i_h) * p * n + o_pn, b_h, mask=(o_p < tl.where(i_0 < l, p, 0))[:, None] & m_n[None, :])
+                o_S = ((i_b * tl.cdiv(l, T) + i_0 // T) * h + i_h) * p * n
+                tl.store(p_S + o_S + o_pn, b_h, mask=(o_p < tl.where(i_0 < l, p, 0))[:, None] & m_n[None, :])
             ys = ()
             for i in tl.static_range(T):
                 b_x, b_B = xs[T - 1 - i if ADJOINT else i].to(tl.float32), Bs[T - 1 - i if ADJOINT else i].to(tl.float32)
@@ -443,8 +444,10 @@ if triton is not None:
                     states = states + (b_h,)
                     b_h = tl.exp2(deltas[j][:, None] * b_A) * b_h + (deltas[j] * xs[j].to(tl.float32))[:, None] * Bs[j].to(tl.float32)[None, :]
                 for j in tl.static_range(K - 1, -1, -1):
-                    b_x, b_B, b_C, b_dy, b_delta = xs[j].to(tl.float32), Bs[j].to(tl.float32), Cs[j].to(tl.float32), dys[j].to(tl.float32), deltas[j]
-                    m_pt, m_nt, o_yt, o_bct = o_p < tl.where(i_0 + j < l, p, 0), o_n < tl.where(i_0 + j < l, n, 0), o_y + i_0 * (h * p) + j * (h * p), o_bc + i_0 * (h * n) + j * (h * n)
+                    b_x, b_B, b_C = xs[j].to(tl.float32), Bs[j].to(tl.float32), Cs[j].to(tl.float32)
+                    b_dy, b_delta = dys[j].to(tl.float32), deltas[j]
+                    m_pt, m_nt = o_p < tl.where(i_0 + j < l, p, 0), o_n < tl.where(i_0 + j < l, n, 0)
+                    o_yt, o_bct = o_y + i_0 * (h * p) + j * (h * p), o_bc + i_0 * (h * n) + j * (h * n)
                     if GATE:
                         b_z = zs[j].to(tl.float32)
                         b_sig = tl.sigmoid(b_z)

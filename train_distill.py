@@ -48,8 +48,8 @@ from mil import MilError
 # Settings. Sizes left at 0 depend on the device: minutes on two CPU cores, or on one GPU with a larger teacher.
 
 PRESETS = {
-    "cpu": dict(n_layers=4, d=128, n_heads=4, n_kv_heads=2, d_ff=384, context=256, batch=8, teacher_steps=1000,
-                stage1_steps=240, stage2_steps=140, eval_sequences=64),
+    "cpu": dict(n_layers=4, d=128, n_heads=4, n_kv_heads=2, d_ff=384, context=256, batch=8, teacher_steps=700,
+                stage1_steps=180, stage2_steps=100, eval_sequences=64),
     "cuda": dict(n_layers=8, d=512, n_heads=8, n_kv_heads=4, d_ff=1408, context=512, batch=64, teacher_steps=1500,
                  stage1_steps=400, stage2_steps=200, eval_sequences=256),
 }
