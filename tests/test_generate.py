@@ -1,5 +1,7 @@
 """Tokenizers, the law a token is drawn from, decoding, and the command line."""
 import base64
+import io
+import sys
 
 import pytest
 import tiktoken
@@ -228,3 +230,60 @@ def test_a_tokenizer_file_travels_with_the_model_and_a_name_stays_a_name(tmp_pat
 def test_special_tokens_and_gaps_stand_for_no_text(tmp_path):
     encoding = tiktoken.Encoding("gap", pat_str=".", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={"<|x|>": 300})
     assert [g.token_bytes(encoding, i) for i in (65, 260, 300, 999)] == [b"A", b"", b"", b""]
+
+
+def test_every_sampling_flag_reaches_the_sampler(student, monkeypatch):
+    seen = []
+    monkeypatch.setattr(g, "generate", lambda model, *args: seen.append((model, *args)) or iter(()))
+    g.main(["--model", student, "--prompt", "a", "--max_new_tokens", "9", "--temperature", "0.7", "--top_k", "3", "--top_p", "0.5",
+            "--seed", "5", "--dtype", "bfloat16", "--device", DEVICE])
+    ((model, prompts, *numbers, stop, generator),) = seen
+    assert (prompts, numbers, stop) == ([[97]], [9, 0.7, 3, 0.5], [256])
+    assert generator.initial_seed() == 5 and model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_a_checkpoint_brings_its_llama3_tokenizer_and_all_its_stops(tmp_path, monkeypatch):
+    path, seen = llama3_file(tmp_path / "mine.model"), []
+    g.save_with_tokenizer(build(Config(**{**MIXED, "v": 517}), torch.float32), tmp_path / "m", str(path))
+    path.unlink()
+    monkeypatch.setattr(g, "generate", lambda *args: seen.append(args) or iter(()))
+    g.main(["--model", str(tmp_path / "m"), "--prompt", "hello", "--device", DEVICE])
+    assert seen[0][1] == [[261, 259]] and seen[0][6] == [262, 270]
+
+
+def test_what_is_printed_is_each_rows_own_bytes_without_its_stop(student, monkeypatch, capsys):
+    rows = [[0xC3, 0xE2], [0xA9, 0x82], [0x21, 0xAC], [256, 0xC3], [None, 256]]   # "é!" and "€" and half a character
+    monkeypatch.setattr(g, "generate", lambda *args: iter(rows))
+    g.main(["--model", student, "--prompt", "a", "--prompt", "b", "--device", DEVICE])
+    assert capsys.readouterr().out == "=== 1 of 2\naé!\n=== 2 of 2\nb€\ufffd\n"
+    monkeypatch.setattr(g, "generate", lambda *args: iter([r[1:] for r in rows]))
+    g.main(["--model", student, "--prompt", "b", "--device", DEVICE])
+    assert capsys.readouterr().out == "b€\ufffd\n"
+
+
+def test_the_llama3_pattern_cuts_digits_in_threes(tmp_path):
+    encoding = g.load_tokenizer(str(llama3_file(tmp_path / "t.model", (b"12", b"123", b"1234", b"45"))))
+    assert [encoding.decode_single_token_bytes(i) for i in g.encode(encoding, "12345")[1:]] == [b"123", b"45"]
+
+
+def test_the_law_of_bf16_logits_is_computed_in_float32():
+    logits = torch.randn(3, 50).bfloat16()
+    law = g.token_law(logits, 0.7, 20, 0.9)
+    assert law.dtype == torch.float32 and torch.equal(law, g.token_law(logits.float(), 0.7, 20, 0.9))
+
+
+def test_each_piece_is_flushed_as_it_is_drawn(student, monkeypatch):
+    out, seen = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), []
+    def tokens(*args):
+        for c in b"xyz":
+            seen.append(out.buffer.getvalue())
+            yield [c]
+    monkeypatch.setattr(g, "generate", tokens)
+    monkeypatch.setattr(sys, "stdout", out)
+    g.main(["--model", student, "--prompt", "a", "--device", DEVICE])
+    assert seen == [b"", b"ax", b"axy"]  # the prompt itself once it is sure that it can be continued
+
+
+def test_the_context_ends_each_row_by_its_own_length():
+    rows = list(zip(*g.generate(build(Config(**MIXED), torch.float32), [[1], list(range(45))], 12, temperature=0)))
+    assert [sum(t is not None for t in row) for row in rows] == [12, 3]

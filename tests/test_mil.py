@@ -384,3 +384,65 @@ def test_a_directory_that_cannot_be_written_is_said(tmp_path):
 def test_config_round_trips_through_json():
     config = Config(**SMALL, mixers=["mamba2", "attention", "none", "mamba"], rope_scaling=dict.fromkeys(mil.ROPE_SCALING, 1.0))
     assert Config(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+def test_a_stack_of_attention_is_a_llama():
+    model = build(Config(**SMALL, norm_eps=0.1))
+    tokens = random_tokens(model.config, 2, 7)
+    norm = lambda u, m: u / (u.square().mean(-1, keepdim=True) + 0.1).sqrt() * m.weight
+    u, angles = model.embed_tokens.weight[tokens], mil.rope_angles(model.config, torch.arange(7, device=DEVICE).expand(2, 7))
+    for layer in model.layers:
+        u = u + layer.mixer(norm(u, layer.input_layernorm), angles)
+        v, m = norm(u, layer.post_attention_layernorm), layer.mlp
+        u = u + (F.silu(v @ m.gate_proj.weight.T) * (v @ m.up_proj.weight.T)) @ m.down_proj.weight.T
+    assert_close(model(tokens), norm(u, model.norm) @ model.lm_head.weight.T, 1e-9)
+
+
+def test_as_many_layers_are_replaced_as_the_share_says():
+    for n in range(1, 65):
+        for kept in range(n + 1):
+            assert len(mil.interleaved_layers(n, kept / n)) == n - kept
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+def test_replacing_in_a_bf16_model_keeps_the_decay_in_float32(mixer):
+    model = mil.replace_attention(build(Config(**SMALL), torch.bfloat16), [1], mixer)
+    wide = {k.split("mixer.")[1] for k, w in model.named_parameters() if w.dtype == torch.float32}
+    assert wide == {"A_log", "D"} | ({"dt_proj.bias"} if mixer == "mamba" else {"dt_bias"})
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+def test_a_bf16_stack_keeps_its_cached_state_in_float32(mixer):
+    model = mil.cast(mil.Hybrid(Config(**SMALL, mixers=[mixer] * 4)), torch.bfloat16).to(DEVICE)
+    cache = Cache(model, 1, 8)
+    with torch.no_grad():
+        for token in random_tokens(model.config, 1, 3).T:
+            model(token[None], cache)
+    h = cache.logs[0].h
+    assert h.dtype == torch.float32 and not torch.equal(h, h.bfloat16().float())
+
+
+def test_projections_into_the_residual_stream_start_smaller():
+    for name, w in mil.Hybrid(Config(v=500, d=128, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=256, mixers=["attention", "mamba2"])).named_parameters():
+        if name.endswith(("proj.weight", "embed_tokens.weight", "lm_head.weight")):
+            want = 0.02 / 2 if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")) else 0.02
+            assert abs(w.std().item() / want - 1) < 0.05, name
+
+
+def test_no_converted_layer_is_converted_again():
+    with pytest.raises(MilError, match="layer 0 holds mamba, not attention"):
+        mil.replace_attention(mil.replace_attention(build(Config(**SMALL)), [0], "mamba"), [0], "mamba2")
+
+
+def test_rope_scaling_knows_the_context_it_was_made_for_from_its_own_entry():
+    scaling = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    at = torch.tensor([[1000]])
+    a, b = (mil.rope_angles(Config(rope_scaling=scaling, n_layers=1, context=c), at)[0] for c in (8192, 131072))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_frozen_teachers_student_is_a_copy_too(share):
+    teacher = build(Config(**SMALL), torch.float32).requires_grad_(False)
+    student = mil.replace_attention(teacher, [0], share=share)
+    assert (student.norm.weight.data_ptr() == teacher.norm.weight.data_ptr()) == share

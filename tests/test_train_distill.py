@@ -1,11 +1,15 @@
 """The main job at a tiny size, its parts, and what it says to bad input."""
+import copy
+import dataclasses
 import json
 import math
 import os
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
+import torch.nn.functional as F
 from conftest import DEVICE, assert_close, build, run_script
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +17,8 @@ from hypothesis import strategies as st
 import generate as g
 import mil
 import train_distill as t
-from mil import MilError
+from mil import Config, MilError
+from test_generate import llama3_file
 
 TINY = ["--n_layers", "4", "--d", "32", "--n_heads", "4", "--n_kv_heads", "2", "--d_ff", "64", "--context", "64", "--batch", "8", "--teacher_steps", "60",
         "--stage1_steps", "20", "--stage2_steps", "10", "--eval_sequences", "16", "--device", DEVICE, "--dtype", "float32"]
@@ -258,3 +263,116 @@ def test_weights_loss_and_gradients_are_float32_under_bfloat16(tmp_path):
         loss = t.distillation_loss(student(torch.zeros(1, 5, dtype=torch.long, device=DEVICE)), None, torch.zeros(1, 5, dtype=torch.long, device=DEVICE), 1.0, 0.0)
     loss.backward()
     assert loss.dtype == torch.float32 and all(w.dtype == torch.float32 and w.grad is not None and w.grad.isfinite().all() for w in student.parameters())
+
+
+def tiny_teacher(seed=0, **changes):
+    return build(Config(**{**dict(v=257, d=16, n_layers=4, n_heads=2, n_kv_heads=1, d_ff=24, context=16), **changes}), torch.float32, seed)
+
+
+def test_evaluation_is_on_validation_text_by_hand(tmp_path):
+    s, device = small_settings(tmp_path), torch.device(DEVICE)
+    val = np.random.default_rng(0).integers(0, 256, 16 * 4 + 1).astype(np.uint16)   # exactly its four windows
+    student, teacher = tiny_teacher(1), tiny_teacher(2)
+    got = t.evaluate(student, teacher, t.Corpus(None, val, "", ""), g.load_tokenizer("bytes"), s, device)
+    x = torch.from_numpy(val.astype(np.int64)).to(device)
+    with torch.no_grad():
+        q, p = (m(x[:-1].view(4, 16)).flatten(0, 1).log_softmax(-1) for m in (student, teacher))
+    assert got["loss"] == pytest.approx(F.nll_loss(q, x[1:]).item(), rel=1e-5)
+    assert got["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+    assert got["agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item())
+
+
+def test_the_rate_warms_up_and_falls_as_a_cosine_and_gradients_are_clipped(tmp_path, monkeypatch):
+    rates, norms = [], []
+    class Spy(torch.optim.AdamW):
+        def step(self):
+            group = self.param_groups[0]
+            assert group["betas"] == (0.9, 0.98) and group["weight_decay"] == 0
+            rates.append(group["lr"])
+            norms.append(torch.cat([w.grad.flatten() for w in group["params"]]).norm().item())
+            super().step()
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    s, model = small_settings(tmp_path, warmup=0.2, clip=1e-3), tiny_teacher()
+    batches = iter(lambda: tuple(torch.randint(257, (2, 16), device=DEVICE) for _ in range(2)), None)
+    with open(tmp_path / "log", "w") as log:
+        t.fit("a", model, list(model.parameters()), 10, 0.5, batches, lambda x, y: t.distillation_loss(model(x), None, y, 1.0, 0.0), s, torch.device(DEVICE), log, "")
+    assert rates == pytest.approx([0.25, 0.5] + [0.25 * (1 + math.cos(math.pi * i / 8)) for i in range(8)])
+    assert max(norms) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_the_last_tenth_of_a_single_document_is_validation_only(tmp_path):
+    (tmp_path / "a.txt").write_bytes(bytes(1 + i % 250 for i in range(999)).replace(b"\x80", b"a").decode("latin-1").encode())
+    c = corpus(tmp_path, tmp_path / "a.txt")
+    whole = [*(tmp_path / "a.txt").read_bytes(), 256]
+    assert [*c.train, *c.val] == whole and len(c.train) == len(whole) * 9 // 10
+
+
+def test_distilling_goes_on_step_by_step_with_the_users_flags_and_leaves_the_teacher(tmp_path, monkeypatch):
+    s = small_settings(tmp_path, alpha=0.5, beta=0.25, stage1_steps=4, stage2_steps=3, stage1_lr=0.01, stage2_lr=0.02, init="random")
+    teacher, fit, loss, replace = tiny_teacher(), t.fit, t.distillation_loss, mil.replace_attention
+    before, fits, weights, inits, learned = {k: w.clone() for k, w in teacher.state_dict().items()}, [], set(), set(), {}
+
+    def spy(name, model, train, steps, lr, *rest):
+        for i, state in learned.items():   # it begins where the last one ended
+            assert all(torch.equal(w, state[k]) for k, w in model.layers[i].mixer.state_dict().items())
+        fits.append((steps, lr))
+        speed = fit(name, model, train, steps, lr, *rest)
+        learned.update({i: copy.deepcopy(model.layers[i].mixer.state_dict()) for i, mixer in enumerate(model.config.mixers) if mixer == s.mixer})
+        return speed
+
+    monkeypatch.setattr(t, "fit", spy)
+    monkeypatch.setattr(t, "distillation_loss", lambda a, b, y, *w: weights.add(w) or loss(a, b, y, *w))
+    monkeypatch.setattr(mil, "replace_attention", lambda m, layers, mixer, init="attention", **k: (layers and inits.add(init)) or replace(m, layers, mixer, init, **k))
+    data = np.random.default_rng(0).integers(0, 256, 500).astype(np.uint16)
+    with open(tmp_path / "log", "w") as log:
+        student = t.distill(s, teacher, t.Corpus(data, data, "", ""), g.load_tokenizer("bytes"), "bytes", torch.device(DEVICE), log, [])
+    assert fits == [(2, 0.01), (2, 0.01), (3, 0.02)] and weights == {(0.5, 0.25)} and inits == {"random"}
+    assert all(torch.equal(w, before[k]) for k, w in teacher.state_dict().items())
+    assert all(torch.equal(w.to(DEVICE), student.state_dict()[k]) for k, w in mil.load(tmp_path / "student").state_dict().items())
+
+
+def test_another_seed_is_another_teacher(tmp_path):
+    s, device = small_settings(tmp_path, teacher_steps=1, replace_steps=1, n_layers=2, d=16, n_heads=2, n_kv_heads=1, teacher_lr=0.0), torch.device(DEVICE)
+    encoding, data, made = g.load_tokenizer("bytes"), np.zeros(500, np.uint16), []
+    for s.seed in (0, 0, 1):
+        s.out = str(tmp_path / str(len(made)))
+        with open(tmp_path / "log", "w") as log:
+            made.append(t.get_teacher(s, t.Corpus(data, data, "", ""), encoding, "bytes", device, log)[0].lm_head.weight)
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+def test_bits_per_byte_counts_the_bytes_of_every_token(tmp_path):
+    s, encoding, model = small_settings(tmp_path), g.load_tokenizer(str(llama3_file(tmp_path / "t.model"))), tiny_teacher(v=517)
+    val = np.full(100, 259, np.uint16)   # "hello", five bytes
+    got = t.evaluate(model, model, t.Corpus(val, val, "", ""), encoding, s, torch.device(DEVICE))
+    assert got["bits_per_byte"] == pytest.approx(got["loss"] / math.log(2) / 5)
+
+
+def test_the_target_is_the_next_token():
+    x, y = t.to_device([np.arange(7), np.arange(10, 17)], torch.device(DEVICE))
+    assert torch.equal(y, x + 1) and x.shape == (2, 6)
+
+
+def test_tokens_of_a_large_vocabulary_are_stored_whole(tmp_path):
+    (tmp_path / "a.txt").write_text("abc" * 300)
+    encoding = tiktoken.Encoding("large", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={"<|endoftext|>": 100000})
+    assert t.load_corpus(small_settings(tmp_path / "out", data=[str(tmp_path / "a.txt")]), encoding, "large").val[-1] == 100000
+
+
+def test_another_tokenizer_is_another_corpus(tmp_path):
+    (tmp_path / "a.txt").write_text("hello " * 300)
+    s = small_settings(tmp_path / "out", data=[str(tmp_path / "a.txt")])
+    for name in ("bytes", str(llama3_file(tmp_path / "t.model"))):
+        encoding = g.load_tokenizer(name)
+        assert t.load_corpus(s, encoding, name).train[:20].tolist() == g.encode(encoding, "hello " * 300)[:20]
+
+
+@pytest.mark.parametrize("change", [dict(seed=1), dict(batch=3), dict(teacher_steps=3), dict(teacher_lr=1e-4), dict(warmup=0.5), dict(clip=0.5), dict(d_ff=32)], ids=str)
+def test_a_teacher_of_any_other_setting_is_not_reused(tmp_path, change, capsys):
+    s = small_settings(tmp_path, teacher_steps=2, replace_steps=1, n_layers=2, d=16, n_heads=2, n_kv_heads=1, d_ff=24)
+    data, encoding = np.zeros(500, np.uint16), g.load_tokenizer("bytes")
+    with open(tmp_path / "log", "w") as log:
+        for settings in (s, s, dataclasses.replace(s, **change)):
+            t.get_teacher(settings, t.Corpus(data, data, "key", ""), encoding, "bytes", torch.device(DEVICE), log)
+    said = capsys.readouterr().out
+    assert said.count("reused from") == 1 and said.count("training a new one") == 1
