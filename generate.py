@@ -230,7 +230,8 @@ def longest_text(model):
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(), generator=None):
     """Continue each of `prompts` (lists of token ids of any lengths); every step yields one new id per row.
 
-    A row that is finished (it drew one of `stop`, which is yielded, or filled the context) yields None from then on; the generator ends when all rows are finished or have max_new_tokens. Rows do not see each other.
+    A row that is finished (it drew one of `stop`, which is yielded, or filled the context) yields None from then on; the
+    generator ends when all rows are finished or have max_new_tokens. Rows do not see each other.
     """
     device, context = model.embed_tokens.weight.device, longest_text(model)
     if not prompts:
@@ -347,7 +348,8 @@ def main(argv):
     for i, stream in enumerate(streams):
         tail = stream.finish()
         print(tail if single else f"=== {i + 1} of {len(texts)}\n{whole[i]}{tail}")
-    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s" + f", up to the context of {longest_text(model)}" * full, file=sys.stderr)
+    end = f", up to the context of {longest_text(model)}" if full else ""
+    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s{end}", file=sys.stderr)
 
 
 if __name__ == "__main__":

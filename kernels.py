@@ -216,7 +216,7 @@ def s6_torch(x, delta, A, B, C, h0):
 
 def ssd_torch(x, delta, A, B, C, h0, T=64):
     """Mamba-2. Inside a chunk y = (decay ∘ C Bᵀ) (Δ x): attention without softmax, its mask weighted by the decay."""
-    l, heads, p = x.shape[1], C.shape[2], x.shape[3]
+    l = x.shape[1]
     x, delta, B, C = split_chunks(min(T, l), x, delta, B, C)
     s = (delta.double() * A.double()).cumsum(2).transpose(2, 3)        # (b, c, h, T): log decay since the start
     # float64 for s: far into a chunk it is large, and what matters is the small difference between neighbours

@@ -318,7 +318,8 @@ def evaluate(model, teacher, corpus, encoding, s, device):
             logits, wanted = model(x).float(), teacher(x).float()
         ce = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
         agree = (logits.argmax(-1) == wanted.argmax(-1)).sum()
-        total += torch.stack([ce, kl_per_token(logits, wanted).sum(), agree, sizes[y].sum(), torch.tensor(y.numel(), device=device)]).double()
+        count = torch.tensor(y.numel(), device=device)
+        total += torch.stack([ce, kl_per_token(logits, wanted).sum(), agree, sizes[y].sum(), count]).double()
     ce, kl, agree, size, count = total.tolist()
     return {"loss": ce / count, "perplexity": math.exp(min(ce / count, 700)), "bits_per_byte": ce / math.log(2) / max(size, 1),
             "kl": kl / count, "agreement": agree / count}
@@ -415,7 +416,8 @@ def get_teacher(s, corpus, encoding, tokenizer, device, journal):
         show(f"teacher: the one in {place} was made with other settings or data; training a new one")
     torch.manual_seed(s.seed)
     teacher = mil.Hybrid(config).to(device)
-    speed = fit("teacher", teacher, list(teacher.parameters()), s.teacher_steps, s.teacher_lr, random_batches(corpus.train, s, device, [s.seed, 0]),
+    speed = fit("teacher", teacher, list(teacher.parameters()), s.teacher_steps, s.teacher_lr,
+                random_batches(corpus.train, s, device, [s.seed, 0]),
                 lambda x, y: distillation_loss(teacher(x), None, y, 1.0, 0.0), s, device, journal, "This run saved no teacher")
     save_with_tokenizer(teacher, place, tokenizer, recipe=recipe)
     return teacher, speed
@@ -538,7 +540,8 @@ def main(argv):
         rows = [{"model": "teacher", **evaluate(teacher, teacher, corpus, encoding, s, device), **speed}]
         student = distill(s, teacher, corpus, encoding, s.tokenizer, device, journal, rows)
         seconds = time.perf_counter() - began
-        memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda"
+                  else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores, {platform.machine()}"
         final = (f"\n{table(rows)}\n\nstudent / teacher validation loss: {rows[-1]['loss'] / rows[0]['loss']:.4f}   "
                  f"peak memory {memory / 2**30:.2f} GiB   {seconds:.0f} s in all on {machine}, torch {torch.__version__}")
@@ -549,7 +552,8 @@ def main(argv):
         mil.write_whole(Path(s.out) / "results.json", lambda f: f.write(json.dumps(results, indent=1).encode()))
     show(f"\n{'teacher':<58} │ student")
     show(side_by_side(sample(teacher, encoding, s, device), sample(student, encoding, s, device)))
-    show(f"\nstudent: {s.out}/student   table: {s.out}/results.json   try: python generate.py --model {s.out}/student --prompt {shlex.quote(s.prompt)}")
+    show(f"\nstudent: {s.out}/student   table: {s.out}/results.json\n"
+         f"try: python generate.py --model {s.out}/student --prompt {shlex.quote(s.prompt)}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, assert_close, form
+from conftest import DEVICE, assert_close, form, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -184,6 +184,13 @@ def test_y_is_linear_in_x(which, decay):
         y1, y2 = (kernels.ssm_scan(**{**t, "x": x})[0] for x in (t["x"], other))
         y, _ = kernels.ssm_scan(**{**t, "x": 2 * t["x"] - 3 * other})
     assert_close(y, 2 * y1 - 3 * y2, 5e-5)
+
+
+def test_without_triton_everything_takes_the_pytorch_form():
+    done = run_script("-c", "import sys; sys.modules['triton'] = None\nimport torch, mil\nassert mil.causal_conv.__globals__['triton'] is None\n"
+                            "c = mil.Config(v=9, d=8, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=8, d_state=2, mixers=['mamba', 'mamba2'])\n"
+                            "mil.Hybrid(c)(torch.zeros(1, 70, dtype=torch.long)).sum().backward()")
+    assert done.returncode == 0, done.stderr
 
 
 @DECAYS
