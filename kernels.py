@@ -680,6 +680,7 @@ class TritonScan(torch.autograd.Function):
         meta = dict(h=h, p=p, n=n, SKIP=D is not None)
         if mamba2:  # bf16 is multiplied as it is, fp16 (whose range a state can leave) as TF32, float32 in full
             dot, T = (tl.bfloat16, 64) if x.dtype == torch.bfloat16 and not INTERPRET else (tl.float32, 32)  # (it lacks bf16)
+            # BP = T: with other blocks of channels Triton 3.6 on Hopper gave silently wrong y and h in bf16
             meta |= dict(DOT=dot, PREC="ieee" if x.dtype == torch.float32 else "tf32", T=T, BP=T)
         else:
             BN = triton.next_power_of_2(n)
