@@ -109,6 +109,15 @@ def conv_reference(x, weight, bias=None, state=None):
     return F.silu(y).to(x.dtype), x[:, l:]
 
 
+def gated_norm_reference(y, z, weight, eps=1e-5):
+    """Mamba-2's gate and norm, per head: v = y ∘ silu(z), then v / √(mean of v² over p + eps) ∘ weight.
+
+    y, z (b, l, h, p), weight (h, p). float32 inside, or float64 when y is; returns (b, l, h, p) in y's type."""
+    f = torch.promote_types(y.dtype, torch.float32)
+    v = y.to(f) * F.silu(z.to(f))
+    return (F.rms_norm(v, v.shape[-1:], eps=eps) * weight.to(f)).to(y.dtype)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The public, fast forms
 
@@ -148,10 +157,22 @@ def causal_conv(x, weight, bias=None, state=None, lengths=None):
         if t is not None and tuple(t.shape) != want:
             raise ValueError(f"causal_conv: {name} is {tuple(t.shape)}, expected {want} for x {tuple(x.shape)}")
     full = x if state is None else torch.cat([state.to(x.dtype), x], dim=1)
-    y = TritonConv.apply(full, weight, bias)[:, -l:] if use_triton(x) else conv_reference(x, weight, bias, state)[0]
-    end = full.shape[1] - l + (l if lengths is None else lengths[:, None])                     # in full, a number or (b, 1)
-    at = (torch.arange(1 - w, 0, device=x.device) + end).expand(len(x), w - 1)[..., None, None]  # before 0: the zeros
-    return y, full.gather(1, at.clamp(min=0).expand(-1, -1, *x.shape[2:])).masked_fill(at < 0, 0)
+    y = TritonConv.apply(full, weight, bias, full.shape[1] - l) if use_triton(x) else conv_reference(x, weight, bias, state)[0]
+    if lengths is None and l >= w - 1:
+        return y, x[:, l - w + 1:]
+    full = full if state is not None else F.pad(x, (0, 0, 0, 0, w - 1, 0))                    # (b, w-1+l, g, p)
+    if lengths is None:
+        return y, full[:, l:]
+    at = lengths[:, None] + torch.arange(w - 1, device=x.device)                              # (b, w-1), in full
+    return y, full.gather(1, at[..., None, None].expand(-1, -1, g, p))
+
+
+def gated_norm(y, z, weight, eps=1e-5):
+    """`gated_norm_reference`, fast and differentiable. ValueError when the shapes do not fit."""
+    for name, t, want in (("z", z, y.shape), ("weight", weight, y.shape[2:])):
+        if t.shape != want:
+            raise ValueError(f"gated_norm: {name} is {tuple(t.shape)}, expected {tuple(want)} for y {tuple(y.shape)}")
+    return TritonNorm.apply(y, z, weight, eps) if use_triton(y) else gated_norm_reference(y, z, weight, eps)
 
 
 def check_ssm(x, dt, A, B, C, D, z, dt_bias, h0):
@@ -246,6 +267,8 @@ SIZES, SEGMENTS = ["l", "tiles"], ["l", "c", "s"]
 TILE, WARPS, T6 = 256, 1024, 8
 WALK_Y, WALK_STATES = dict(num_warps=4, num_stages=2), dict(num_warps=4, num_stages=3)
 GRADIENT = dict(num_warps=8, num_stages=2, maxnreg=128)
+CONV_Y, CONV_GRADIENT = dict(T=64, U=8, BLOCK=128, num_warps=1), dict(T=128, U=8, BLOCK=128, num_warps=1)
+NORM_Y, NORM_GRADIENT = dict(T=16, ELEMENTS=2048, num_warps=4), dict(T=128, ELEMENTS=1024, num_warps=4)
 
 if triton is not None:
     LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x LOG2E), and 2^x is what the chip computes
@@ -282,8 +305,21 @@ if triton is not None:
         return tl.where(b_delta < 0.05, b_small, 1 - tl.exp(-b_delta))
 
     @triton.jit
+    def sigmoid(b):
+        """1 / (1 + e^-b), by the square of a root: 5 instructions, where a division makes it 12."""
+        b_root = tl.rsqrt(1 + tl.exp2(b * -LOG2E))
+        return b_root * b_root
+
+    @triton.jit
     def silu(b):
-        return b * tl.sigmoid(b)
+        return b * sigmoid(b)
+
+    @triton.jit
+    def silu_slope(b):
+        """The derivative of silu."""
+        b_sig = sigmoid(b)
+        b_y = b * b_sig
+        return b_sig + b_y * (1 - b_sig)
 
     @triton.jit(do_not_specialize=["c"])
     def join_kernel(p_S, p_total, p_A, p_h0, p_h, c, h, p, n, REVERSE: tl.constexpr, MAMBA2: tl.constexpr, BLOCK: tl.constexpr):
@@ -614,47 +650,113 @@ if triton is not None:
         tl.store(p_dD + i_bch, tl.sum(b_dD, axis=0))
 
     @triton.jit
-    def conv_window(p_x, p_w, b_bias, i_t, o_p, m_p, l, s_xl, W: tl.constexpr):
-        """bias + Σ_k weight_k x_{t-W+1+k} for the tokens i_t (T,) and channels o_p (P,)."""
-        b_sum = tl.zeros((i_t.shape[0], o_p.shape[0]), tl.float32) + b_bias[None, :]
+    def conv_block(p_w, p_bias, s_xh: tl.constexpr, g: tl.constexpr, p: tl.constexpr, r: tl.constexpr,
+                   BIAS: tl.constexpr, W: tl.constexpr, R: tl.constexpr, BP: tl.constexpr):
+        """What a program works on: a segment, and of x's g·p channels BP side by side, whatever p is, with the r query heads that
+        share them. Offsets (R, BP) in a token of x, of a contiguous x and of y, their mask o < g·p and row < r; bias and weights."""
+        blocks: tl.constexpr = (g * p + BP - 1) // BP
+        o, i_r = tl.program_id(0) % blocks * BP + tl.arange(0, BP)[None, :], tl.arange(0, R)[:, None]
+        o_y, m = (o // p * r + i_r) * p + o % p, (o < g * p) & (i_r < r)
+        b_bias, ws = tl.load(p_bias + o_y, mask=m, other=0.).to(tl.float32) if BIAS else tl.zeros((R, BP), tl.float32), ()
         for k in tl.static_range(W):
-            i_r = i_t - (W - 1) + k
-            m = ((i_r >= 0) & (i_r < l))[:, None] & m_p[None, :]
-            b_x = tl.load(p_x + i_r.to(tl.int64)[:, None] * s_xl + o_p[None, :], mask=m, other=0.).to(tl.float32)
-            b_sum += b_x * tl.load(p_w + o_p * W + k, mask=m_p, other=0.).to(tl.float32)[None, :]
-        return b_sum
+            ws = ws + (tl.load(p_w + o_y * W + k, mask=m, other=0.).to(tl.float32),)
+        return tl.program_id(0) // blocks, (o // p).to(tl.int64) * s_xh + o % p + 0 * i_r, o + 0 * i_r, o_y, o < g * p, i_r, b_bias, ws
+
+    @triton.jit
+    def conv_read(p_x, o_x, m_o, i_r, r: tl.constexpr, s_xl: tl.constexpr, i_0, first, end, N: tl.constexpr):
+        """A tuple of the N tokens from i_0 on, where p_x points; zeros before `first` and from `end` on."""
+        xs = ()
+        for j in tl.static_range(N):
+            m = m_o & (i_r < tl.where((i_0 + j >= first) & (i_0 + j < end), r, 0))
+            xs = xs + (tl.load(p_x + j * s_xl + o_x, mask=m, other=0.).to(tl.float32),)
+        return xs
+
+    @triton.jit
+    def conv_sum(xs, j: tl.constexpr, ws, b_bias, W: tl.constexpr):
+        """bias + Σ_k weight_k xs_{j+k}."""
+        for k in tl.static_range(W):
+            b_bias += ws[k] * xs[j + k]
+        return b_bias
+
+    @triton.jit(do_not_specialize=SEGMENTS + ["skip"])
+    def conv_kernel(p_x, p_w, p_bias, p_y, l, skip, c, s, s_xb, s_xl: tl.constexpr, s_xh: tl.constexpr, g: tl.constexpr, p: tl.constexpr,
+                    r: tl.constexpr, BIAS: tl.constexpr, W: tl.constexpr, U: tl.constexpr, R: tl.constexpr, BP: tl.constexpr):
+        """y_t = silu(bias + Σ_k weight_k x_{t-W+1+k}) for all l tokens of x but the first `skip`: one block of channels along a
+        segment of s tokens, U at a time, the W - 1 inputs before them in registers."""
+        i_bc, o_x, _, o_y, m_o, i_r, b_bias, ws = conv_block(p_w, p_bias, s_xh, g, p, r, BIAS, W, R, BP)
+        h, i_b, i_0 = g * r, (i_bc // c).to(tl.int64), i_bc % c * s + skip
+        p_x, p_y = p_x + i_b * s_xb + i_0.to(tl.int64) * s_xl, p_y + (i_b * (l - skip) + i_0 - skip) * (h * p)
+        xs = conv_read(p_x - (W - 1) * s_xl, o_x, m_o, i_r, r, s_xl, i_0 - (W - 1), 0, l, W - 1)
+        for _ in range(tl.cdiv(tl.minimum(s, l - i_0), U)):
+            xs = xs + conv_read(p_x, o_x, m_o, i_r, r, s_xl, i_0, 0, l, U)
+            for j in tl.static_range(U):
+                tl.store(p_y + j * (h * p) + o_y, silu(conv_sum(xs, j, ws, b_bias, W)), mask=m_o & (i_r < tl.where(i_0 + j < l, r, 0)))
+            xs, i_0, p_x, p_y = xs[U:], i_0 + U, p_x + U * s_xl, p_y + U * (h * p)
+
+    @triton.jit(do_not_specialize=SEGMENTS + ["skip"])
+    def conv_backward_kernel(p_x, p_w, p_bias, p_dy, p_dx, p_dw, l, skip, c, s, s_xb, s_xl: tl.constexpr, s_xh: tl.constexpr,
+                             g: tl.constexpr, p: tl.constexpr, r: tl.constexpr,
+                             BIAS: tl.constexpr, W: tl.constexpr, U: tl.constexpr, R: tl.constexpr, BP: tl.constexpr):
+        """With e_t = dy_t silu'(bias + Σ_k weight_k x_{t-W+1+k}), 0 where there is no y_t:  dx_t = Σ_k weight_k e_{t+W-1-k}, summed
+        over the r query heads; dw_k = Σ_t x_t e_{t+W-1-k} and dbias = Σ_t e_t, left per segment in dw (b, c, W + 1, h, p).
+        For token t the W inputs and the W values of e from t on are in registers."""
+        i_bc, o_x, o, o_y, m_o, i_r, b_bias, ws = conv_block(p_w, p_bias, s_xh, g, p, r, BIAS, W, R, BP)
+        h, i_b, i_0 = g * r, (i_bc // c).to(tl.int64), i_bc % c * s
+        p_x, p_dx = p_x + i_b * s_xb + i_0.to(tl.int64) * s_xl, p_dx + (i_b * l + i_0) * (g * p)
+        p_dy += (i_b * (l - skip) + i_0 - skip) * (h * p)
+        xs = conv_read(p_x - (W - 1) * s_xl, o_x, m_o, i_r, r, s_xl, i_0 - (W - 1), 0, l, 2 * (W - 1))
+        dys = conv_read(p_dy, o_y, m_o, i_r, r, h * p, i_0, skip, l, W - 1)
+        es, dws = (), ()
+        for j in tl.static_range(W - 1):
+            es = es + (dys[j] * silu_slope(conv_sum(xs, j, ws, b_bias, W)),)
+        for _ in tl.static_range(W + 1):
+            dws = dws + (tl.zeros((R, BP), tl.float32),)
+        xs = xs[W - 1:]
+        for _ in range(tl.cdiv(tl.minimum(s, l - i_0), U)):
+            xs = xs + conv_read(p_x + (W - 1) * s_xl, o_x, m_o, i_r, r, s_xl, i_0 + W - 1, 0, l, U)
+            more = conv_read(p_dy + (W - 1) * (h * p), o_y, m_o, i_r, r, h * p, i_0 + W - 1, skip, l, U)
+            for j in tl.static_range(U):
+                es = es + (more[j] * silu_slope(conv_sum(xs, j, ws, b_bias, W)),)
+                b_dx, sums = tl.zeros((R, BP), tl.float32), ()
+                for k in tl.static_range(W):
+                    b_dx += ws[k] * es[j + W - 1 - k]
+                    sums = sums + (dws[k] + xs[j] * es[j + W - 1 - k],)
+                dws = sums + (dws[W] + es[j],)
+                b_dx = tl.sum(b_dx, axis=0, keep_dims=True) + tl.zeros((R, BP), tl.float32)  # (R, BP) again: a layout that is stored as it is
+                tl.store(p_dx + j * (g * p) + o, b_dx, mask=m_o & (i_r < tl.where(i_0 + j < l, 1, 0)))
+            xs, es, i_0, p_x, p_dy, p_dx = xs[U:], es[U:], i_0 + U, p_x + U * s_xl, p_dy + U * (h * p), p_dx + U * (g * p)
+        for k in tl.static_range(W + 1):
+            tl.store(p_dw + (i_bc.to(tl.int64) * (W + 1) + k) * (h * p) + o_y, dws[k], mask=m_o & (i_r < r))
 
     @triton.jit(do_not_specialize=["l", "c"])
-    def conv_kernel(p_x, p_w, p_bias, p_y, p_dy, p_dx, p_dw, p_dbias, l, c, h, p, r, s_xb, s_xl, s_xh,
-                    BACKWARD: tl.constexpr, BIAS: tl.constexpr, W: tl.constexpr, T: tl.constexpr, BP: tl.constexpr):
-        """The convolution and its SiLU, or its gradients: dx per query head, dw and dbias per chunk of T tokens."""
+    def norm_kernel(p_y, p_z, p_w, p_o, p_dy, p_dz, p_dw, eps, l, c, s_zb, s_zl: tl.constexpr, s_zh: tl.constexpr, h: tl.constexpr, p: tl.constexpr,
+                    GRADIENT: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, BP: tl.constexpr):
+        """v = y ∘ silu(z) of one head, u = v / √(mean v² + eps), o = weight ∘ u, for T tokens, ROWS at a time. The GRADIENT reads o
+        as do: with e = do ∘ weight, dv = (e - u mean(e ∘ u)) / √(mean v² + eps); dweight = Σ do ∘ u is left per T tokens."""
         i_bch = tl.program_id(0).to(tl.int64)
         i_b, i_c, i_h = i_bch // (c * h), i_bch // h % c, i_bch % h
-        i_t, o_p = i_c * T + tl.arange(0, T), tl.program_id(1) * BP + tl.arange(0, BP)
-        m_p = o_p < p
-        p_x += i_b * s_xb + i_h // r * s_xh
-        p_w += i_h * p * W
-        b_bias = tl.load(p_bias + i_h * p + o_p, mask=m_p, other=0.).to(tl.float32) if BIAS else tl.zeros((BP,), tl.float32)
-        o_y = ((i_b * l + i_t[:, None]) * h + i_h) * p + o_p[None, :]
-        if not BACKWARD:
-            b_sum = conv_window(p_x, p_w, b_bias, i_t, o_p, m_p, l, s_xl, W)
-            tl.store(p_y + o_y, b_sum * tl.sigmoid(b_sum), mask=(i_t < l)[:, None] & m_p[None, :])
-        else:
-            b_dx = tl.zeros((T, BP), tl.float32)
-            for j in tl.static_range(W):  # token t is read by the windows of tokens t .. t + W - 1
-                b_sum = conv_window(p_x, p_w, b_bias, i_t + j, o_p, m_p, l, s_xl, W)
-                b_sig = tl.sigmoid(b_sum)
-                b_dy = tl.load(p_dy + o_y + j * h * p, mask=(i_t + j < l)[:, None] & m_p[None, :], other=0.).to(tl.float32)
-                b_g = b_dy * b_sig * (1 + b_sum * (1 - b_sig))
-                b_dx += b_g * tl.load(p_w + o_p * W + W - 1 - j, mask=m_p, other=0.).to(tl.float32)[None, :]
-                if j == 0:
-                    tl.store(p_dbias + i_bch * p + o_p, tl.sum(b_g, axis=0), mask=m_p)
-                    for k in tl.static_range(W):
-                        i_r = i_t - (W - 1) + k
-                        m = ((i_r >= 0) & (i_r < l))[:, None] & m_p[None, :]
-                        b_x = tl.load(p_x + i_r.to(tl.int64)[:, None] * s_xl + o_p[None, :], mask=m, other=0.).to(tl.float32)
-                        tl.store(p_dw + (i_bch * p + o_p) * W + k, tl.sum(b_g * b_x, axis=0), mask=m_p)
-            tl.store(p_dx + o_y, b_dx, mask=(i_t < l)[:, None] & m_p[None, :])
+        o_r, o_p = tl.arange(0, ROWS)[:, None], tl.arange(0, BP)[None, :]
+        b_w = tl.load(p_w + i_h * p + o_p + 0 * o_r, mask=o_p < p, other=0.).to(tl.float32)  # (ROWS, BP): 16-byte loads
+        b_dw = tl.zeros((ROWS, BP), tl.float32)
+        for i_0 in range(i_c * T, tl.minimum(i_c * T + T, l), ROWS):
+            o_t = (i_0 + o_r).to(tl.int64)
+            o_y, m = (i_b * l + o_t) * (h * p) + i_h * p + o_p, (o_t < l) & (o_p < p)
+            b_y = tl.load(p_y + o_y, mask=m, other=0.).to(tl.float32)
+            b_z = tl.load(p_z + i_b * s_zb + o_t * s_zl + i_h * s_zh + o_p, mask=m, other=0.).to(tl.float32)
+            b_v = b_y * silu(b_z)
+            b_scale = tl.rsqrt(tl.sum(b_v * b_v, axis=1, keep_dims=True) / p + eps)
+            b_u = b_v * b_scale
+            if GRADIENT:
+                b_do = tl.load(p_o + o_y, mask=m, other=0.).to(tl.float32)
+                b_e = b_do * b_w
+                b_dv = (b_e - b_u * (tl.sum(b_e * b_u, axis=1, keep_dims=True) / p)) * b_scale
+                tl.store(p_dy + o_y, b_dv * silu(b_z), mask=m)
+                tl.store(p_dz + o_y, b_dv * b_y * silu_slope(b_z), mask=m)
+                b_dw += b_do * b_u
+            else:
+                tl.store(p_o + o_y, b_w * b_u, mask=m)
+        if GRADIENT:
+            tl.store(p_dw + i_bch * p + o_p, tl.sum(b_dw, axis=0, keep_dims=True), mask=o_p < p)
 
 
 def rows(t):
@@ -782,31 +884,79 @@ def segments(b, l, h, p, mamba2, meta):
     return max(1, min((256 if mamba2 else WARPS) // blocks, l // (8 * meta["T"])))
 
 
+def conv_setup(x, weight, bias, skip, tokens, T, U, BLOCK, num_warps):
+    """What both launches take: the grid, the inputs, `tokens` cut into c segments of s ≥ T, and the kernels' constants."""
+    (b, l, g, p), (h, _, w), (x, (s_xb, s_xl, s_xh)) = x.shape, weight.shape, rows(x)
+    s = U * triton.cdiv(triton.cdiv(tokens, max(1, tokens // T)), U)
+    c, R = triton.cdiv(tokens, s), triton.next_power_of_2(h // g)
+    BP = min(triton.next_power_of_2(g * p), max(1, BLOCK // R))
+    meta = dict(s_xl=s_xl, s_xh=s_xh, g=g, p=p, r=h // g, BIAS=bias is not None, W=w, U=U, R=R, BP=BP, num_warps=num_warps)
+    return (b * c * triton.cdiv(g * p, BP),), (x, weight.contiguous(), weight if bias is None else bias.contiguous()), (l, skip, c, s, s_xb), meta
+
+
+def conv_forward(x, weight, bias, skip):
+    """x (b, skip + l, g, p), weight (h, p, w), bias (h, p) or None -> y (b, l, h, p), that of the tokens after the first `skip`."""
+    grid, inputs, sizes, meta = conv_setup(x, weight, bias, skip, x.shape[1] - skip, **CONV_Y)
+    y = x.new_empty(x.shape[0], x.shape[1] - skip, *weight.shape[:2])
+    conv_kernel[grid](*inputs, y, *sizes, **meta)
+    return y
+
+
+def conv_backward(dy, x, weight, bias, skip):
+    """The gradients of x, weight and bias; of the bias also where it is None."""
+    (h, p, w), (grid, inputs, sizes, meta) = weight.shape, conv_setup(x, weight, bias, skip, x.shape[1], **CONV_GRADIENT)
+    dx, dw = x.new_empty(x.shape), x.new_empty(len(x) * sizes[2], w + 1, h * p, dtype=torch.float32)
+    conv_backward_kernel[grid](*inputs, dy.contiguous(), dx, dw, *sizes, **meta)
+    dw = dw.sum(0)
+    return dx, weight.new_empty(h, p, w).copy_(dw[:w].T.view(h, p, w)), dw[w].view(h, p).to(weight.dtype if bias is None else bias.dtype)
+
+
 class TritonConv(torch.autograd.Function):
-    """x (b, l, g, p), weight (h, p, w), bias (h, p) or None -> y (b, l, h, p)."""
+    """The convolution on the kernels above. Keeps its inputs; the backward computes the sums again."""
 
     @staticmethod
-    def launch(x, weight, bias, y, dy, dx, dw, dbias, backward):
-        (b, l, g, p), (h, _, w), (x, s_x) = x.shape, weight.shape, rows(x)
-        meta = dict(T=32, BP=min(128, triton.next_power_of_2(p)), W=w, BACKWARD=backward, BIAS=bias is not None)
-        c = triton.cdiv(l, meta["T"])
-        conv_kernel[b * c * h, triton.cdiv(p, meta["BP"])](x, weight, weight if bias is None else bias, y, dy, dx, dw, dbias,
-                                                           l, c, h, p, h // g, *s_x, **meta)
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        weight, bias = weight.contiguous(), bias if bias is None else bias.contiguous()
-        y = x.new_empty(x.shape[0], x.shape[1], *weight.shape[:2])
-        TritonConv.launch(x, weight, bias, y, y, y, y, y, backward=False)
+    def forward(ctx, x, weight, bias, skip):
         ctx.save_for_backward(x, weight, bias)
-        return y
+        ctx.skip = skip
+        return conv_forward(x, weight, bias, skip)
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, bias = ctx.saved_tensors
-        blocks = x.shape[0] * triton.cdiv(x.shape[1], 32)
-        dx = torch.empty(dy.shape, device=x.device, dtype=torch.float32)
-        dw = torch.empty(blocks, *weight.shape, device=x.device, dtype=torch.float32)
-        dbias = torch.empty(blocks, *weight.shape[:2], device=x.device, dtype=torch.float32)
-        TritonConv.launch(x, weight, bias, dx, dy.contiguous(), dx, dw, dbias, backward=True)
-        return (over_group(dx, x), dw.sum(0).to(weight.dtype), None if bias is None else dbias.sum(0).to(bias.dtype))
+        dx, dw, dbias = conv_backward(dy, *ctx.saved_tensors, ctx.skip)
+        return dx, dw, None if ctx.saved_tensors[2] is None else dbias, None
+
+
+def norm_setup(y, z, weight, T, ELEMENTS, num_warps):
+    """What both launches take: the grid, the inputs, the sequence in c times T tokens, z's stride, and the kernel's constants."""
+    (b, l, h, p), (z, (s_zb, s_zl, s_zh)), c, BP = y.shape, rows(z), triton.cdiv(y.shape[1], T), triton.next_power_of_2(y.shape[3])
+    meta = dict(s_zl=s_zl, s_zh=s_zh, h=h, p=p, T=T, ROWS=max(1, min(T, ELEMENTS // BP)), BP=BP, num_warps=num_warps)
+    return (b * c * h,), (y.contiguous(), z, weight.contiguous()), (l, c, s_zb), meta
+
+
+def norm_forward(y, z, weight, eps):
+    """y, z (b, l, h, p), weight (h, p) -> o (b, l, h, p)."""
+    (grid, inputs, sizes, meta), o = norm_setup(y, z, weight, **NORM_Y), y.new_empty(y.shape)
+    norm_kernel[grid](*inputs, o, o, o, o, eps, *sizes, GRADIENT=False, **meta)
+    return o
+
+
+def norm_backward(do, y, z, weight, eps):
+    """The gradients of y, z and weight."""
+    grid, inputs, sizes, meta = norm_setup(y, z, weight, **NORM_GRADIENT)
+    dy, dz, dw = y.new_empty(y.shape), z.new_empty(z.shape), y.new_empty(len(y) * sizes[1], *weight.shape, dtype=torch.float32)
+    norm_kernel[grid](*inputs, do.contiguous(), dy, dz, dw, eps, *sizes, GRADIENT=True, **meta)
+    return dy, dz, dw.sum(0).to(weight.dtype)
+
+
+class TritonNorm(torch.autograd.Function):
+    """`gated_norm_reference` on the kernel above. Keeps its inputs; the backward computes the norm again."""
+
+    @staticmethod
+    def forward(ctx, y, z, weight, eps):
+        ctx.save_for_backward(y, z, weight)
+        ctx.eps = eps
+        return norm_forward(y, z, weight, eps)
+
+    @staticmethod
+    def backward(ctx, do):
+        return *norm_backward(do, *ctx.saved_tensors, ctx.eps), None

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import causal_conv, ssm_scan
+from kernels import causal_conv, gated_norm, ssm_scan
 
 
 class MilError(ValueError):
@@ -257,8 +257,8 @@ class Mamba2(nn.Module):
         y, h = ssm_scan(x, dt, decay_rates(self.A_log), B, C, D=self.D, dt_bias=self.dt_bias, h0=h0)
         if log is not None:
             log.write(conv, h)
-        y = F.rms_norm(y * F.silu(z).unflatten(2, (-1, p)), (p,), eps=self.norm.eps)  # per head (b, l, h, p)
-        return self.out_proj(y.flatten(2) * self.norm.weight)
+        y = gated_norm(y, z.unflatten(2, (-1, p)), self.norm.weight.view(-1, p), self.norm.eps)  # per head (b, l, h, p)
+        return self.out_proj(y.flatten(2))
 
     def new_log(self, cache):
         p, h = self.config.head_dim, self.config.n_heads

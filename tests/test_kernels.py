@@ -342,3 +342,82 @@ def test_the_step_is_summed_in_float32(which, decay):
         _, h = kernels.ssm_scan(**inputs)   # the last state is float32, so it shows what y's rounding hides
     rounded = DEVICE == "cuda" and which == "triton" and decay == "mamba2"  # there Δ x is multiplied in bf16
     assert_close(h, kernels.ssm_reference(**{k: v.double() for k, v in inputs.items()})[1], 3e-2 if rounded else 5e-5)
+
+
+@FORMS
+def test_the_convolution_may_cut_a_sequence_and_its_channels_anywhere(monkeypatch, which):
+    """Value and gradients with segments of 8 tokens and blocks of 16 channels, x a slice of a wider projection."""
+    for name in ("CONV_Y", "CONV_GRADIENT"):
+        monkeypatch.setattr(kernels, name, dict(T=8, U=4, BLOCK=16, num_warps=1))
+
+    @settings(max_examples=8 if which == "triton" else 20)
+    @given(st.sampled_from([1, 3, 7, 8, 9, 16, 29]), st.sampled_from([(1, 1, 40), (1, 3, 5), (2, 8, 8), (2, 34, 3)]), st.sampled_from([1, 3, 4]),
+           st.booleans(), st.booleans(), st.integers(0, 2**31))
+    def check(l, heads, w, bias, state, seed):
+        (g, h, p), generator = heads, torch.Generator().manual_seed(seed)
+        new = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE).requires_grad_()  # noqa: E731
+        leaves = [new(2, l, g * p + 5), new(h, p, w), new(h, p) if bias else None, new(2, w - 1, g, p) if state else None]
+        seen, wanted = new(2, l, h, p), [t for t in leaves if t is not None]
+
+        def run(conv):
+            y, end = conv(leaves[0][..., 2:-3].unflatten(2, (g, p)), *leaves[1:])
+            return [y, end, *torch.autograd.grad((y * seen).sum() + end.square().sum(), wanted)]
+        with form(which):
+            got = run(kernels.causal_conv)
+        for i, (a, e) in enumerate(zip(got, run(kernels.conv_reference))):
+            assert_close(a, e, 5e-5, f"result {i}")
+    check()
+
+
+def test_the_gradients_of_a_bf16_convolution_round_once():
+    """Also dx, which is a sum over the query heads that share x."""
+    leaves = [torch.randn(*shape, device=DEVICE).bfloat16().requires_grad_() for shape in ((2, 40, 2, 5), (8, 5, 4), (8, 5))]
+    seen = torch.randn(2, 40, 8, 5, device=DEVICE).bfloat16()
+    with form("triton"):
+        got = torch.autograd.grad(kernels.causal_conv(*leaves)[0], leaves, seen)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    for a, e in zip(got, torch.autograd.grad(kernels.conv_reference(*wide)[0], wide, seen.double())):
+        assert a.dtype == torch.bfloat16
+        assert_close(a, e, 2**-7)
+
+
+@FORMS
+def test_the_gated_norm_equals_its_definition_in_value_and_every_gradient(monkeypatch, which):
+    monkeypatch.setattr(kernels, "NORM_GRADIENT", dict(T=16, ELEMENTS=1024, num_warps=4))  # so that 33 tokens are three partial sums
+
+    @settings(max_examples=12 if which == "triton" else 30)
+    @given(st.sampled_from([1, 5, 16, 17, 33]), st.sampled_from([1, 3]), st.sampled_from([1, 5, 16, 40, 128, 256]),
+           st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]), st.integers(0, 2**31))
+    def check(l, h, p, dtype, seed):
+        generator = torch.Generator().manual_seed(seed)
+        new = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).to(DEVICE).requires_grad_()  # noqa: E731
+        y, projection, weight, seen = new(2, l, h, p), new(2, l, h * p + 5), new(h, p), new(2, l, h, p)
+
+        def run(norm, *leaves):
+            o = norm(leaves[0], leaves[1][..., 2:-3].unflatten(2, (h, p)), leaves[2])  # z is a slice of a wider projection
+            return [o, *torch.autograd.grad(o, leaves, seen.to(o.dtype))]
+        with form(which):
+            got = run(kernels.gated_norm, y, projection, weight)
+        want = run(kernels.gated_norm_reference, *(t.detach().double().requires_grad_() for t in (y, projection, weight)))
+        for name, a, e in zip(("o", "dy", "dz", "dweight"), got, want):
+            assert a.dtype == dtype
+            # p = 1: what is left of dy and dz is eps / (v² + eps), a difference of numbers near 1
+            assert_close(a, e, TOLERANCE[dtype], name, 1e-3 if p == 1 and name in ("dy", "dz") and dtype != torch.float64 else 0.0)
+    check()
+
+
+def test_the_gated_norm_refuses_shapes_that_do_not_fit_and_names_the_argument():
+    y, weight = torch.zeros(1, 5, 2, 3), torch.zeros(2, 3)
+    for change in (dict(z=torch.zeros(1, 5, 6)), dict(weight=torch.zeros(6))):
+        with pytest.raises(ValueError, match=f"gated_norm: {next(iter(change))} is"):
+            kernels.gated_norm(**{**dict(y=y, z=y, weight=weight), **change})
+
+
+def test_convolution_and_norm_read_rows_more_than_2_to_the_31_elements_apart():
+    x, weight = torch.randn(3, 2, 1, 4, device=DEVICE).bfloat16(), torch.randn(1, 4, 4, device=DEVICE)
+    room = torch.empty(2**32 + 64, dtype=x.dtype, device=DEVICE)  # 8 GiB, of which the CPU touches a page
+    with form("triton"):
+        for strides, start in (((2**30, 4, 4, 1), 2**31), ((4, 2**31, 4, 1), 2**31)):
+            far = room.as_strided(x.shape, strides, start).copy_(x)  # a 32-bit offset lands elsewhere
+            assert torch.equal(kernels.causal_conv(far, weight)[0], kernels.causal_conv(x, weight)[0])
+            assert torch.equal(kernels.gated_norm(x, far, weight[..., 0]), kernels.gated_norm(x, x, weight[..., 0]))
