@@ -20,9 +20,10 @@ Two decays, told apart by the shape of A:
     Mamba-2  dt (b, l, h)      A (h,)          one of each per head, so a chunk of tokens is a matrix product
 
 In this file
-    ssm_reference    the definition, a loop over tokens; the tests measure everything else against it
-    ssm_scan         the same result, differentiable and fast: Triton on CUDA, chunked PyTorch elsewhere
-    conv_reference   the short causal convolution + SiLU in front of the scan, and causal_conv, its fast form
+    ssm_reference         the definition, a loop over tokens; the tests measure everything else against it
+    ssm_scan              the same result, differentiable and fast: Triton on CUDA, chunked PyTorch elsewhere
+    conv_reference        the short causal convolution + SiLU in front of the scan, and causal_conv, its fast form
+    gated_norm_reference  Mamba-2's gate and norm behind it, and gated_norm
 
 How the scan is made fast. The recurrence is linear in h, so a sequence can be cut anywhere:
 
@@ -37,9 +38,23 @@ training sizes, so a sequence is one piece, steps 1 and 2 fall away and the stat
 is cut into segments, as few as fill the chip.
 
 The gradient is the same walk backwards in time: the adjoint G_t = ∂L/∂h_t obeys G_{t-1} = exp(Δ_t A) ∘ G_t + dy_{t-1} ⊗
-C_{t-1}. The Triton backward keeps only the inputs: a walk forwards leaves the state of every T-th token in memory; then
-Mamba walks back, recomputing T states at a time in registers, while Mamba-2 leaves the adjoint of every tile too and takes
-all tiles at once.
+C_{t-1}. Mamba's forward leaves every 8th state in memory; its backward walks from the last token to the first, four tokens
+at a time, whose states it computes again and holds in registers. Mamba-2 keeps its inputs alone: two walks leave the state
+and the adjoint at every tile's border, then all tiles are taken at once.
+
+Why it is fast, in the order in which it paid (an H100 has 132 multiprocessors of 4 schedulers, each one instruction a clock):
+
+    Mamba is bound by instructions. A token of a head of 16 channels and 16 states is 256 exponentials and 1,024 products and
+    sums: 40 instructions of a warp. Everything around them must be less: strides and sizes are constants, so an address is an
+    immediate; bf16 comes 8 numbers to a load and two to a 32-bit word, unpacked by one shift or mask each; a thread holds 8
+    states of one channel, so a sum over n is 7 additions and one shuffle; and the two sums over channels that dB and dC need
+    share their columns out between rows (store_sum), 8 shuffles in place of 32.
+    With one or two warps a scheduler, nothing hides the memory's latency but loads issued long before their use: all inputs of
+    the next tokens are asked for before work on the present ones begins.
+    Mamba-2 is bound by the latency between dependent products: a tile is large enough (64 tokens, 64 × 128 states) that
+    loads of the next one run behind it, and what belongs to writers and to readers is computed from products of its own, never
+    from a transposed result.
+    Launching 40 arguments from Python takes longer than a small batch runs: `launch` remembers what it has compiled.
 
 Names in the kernels: b_ a block in registers, p_ a pointer, o_ offsets, m_ a mask, i_ an index, s_ a stride (s_xl: of x
 over l), c a number of segments, s the tokens in one, T tokens taken together, BP and BN blocks of p and n, rx and rb the
@@ -133,7 +148,8 @@ def ssm_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None):
             return ssm_reference(x, dt, A, B, C, D, z, dt_bias, h0)
         if use_triton(x):
             inside = z if A.dim() == 3 else None  # Mamba's kernel gates its output, Mamba-2's leaves the gate to its norm
-            y, h = TritonScan.apply(x, dt, A, B, C, D, inside, dt_bias, h0)
+            keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, dt, A, B, C, D, z, dt_bias, h0))
+            y, h = TritonScan.apply(x, dt, A, B, C, D, inside, dt_bias, h0, keep)
             return y if inside is z else (y.float() * F.silu(z.float())).to(x.dtype), h
         f = torch.promote_types(x.dtype, torch.float32)
         delta = F.softplus(dt.to(f) if dt_bias is None else dt.to(f) + dt_bias.to(f))
@@ -261,42 +277,26 @@ def ssd_torch(x, delta, A, B, C, h0, T=64):
 # contiguous float32. Strides and sizes within a batch are constants of the compiled kernel, which turns most address
 # arithmetic into immediates (for Mamba it halves the registers); lengths are not, so a new length compiles nothing.
 
-SIZES, SEGMENTS = ["l", "tiles"], ["l", "c", "s"]
-# Chosen by measurement on an H200 (README): states of Mamba in one warp, and the warps to aim at, two a scheduler; the
-# launches of Mamba-2's walk that gives y, of its walk that leaves states, of its gradient.
-TILE, WARPS, T6 = 256, 1024, 8
-WALK_Y, WALK_STATES = dict(num_warps=4, num_stages=2), dict(num_warps=4, num_stages=3)
-GRADIENT = dict(num_warps=8, num_stages=2, maxnreg=128)
-CONV_Y, CONV_GRADIENT = dict(T=64, U=8, BLOCK=128, num_warps=1), dict(T=128, U=8, BLOCK=128, num_warps=1)
-NORM_Y, NORM_GRADIENT = dict(T=16, ELEMENTS=2048, num_warps=4), dict(T=128, ELEMENTS=1024, num_warps=4)
+SEGMENTS = ["l", "c", "s"]
+# Chosen by measurement on an H200 (README): for Mamba the states in one warp, the warps to aim at (two a scheduler) and how many tokens
+# are in flight and apart in S; for Mamba-2 the blocks to aim at and the launches of the walk that gives y, of the one that leaves states,
+# and of the gradient.
+S6_TILE, S6_BLOCKS, S6_T = 256, 1024, 8
+SSD_BLOCKS, WALK_Y, WALK_STATES = 256, dict(num_warps=4, num_stages=2), dict(num_warps=4, num_stages=3)
+GRADIENT = dict(num_warps=4, num_stages=2)
+CONV_Y, CONV_GRADIENT = dict(T=32, U=8, BLOCK=128, num_warps=1), dict(T=64, U=8, BLOCK=64, num_warps=1)
+NORM_Y, NORM_GRADIENT = dict(T=16, ELEMENTS=2048, num_warps=4), dict(T=64, ELEMENTS=1024, num_warps=4)
 
 if triton is not None:
     LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x LOG2E), and 2^x is what the chip computes
 
-    @triton.jit(do_not_specialize=SIZES)
-    def delta_kernel(p_dt, p_A, p_bias, p_delta, p_s, l, tiles, s_tb, s_tl: tl.constexpr, s_th: tl.constexpr, h: tl.constexpr, p: tl.constexpr,
-                     BIAS: tl.constexpr, SUM: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
-        """Δ (b, tiles·T, h, p) = softplus(dt + bias), 0 past the end; with SUM also s, the running sum of
-        Δ A LOG2E within each tile. Beyond 2^-200 nothing is left of a float32, so larger decays are cut there: s stays
-        so small that its differences, which matter, are exact (in float64 where the inputs are float32)."""
-        i_bc = tl.program_id(0).to(tl.int64)
-        i_b, i_c = i_bc // tiles, i_bc % tiles
-        o, o_t = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), i_c * T + tl.arange(0, T)
-        m = o < h * p
-        b_dt = tl.load(p_dt + i_b * s_tb + o_t[:, None] * s_tl + (o // p * s_th + o % p)[None, :],
-                       mask=(o_t < l)[:, None] & m[None, :], other=-float("inf")).to(tl.float32)
-        if BIAS:
-            b_dt += tl.load(p_bias + o, mask=m, other=0.)[None, :]
-        b_e = tl.exp(-tl.abs(b_dt))  # log(1 + e) = 2 artanh(e / (2 + e)), to float32 precision also where e is tiny
+    @triton.jit
+    def softplus(b):
+        b_e = tl.exp2(tl.abs(b) * -LOG2E)  # log(1 + e) = 2 artanh(e / (2 + e)), to float32 precision also where e is tiny
         b_w = b_e / (2 + b_e)
         b_q = b_w * b_w
         b_sum = 1 + b_q * (1 / 3 + b_q * (1 / 5 + b_q * (1 / 7 + b_q * (1 / 9 + b_q * (1 / 11 + b_q / 13)))))
-        b_delta = tl.maximum(b_dt, 0.) + 2 * b_w * b_sum
-        o_out = (i_bc * T + tl.arange(0, T))[:, None] * (h * p) + o[None, :]
-        tl.store(p_delta + o_out, b_delta, mask=m[None, :])
-        if SUM:
-            b_a = tl.maximum(b_delta * tl.load(p_A + o, mask=m, other=0.)[None, :] * LOG2E, -200.)
-            tl.store(p_s + o_out, tl.cumsum(b_a.to(p_s.dtype.element_ty), axis=0), mask=m[None, :])
+        return tl.maximum(b, 0.) + 2 * b_w * b_sum
 
     @triton.jit
     def slope(b_delta):
@@ -321,6 +321,23 @@ if triton is not None:
         b_y = b * b_sig
         return b_sig + b_y * (1 - b_sig)
 
+    @triton.jit(do_not_specialize=["l", "tiles"])
+    def delta_kernel(p_dt, p_A, p_bias, p_delta, p_s, l, tiles, s_tb, s_tl: tl.constexpr, h: tl.constexpr, BIAS: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
+        """Mamba-2: Δ (b, tiles·T, h) = softplus(dt + bias), 0 past the end, and s, the running sum of Δ A LOG2E within each tile.
+        Beyond 2^-200 nothing is left of a float32, so larger decays are cut there: s stays so small that its differences, which
+        matter, are exact (in float64 where the inputs are float32)."""
+        i_bc = tl.program_id(0).to(tl.int64)
+        i_b, i_c = i_bc // tiles, i_bc % tiles
+        o, o_t = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), i_c * T + tl.arange(0, T)
+        m, o_out = o < h, (i_bc * T + tl.arange(0, T))[:, None] * h + o[None, :]
+        b_dt = tl.load(p_dt + i_b * s_tb + o_t[:, None] * s_tl + o[None, :], mask=(o_t < l)[:, None] & m[None, :], other=-float("inf")).to(tl.float32)
+        if BIAS:
+            b_dt += tl.load(p_bias + o, mask=m, other=0.)[None, :]
+        b_delta = softplus(b_dt)
+        b_a = tl.maximum(b_delta * tl.load(p_A + o, mask=m, other=0.)[None, :] * LOG2E, -200.)
+        tl.store(p_delta + o_out, b_delta, mask=m[None, :])
+        tl.store(p_s + o_out, tl.cumsum(b_a.to(p_s.dtype.element_ty), axis=0), mask=m[None, :])
+
     @triton.jit(do_not_specialize=["c"])
     def join_kernel(p_S, p_total, p_A, p_h0, p_h, c, h, p, n, REVERSE: tl.constexpr, MAMBA2: tl.constexpr, BLOCK: tl.constexpr):
         """From segment to segment: h ← exp(A ΣΔ) h + S, leaving in place of S what the segment starts from; or from the last
@@ -340,171 +357,261 @@ if triton is not None:
         tl.store(p_h + i_bh * p * n + o, b_h, mask=m)
 
     @triton.jit
-    def s6_load(p_x, p_delta, p_B, p_C, p_z, i_0, l, o_p, o_n, s_xl: tl.constexpr, s_Bl: tl.constexpr, s_Cl: tl.constexpr, s_zl: tl.constexpr,
-                h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, LEAVE: tl.constexpr, ADJOINT: tl.constexpr, GATE: tl.constexpr, T: tl.constexpr):
-        """The inputs of T tokens from i_0 on, zero from l on (where Δ = 0 leaves the state alone)."""
-        xs, deltas, Bs, Cs, zs = (), (), (), (), ()
+    def read(p, o, m, WORDS: tl.constexpr, EMPTY: tl.constexpr):
+        """Numbers at p + o, EMPTY where m is not. With WORDS, for bf16, as the 32 bits each shares with its neighbour: a value of 16
+        bits that is carried from one turn of a loop to the next is moved as soon as it arrives, and so waited for."""
+        if WORDS:
+            return tl.load(p.to(tl.pointer_type(tl.int32)) + o // 2, mask=m, other=-8323200 if EMPTY < 0 else 0)  # -inf twice
+        else:
+            return tl.load(p + o, mask=m, other=EMPTY)
+
+    @triton.jit
+    def number(b, o, WORDS: tl.constexpr):
+        """What `read` returned at o, as float32."""
+        return ((b << 16 * (1 - o % 2)) & -65536).to(tl.float32, bitcast=True) if WORDS else b.to(tl.float32)
+
+    @triton.jit
+    def read_pairs(p, o, m, n: tl.constexpr, WORDS: tl.constexpr):
+        """The even and the odd of n numbers at p, o counting pairs; zeros where m is not."""
+        if WORDS:
+            return (tl.load(p.to(tl.pointer_type(tl.int32)) + o, mask=o < tl.where(m, n // 2, 0), other=0),)
+        else:
+            return tl.load(p + 2 * o, mask=2 * o < tl.where(m, n, 0), other=0.), tl.load(p + 2 * o + 1, mask=2 * o + 1 < tl.where(m, n, 0), other=0.)
+
+    @triton.jit
+    def pairs(b, WORDS: tl.constexpr):
+        """What `read_pairs` returned, as float32: a shift and a mask where they come as words."""
+        if WORDS:
+            return (b[0] << 16).to(tl.float32, bitcast=True), (b[0] & -65536).to(tl.float32, bitcast=True)
+        else:
+            return b[0].to(tl.float32), b[1].to(tl.float32)
+
+    @triton.jit
+    def s6_inputs(p_x, p_dt, p_B, i_0, l, o_p, o_2, s_xl: tl.constexpr, s_tl: tl.constexpr, s_Bl: tl.constexpr, p: tl.constexpr, n: tl.constexpr,
+                  WORDS: tl.constexpr, SINGLE: tl.constexpr, T: tl.constexpr):
+        """x, dt, B of T tokens from i_0 on; outside the sequence Δ = 0, which leaves the state alone."""
+        tokens = ()
         for j in tl.static_range(T):
-            m_p, m_n = o_p < tl.where(i_0 + j < l, p, 0), o_n < tl.where(i_0 + j < l, n, 0)
-            xs = xs + (tl.load(p_x + i_0 * s_xl + j * s_xl + o_p, mask=m_p, other=0.),)
-            deltas = deltas + (tl.load(p_delta + i_0 * (h * p) + j * (h * p) + o_p, mask=m_p, other=0.),)
-            Bs = Bs + (tl.load(p_B + i_0 * s_Bl + j * s_Bl + o_n, mask=m_n, other=0.),)
-            if LEAVE == "y":
-                Cs = Cs + (tl.load(p_C + i_0 * s_Cl + j * s_Cl + o_n, mask=m_n, other=0.),)
-            if GATE and (LEAVE == "y" or ADJOINT):
-                zs = zs + (tl.load(p_z + i_0 * s_zl + j * s_zl + o_p, mask=m_p, other=0.),)
-        return xs, deltas, Bs, Cs, zs
+            m = (i_0 + j >= 0) & (i_0 + j < l)
+            m_p = o_p < tl.where(m, p, 0)
+            tokens = tokens + ((read(p_x + i_0 * s_xl + j * s_xl, o_p, m_p, SINGLE, 0.), read(p_dt + i_0 * s_tl + j * s_tl, o_p, m_p, SINGLE, -float("inf")),
+                                read_pairs(p_B + i_0 * s_Bl + j * s_Bl, o_2, m, n, WORDS)),)
+        return tokens
+
+    @triton.jit
+    def s6_outputs(p_C, p_z, p_dy, i_0, l, o_p, o_2, s_Cl: tl.constexpr, s_zl: tl.constexpr, s_yl: tl.constexpr, p: tl.constexpr, n: tl.constexpr,
+                   C: tl.constexpr, Z: tl.constexpr, DY: tl.constexpr, WORDS: tl.constexpr, SINGLE: tl.constexpr, T: tl.constexpr):
+        """C, z, dy of T tokens from i_0 on, as far as asked for."""
+        tokens = ()
+        for j in tl.static_range(T):
+            m = (i_0 + j >= 0) & (i_0 + j < l)
+            m_p = o_p < tl.where(m, p, 0)
+            b_C = read_pairs(p_C + i_0 * s_Cl + j * s_Cl, o_2, m, n, WORDS) if C else (o_p,)
+            b_z = read(p_z + i_0 * s_zl + j * s_zl, o_p, m_p, SINGLE, 0.) if Z else o_p
+            b_dy = read(p_dy + i_0 * s_yl + j * s_yl, o_p, m_p, SINGLE, 0.) if DY else o_p
+            tokens = tokens + ((b_C, b_z, b_dy),)
+        return tokens
+
+    @triton.jit
+    def s6_step(b_h0, b_h1, token, b_A0, b_A1, b_bias, o_p, WORDS: tl.constexpr, SINGLE: tl.constexpr):
+        """h ← exp(Δ A) ∘ h + (Δ x) ⊗ B, the even and the odd columns of n apart. Returns both, x and Δ."""
+        b_x, b_delta = number(token[0], o_p, SINGLE), softplus(number(token[1], o_p, SINGLE) + b_bias)
+        b_u = (b_delta * b_x)[:, None]
+        b_B0, b_B1 = pairs(token[2], WORDS)
+        b_h0 = tl.exp2(b_delta[:, None] * b_A0) * b_h0 + b_u * b_B0
+        b_h1 = tl.exp2(b_delta[:, None] * b_A1) * b_h1 + b_u * b_B1
+        return b_h0, b_h1, b_x, b_delta
+
+    @triton.jit
+    def read_state(p, o, m, N2: tl.constexpr):
+        return tl.load(p + o, mask=m, other=0.), tl.load(p + o + N2, mask=m, other=0.)
+
+    @triton.jit
+    def store_state(p, o, b_0, b_1, m, N2: tl.constexpr):
+        tl.store(p + o, b_0, mask=m)
+        tl.store(p + o + N2, b_1, mask=m)
 
     @triton.jit(do_not_specialize=SEGMENTS)
-    def s6_walk_kernel(p_x, p_delta, p_A, p_B, p_C, p_D, p_z, p_h0, p_y, p_h, p_S, p_total, l, c, s, s_xb, s_Bb, s_Cb, s_zb,
-                       s_xl: tl.constexpr, s_xh: tl.constexpr, s_Bl: tl.constexpr, s_Bh: tl.constexpr,
+    def s6_walk_kernel(p_x, p_dt, p_A, p_B, p_C, p_D, p_z, p_bias, p_h0, p_y, p_h, p_S, p_total, l, c, s, s_xb, s_tb, s_Bb, s_Cb, s_zb,
+                       s_xl: tl.constexpr, s_xh: tl.constexpr, s_tl: tl.constexpr, s_th: tl.constexpr, s_Bl: tl.constexpr, s_Bh: tl.constexpr,
                        s_Cl: tl.constexpr, s_Ch: tl.constexpr, s_zl: tl.constexpr, s_zh: tl.constexpr,
                        h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr, rb: tl.constexpr,
-                       LEAVE: tl.constexpr, ADJOINT: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr,
-                       T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
+                       LEAVE: tl.constexpr, ADJOINT: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr,
+                       WORDS: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
         """Mamba, one block of channels of one head through one segment of s tokens. What it leaves:
 
             "y"        the output and, in h, the state at the segment's end, from the state in h0 at its start
-            "states"   S (b, l/T, h, p, n), the state before every T-th token, from the same
+            "states"   these and S (b, l/T, h, p, n), the state before every T-th token
             "end"      in h what the segment adds to its end on its own, and in total ΣΔ (b, c, h, p)
 
         The ADJOINT of "end" walks backwards, x being dy and B being C: h is what the outputs add to the adjoint of the start.
-
-        The inputs of T tokens are asked for together, while the T before them are worked on: at two warps a scheduler the
-        memory's latency is what would bound the walk."""
+        The inputs of T tokens are asked for together, while the T before them are worked on: with two warps a scheduler it is
+        the memory's latency that would bound the walk."""
         i_bch = tl.program_id(0).to(tl.int64)
         i_b, i_c, i_h = i_bch // (c * h), i_bch // h % c, i_bch % h
-        o_p, o_n = tl.program_id(1) * BP + tl.arange(0, BP), tl.arange(0, BN)
-        m_p, m_n = o_p < p, o_n < n
-        m_pn, o_pn = m_p[:, None] & m_n[None, :], o_p[:, None] * n + o_n[None, :]
-        b_A = tl.load(p_A + i_h * p * n + o_pn, mask=m_pn, other=0.) * LOG2E
-        b_h = tl.zeros((BP, BN), tl.float32) if LEAVE == "end" else tl.load(p_h0 + i_bch * p * n + o_pn, mask=m_pn, other=0.)
+        N2: tl.constexpr = (n + 1) // 2
+        o_p, o_n = tl.program_id(1) * BP + tl.arange(0, BP), tl.arange(0, BN // 2)
+        m_p, o_2 = o_p < p, tl.zeros_like(o_p)[:, None] + o_n[None, :]
+        o_pn, m_pn = o_p[:, None] * (2 * N2) + o_n[None, :], m_p[:, None] & (o_n < N2)[None, :]
+        b_A0, b_A1 = read_state(p_A + i_h * p * (2 * N2), o_pn, m_pn, N2)
+        b_A0, b_A1, b_h0, b_h1 = b_A0 * LOG2E, b_A1 * LOG2E, tl.zeros((BP, BN // 2), tl.float32), tl.zeros((BP, BN // 2), tl.float32)
+        if LEAVE != "end":
+            b_h0, b_h1 = read_state(p_h0 + i_bch * p * (2 * N2), o_pn, m_pn, N2)
         b_D = tl.load(p_D + i_h * p + o_p, mask=m_p, other=0.) if SKIP else tl.zeros((BP,), tl.float32)
+        b_bias = tl.load(p_bias + i_h * p + o_p, mask=m_p, other=0.) if BIAS else tl.zeros((BP,), tl.float32)
         b_total = tl.zeros((BP,), tl.float32)
         p_x += i_b * s_xb + i_h // rx * s_xh
-        p_delta += i_b * c * s * h * p + i_h * p
+        p_dt += i_b * s_tb + i_h * s_th
         p_B += i_b * s_Bb + i_h // rb * s_Bh
         p_C += i_b * s_Cb + i_h * s_Ch
         p_z += i_b * s_zb + i_h * s_zh
         p_y += i_b * l * h * p + i_h * p
+        Y: tl.constexpr = LEAVE != "end"
+        Z: tl.constexpr = GATE and (Y or ADJOINT)
         i_0 = i_c * s + (s - T if ADJOINT else 0)
-        ahead = s6_load(p_x, p_delta, p_B, p_C, p_z, i_0, l, o_p, o_n, s_xl, s_Bl, s_Cl, s_zl, h, p, n, LEAVE, ADJOINT, GATE, T)
-        for k in range(s // T):
-            xs, deltas, Bs, Cs, zs = ahead
-            i_1 = i_0 - T if ADJOINT else i_0 + T
-            ahead = s6_load(p_x, p_delta, p_B, p_C, p_z, i_1, tl.where(k + 1 < s // T, l, i_1), o_p, o_n, s_xl, s_Bl, s_Cl, s_zl, h, p, n,
-                            LEAVE, ADJOINT, GATE, T)
+        ahead = s6_inputs(p_x, p_dt, p_B, i_0, l, o_p, o_2, s_xl, s_tl, s_Bl, p, n, WORDS, False, T)
+        more = s6_outputs(p_C, p_z, p_z, i_0, l, o_p, o_2, s_Cl, s_zl, 0, p, n, Y, Z, False, WORDS, False, T)
+        blocks = s // T
+        if LEAVE == "end":  # from the end of the last segment none starts
+            blocks = tl.where(i_c == (0 if ADJOINT else c - 1), 0, blocks)
+        for _ in range(blocks):
+            inputs, outputs, i_1 = ahead, more, i_0 - T if ADJOINT else i_0 + T
+            ahead = s6_inputs(p_x, p_dt, p_B, i_1, l, o_p, o_2, s_xl, s_tl, s_Bl, p, n, WORDS, False, T)
+            more = s6_outputs(p_C, p_z, p_z, i_1, l, o_p, o_2, s_Cl, s_zl, 0, p, n, Y, Z, False, WORDS, False, T)
             if LEAVE == "states":
-                o_S = ((i_b * tl.cdiv(l, T) + i_0 // T) * h + i_h) * p * n
-                tl.store(p_S + o_S + o_pn, b_h, mask=(o_p < tl.where(i_0 < l, p, 0))[:, None] & m_n[None, :])
-            ys = ()
-            for i in tl.static_range(T):
-                b_x, b_B = xs[T - 1 - i if ADJOINT else i].to(tl.float32), Bs[T - 1 - i if ADJOINT else i].to(tl.float32)
-                b_delta = deltas[T - 1 - i if ADJOINT else i]
-                b_decay = tl.exp2(b_delta[:, None] * b_A)
+                store_state(p_S + ((i_b * tl.cdiv(l, T) + i_0 // T) * h + i_h) * p * (2 * N2), o_pn, b_h0, b_h1, m_pn & (o_pn < tl.where(i_0 < l, p * 2 * N2, 0)), N2)
+            for j in tl.static_range(T - 1 if ADJOINT else 0, -1 if ADJOINT else T, -1 if ADJOINT else 1):
                 if ADJOINT:
+                    b_x, b_delta = number(inputs[j][0], o_p, False), softplus(number(inputs[j][1], o_p, False) + b_bias)
+                    b_B0, b_B1 = pairs(inputs[j][2], WORDS)
                     if GATE:
-                        b_x *= silu(zs[T - 1 - i].to(tl.float32))
-                    b_h = b_decay * (b_h + b_x[:, None] * b_B[None, :])
+                        b_x *= silu(number(outputs[j][1], o_p, False))
+                    b_h0 = tl.exp2(b_delta[:, None] * b_A0) * (b_h0 + b_x[:, None] * b_B0)
+                    b_h1 = tl.exp2(b_delta[:, None] * b_A1) * (b_h1 + b_x[:, None] * b_B1)
                 else:
-                    b_h = b_decay * b_h + (b_delta * b_x)[:, None] * b_B[None, :]
-                if LEAVE == "end":
-                    b_total += b_delta
-                if LEAVE == "y":
-                    b_y = tl.sum(b_h * Cs[i].to(tl.float32)[None, :], axis=1) + b_D * b_x
+                    b_h0, b_h1, b_x, b_delta = s6_step(b_h0, b_h1, inputs[j], b_A0, b_A1, b_bias, o_p, WORDS, False)
+                if Y:
+                    b_C0, b_C1 = pairs(outputs[j][0], WORDS)
+                    b_y = tl.sum(b_h0 * b_C0 + b_h1 * b_C1, axis=1) + b_D * b_x
                     if GATE:
-                        b_y *= silu(zs[i].to(tl.float32))
-                    ys = ys + (b_y,)
-            if LEAVE == "y":
-                for j in tl.static_range(T):
-                    tl.store(p_y + i_0 * (h * p) + j * (h * p) + o_p, ys[j], mask=o_p < tl.where(i_0 + j < l, p, 0))
+                        b_y *= silu(number(outputs[j][1], o_p, False))
+                    tl.store(p_y + i_0 * (h * p) + j * (h * p) + o_p, b_y, mask=o_p < tl.where(i_0 + j < l, p, 0))
+                else:
+                    b_total += b_delta
             i_0 = i_1
-        if LEAVE != "states":
-            tl.store(p_h + i_bch * p * n + o_pn, b_h, mask=m_pn)
+        store_state(p_h + i_bch * p * (2 * N2), o_pn, b_h0, b_h1, m_pn, N2)
         if LEAVE == "end":
             tl.store(p_total + i_bch * p + o_p, b_total, mask=m_p)
 
-    @triton.jit(do_not_specialize=SEGMENTS)
-    def s6_backward_kernel(p_x, p_delta, p_A, p_B, p_C, p_D, p_z, p_dy, p_dh, p_S, p_dx, p_ddt, p_dA, p_dB, p_dC, p_dD, p_dz, p_dbias, p_dh0,
-                           b, l, c, s, s_xb, s_Bb, s_Cb, s_zb, s_yb,
-                           s_xl: tl.constexpr, s_xh: tl.constexpr, s_Bl: tl.constexpr, s_Bh: tl.constexpr,
+    @triton.jit
+    def partner(b, i: tl.constexpr):
+        """b (R, W) with row r in the place of row r ^ 2^i: as whole numbers (b_r + b_partner) - b_r, which compiles to one shuffle."""
+        b_pairs = tl.reshape(b.to(tl.int32, bitcast=True), (b.shape[0] >> (i + 1), 2, 1 << i, b.shape[1]))
+        b_pairs = tl.sum(b_pairs, axis=1, keep_dims=True).to(tl.int32) - b_pairs
+        return tl.reshape(b_pairs, (b.shape[0], b.shape[1])).to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def store_sum(p_out, b_0, b_1, m, n: tl.constexpr):
+        """The sum over the rows of (R, n), b_0 its even and b_1 its odd columns, to p_out (n,). In every step two rows that differ in
+        bit i of their number share their columns out, each adding up half of them: R numbers take R shuffles, not R log R."""
+        R: tl.constexpr = b_0.shape[0]
+        W: tl.constexpr = b_0.shape[1]
+        o_r, o = tl.arange(0, R)[:, None], tl.arange(0, W)[None, :] + tl.zeros((R, W), tl.int32)
+        o_0, o_1, m_r = 2 * o, 2 * o + 1, o_r >= 0
+        for i in tl.static_range(8):
+            if 1 << i < R:
+                m_i = (o_r >> i) % 2 == 1
+                if i > 0:
+                    if b.shape[1] > 2:  # of a warp's two last columns each half holds one
+                        b_0, b_1 = tl.split(tl.reshape(b, (R, b.shape[1] // 2, 2)))
+                        o_0, o_1 = tl.split(tl.reshape(o, (R, o.shape[1] // 2, 2)))
+                    else:
+                        b_0, b_1, o_0, o_1, m_r = b, b, o, o, m_r & (m_i == 0)
+                b, o = tl.where(m_i, b_1, b_0) + partner(tl.where(m_i, b_0, b_1), i), tl.where(m_i, o_1, o_0)
+        if R == 1:
+            tl.store(p_out + o_0, b_0, mask=o_0 < tl.where(m, n, 0))
+            tl.store(p_out + o_1, b_1, mask=o_1 < tl.where(m, n, 0))
+        else:
+            tl.store(p_out + o, b, mask=m_r & (o < tl.where(m, n, 0)))
+
+    @triton.jit(do_not_specialize=["b"] + SEGMENTS)
+    def s6_backward_kernel(p_x, p_dt, p_A, p_B, p_C, p_D, p_z, p_bias, p_dy, p_dh, p_S, p_dx, p_ddt, p_dA, p_dB, p_dC, p_dD, p_dz, p_dbias, p_dh0,
+                           b, l, c, s, s_xb, s_tb, s_Bb, s_Cb, s_zb, s_yb,
+                           s_xl: tl.constexpr, s_xh: tl.constexpr, s_tl: tl.constexpr, s_th: tl.constexpr, s_Bl: tl.constexpr, s_Bh: tl.constexpr,
                            s_Cl: tl.constexpr, s_Ch: tl.constexpr, s_zl: tl.constexpr, s_zh: tl.constexpr, s_yl: tl.constexpr, s_yh: tl.constexpr,
                            h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr, rb: tl.constexpr,
-                           SKIP: tl.constexpr, GATE: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
-        """Mamba, one block of channels of one head from the last token of a segment to its first, b_g the adjoint of the
-        state. T / 2 tokens at a time: the states in between are recomputed from S, held in registers, and taken
-        backwards. Sums over the heads of a group and over blocks of channels are left to the caller."""
+                           SKIP: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, WORDS: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
+        """Mamba, one block of channels of one head from the last token of a segment to its first, b_g the adjoint of the state.
+        K = T / 2 tokens at a time: the states between them are computed again from S, held in registers, and taken backwards.
+        Sums over the heads of a group and over blocks of channels are left to the caller."""
         i_bch, i_p = tl.program_id(0).to(tl.int64), tl.program_id(1)
         i_b, i_c, i_h = i_bch // (c * h), i_bch // h % c, i_bch % h
-        o_p, o_n = i_p * BP + tl.arange(0, BP), tl.arange(0, BN)
-        m_p, m_n = o_p < p, o_n < n
-        m_pn, o_pn = m_p[:, None] & m_n[None, :], o_p[:, None] * n + o_n[None, :]
-        b_A = tl.load(p_A + i_h * p * n + o_pn, mask=m_pn, other=0.) * LOG2E
-        b_g = tl.load(p_dh + i_bch * p * n + o_pn, mask=m_pn, other=0.)
-        b_D = tl.load(p_D + i_h * p + o_p, mask=m_p, other=0.) if SKIP else tl.zeros((BP,), tl.float32)
-        b_dA, b_dD, b_dbias = tl.zeros((BP, BN), tl.float32), tl.zeros((BP,), tl.float32), tl.zeros((BP,), tl.float32)
-        p_x += i_b * s_xb + i_h // rx * s_xh + o_p
-        p_delta += i_b * c * s * h * p + i_h * p + o_p
-        p_B += i_b * s_Bb + i_h // rb * s_Bh + o_n
-        p_C += i_b * s_Cb + i_h * s_Ch + o_n
-        p_z += i_b * s_zb + i_h * s_zh + o_p
-        p_dy += i_b * s_yb + i_h * s_yh + o_p
-        o_y, o_bc = i_b * l * h * p + i_h * p + o_p, (i_p * b + i_b) * l * h * n + i_h * n + o_n
+        N2: tl.constexpr = (n + 1) // 2
         K: tl.constexpr = T // 2
-        for k in range(tl.cdiv(s, T)):
-            i_c0 = i_c * s + s - T - k * T
-            for part in tl.static_range(1, -1, -1):  # the second half of the T tokens, then the first
-                i_0 = i_c0 + part * K
-                b_h = tl.load(p_S + ((i_b * tl.cdiv(l, T) + i_c0 // T) * h + i_h) * p * n + o_pn,
-                              mask=(o_p < tl.where(i_c0 < l, p, 0))[:, None] & m_n[None, :], other=0.)
-                if part == 1:
-                    deltas, xs, Bs = (), (), ()
-                    for j in tl.static_range(K):
-                        m = i_c0 + j < l
-                        deltas = deltas + (tl.load(p_delta + i_c0 * (h * p) + j * (h * p), mask=m_p, other=0.),)  # past the end Δ = 0
-                        xs = xs + (tl.load(p_x + i_c0 * s_xl + j * s_xl, mask=o_p < tl.where(m, p, 0), other=0.),)
-                        Bs = Bs + (tl.load(p_B + i_c0 * s_Bl + j * s_Bl, mask=o_n < tl.where(m, n, 0), other=0.),)
-                    for j in tl.static_range(K):
-                        b_h = tl.exp2(deltas[j][:, None] * b_A) * b_h + (deltas[j] * xs[j].to(tl.float32))[:, None] * Bs[j].to(tl.float32)[None, :]
-                deltas, xs, Bs, Cs, dys, zs, states = (), (), (), (), (), (), ()  # states[j] is h before token j
+        o_p, o_n = i_p * BP + tl.arange(0, BP), tl.arange(0, BN // 2)
+        m_p, o_2 = o_p < p, tl.zeros_like(o_p)[:, None] + o_n[None, :]
+        o_pn, m_pn = o_p[:, None] * (2 * N2) + o_n[None, :], m_p[:, None] & (o_n < N2)[None, :]
+        b_A0, b_A1 = read_state(p_A + i_h * p * (2 * N2), o_pn, m_pn, N2)
+        b_g0, b_g1 = read_state(p_dh + i_bch * p * (2 * N2), o_pn, m_pn, N2)
+        b_A0, b_A1, b_dA0, b_dA1 = b_A0 * LOG2E, b_A1 * LOG2E, tl.zeros((BP, BN // 2), tl.float32), tl.zeros((BP, BN // 2), tl.float32)
+        b_D = tl.load(p_D + i_h * p + o_p, mask=m_p, other=0.) if SKIP else tl.zeros((BP,), tl.float32)
+        b_bias = tl.load(p_bias + i_h * p + o_p, mask=m_p, other=0.) if BIAS else tl.zeros((BP,), tl.float32)
+        b_dD, b_dbias = tl.zeros((BP,), tl.float32), tl.zeros((BP,), tl.float32)
+        p_x += i_b * s_xb + i_h // rx * s_xh
+        p_dt += i_b * s_tb + i_h * s_th
+        p_B += i_b * s_Bb + i_h // rb * s_Bh
+        p_C += i_b * s_Cb + i_h * s_Ch
+        p_z += i_b * s_zb + i_h * s_zh
+        p_dy += i_b * s_yb + i_h * s_yh
+        p_S += (i_b * tl.cdiv(l, T) * h + i_h) * p * (2 * N2)
+        o_y, o_bc = i_b * l * h * p + i_h * p + o_p, (i_p * b + i_b) * l * h * n + i_h * n
+        i_0 = i_c * s + s - K
+        ahead = s6_inputs(p_x, p_dt, p_B, i_0, l, o_p, o_2, s_xl, s_tl, s_Bl, p, n, WORDS, WORDS, K)
+        state = read_state(p_S + i_0 // T * (h * p * 2 * N2), o_pn, m_pn & (o_pn < tl.where(i_0 // T * T < l, p * 2 * N2, 0)), N2)
+        for _ in range(s // K):
+            b_h0, b_h1 = state
+            inputs, i_1 = ahead, tl.maximum(i_0 - K, 0)  # at the start of the sequence the first K tokens again
+            ahead = s6_inputs(p_x, p_dt, p_B, i_1, l, o_p, o_2, s_xl, s_tl, s_Bl, p, n, WORDS, WORDS, K)
+            state = read_state(p_S + i_1 // T * (h * p * 2 * N2), o_pn, m_pn & (o_pn < tl.where(i_1 // T * T < l, p * 2 * N2, 0)), N2)
+            outputs = s6_outputs(p_C, p_z, p_dy, i_0, l, o_p, o_2, s_Cl, s_zl, s_yl, p, n, True, GATE, True, WORDS, WORDS, K)
+            if i_0 % T > 0:  # S is the state K tokens earlier, and those are next
                 for j in tl.static_range(K):
-                    m = i_0 + j < l
-                    deltas = deltas + (tl.load(p_delta + i_0 * (h * p) + j * (h * p), mask=m_p, other=0.),)
-                    xs = xs + (tl.load(p_x + i_0 * s_xl + j * s_xl, mask=o_p < tl.where(m, p, 0), other=0.),)
-                    Bs = Bs + (tl.load(p_B + i_0 * s_Bl + j * s_Bl, mask=o_n < tl.where(m, n, 0), other=0.),)
-                    Cs = Cs + (tl.load(p_C + i_0 * s_Cl + j * s_Cl, mask=o_n < tl.where(m, n, 0), other=0.),)
-                    dys = dys + (tl.load(p_dy + i_0 * s_yl + j * s_yl, mask=o_p < tl.where(m, p, 0), other=0.),)
-                    if GATE:
-                        zs = zs + (tl.load(p_z + i_0 * s_zl + j * s_zl, mask=o_p < tl.where(m, p, 0), other=0.),)
-                for j in tl.static_range(K):
-                    states = states + (b_h,)
-                    b_h = tl.exp2(deltas[j][:, None] * b_A) * b_h + (deltas[j] * xs[j].to(tl.float32))[:, None] * Bs[j].to(tl.float32)[None, :]
-                for j in tl.static_range(K - 1, -1, -1):
-                    b_x, b_B, b_C = xs[j].to(tl.float32), Bs[j].to(tl.float32), Cs[j].to(tl.float32)
-                    b_dy, b_delta = dys[j].to(tl.float32), deltas[j]
-                    m_pt, m_nt = o_p < tl.where(i_0 + j < l, p, 0), o_n < tl.where(i_0 + j < l, n, 0)
-                    o_yt, o_bct = o_y + i_0 * (h * p) + j * (h * p), o_bc + i_0 * (h * n) + j * (h * n)
-                    if GATE:
-                        b_z = zs[j].to(tl.float32)
-                        b_sig = tl.sigmoid(b_z)
-                        b_y = tl.sum(b_h * b_C[None, :], axis=1) + b_D * b_x
-                        tl.store(p_dz + o_yt, b_dy * b_y * b_sig * (1 + b_z * (1 - b_sig)), mask=m_pt)
-                        b_dy *= b_z * b_sig
-                    b_g += b_dy[:, None] * b_C[None, :]
-                    b_gB = tl.sum(b_g * b_B[None, :], axis=1)           # adjoint of the written value Δ x
-                    tl.store(p_dB + o_bct, tl.sum(b_g * (b_delta * b_x)[:, None], axis=0), mask=m_nt)
-                    tl.store(p_dC + o_bct, tl.sum(b_dy[:, None] * b_h, axis=0), mask=m_nt)
-                    b_g *= tl.exp2(b_delta[:, None] * b_A)
-                    b_h = states[j]
-                    b_ga = b_g * b_h                                    # adjoint of the exponent Δ A
-                    b_dA += b_ga * b_delta[:, None]
-                    b_dD += b_dy * b_x
-                    b_ddt = (b_gB * b_x + tl.sum(b_ga * b_A, axis=1) / LOG2E) * slope(b_delta)
-                    b_dbias += b_ddt
-                    tl.store(p_dx + o_yt, b_gB * b_delta + b_dy * b_D, mask=m_pt)
-                    tl.store(p_ddt + o_yt, b_ddt, mask=m_pt)
-        tl.store(p_dh0 + i_bch * p * n + o_pn, b_g, mask=m_pn)
-        tl.store(p_dA + i_bch * p * n + o_pn, b_dA, mask=m_pn)
+                    b_h0, b_h1, b_x, b_delta = s6_step(b_h0, b_h1, ahead[j], b_A0, b_A1, b_bias, o_p, WORDS, WORDS)
+            states, deltas = (), ()  # states[j] is h before token j
+            for j in tl.static_range(K):
+                states = states + ((b_h0, b_h1),)
+                b_h0, b_h1, b_x, b_delta = s6_step(b_h0, b_h1, inputs[j], b_A0, b_A1, b_bias, o_p, WORDS, WORDS)
+                deltas = deltas + (b_delta,)
+            for j in tl.static_range(K - 1, -1, -1):
+                b_x, b_dy, b_delta = number(inputs[j][0], o_p, WORDS), number(outputs[j][2], o_p, WORDS), deltas[j]
+                b_B0, b_B1 = pairs(inputs[j][2], WORDS)
+                b_C0, b_C1 = pairs(outputs[j][0], WORDS)
+                m, o_bct = i_0 + j < l, o_bc + i_0 * (h * n) + j * (h * n)
+                o_yt, m_pt = o_y + i_0 * (h * p) + j * (h * p), o_p < tl.where(m, p, 0)
+                if GATE:
+                    b_z, b_y = number(outputs[j][1], o_p, WORDS), tl.sum(b_h0 * b_C0 + b_h1 * b_C1, axis=1) + b_D * b_x
+                    tl.store(p_dz + o_yt, b_dy * b_y * silu_slope(b_z), mask=m_pt)
+                    b_dy *= silu(b_z)
+                b_u = (b_delta * b_x)[:, None]
+                b_g0 += b_dy[:, None] * b_C0
+                b_g1 += b_dy[:, None] * b_C1
+                b_gB = tl.sum(b_g0 * b_B0 + b_g1 * b_B1, axis=1)    # adjoint of the written value Δ x
+                store_sum(p_dB + o_bct, b_g0 * b_u, b_g1 * b_u, m, n)
+                store_sum(p_dC + o_bct, b_h0 * b_dy[:, None], b_h1 * b_dy[:, None], m, n)
+                b_h0, b_h1 = states[j]
+                b_g0 *= tl.exp2(b_delta[:, None] * b_A0)
+                b_g1 *= tl.exp2(b_delta[:, None] * b_A1)
+                b_a0, b_a1 = b_g0 * b_h0, b_g1 * b_h1               # adjoint of the exponent Δ A
+                b_dA0 += b_a0 * b_delta[:, None]
+                b_dA1 += b_a1 * b_delta[:, None]
+                b_dD += b_dy * b_x
+                b_ddt = (b_gB * b_x + tl.sum(b_a0 * b_A0 + b_a1 * b_A1, axis=1) / LOG2E) * sigmoid(number(inputs[j][1], o_p, WORDS) + b_bias)
+                b_dbias += b_ddt
+                tl.store(p_dx + o_yt, b_gB * b_delta + b_dy * b_D, mask=m_pt)
+                tl.store(p_ddt + o_yt, b_ddt, mask=m_pt)
+            i_0 = i_1
+        store_state(p_dh0 + i_bch * p * (2 * N2), o_pn, b_g0, b_g1, m_pn, N2)
+        store_state(p_dA + i_bch * p * (2 * N2), o_pn, b_dA0, b_dA1, m_pn, N2)
         tl.store(p_dD + i_bch * p + o_p, b_dD, mask=m_p)
         tl.store(p_dbias + i_bch * p + o_p, b_dbias, mask=m_p)
 
@@ -588,66 +695,62 @@ if triton is not None:
         p_S += i_bch * p * n
         p_G += i_bch * p * n
 
-        b_CB, b_yx = tl.zeros((T, T), tl.float32), tl.zeros((T, T), tl.float32)  # C_t · B_r and dy_t · x_r
-        for i_n in range(0, n, BN):
-            o_n = i_n + tl.arange(0, BN)
-            b_CB = tl.dot(tile(p_C, s_Cl, o_i, o_n, l, n, DOT), tl.trans(tile(p_B, s_Bl, o_i, o_n, l, n, DOT)), b_CB, input_precision=PREC)
-        for i_p in range(0, p, BP):
-            o_p = i_p + tl.arange(0, BP)
-            b_yx = tl.dot(tile(p_dy, s_yl, o_i, o_p, l, p, DOT), tl.trans(tile(p_x, s_xl, o_i, o_p, l, p, DOT)), b_yx, input_precision=PREC)
-
         o_s = (i_b * tokens + i_0) * h + i_h
         b_delta, b_s, b_end = tl.load(p_delta + o_s + o_i * h), tl.load(p_s + o_s + o_i * h), tl.load(p_s + o_s + (T - 1) * h)
         b_since, b_after = tl.exp2(b_s.to(tl.float32)), tl.exp2((b_end - b_s).to(tl.float32))
-        b_decay = tl.exp2(tl.where(o_i[:, None] >= o_i[None, :], b_s[:, None] - b_s[None, :], -float("inf")).to(tl.float32))
-        b_CB, b_yx = b_CB * b_decay, b_yx * b_delta[None, :]
-        # adjoint of s: what pair (t, r) gives grows with s_t and shrinks with s_r; the pair (t, t) does neither
-        b_pair = tl.where(o_i[:, None] > o_i[None, :], b_CB * b_yx, 0.)
-        b_ds = tl.sum(b_pair, axis=1) - tl.sum(b_pair, axis=0)
-        b_CB, b_yx = b_CB.to(DOT), (b_yx * b_decay).to(DOT)
 
-        b_du_x = tl.zeros((T,), tl.float32)     # adjoint of Δ x, times x
-        b_give = tl.zeros((T,), tl.float32)     # what each writer gives to the state at the tile's end, times G
-        b_dD = tl.zeros((T,), tl.float32)
+        b_BC, b_xy, b_yx = tl.zeros((T, T), tl.float32), tl.zeros((T, T), tl.float32), tl.zeros((T, T), tl.float32)
+        for i_n in range(0, n, BN):
+            o_n = i_n + tl.arange(0, BN)
+            b_BC = tl.dot(tile(p_B, s_Bl, o_i, o_n, l, n, DOT), tl.trans(tile(p_C, s_Cl, o_i, o_n, l, n, DOT)), b_BC, input_precision=PREC)
         for i_p in range(0, p, BP):
             o_p = i_p + tl.arange(0, BP)
-            b_x, b_dy = tl.trans(tile(p_x, s_xl, o_i, o_p, l, p, DOT)), tl.trans(tile(p_dy, s_yl, o_i, o_p, l, p, DOT))  # (p, T)
-            b_GB = tl.zeros((BP, T), tl.float32)
-            for i_n in range(0, n, BN):
-                o_n = i_n + tl.arange(0, BN)
-                b_GB = tl.dot(tl.trans(tile(p_G, p, o_n, o_p, n, p, DOT)), tl.trans(tile(p_B, s_Bl, o_i, o_n, l, n, DOT)), b_GB, input_precision=PREC)
-            b_GB *= b_after[None, :]
-            b_du = tl.dot(b_dy, b_CB, b_GB, input_precision=PREC)
-            b_xf, b_dyf = b_x.to(tl.float32), b_dy.to(tl.float32)
-            b_du_x += tl.sum(b_du * b_xf, axis=0)
-            b_give += tl.sum(b_GB * b_xf, axis=0) * b_delta
-            b_dD += tl.sum(b_dyf * b_xf, axis=0)
-            tl.store(p_dx + o_0 * p + o_i[None, :] * (h * p) + o_p[:, None], b_du * b_delta[None, :] + b_D * b_dyf,
-                     mask=(o_p < p)[:, None] & (o_i < l)[None, :])
-        b_hold = 0.                             # <G, the starting state as it arrives at the tile's end>
+            b_x, b_dy = tile(p_x, s_xl, o_i, o_p, l, p, DOT), tile(p_dy, s_yl, o_i, o_p, l, p, DOT)
+            b_xy = tl.dot(b_x, tl.trans(b_dy), b_xy, input_precision=PREC)
+            b_yx = tl.dot(b_dy, tl.trans(b_x), b_yx, input_precision=PREC)
+        b_rt = tl.exp2(tl.where(o_i[:, None] <= o_i[None, :], b_s[None, :] - b_s[:, None], -float("inf")).to(tl.float32))
+        b_tr = tl.exp2(tl.where(o_i[:, None] >= o_i[None, :], b_s[:, None] - b_s[None, :], -float("inf")).to(tl.float32))
+        b_BC *= b_rt
+        b_ux, b_dD = tl.sum(b_BC * b_xy, axis=1), tl.sum(tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_xy, 0.), axis=1), axis=0)
+        b_pair = tl.where(o_i[:, None] < o_i[None, :], b_BC * b_xy, 0.) * b_delta[:, None]
+        b_ds = tl.sum(b_pair, axis=0) - tl.sum(b_pair, axis=1)
+        b_BC, b_xy, b_yx = b_BC.to(DOT), (b_xy * b_rt * b_delta[:, None]).to(DOT), (b_yx * b_tr * b_delta[None, :]).to(DOT)
+
+        b_give, b_hold = tl.zeros((T,), tl.float32), 0.
         for i_n in range(0, n, BN):
             o_n = i_n + tl.arange(0, BN)
             b_C, b_B = tile(p_C, s_Cl, o_i, o_n, l, n, DOT), tile(p_B, s_Bl, o_i, o_n, l, n, DOT)
-            b_dC, b_dB = tl.zeros((T, BN), tl.float32), tl.zeros((BN, T), tl.float32)
+            m_tn, o_tn = (o_i < l)[:, None] & (o_n < n)[None, :], o_0 * n + o_i[:, None] * (h * n) + o_n[None, :]
+            b_dC, b_dB = tl.zeros((T, BN), tl.float32), tl.zeros((T, BN), tl.float32)
             for i_p in range(0, p, BP):
                 o_p = i_p + tl.arange(0, BP)
-                b_S, b_G = tile(p_S, p, o_n, o_p, n, p, DOT), tile(p_G, p, o_n, o_p, n, p, DOT)  # (n, p)
+                b_S, b_G = tile(p_S, p, o_n, o_p, n, p, DOT), tile(p_G, p, o_n, o_p, n, p, DOT)
+                b_dB = tl.dot(tile(p_x, s_xl, o_i, o_p, l, p, DOT), tl.trans(b_G), b_dB, input_precision=PREC)
                 b_dC = tl.dot(tile(p_dy, s_yl, o_i, o_p, l, p, DOT), tl.trans(b_S), b_dC, input_precision=PREC)
-                b_dB = tl.dot(b_G, tl.trans(tile(p_x, s_xl, o_i, o_p, l, p, DOT)), b_dB, input_precision=PREC)
                 b_hold += tl.sum(tl.sum(b_S.to(tl.float32) * b_G.to(tl.float32), axis=1), axis=0)
+            b_dB *= b_after[:, None]
             b_dC *= b_since[:, None]
-            b_ds += tl.sum(b_dC * b_C.to(tl.float32), axis=1)  # what the starting state gives y_t grows with s_t
-            b_dC = tl.dot(b_yx, b_B, b_dC, input_precision=PREC)
-            b_dB = tl.dot(tl.trans(b_C), b_yx, b_dB * (b_after * b_delta)[None, :], input_precision=PREC)
-            tl.store(p_dC + o_0 * n + o_i[:, None] * (h * n) + o_n[None, :], b_dC, mask=(o_i < l)[:, None] & (o_n < n)[None, :])
-            tl.store(p_dB + o_0 * n + o_i[None, :] * (h * n) + o_n[:, None], b_dB, mask=(o_n < n)[:, None] & (o_i < l)[None, :])
-        # a_t = Δ_t A moves every s from t on, and all that reaches the tile's end from before t
-        b_before = tl.sum(tl.where(o_i[None, :] < o_i[:, None], b_give[None, :], 0.), axis=1)  # cumsum - b_give would cancel
+            b_give += tl.sum(b_dB * b_B.to(tl.float32), axis=1)
+            b_ds += tl.sum(b_dC * b_C.to(tl.float32), axis=1)
+            tl.store(p_dB + o_tn, tl.dot(b_xy, b_C, b_dB * b_delta[:, None], input_precision=PREC), mask=m_tn)
+            tl.store(p_dC + o_tn, tl.dot(b_yx, b_B, b_dC, input_precision=PREC), mask=m_tn)
+        for i_p in range(0, p, BP):
+            o_p = i_p + tl.arange(0, BP)
+            b_dy = tile(p_dy, s_yl, o_i, o_p, l, p, DOT)
+            b_du = tl.zeros((T, BP), tl.float32)
+            for i_n in range(0, n, BN):
+                o_n = i_n + tl.arange(0, BN)
+                b_du = tl.dot(tile(p_B, s_Bl, o_i, o_n, l, n, DOT), tile(p_G, p, o_n, o_p, n, p, DOT), b_du, input_precision=PREC)
+            b_du = tl.dot(b_BC, b_dy, b_du * b_after[:, None], input_precision=PREC) * b_delta[:, None]
+            if SKIP:
+                b_du += b_D * b_dy.to(tl.float32)
+            tl.store(p_dx + o_0 * p + o_i[:, None] * (h * p) + o_p[None, :], b_du, mask=(o_i < l)[:, None] & (o_p < p)[None, :])
+        b_before = tl.sum(tl.where(o_i[None, :] < o_i[:, None], (b_give * b_delta)[None, :], 0.), axis=1)
         b_da = tl.cumsum(b_ds, axis=0, reverse=True) + b_before + b_hold * tl.exp2(b_end.to(tl.float32))
-        b_ddt = (b_du_x + b_da * tl.load(p_A + i_h)) * slope(b_delta)
+        b_ddt = (b_ux + b_give + b_da * tl.load(p_A + i_h)) * slope(b_delta)
         tl.store(p_ddt + o_0 + o_i * h, b_ddt, mask=o_i < l)
         tl.store(p_dA + i_bch, tl.sum(b_da * b_delta, axis=0))
-        tl.store(p_dD + i_bch, tl.sum(b_dD, axis=0))
+        tl.store(p_dD + i_bch, b_dD)
 
     @triton.jit
     def conv_block(p_w, p_bias, s_xh: tl.constexpr, g: tl.constexpr, p: tl.constexpr, r: tl.constexpr,
@@ -759,10 +862,41 @@ if triton is not None:
             tl.store(p_dw + i_bch * p + o_p, tl.sum(b_dw, axis=0, keep_dims=True), mask=o_p < p)
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# The launches. Forward and backward of an operation are plain functions of tensors; they are registered with PyTorch as operators of
+# their own, so that torch.compile takes each as one node of its graph.
+
+DRY = False  # True while torch.compile asks for shapes alone
+
+
+LAUNCHES = {}  # the compiled kernel, and the constants behind its arguments, for arguments seen before
+
+
+def launch(kernel, grid, *args, **meta):
+    """kernel[grid](*args, **meta). Triton looks at all of some 40 arguments anew in every call, which takes longer than a small batch
+    runs; so what the compiled code depends on (types, alignments, numbers) is the key under which it is found again here."""
+    if DRY:
+        return
+    key = (kernel.__name__, args[0].get_device(), *[(a.dtype, a.data_ptr() % 16 == 0) if torch.is_tensor(a) else a for a in args], *meta.values())
+    if key in LAUNCHES:
+        compiled, constants = LAUNCHES[key]
+        compiled[(*grid, 1, 1)[:3]](*args, *constants)
+    else:
+        compiled = kernel[grid](*args, **meta)
+        if compiled is not None:  # the interpreter compiles nothing
+            LAUNCHES[key] = compiled, [meta[name] for name in kernel.arg_names[len(args):]]
+
+
 def rows(t):
     """`t` and its strides over batch, length and head; copied only when its last axis is not contiguous."""
     t = t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
     return t, t.stride()[:3]
+
+
+def flat_strides(*tensors):
+    """The strides over the batch of every tensor, then those within it, as the kernels take them."""
+    strides = [t.stride()[:3] for t in tensors]
+    return [s[0] for s in strides] + [k for s in strides for k in s[1:]]
 
 
 def over_group(t, like):
@@ -771,117 +905,174 @@ def over_group(t, like):
     return (t if t.shape[2] == g else t.unflatten(2, (g, -1)).sum(3)).to(like.dtype)
 
 
+def join(S, total, A, h0, reverse=False):
+    """In place of what each segment adds to the state S (b, c, h, p, n): the state it starts from. Returns the last one."""
+    (b, c, h, p, n), end = S.shape, torch.empty_like(h0)
+    block = min(256, triton.next_power_of_2(p * n))
+    launch(join_kernel, (b * h, triton.cdiv(p * n, block)), S, total, A, h0, end, c, h, p, n, REVERSE=reverse, MAMBA2=A.dim() == 1, BLOCK=block,
+           num_warps=max(1, block // 128))
+    return end
+
+
+def segments(blocks, l, T, most):
+    """Into how many segments the walks cut a sequence of l tokens: as few as make `most` blocks, which fill a large GPU; none of less
+    than 8 T tokens."""
+    return max(1, min(most // blocks, l // (8 * T)))
+
+
+def halves(t):
+    """The last axis with its even elements first, then its odd ones, a zero behind them if one is missing: (..., 2 ⌈n/2⌉) float32."""
+    t = F.pad(t.float(), (0, 1)) if t.shape[-1] % 2 else t.float()
+    return t.unflatten(-1, (-1, 2)).transpose(-1, -2).contiguous().flatten(-2)
+
+
+def whole(t, n):
+    """`halves` undone."""
+    return t.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)[..., :n].contiguous()
+
+
+def s6_setup(x, dt, B, C, z, D, dt_bias, dy=None):
+    """The tensors of a launch as the kernels read them, and the kernels' constants."""
+    (h, n), p, BN = C.shape[2:], x.shape[3], max(2, triton.next_power_of_2(C.shape[3]))
+    tensors = [rows(x if t is None else t)[0] for t in (x, dt, B, C, z, dy)]
+    words = not INTERPRET and n % 2 == p % 2 == 0 and all(t.dtype == torch.bfloat16 and t.storage_offset() % 2 == 0 and
+                                                         all(s % 2 == 0 for s in t.stride()[:3]) for t in tensors)
+    BP = min(triton.next_power_of_2(p), max(1, S6_TILE // BN))
+    meta = dict(h=h, p=p, n=n, rx=h // x.shape[2], rb=h // B.shape[2], SKIP=D is not None, GATE=z is not None, BIAS=dt_bias is not None,
+                WORDS=words, T=S6_T, BP=BP, BN=BN, num_warps=max(1, BP * BN // 512))
+    small = [x if t is None else t.float().contiguous() for t in (D, dt_bias)]
+    return tensors, small, meta
+
+
+def s6_walk(tensors, small, meta, A, c, leave, h0, y, h, S, total, adjoint=False):
+    (x, dt, B, C, z, dy), (b, l, heads) = tensors, tensors[3].shape[:3]
+    if adjoint:
+        x, B, meta = dy, C, dict(meta, rx=1, rb=1)
+    s = meta["T"] * triton.cdiv(l, c * meta["T"])
+    launch(s6_walk_kernel, (b * c * heads, triton.cdiv(meta["p"], meta["BP"])), x, dt, A, B, C, small[0], z, small[1], h0, y, h, S, total, l, c, s,
+           *flat_strides(x, dt, B, C, z), LEAVE=leave, ADJOINT=adjoint, **meta)
+
+
+def s6_forward(x, dt, A, B, C, D, z, dt_bias, h0, keep):
+    """Mamba on the kernels: y, the last state, and for the backward the states S and the steps' sums per segment (or nothing)."""
+    (b, l, h, n), p, A = C.shape, x.shape[3], halves(A)
+    tensors, small, meta = s6_setup(x, dt, B, C, z, D, dt_bias)
+    c = segments(b * h * triton.cdiv(p, meta["BP"]), l, meta["T"], S6_BLOCKS)
+    starts = x.new_zeros(b, 1, h, p, A.shape[-1], dtype=torch.float32) if h0 is None else halves(h0).unsqueeze(1)
+    total, ends = starts.new_empty(b, c, h, p), starts.new_empty(b, c, *starts.shape[2:])
+    y, S = x.new_empty(b, l, h, p), starts.new_empty(b, triton.cdiv(l, meta["T"]) if keep else 0, *starts.shape[2:])
+    if c > 1:
+        first, starts = starts[:, 0], starts.new_empty(b, c, *starts.shape[2:])
+        s6_walk(tensors, small, meta, A, c, "end", starts, y, starts, S, total)
+        join(starts, total, A, first)
+    s6_walk(tensors, small, meta, A, c, "states" if keep else "y", starts, y, ends, S, total)
+    return y, whole(ends[:, -1], n), S, total
+
+
+def s6_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, S, total):
+    """The gradients of x, dt, A, B, C, D, z, dt_bias and h0; empty for an input that is not there."""
+    (b, l, h, n), p, c, fA = C.shape, x.shape[3], total.shape[1], halves(A)
+    tensors, small, meta = s6_setup(x, dt, B, C, z, D, dt_bias, dy)
+    s, parts, states = meta["T"] * triton.cdiv(l, c * meta["T"]), triton.cdiv(p, meta["BP"]), (b, c, h, p, fA.shape[-1])
+    G, dh0, dA, dD, dbias = halves(dh).unsqueeze(1), S.new_empty(states), S.new_empty(states), S.new_empty(b, c, h, p), S.new_empty(b, c, h, p)
+    if c > 1:
+        last, G, total = G[:, 0], S.new_empty(states), torch.empty_like(total)
+        s6_walk(tensors, small, meta, fA, c, "end", G, x, G, S, total, adjoint=True)
+        join(G, total, fA, last, reverse=True)
+    dx, ddt, dz = x.new_empty(b, l, h, p), dt.new_empty(dt.shape), x.new_empty(0) if z is None else z.new_empty(z.shape)
+    dB, dC = B.new_empty(parts, b, l, h, n), C.new_empty(parts, b, l, h, n)
+    x_, dt_, B_, C_, z_, dy_ = tensors
+    launch(s6_backward_kernel, (b * c * h, parts), x_, dt_, fA, B_, C_, small[0], z_, small[1], dy_, G, S, dx, ddt, dA, dB, dC, dD, dz, dbias, dh0,
+           b, l, c, s, *flat_strides(*tensors), **meta)
+    one = lambda t: t[0] if parts == 1 else t.sum(0)  # noqa: E731
+    return (over_group(dx, x), ddt, whole(dA.sum((0, 1)), n).to(A.dtype), over_group(one(dB), B), one(dC),
+            x.new_empty(0) if D is None else dD.sum((0, 1)).to(D.dtype), dz,
+            x.new_empty(0) if dt_bias is None else dbias.sum((0, 1)).to(dt_bias.dtype), whole(dh0[:, 0], n))
+
+
+def ssd_setup(x, B, C, D):
+    """The same for Mamba-2. bf16 is multiplied as it is, fp16 (whose range a state can leave) as TF32, float32 in full."""
+    dot, T, block = (tl.bfloat16, 64, 64) if x.dtype == torch.bfloat16 and not INTERPRET else (tl.float32, 32, 32)  # (it lacks bf16)
+    meta = dict(h=C.shape[2], p=x.shape[3], n=C.shape[3], SKIP=D is not None, DOT=dot, PREC="ieee" if x.dtype == torch.float32 else "tf32", T=T, BP=block)
+    return [rows(t)[0] for t in (x, B, C)], meta
+
+
+def ssd_delta(dt, A, dt_bias, tokens, T, exact):
+    """Δ (b, tokens, h) and s, its running sum within each tile times A: see the kernel."""
+    (b, l, h), dt = dt.shape, dt if dt.stride(2) == 1 else dt.contiguous()
+    delta = dt.new_empty(b, tokens, h, dtype=torch.float32)
+    s = torch.empty_like(delta, dtype=torch.float64 if exact else torch.float32)
+    launch(delta_kernel, (b * (tokens // T), triton.cdiv(h, 128)), dt, A, delta if dt_bias is None else dt_bias.float().contiguous(), delta, s, l, tokens // T,
+           dt.stride(0), dt.stride(1), h, BIAS=dt_bias is not None, T=T, BLOCK=min(128, triton.next_power_of_2(h)))
+    return delta, s
+
+
+def ssd_walk(u, v, C, delta, s, meta, D, c, leave, h0, y, h, S, total, adjoint=False):
+    b, l, heads = C.shape[:3]
+    launch(ssd_walk_kernel, (b * c * heads, triton.cdiv(meta["p"], meta["BP"])), u, delta, s, v, C, D, h0, y, h, S, total, l, c, delta.shape[1] // c,
+           *flat_strides(u, v, C), rx=heads // u.shape[2], rb=heads // v.shape[2], LEAVE=leave, ADJOINT=adjoint,
+           BN=max(16, triton.next_power_of_2(meta["n"])), **meta, **(WALK_Y if leave == "y" else WALK_STATES))
+
+
+def ssd_forward(x, dt, A, B, C, D, z, dt_bias, h0, keep):
+    """Mamba-2 on the kernels: y, the last state, and for the backward the states the segments start from and the steps' sums."""
+    (b, l, h, n), p, A = C.shape, x.shape[3], A.float().contiguous()
+    (x, B, C), meta = ssd_setup(x, B, C, D)
+    c, D = segments(b * h * triton.cdiv(p, meta["BP"]), l, meta["T"], SSD_BLOCKS), A if D is None else D.float().contiguous()
+    delta, s = ssd_delta(dt, A, dt_bias, c * meta["T"] * triton.cdiv(l, c * meta["T"]), meta["T"], x.dtype == torch.float32)
+    starts = (delta.new_zeros(b, h, p, n) if h0 is None else h0.float().contiguous()).unsqueeze(1)
+    y, total, ends = x.new_empty(b, l, h, p), delta.new_empty(b, c, h), delta.new_empty(b, c, h, p, n)
+    if c > 1:
+        first, starts = starts[:, 0], torch.empty_like(ends)
+        ssd_walk(x, B, C, delta, s, meta, D, c, "end", starts, y, starts, starts, total)
+        join(starts, total, A, first)
+    ssd_walk(x, B, C, delta, s, meta, D, c, "y", starts, y, ends, ends, total)
+    return y, ends[:, -1].contiguous(), starts.clone() if h0 is not None and c == 1 else starts, total
+
+
+def ssd_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, starts, total):
+    """The gradients, as s6_backward returns them."""
+    (b, l, h, n), p, c, fA = C.shape, x.shape[3], starts.shape[1], A.float().contiguous()
+    (xc, Bc, Cc), meta = ssd_setup(x, B, C, D)
+    dy, T, fD = rows(dy)[0], meta["T"], fA if D is None else D.float().contiguous()
+    delta, s = ssd_delta(dt, fA, dt_bias, c * T * triton.cdiv(l, c * T), T, x.dtype == torch.float32)
+    S = (x if meta["DOT"] == tl.bfloat16 else dh).new_empty(b, triton.cdiv(l, T), h, p * n)
+    Gs, G, dh0, tiles = torch.empty_like(S), dh.float().contiguous().unsqueeze(1), starts.new_empty(b, c, h, p, n), b * S.shape[1]
+    ssd_walk(xc, Bc, Cc, delta, s, meta, fD, c, "states", starts, dy, dh0, S, total)
+    if c > 1:
+        last, G = G[:, 0], torch.empty_like(dh0)
+        ssd_walk(dy, Cc, Cc, delta, s, meta, fD, c, "end", G, dy, G, Gs, torch.empty_like(total), adjoint=True)
+        join(G, total, fA, last, reverse=True)
+    ssd_walk(dy, Cc, Cc, delta, s, meta, fD, c, "states", G, dy, dh0, Gs, total, adjoint=True)
+    dx, ddt, dB, dC = x.new_empty(b, l, h, p), dt.new_empty(dt.shape), B.new_empty(b, l, h, n), C.new_empty(b, l, h, n)
+    dA, dD = S.new_empty(2, tiles, h, dtype=torch.float32)
+    launch(ssd_backward_kernel, (tiles * h,), xc, delta, s, fA, Bc, Cc, fD, dy, S, Gs, dx, ddt, dA, dB, dC, dD, l, delta.shape[1],
+           *flat_strides(xc, Bc, Cc, dy), rx=h // x.shape[2], rb=h // B.shape[2], BN=meta["BP"], **meta, **GRADIENT)
+    return (over_group(dx, x), ddt, dA.sum(0).to(A.dtype), over_group(dB, B), dC, x.new_empty(0) if D is None else dD.sum(0).to(D.dtype), x.new_empty(0),
+            x.new_empty(0) if dt_bias is None else ddt.sum((0, 1), dtype=torch.float32).to(dt_bias.dtype), dh0[:, 0].contiguous())
+
+
+def scan_forward(x, dt, A, B, C, D, z, dt_bias, h0, keep):
+    return (ssd_forward if A.dim() == 1 else s6_forward)(x, dt, A, B, C, D, z, dt_bias, h0, keep)
+
+
+def scan_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, S, total):
+    return (ssd_backward if A.dim() == 1 else s6_backward)(dy, dh, x, dt, A, B, C, D, z, dt_bias, S, total)
+
+
 class TritonScan(torch.autograd.Function):
-    """`ssm_reference` on the kernels above, z for Mamba only. Keeps its inputs; the backward recomputes the states."""
+    """`ssm_reference` on the kernels above, z for Mamba only. Keeps its inputs, for Mamba also every 8th state."""
 
     @staticmethod
-    def setup(x, B, C, z, D, mamba2):
-        """What every launch takes: the tensors, their strides over the batch and within it, and the kernels' constants."""
-        (h, n), p = C.shape[2:], x.shape[3]
-        tensors, s = zip(*(rows(t) for t in (x, B, C) + (() if mamba2 else (x if z is None else z,))))
-        meta = dict(h=h, p=p, n=n, SKIP=D is not None)
-        if mamba2:  # bf16 is multiplied as it is, fp16 (whose range a state can leave) as TF32, float32 in full
-            dot, T = (tl.bfloat16, 64) if x.dtype == torch.bfloat16 and not INTERPRET else (tl.float32, 32)  # (it lacks bf16)
-            # BP = T: with other blocks of channels Triton 3.6 on Hopper gave silently wrong y and h in bf16
-            meta |= dict(DOT=dot, PREC="ieee" if x.dtype == torch.float32 else "tf32", T=T, BP=T)
-        else:
-            BN = triton.next_power_of_2(n)
-            BP = min(triton.next_power_of_2(p), max(1, TILE // BN))
-            meta |= dict(GATE=z is not None, T=T6, BP=BP, BN=BN, num_warps=max(1, BP * BN // 512))
-        return tensors, [k[0] for k in s], [k for _, *lh in s for k in lh], meta
-
-    @staticmethod
-    def delta(dt, A, dt_bias, tokens, T, exact):
-        """Δ (b, tokens, h, p), and for Mamba-2 its sum s: see the kernel."""
-        t, (s_b, s_l, s_h) = rows(dt.unsqueeze(3) if A.dim() == 1 else dt)
-        (b, l, h, p), block = t.shape, 256 // T if A.dim() == 1 else 128
-        delta = dt.new_empty(b, tokens, *dt.shape[2:], dtype=torch.float32)
-        s = torch.empty_like(delta, dtype=torch.float64 if exact else torch.float32) if A.dim() == 1 else delta
-        bias = delta if dt_bias is None else dt_bias.float().contiguous()
-        delta_kernel[b * (tokens // T), triton.cdiv(h * p, block)](t, A, bias, delta, s, l, tokens // T, s_b, s_l, s_h, h, p, BIAS=dt_bias is not None,
-                                                                SUM=A.dim() == 1, T=T, BLOCK=block)
-        return delta, s
-
-    @staticmethod
-    def walk(x, delta, sums, A, B, C, D, z, c, leave, h0=None, y=None, h=None, S=None, total=None, adjoint=False):
-        """A walk through c segments of every sequence; `leave` says what it fills. `sums` for Mamba-2."""
-        mamba2 = A.dim() == 1
-        (x, B, C, *z), s_b, within, meta = TritonScan.setup(x, B, C, z, D, mamba2)
-        (b, l, heads), s = C.shape[:3], delta.shape[1] // c
-        D, h0, y, h, S, total = (A if t is None else t for t in (D, h0, y, h, S, total))  # what is not given is not read
-        grid, shared = (b * c * heads, triton.cdiv(meta["p"], meta["BP"])), dict(rx=heads // x.shape[2], rb=heads // B.shape[2], LEAVE=leave, **meta)
-        if mamba2:
-            ssd_walk_kernel[grid](x, delta, sums, B, C, D, h0, y, h, S, total, l, c, s, *s_b, *within, ADJOINT=adjoint,
-                                  BN=max(16, triton.next_power_of_2(meta["n"])), **shared, **(WALK_Y if leave == "y" else WALK_STATES))
-        else:
-            s6_walk_kernel[grid](x, delta, A, B, C, D, z[0], h0, y, h, S, total, l, c, s, *s_b, *within, ADJOINT=adjoint, **shared)
-
-    @staticmethod
-    def join(S, total, A, h0, reverse=False):
-        """In place of what each segment adds to the state S (b, c, h, p, n): the state it starts from. Returns the last one."""
-        (b, c, h, p, n), end = S.shape, torch.empty_like(h0)
-        block = min(256, triton.next_power_of_2(p * n))
-        join_kernel[b * h, triton.cdiv(p * n, block)](S, total, A, h0, end, c, h, p, n, REVERSE=reverse, MAMBA2=A.dim() == 1,
-                                                      BLOCK=block, num_warps=max(1, block // 128))
-        return end
-
-    @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, z, dt_bias, h0):
-        (b, l, h, n), p, (*_, meta) = C.shape, x.shape[3], TritonScan.setup(x, B, C, z, D, A.dim() == 1)
-        fA, fD = A.float().contiguous(), None if D is None else D.float().contiguous()
-        h0 = x.new_zeros(b, h, p, n, dtype=torch.float32) if h0 is None else h0.float().contiguous()
-        c = segments(b, l, h, p, A.dim() == 1, meta)
-        delta, sums = TritonScan.delta(dt, fA, dt_bias, c * meta["T"] * triton.cdiv(l, c * meta["T"]), meta["T"], x.dtype == torch.float32)
-        starts, total = h0.unsqueeze(1), None
-        if c > 1:
-            starts, total = h0.new_empty(b, c, h, p, n), h0.new_empty(b, c, *dt.shape[2:])
-            TritonScan.walk(x, delta, sums, fA, B, C, None, None, c, "end", h=starts, total=total)
-            TritonScan.join(starts, total, fA, h0)
-        y, ends = x.new_empty(b, l, h, p), torch.empty_like(starts)
-        TritonScan.walk(x, delta, sums, fA, B, C, fD, z, c, "y", h0=starts, y=y, h=ends)
-        ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, starts, total)
-        return y, ends[:, -1]
+    def forward(ctx, x, dt, A, B, C, D, z, dt_bias, h0, keep):
+        y, h, S, total = operator("scan_forward")(x, dt, A, B, C, D, z, dt_bias, h0, keep)
+        ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, S, total)
+        return y, h
 
     @staticmethod
     def backward(ctx, dy, dh):
-        x, dt, A, B, C, D, z, dt_bias, starts, total = ctx.saved_tensors
-        mamba2, (b, l, h, n), p, (dy, s_y), dh = A.dim() == 1, C.shape, x.shape[3], rows(dy), dh.contiguous()
-        (xc, Bc, Cc, *zc), s_b, within, meta = TritonScan.setup(x, B, C, z, D, mamba2)
-        new = lambda *shape, like=dh: torch.empty(*shape, device=x.device, dtype=like.dtype)  # noqa: E731
-        T, c, parts = meta["T"], starts.shape[1], 1 if mamba2 else triton.cdiv(p, meta["BP"])
-        fA, fD = A.float().contiguous(), dh if D is None else D.float().contiguous()
-        delta, sums = TritonScan.delta(dt, fA, dt_bias, c * T * triton.cdiv(l, c * T), T, x.dtype == torch.float32)
-        S = new(b, triton.cdiv(l, T), h, p * n, like=x if meta.get("DOT") == tl.bfloat16 else dh)
-        TritonScan.walk(x, delta, sums, fA, B, C, None, None, c, "states", h0=starts, h=torch.empty_like(starts), S=S)
-        G, dh0 = dh.unsqueeze(1), new(b, c, h, p, n)
-        if c > 1:
-            G = new(b, c, h, p, n)
-            TritonScan.walk(dy, delta, sums, fA, C, C, None, z, c, "end", h=G, total=torch.empty_like(total), adjoint=True)
-            TritonScan.join(G, total, fA, dh, reverse=True)
-        dx, ddt, dB, dC = new(b, l, h, p, like=x), new(*dt.shape, like=dt), new(parts, b, l, h, n, like=B), new(parts, b, l, h, n, like=C)
-        within, dz, sizes = [*within, *s_y[1:]], None if z is None else new(*z.shape, like=z), dict(rx=h // x.shape[2], rb=h // B.shape[2], **meta)
-        if mamba2:
-            Gs, tiles = torch.empty_like(S), b * S.shape[1]
-            dA, dD = new(tiles, h), new(tiles, h)
-            TritonScan.walk(dy, delta, sums, fA, C, C, None, None, c, "states", h0=G, h=dh0, S=Gs, adjoint=True)
-            ssd_backward_kernel[(tiles * h,)](xc, delta, sums, fA, Bc, Cc, fD, dy, S, Gs, dx, ddt, dA, dB, dC, dD, l, delta.shape[1], *s_b, s_y[0],
-                                              *within, BN=T, **sizes, **GRADIENT)
-            dbias = ddt.sum((0, 1), dtype=torch.float32)
-        else:
-            dA, dD, dbias = new(b * c, *A.shape), new(b * c, h, p), new(b * c, h, p)
-            s6_backward_kernel[b * c * h, parts](xc, delta, fA, Bc, Cc, fD, zc[0], dy, G, S, dx, ddt, dA, dB, dC, dD, dh if dz is None else dz, dbias, dh0,
-                                                 b, l, c, delta.shape[1] // c, *s_b, s_y[0], *within, **sizes)
-            dbias = dbias.sum(0)
-        one = lambda t: t[0] if parts == 1 else t.sum(0)  # noqa: E731
-        return (over_group(dx, x), ddt, dA.sum(0).to(A.dtype), over_group(one(dB), B), one(dC), None if D is None else dD.sum(0).to(D.dtype), dz,
-                None if dt_bias is None else dbias.to(dt_bias.dtype), dh0[:, 0] if ctx.needs_input_grad[8] else None)
-
-
-def segments(b, l, h, p, mamba2, meta):
-    """Into how many segments the walks cut a sequence: as few as fill a large GPU, with a warp on every scheduler twice over
-    (Mamba) or two blocks on every multiprocessor (Mamba-2)."""
-    blocks = b * h * triton.cdiv(p, meta["BP"])
-    return max(1, min((256 if mamba2 else WARPS) // blocks, l // (8 * meta["T"])))
+        gradients = operator("scan_backward")(dy, dh, *ctx.saved_tensors)
+        return *[g if needed and g.numel() else None for g, needed in zip(gradients, ctx.needs_input_grad)], None
 
 
 def conv_setup(x, weight, bias, skip, tokens, T, U, BLOCK, num_warps):
@@ -898,7 +1089,7 @@ def conv_forward(x, weight, bias, skip):
     """x (b, skip + l, g, p), weight (h, p, w), bias (h, p) or None -> y (b, l, h, p), that of the tokens after the first `skip`."""
     grid, inputs, sizes, meta = conv_setup(x, weight, bias, skip, x.shape[1] - skip, **CONV_Y)
     y = x.new_empty(x.shape[0], x.shape[1] - skip, *weight.shape[:2])
-    conv_kernel[grid](*inputs, y, *sizes, **meta)
+    launch(conv_kernel, grid, *inputs, y, *sizes, **meta)
     return y
 
 
@@ -906,7 +1097,7 @@ def conv_backward(dy, x, weight, bias, skip):
     """The gradients of x, weight and bias; of the bias also where it is None."""
     (h, p, w), (grid, inputs, sizes, meta) = weight.shape, conv_setup(x, weight, bias, skip, x.shape[1], **CONV_GRADIENT)
     dx, dw = x.new_empty(x.shape), x.new_empty(len(x) * sizes[2], w + 1, h * p, dtype=torch.float32)
-    conv_backward_kernel[grid](*inputs, dy.contiguous(), dx, dw, *sizes, **meta)
+    launch(conv_backward_kernel, grid, *inputs, dy.contiguous(), dx, dw, *sizes, **meta)
     dw = dw.sum(0)
     return dx, weight.new_empty(h, p, w).copy_(dw[:w].T.view(h, p, w)), dw[w].view(h, p).to(weight.dtype if bias is None else bias.dtype)
 
@@ -918,11 +1109,11 @@ class TritonConv(torch.autograd.Function):
     def forward(ctx, x, weight, bias, skip):
         ctx.save_for_backward(x, weight, bias)
         ctx.skip = skip
-        return conv_forward(x, weight, bias, skip)
+        return operator("conv_forward")(x, weight, bias, skip)
 
     @staticmethod
     def backward(ctx, dy):
-        dx, dw, dbias = conv_backward(dy, *ctx.saved_tensors, ctx.skip)
+        dx, dw, dbias = operator("conv_backward")(dy, *ctx.saved_tensors, ctx.skip)
         return dx, dw, None if ctx.saved_tensors[2] is None else dbias, None
 
 
@@ -936,7 +1127,7 @@ def norm_setup(y, z, weight, T, ELEMENTS, num_warps):
 def norm_forward(y, z, weight, eps):
     """y, z (b, l, h, p), weight (h, p) -> o (b, l, h, p)."""
     (grid, inputs, sizes, meta), o = norm_setup(y, z, weight, **NORM_Y), y.new_empty(y.shape)
-    norm_kernel[grid](*inputs, o, o, o, o, eps, *sizes, GRADIENT=False, **meta)
+    launch(norm_kernel, grid, *inputs, o, o, o, o, eps, *sizes, GRADIENT=False, **meta)
     return o
 
 
@@ -944,7 +1135,7 @@ def norm_backward(do, y, z, weight, eps):
     """The gradients of y, z and weight."""
     grid, inputs, sizes, meta = norm_setup(y, z, weight, **NORM_GRADIENT)
     dy, dz, dw = y.new_empty(y.shape), z.new_empty(z.shape), y.new_empty(len(y) * sizes[1], *weight.shape, dtype=torch.float32)
-    norm_kernel[grid](*inputs, do.contiguous(), dy, dz, dw, eps, *sizes, GRADIENT=True, **meta)
+    launch(norm_kernel, grid, *inputs, do.contiguous(), dy, dz, dw, eps, *sizes, GRADIENT=True, **meta)
     return dy, dz, dw.sum(0).to(weight.dtype)
 
 
@@ -955,8 +1146,35 @@ class TritonNorm(torch.autograd.Function):
     def forward(ctx, y, z, weight, eps):
         ctx.save_for_backward(y, z, weight)
         ctx.eps = eps
-        return norm_forward(y, z, weight, eps)
+        return operator("norm_forward")(y, z, weight, eps)
 
     @staticmethod
     def backward(ctx, do):
-        return *norm_backward(do, *ctx.saved_tensors, ctx.eps), None
+        return *operator("norm_backward")(do, *ctx.saved_tensors, ctx.eps), None
+
+
+def dry(f):
+    """f with launches left out: what it returns has the right shapes and types, and undefined values."""
+    def shapes(*args):
+        global DRY
+        DRY = True
+        try:
+            return f(*args)
+        finally:
+            DRY = False
+    return shapes
+
+
+def operator(name):
+    """The function of that name below, or while torch.compile traces the operator of PyTorch that it is registered as."""
+    return getattr(torch.ops.mil, name) if torch.compiler.is_compiling() else globals()[name]
+
+
+SCAN = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias"
+for f, schema in ((scan_forward, f"({SCAN}, Tensor? h0, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"),
+                  (scan_backward, f"(Tensor dy, Tensor dh, {SCAN}, Tensor S, Tensor total) -> ({', '.join(['Tensor'] * 9)})"),
+                  (conv_forward, "(Tensor x, Tensor weight, Tensor? bias, int skip) -> Tensor"),
+                  (conv_backward, "(Tensor dy, Tensor x, Tensor weight, Tensor? bias, int skip) -> (Tensor, Tensor, Tensor)"),
+                  (norm_forward, "(Tensor y, Tensor z, Tensor weight, float eps) -> Tensor"),
+                  (norm_backward, "(Tensor do, Tensor y, Tensor z, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)")):
+    torch.library.custom_op(f"mil::{f.__name__}", f, mutates_args=(), schema=schema).register_fake(dry(f))

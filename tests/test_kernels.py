@@ -84,11 +84,13 @@ def test_scan_equals_the_definition_in_value_and_every_gradient(which, decay):
 
 
 @DECAYS
-@pytest.mark.parametrize("l, c", [(70, 3), (33, 2)])
+@pytest.mark.parametrize("l, c", [(35, 3), (17, 2)])
 def test_the_walks_may_cut_a_sequence_into_segments(monkeypatch, decay, l, c):
-    """Also into segments that end past the sequence or lie past it whole: 70 tokens in tiles of 32 or 64 and 3 segments."""
+    """Also into segments that end past the sequence or lie past it whole: 35 tokens in tiles of 8, 32 or 64 and 3 segments. And
+    Mamba's channels into blocks: 5 into three of 2."""
     monkeypatch.setattr(kernels, "segments", lambda *_: c)
-    check_against_definition("triton", torch.float32, scan_inputs(decay, 2, l, (4, 2, 1), (5, 3), 7, torch.float32))
+    monkeypatch.setattr(kernels, "S6_TILE", 8)
+    check_against_definition("triton", torch.float32, scan_inputs(decay, 2, l, (2, 2, 1), (5, 3), 7, torch.float32))
 
 
 @FORMS
@@ -319,7 +321,7 @@ def test_rows_more_than_2_to_the_31_elements_apart_are_read(decay):
 
 def test_float32_is_multiplied_in_full():
     one = torch.zeros(1, 2, 1, 4)
-    assert kernels.TritonScan.setup(one, one, one, None, None, True)[3]["PREC"] == "ieee"
+    assert kernels.ssd_setup(one, one, one, None)[1]["PREC"] == "ieee"
 
 
 @FORMS
