@@ -322,7 +322,8 @@ if triton is not None:
         return b_sig + b_y * (1 - b_sig)
 
     @triton.jit(do_not_specialize=["l", "tiles"])
-    def delta_kernel(p_dt, p_A, p_bias, p_delta, p_s, l, tiles, s_tb, s_tl: tl.constexpr, h: tl.constexpr, BIAS: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
+    def delta_kernel(p_dt, p_A, p_bias, p_delta, p_s, l, tiles, s_tb, s_tl: tl.constexpr, h: tl.constexpr,
+                     BIAS: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
         """Mamba-2: Δ (b, tiles·T, h) = softplus(dt + bias), 0 past the end, and s, the running sum of Δ A LOG2E within each tile.
         Beyond 2^-200 nothing is left of a float32, so larger decays are cut there: s stays so small that its differences, which
         matter, are exact (in float64 where the inputs are float32)."""
@@ -394,7 +395,8 @@ if triton is not None:
         for j in tl.static_range(T):
             m = (i_0 + j >= 0) & (i_0 + j < l)
             m_p = o_p < tl.where(m, p, 0)
-            tokens = tokens + ((read(p_x + i_0 * s_xl + j * s_xl, o_p, m_p, SINGLE, 0.), read(p_dt + i_0 * s_tl + j * s_tl, o_p, m_p, SINGLE, -float("inf")),
+            tokens = tokens + ((read(p_x + i_0 * s_xl + j * s_xl, o_p, m_p, SINGLE, 0.),
+                                read(p_dt + i_0 * s_tl + j * s_tl, o_p, m_p, SINGLE, -float("inf")),
                                 read_pairs(p_B + i_0 * s_Bl + j * s_Bl, o_2, m, n, WORDS)),)
         return tokens
 
@@ -479,7 +481,8 @@ if triton is not None:
             ahead = s6_inputs(p_x, p_dt, p_B, i_1, l, o_p, o_2, s_xl, s_tl, s_Bl, p, n, WORDS, False, T)
             more = s6_outputs(p_C, p_z, p_z, i_1, l, o_p, o_2, s_Cl, s_zl, 0, p, n, Y, Z, False, WORDS, False, T)
             if LEAVE == "states":
-                store_state(p_S + ((i_b * tl.cdiv(l, T) + i_0 // T) * h + i_h) * p * (2 * N2), o_pn, b_h0, b_h1, m_pn & (o_pn < tl.where(i_0 < l, p * 2 * N2, 0)), N2)
+                m_S = m_pn & (o_pn < tl.where(i_0 < l, p * 2 * N2, 0))
+                store_state(p_S + ((i_b * tl.cdiv(l, T) + i_0 // T) * h + i_h) * p * (2 * N2), o_pn, b_h0, b_h1, m_S, N2)
             for j in tl.static_range(T - 1 if ADJOINT else 0, -1 if ADJOINT else T, -1 if ADJOINT else 1):
                 if ADJOINT:
                     b_x, b_delta = number(inputs[j][0], o_p, False), softplus(number(inputs[j][1], o_p, False) + b_bias)
@@ -540,7 +543,8 @@ if triton is not None:
                            s_xl: tl.constexpr, s_xh: tl.constexpr, s_tl: tl.constexpr, s_th: tl.constexpr, s_Bl: tl.constexpr, s_Bh: tl.constexpr,
                            s_Cl: tl.constexpr, s_Ch: tl.constexpr, s_zl: tl.constexpr, s_zh: tl.constexpr, s_yl: tl.constexpr, s_yh: tl.constexpr,
                            h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr, rb: tl.constexpr,
-                           SKIP: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, WORDS: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
+                           SKIP: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, WORDS: tl.constexpr,
+                           T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
         """Mamba, one block of channels of one head from the last token of a segment to its first, b_g the adjoint of the state.
         K = T / 2 tokens at a time: the states between them are computed again from S, held in registers, and taken backwards.
         Sums over the heads of a group and over blocks of channels are left to the caller."""
@@ -672,7 +676,8 @@ if triton is not None:
             tl.store(p_total + i_bch, b_total)
 
     @triton.jit(do_not_specialize=["l", "tokens"])
-    def ssd_backward_kernel(p_x, p_delta, p_s, p_A, p_B, p_C, p_D, p_dy, p_S, p_G, p_dx, p_ddt, p_dA, p_dB, p_dC, p_dD, l, tokens, s_xb, s_Bb, s_Cb, s_yb,
+    def ssd_backward_kernel(p_x, p_delta, p_s, p_A, p_B, p_C, p_D, p_dy, p_S, p_G, p_dx, p_ddt, p_dA, p_dB, p_dC, p_dD,
+                            l, tokens, s_xb, s_Bb, s_Cb, s_yb,
                             s_xl: tl.constexpr, s_xh: tl.constexpr, s_Bl: tl.constexpr, s_Bh: tl.constexpr,
                             s_Cl: tl.constexpr, s_Ch: tl.constexpr, s_yl: tl.constexpr, s_yh: tl.constexpr,
                             h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr, rb: tl.constexpr,
@@ -993,7 +998,8 @@ def s6_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, S, total):
 def ssd_setup(x, B, C, D):
     """The same for Mamba-2. bf16 is multiplied as it is, fp16 (whose range a state can leave) as TF32, float32 in full."""
     dot, T, block = (tl.bfloat16, 64, 64) if x.dtype == torch.bfloat16 and not INTERPRET else (tl.float32, 32, 32)  # (it lacks bf16)
-    meta = dict(h=C.shape[2], p=x.shape[3], n=C.shape[3], SKIP=D is not None, DOT=dot, PREC="ieee" if x.dtype == torch.float32 else "tf32", T=T, BP=block)
+    meta = dict(h=C.shape[2], p=x.shape[3], n=C.shape[3], SKIP=D is not None, DOT=dot, T=T, BP=block,
+                PREC="ieee" if x.dtype == torch.float32 else "tf32")
     return [rows(t)[0] for t in (x, B, C)], meta
 
 
@@ -1002,8 +1008,9 @@ def ssd_delta(dt, A, dt_bias, tokens, T, exact):
     (b, l, h), dt = dt.shape, dt if dt.stride(2) == 1 else dt.contiguous()
     delta = dt.new_empty(b, tokens, h, dtype=torch.float32)
     s = torch.empty_like(delta, dtype=torch.float64 if exact else torch.float32)
-    launch(delta_kernel, (b * (tokens // T), triton.cdiv(h, 128)), dt, A, delta if dt_bias is None else dt_bias.float().contiguous(), delta, s, l, tokens // T,
-           dt.stride(0), dt.stride(1), h, BIAS=dt_bias is not None, T=T, BLOCK=min(128, triton.next_power_of_2(h)))
+    bias = delta if dt_bias is None else dt_bias.float().contiguous()
+    launch(delta_kernel, (b * (tokens // T), triton.cdiv(h, 128)), dt, A, bias, delta, s, l, tokens // T, dt.stride(0),
+           dt.stride(1), h, BIAS=dt_bias is not None, T=T, BLOCK=min(128, triton.next_power_of_2(h)))
     return delta, s
 
 
@@ -1048,7 +1055,8 @@ def ssd_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, starts, total):
     dA, dD = S.new_empty(2, tiles, h, dtype=torch.float32)
     launch(ssd_backward_kernel, (tiles * h,), xc, delta, s, fA, Bc, Cc, fD, dy, S, Gs, dx, ddt, dA, dB, dC, dD, l, delta.shape[1],
            *flat_strides(xc, Bc, Cc, dy), rx=h // x.shape[2], rb=h // B.shape[2], BN=meta["BP"], **meta, **GRADIENT)
-    return (over_group(dx, x), ddt, dA.sum(0).to(A.dtype), over_group(dB, B), dC, x.new_empty(0) if D is None else dD.sum(0).to(D.dtype), x.new_empty(0),
+    return (over_group(dx, x), ddt, dA.sum(0).to(A.dtype), over_group(dB, B), dC,
+            x.new_empty(0) if D is None else dD.sum(0).to(D.dtype), x.new_empty(0),
             x.new_empty(0) if dt_bias is None else ddt.sum((0, 1), dtype=torch.float32).to(dt_bias.dtype), dh0[:, 0].contiguous())
 
 
