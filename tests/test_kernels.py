@@ -3,11 +3,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, assert_close, form, run_script
+from conftest import DEVICE, assert_close, build, form, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import kernels
+import mil
 
 FORMS = pytest.mark.parametrize("which", ["triton", "torch"])
 DECAYS = pytest.mark.parametrize("decay", ["mamba", "mamba2"])
@@ -69,6 +72,7 @@ def check_against_definition(which, dtype, inputs):
     for name in want:  # what is summed over everything can cancel down to the rounding of its largest terms
         noise = 64 * eps * largest if name in ("dA", "ddt_bias", "dD") else 1e-14 * largest
         assert_close(got[name], want[name], TOLERANCE[dtype], name, noise)
+    return got
 
 
 @FORMS
@@ -423,3 +427,289 @@ def test_convolution_and_norm_read_rows_more_than_2_to_the_31_elements_apart():
             far = room.as_strided(x.shape, strides, start).copy_(x)  # a 32-bit offset lands elsewhere
             assert torch.equal(kernels.causal_conv(far, weight)[0], kernels.causal_conv(x, weight)[0])
             assert torch.equal(kernels.gated_norm(x, far, weight[..., 0]), kernels.gated_norm(x, x, weight[..., 0]))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What surrounds the kernels: torch.compile, checkpoints, the launch, memory
+
+NAMES = pytest.mark.parametrize("name", ["mamba", "mamba2", "conv", "norm"])
+
+
+def operation(name, l=9):
+    """An operation with kernels of its own, as a function of named inputs that returns two tensors, and such inputs."""
+    if name in ("mamba", "mamba2"):
+        return kernels.ssm_scan, scan_inputs(name, 1, l, (2, 1, 2), (4, 3), 3, torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    new = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE)  # noqa: E731
+    if name == "conv":
+        return kernels.causal_conv, dict(x=new(2, l, 2, 5), weight=new(4, 5, 4), bias=new(4, 5), state=new(2, 3, 2, 5))
+    return lambda y, z, weight: (kernels.gated_norm(y, z, weight), y), dict(y=new(2, l, 4, 5), z=new(2, l, 4, 5), weight=new(4, 5))
+
+
+def operator_calls(decay="mamba", options="Dzbh"):
+    """Every operator registered with PyTorch that a forward and a backward call, with arguments."""
+    t = {**dict.fromkeys(("D", "z", "dt_bias", "h0")), **scan_inputs(decay, 1, 4, (2, 1, 2), (5, 3), 1, torch.float32, options)}
+    t["z"] = t["z"] if decay == "mamba" else None  # Mamba-2 leaves its gate to the norm
+    scan = [t[k] for k in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+    y, h, S, total = kernels.scan_forward(*scan, t["h0"], True)
+    x, weight = t["x"], torch.randn(2, 5, 4, device=DEVICE)
+    bias = weight[..., 0].contiguous() if "b" in options else None
+    return {"scan_forward": (*scan, t["h0"], True), "scan_backward": (y, h, *scan, S, total),
+            "conv_forward": (x, weight, bias, 3), "conv_backward": (y[:, 3:], x, weight, bias, 3),
+            "norm_forward": (y, y.cos(), weight[..., 1], 1e-5), "norm_backward": (y.sin(), y, y.cos(), weight[..., 1], 1e-5)}
+
+
+def test_a_compiled_hybrid_is_one_graph_for_all_lengths_and_equals_the_eager_one():
+    config = mil.Config(v=9, d=8, n_layers=3, n_heads=2, n_kv_heads=1, d_ff=8, d_state=4, mixers=["mamba", "mamba2", "attention"])
+    model, graphs = build(config, torch.float32), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    def run(f, tokens):
+        y = f(tokens)
+        return [y, *torch.autograd.grad(y.square().mean(), list(model.parameters()))]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)  # a break in the graph is an error
+    with form("triton"):
+        for l in (20, 33, 41) if DEVICE == "cuda" else (3, 5, 7):
+            tokens = torch.arange(l, device=DEVICE)[None] % 9
+            for a, e in zip(run(compiled, tokens), run(model, tokens)):
+                assert_close(a, e, 1e-5)
+    assert len(graphs) == 2  # for the first length, then for all
+
+
+@DECAYS
+def test_the_registered_operators_mutate_nothing_and_have_the_shapes_they_declare(decay):
+    with form("triton"):
+        for name, args in operator_calls(decay).items():
+            if decay == "mamba" or name.startswith("scan"):
+                torch.library.opcheck(getattr(torch.ops.mil, name).default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@DECAYS
+@pytest.mark.parametrize("options", ["", "Dz", "bh", "Dzbh"])
+def test_a_dry_run_has_the_shapes_and_types_of_the_real_one(decay, options):
+    with form("triton"):
+        for name, args in operator_calls(decay, options).items():
+            f = getattr(kernels, name)
+            with FakeTensorMode() as mode:  # as torch.compile makes it: tensors without numbers, which no kernel could take
+                dry = kernels.dry(f)(*[mode.from_tensor(a) if torch.is_tensor(a) else a for a in args])
+            real = f(*args)
+            for a, e in zip(*[t if isinstance(t, tuple) else (t,) for t in (dry, real)], strict=True):
+                assert (a.shape, a.dtype, a.stride()) == (e.shape, e.dtype, e.stride()), name
+    assert not kernels.DRY
+
+
+@NAMES
+def test_a_checkpoint_changes_no_bit(name):
+    f, inputs = operation(name)
+    with form("triton"):
+        want = value_and_gradients(f, inputs)
+        got = value_and_gradients(lambda **t: checkpoint(f, use_reentrant=False, **t), inputs)
+    assert all(torch.equal(got[k], want[k]) for k in want)
+
+
+@NAMES
+def test_two_runs_give_the_same_bits(name):
+    f, inputs = operation(name, l=130 if DEVICE == "cuda" else 9)
+    with form("triton"):
+        first, second = value_and_gradients(f, inputs), value_and_gradients(f, inputs)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@NAMES
+@pytest.mark.parametrize("c", [1, 3])
+def test_nothing_undefined_is_ever_read_or_returned(monkeypatch, name, c):
+    monkeypatch.setattr(kernels, "segments", lambda *_: c)
+    f, inputs = operation(name)
+    inputs = {k: t for k, t in inputs.items() if c > 1 or k not in ("D", "z", "dt_bias", "h0", "bias", "state") or (name, k) == ("norm", "z")}
+    torch.use_deterministic_algorithms(True, warn_only=True)  # new memory is then filled with NaN
+    try:
+        assert torch.empty(1, device=DEVICE).isnan()
+        with form("triton"):
+            assert all(t.isfinite().all() for t in value_and_gradients(f, inputs).values())
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@FORMS
+@NAMES
+def test_the_result_is_the_same_without_gradients(which, name):
+    f, inputs = operation(name)
+    with form(which):
+        want = f(**{k: t.requires_grad_() for k, t in inputs.items()})
+        for off in (torch.no_grad, torch.inference_mode):
+            with off():
+                got = f(**inputs)
+            assert not got[0].requires_grad
+            for a, e in zip(got, want):
+                assert_close(a, e, 1e-5)
+
+
+def test_mamba_keeps_states_only_for_a_backward_to_come(monkeypatch):
+    f, inputs = operation("mamba")
+    forward, kept = kernels.scan_forward, []
+    monkeypatch.setattr(kernels, "scan_forward", lambda *args: kept.append(forward(*args)) or kept[-1])
+    with form("triton"):
+        f(**inputs)
+        inputs["h0"].requires_grad_()
+        f(**inputs)
+        for off in (torch.no_grad, torch.inference_mode):
+            with off():
+                f(**inputs)
+    assert [S.numel() for _, _, S, _ in kept] == [0, 2 * 2 * 4 * 4, 0, 0]  # of 9 tokens the 1st and the 9th, n = 3 in pairs
+
+
+class StubKernel:
+    """In a kernel's place: notes what is compiled, and what the compiled code is called with."""
+
+    def __init__(self, *arg_names, name="stub"):
+        self.__name__, self.arg_names, self.compiled, self.called = name, arg_names, [], []
+
+    def __getitem__(self, grid):
+        return lambda *args, **meta: self.compiled.append((grid, args, meta)) or StubCode(self.called)
+
+
+class StubCode:
+    def __init__(self, called):
+        self.called = called
+
+    def __getitem__(self, grid):
+        return lambda *args: self.called.append((grid, args))
+
+
+def test_a_launch_compiles_anew_for_exactly_what_the_code_depends_on(monkeypatch):
+    monkeypatch.setattr(kernels, "LAUNCHES", {})
+    x, names = torch.zeros(64), ("p_x", "p_y", "l", "eps", "BLOCK", "GATE")
+    kernel, base = StubKernel(*names), dict(p_x=x, p_y=x, l=7, eps=1e-5, BLOCK=4, GATE=True, num_warps=1)
+
+    def launch(kernel, **change):
+        a = {**base, **change}
+        kernels.launch(kernel, (1,), *[a.pop(k) for k in names[:4]], **a)
+        return len(kernel.compiled)
+    assert launch(kernel) == 1
+    for same in (dict(), dict(p_x=torch.ones(9)), dict(p_y=x[4:]), dict(p_x=x.view(8, 8).T)):  # other tensors, as well aligned
+        assert launch(kernel, **same) == 1
+    changes = (dict(p_x=x.double()), dict(p_y=x.bfloat16()), dict(p_x=x[1:]), dict(p_y=x[3:]), dict(l=8), dict(l=2**31), dict(eps=1e-6), dict(BLOCK=8),
+               dict(GATE=False), dict(num_warps=2))
+    for count, change in enumerate(changes, 2):
+        assert launch(kernel, **change) == launch(kernel, **change) == count, change
+    assert launch(StubKernel(*names, name="another")) == 1
+
+
+def test_a_kernel_found_again_gets_its_own_grid_and_arguments_and_the_constants_in_its_order(monkeypatch):
+    monkeypatch.setattr(kernels, "LAUNCHES", {})
+    kernel, x, y = StubKernel("p_x", "l", "A", "B"), torch.zeros(4), torch.ones(4)
+    kernels.launch(kernel, (2, 3), x, 7, B=20, num_warps=4, A=10)
+    kernels.launch(kernel, (5,), y, 7, B=20, num_warps=4, A=10)
+    kernels.launch(kernel, (5, 6), x, 7, B=20, num_warps=4, A=10)
+    assert kernel.compiled == [((2, 3), (x, 7), dict(A=10, B=20, num_warps=4))]
+    assert kernel.called == [((5, 1, 1), (y, 7, 10, 20)), ((5, 6, 1), (x, 7, 10, 20))]
+    assert kernel.called[0][1][0] is y and kernel.called[1][1][0] is x
+
+
+def test_a_dry_run_launches_nothing_also_after_an_error():
+    kernel = StubKernel("p_x")
+    kernels.dry(kernels.launch)(kernel, (1,), torch.zeros(1))
+    assert not kernel.compiled
+    with pytest.raises(ZeroDivisionError):
+        kernels.dry(lambda: 1 / 0)()
+    assert not kernels.DRY
+
+
+@FORMS
+@DECAYS
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 1e4])
+def test_gradients_of_extreme_inputs_are_finite_where_the_definitions_are(which, decay, scale):
+    slow = DEVICE == "cpu" and which == "triton"
+    for shift, A in ((0.0, -1.0), (30.0, -1e4), (30.0, -1e-4), (-30.0, -1e4), (1e4, -1.0), (-1e4, -1.0))[:6 if scale > 1 else 2 if scale else 1]:
+        inputs = scan_inputs(decay, 1, 9 if slow else 70, (1, 1, 1) if slow else (2, 1, 2), (4, 3), 5, torch.float32)
+        inputs = {k: t * scale for k, t in inputs.items()}
+        inputs["A"], inputs["dt"] = torch.full_like(inputs["A"], A * (scale > 0)), inputs["dt"] + shift * (scale > 0)
+        with form(which):
+            got = value_and_gradients(kernels.ssm_scan, inputs)
+        for k, e in value_and_gradients(kernels.ssm_reference, inputs).items():
+            assert got[k][e.isfinite()].isfinite().all(), (k, shift, A)
+            if scale == 0:
+                assert_close(got[k], e, 1e-6, k)
+
+
+@FORMS
+@DECAYS
+def test_padding_hidden_by_a_step_of_minus_infinity_has_the_definitions_gradients(which, decay):
+    inputs = scan_inputs(decay, 3, 9, (2, 1, 2), (4, 3), 5, torch.float32)
+    inputs["dt"] = mil.hide_padding(inputs["dt"], torch.tensor([5, 1, 9], device=DEVICE))
+    got = check_against_definition(which, torch.float32, inputs)
+    for k in ("ddt", "dB"):  # what padding holds moves nothing
+        assert not got[k][0, 5:].any() and not got[k][1, 1:].any() and got[k][2].all(), k
+
+
+@DECAYS
+@pytest.mark.parametrize("p, n", [(1, 1), (1, 17), (2, 16), (3, 1), (3, 2), (8, 5), (8, 17), (16, 16), (33, 3), (33, 5)])
+def test_odd_sizes_equal_the_definition(decay, p, n):
+    """Every way in which Mamba's kernel sums over channels: one channel, fewer columns than rows, one block of channels and several."""
+    check_against_definition("triton", torch.float32, scan_inputs(decay, 1, 9, (1, 1, 1), (p, n), 7, torch.float32))
+
+
+@given(st.lists(st.integers(1, 4), max_size=3), st.integers(1, 18))
+def test_whole_undoes_halves(shape, n):
+    t = torch.arange(float(np.prod(shape, dtype=int) * n)).view(*shape, n) + 1
+    got = kernels.halves(t)
+    assert got.is_contiguous() and torch.equal(got[..., :(n + 1) // 2], t[..., ::2]) and torch.equal(got[..., (n + 1) // 2:][..., :n // 2], t[..., 1::2])
+    assert got.shape[-1] % 2 == 0 and (n % 2 == 0 or not got[..., -1].any())
+    assert torch.equal(kernels.whole(got, n), t)
+
+
+def projected(decay, b, l):
+    """One wide projection, and x, dt, B, C, z as slices of it: 2 query heads on 1 kv head, p = 4, n = 3."""
+    dt = (2, 4) if decay == "mamba" else (2,)
+    heads = dict(x=(1, 4), dt=dt, B=(1, 3), C=(2, 3), z=(2, 4))
+    sizes = [int(np.prod(s)) for s in heads.values()]
+    wide = torch.randn(b, l, sum(sizes) + 1, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    return wide, lambda wide: {k: t.unflatten(2, s) for (k, s), t in zip(heads.items(), wide[..., 1:].split(sizes, dim=2))}
+
+
+@DECAYS
+def test_slices_of_a_projection_are_read_where_they_lie(decay):
+    wide, parts = projected(decay, 2, 5)
+    t = parts(wide)
+    if decay == "mamba":
+        (x, dt, B, C, z, _), _, _ = kernels.s6_setup(t["x"], t["dt"], t["B"], t["C"], t["z"], None, None)
+        assert x is t["x"] and dt is t["dt"] and B is t["B"] and C is t["C"] and z is t["z"]
+    else:
+        (x, B, C), _ = kernels.ssd_setup(t["x"], t["B"], t["C"], None)
+        assert x is t["x"] and B is t["B"] and C is t["C"]
+    far, strides = kernels.rows(t["C"].transpose(2, 3))  # only where the last axis is not contiguous is there a copy
+    assert far.is_contiguous() and strides == far.stride()[:3] and torch.equal(far, t["C"].transpose(2, 3))
+
+
+@FORMS
+@DECAYS
+def test_a_projection_gets_the_gradient_that_copies_of_its_slices_get(which, decay):
+    wide, parts = projected(decay, 1, 9)
+    A = scan_inputs(decay, 1, 1, (2, 1, 1), (4, 3), 1, torch.float32)["A"]
+    leaf, copies = wide.requires_grad_(), {k: t.detach().clone().requires_grad_() for k, t in parts(wide).items()}
+    with form(which):
+        y, _ = kernels.ssm_scan(**parts(leaf), A=A)
+        seen = y.detach().cos()
+        got = parts(torch.autograd.grad(y, leaf, seen)[0])
+        want, _ = kernels.ssm_scan(**copies, A=A)
+    assert_close(y, want, 1e-5)
+    for (k, t), e in zip(got.items(), torch.autograd.grad(want, list(copies.values()), seen)):
+        assert_close(t, e, 1e-5, k)
+
+
+@DECAYS
+def test_a_long_sequence_is_its_two_parts(decay):
+    l = 2**20 if DEVICE == "cuda" else 2**12
+    t, cut = scan_inputs(decay, 1, l, (1, 1, 1), (4, 5), 1, torch.float32, "Dzbh"), l // 2 + 7  # within a chunk or a tile of any size
+    t["A"] = t["A"] / 1000  # a memory of thousands of tokens
+    first, second = ({k: v[:, part] if k in ("x", "dt", "B", "C", "z") else v for k, v in t.items()} for part in (slice(None, cut), slice(cut, None)))
+    with form("triton" if DEVICE == "cuda" else "torch"):
+        y, h = kernels.ssm_scan(**t)
+        y1, h1 = kernels.ssm_scan(**first)
+        y2, h2 = kernels.ssm_scan(**{**second, "h0": h1})
+    assert_close(torch.cat([y1, y2], dim=1), y, 1e-4, "y")
+    assert_close(h2, h, 1e-4, "h")
