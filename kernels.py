@@ -9,7 +9,7 @@ name (The Mamba in the Llama, arXiv 2408.15237, section 2):
 
     C  query   (b, l, h, n)        b  batch            h  query heads        n  state size per head
     B  key     (b, l, g, n)        l  length           g  key/value heads    p  channels per head
-    x  value   (b, l, g, p)        d  model width      w  width of the convolution, 4
+    x  value   (b, l, g, p)                            w  width of the convolution, 4
 
 Grouped-query attention carries over: head i reads kv head i // (h/g). x and B are indexed where they lie and
 are never repeated in memory by a kernel.
@@ -34,31 +34,34 @@ How the scan is made fast. The recurrence is linear in h, so a sequence can be c
 In PyTorch the pieces are many short chunks and all of it is vectorised. In Triton a walk keeps the state in registers
 and goes through its piece once, token by token for Mamba, tile by tile for Mamba-2, where a tile of T tokens is a few
 products of matrices on the tensor cores. Batch, heads and blocks of channels run in parallel; that fills a GPU at
-training sizes, so a sequence is one piece, steps 1 and 2 fall away and the state never goes to memory. Only a small batch
-is cut into segments, as few as fill the chip.
+training sizes, so a sequence is one piece, steps 1 and 2 fall away and the state stays in registers (for a gradient some
+states are left in memory, see below). Only a small batch is cut into segments, to fill the chip.
 
 The gradient is the same walk backwards in time: the adjoint G_t = ∂L/∂h_t obeys G_{t-1} = exp(Δ_t A) ∘ G_t + dy_{t-1} ⊗
-C_{t-1}. Mamba's forward leaves every 8th state in memory; its backward walks from the last token to the first, four tokens
-at a time, whose states it computes again and holds in registers. Mamba-2 keeps its inputs alone: two walks leave the state
-and the adjoint at every tile's border, then all tiles are taken at once.
+C_{t-1}. Mamba's forward, when a gradient is wanted, leaves every 8th state in memory; its backward walks from the last token
+to the first, four tokens at a time, whose states it computes again and holds in registers. Mamba-2 keeps its inputs and the
+state each segment starts from: two walks leave the state and the adjoint at every tile's border, then all tiles are taken at
+once.
 
 Why it is fast, in the order in which it paid (an H100 has 132 multiprocessors of 4 schedulers, each one instruction a clock):
 
-    Mamba is bound by instructions. A token of a head of 16 channels and 16 states is 256 exponentials and 1,024 products and
-    sums: 40 instructions of a warp. Everything around them must be less: strides and sizes are constants, so an address is an
-    immediate; bf16 comes 8 numbers to a load and two to a 32-bit word, unpacked by one shift or mask each; a thread holds 8
-    states of one channel, so a sum over n is 7 additions and one shuffle; and the two sums over channels that dB and dC need
-    share their columns out between rows (store_sum), 8 shuffles in place of 32.
-    With one or two warps a scheduler, nothing hides the memory's latency but loads issued long before their use: all inputs of
-    the next tokens are asked for before work on the present ones begins.
-    Mamba-2 is bound by the latency between dependent products: a tile is large enough (64 tokens, 64 × 128 states) that
+    Mamba is bound by instructions. A token of a head of 16 channels and 16 states is 256 exponentials and 1,024 products (a sum
+    that can be fused into one not counted): 40 instructions of a warp, of which the exponentials take 64 clocks of their unit.
+    Compiled naively, what surrounds them takes three times as many, so most of the work went there: strides and sizes are
+    constants, so an address is an immediate; bf16 comes 8 numbers to a load and two to a 32-bit word, unpacked by one shift or
+    mask each; a thread holds 8 states of one channel, so a sum over n is 7 additions and one shuffle; and the two sums over
+    channels that dB and dC need share their columns out between rows (store_sum), 8 shuffles a sum in place of 32.
+    With one or two warps a scheduler, nothing hides the memory's latency but loads issued long before their use: what the
+    state needs of the next tokens is asked for before work on the present ones begins.
+    Mamba-2 is bound by the latency between dependent products: a tile is large enough (in bf16 64 tokens, 64 channels × all n states) that
     loads of the next one run behind it, and what belongs to writers and to readers is computed from products of its own, never
     from a transposed result.
     Launching 40 arguments from Python takes longer than a small batch runs: `launch` remembers what it has compiled.
 
-Names in the kernels: b_ a block in registers, p_ a pointer, o_ offsets, m_ a mask, i_ an index, s_ a stride (s_xl: of x
-over l), c a number of segments, s the tokens in one, T tokens taken together, BP and BN blocks of p and n, rx and rb the
-query heads that share a head of x and of B.
+Names in the kernels: s6_ is Mamba, ssd_ Mamba-2; b_ a block in registers, p_ a pointer, o_ offsets, m_ a mask, i_ an index, s_ a
+stride (s_xl: of x over l), c a number of segments, s the tokens in one (p_s, b_s: the running sum of Δ A), T tokens taken together, BP
+and BN blocks of p and n, N2 = ⌈n/2⌉, rx and rb the query heads that share a head of x and of B, h0 the starting state. A suffix 0 or 1
+on a block of Mamba's (b_h0, b_h1) is the even or the odd columns of n. `o < tl.where(m, n, 0)` is m & (o < n), one compare.
 """
 import os
 
@@ -138,7 +141,7 @@ def gated_norm_reference(y, z, weight, eps=1e-5):
 
 
 def ssm_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None):
-    """`ssm_reference`, fast and differentiable: the same arguments, shapes, types and results.
+    """`ssm_reference`, fast and differentiable: the same arguments, shapes and types, and its results up to rounding.
 
     Raises ValueError, naming the argument, when the shapes do not fit together.
     """
@@ -147,7 +150,7 @@ def ssm_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None):
         if x.shape[1] == 1:  # one token has nothing to run in parallel: the definition is a single step
             return ssm_reference(x, dt, A, B, C, D, z, dt_bias, h0)
         if use_triton(x):
-            inside = z if A.dim() == 3 else None  # Mamba's kernel gates its output, Mamba-2's leaves the gate to its norm
+            inside = z if A.dim() == 3 else None  # Mamba's kernel gates its output; Mamba-2's does not, as gated_norm does it
             keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, dt, A, B, C, D, z, dt_bias, h0))
             y, h = TritonScan.apply(x, dt, A, B, C, D, inside, dt_bias, h0, keep)
             return y if inside is z else (y.float() * F.silu(z.float())).to(x.dtype), h
@@ -257,9 +260,8 @@ def ssd_torch(x, delta, A, B, C, h0, T=64):
     x, delta, B, C = split_chunks(min(T, l), x, delta, B, C)
     s = (delta.double() * A.double()).cumsum(2).transpose(2, 3)        # (b, c, h, T): log decay since the start
     # float64 for s: far into a chunk it is large, and what matters is the small difference between neighbours
-    one = torch.eye(s.shape[-1], dtype=x.dtype, device=s.device)        # a token reads itself undecayed
-    earlier = torch.ones_like(one, dtype=torch.bool).tril(-1)
-    decay = (s[..., :, None] - s[..., None, :]).masked_fill(~earlier, -torch.inf).to(x.dtype).exp() + one  # (b, c, h, T, T)
+    later = torch.ones(s.shape[-1], s.shape[-1], dtype=torch.bool, device=s.device).triu(1)
+    decay = (s[..., :, None] - s[..., None, :]).masked_fill(later, -torch.inf).to(x.dtype).exp()  # (b, c, h, T, T)
     after, since = (s[..., -1:] - s).to(x.dtype).exp(), s.to(x.dtype).exp()                       # (b, c, h, T)
     u = (delta.unflatten(3, (x.shape[3], -1))[..., None] * x[..., None, :]).flatten(3, 4)         # Δ x (b, c, T, h, p)
     Cg = C.unflatten(3, (B.shape[3], -1))                                                         # (b, c, T, g, r, n)
@@ -274,13 +276,15 @@ def ssd_torch(x, delta, A, B, C, h0, T=64):
 
 # ---------------------------------------------------------------------------------------------------------------
 # The scan in Triton. Tensors come with their own strides over batch, length and head, the last axis contiguous; A, D, h0 are
-# contiguous float32. Strides and sizes within a batch are constants of the compiled kernel, which turns most address
-# arithmetic into immediates (for Mamba it halves the registers); lengths are not, so a new length compiles nothing.
+# contiguous float32, Mamba's A and states with the even columns of n before the odd ones (see `halves`). Strides and sizes within a
+# batch are constants of the compiled kernel, which turns most address arithmetic into immediates (for Mamba it halves the registers);
+# lengths are not, so a new length compiles nothing.
 
-SEGMENTS = ["l", "c", "s"]
-# Chosen by measurement on an H100 and an H200: for Mamba the states in one warp, the warps to aim at (two a scheduler) and how many tokens
-# are in flight and apart in S; for Mamba-2 the blocks to aim at and the launches of the walk that gives y, of the one that leaves states,
-# and of the gradient.
+SEGMENTS = ["l", "c", "s"]  # lengths: not specialised on
+# Chosen by measurement on an H100 and an H200. Mamba: the states a program holds, the programs (of one warp) to aim at, two a
+# scheduler, and the tokens in flight, which are also those between two states in S. Mamba-2: the programs to aim at, and the launches of
+# the walk that gives y, of those that leave states or an end, and of the gradient. The convolution: at least T tokens to a segment, U at a
+# time, BLOCK channels × query heads. The norm: T tokens to a program, ELEMENTS numbers at a time.
 S6_TILE, S6_BLOCKS, S6_T = 256, 1024, 8
 SSD_BLOCKS, WALK_Y, WALK_STATES = 256, dict(num_warps=4, num_stages=2), dict(num_warps=4, num_stages=3)
 GRADIENT = dict(num_warps=4, num_stages=2)
@@ -292,6 +296,7 @@ if triton is not None:
 
     @triton.jit
     def softplus(b):
+        """log(1 + e^b)."""
         b_e = tl.exp2(tl.abs(b) * -LOG2E)  # log(1 + e) = 2 artanh(e / (2 + e)), to float32 precision also where e is tiny
         b_w = b_e / (2 + b_e)
         b_q = b_w * b_w
@@ -300,7 +305,7 @@ if triton is not None:
 
     @triton.jit
     def slope(b_delta):
-        """The derivative of softplus where it is Δ: 1 - e^-Δ, to float32 precision also where Δ is tiny."""
+        """The derivative of softplus where it is Δ (dt itself is not at hand): 1 - e^-Δ, to float32 precision also where Δ is tiny."""
         b_small = b_delta * (1 - b_delta / 2 * (1 - b_delta / 3 * (1 - b_delta / 4 * (1 - b_delta / 5))))
         return tl.where(b_delta < 0.05, b_small, 1 - tl.exp(-b_delta))
 
@@ -325,8 +330,8 @@ if triton is not None:
     def delta_kernel(p_dt, p_A, p_bias, p_delta, p_s, l, tiles, s_tb, s_tl: tl.constexpr, h: tl.constexpr,
                      BIAS: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
         """Mamba-2: Δ (b, tiles·T, h) = softplus(dt + bias), 0 past the end, and s, the running sum of Δ A LOG2E within each tile.
-        Beyond 2^-200 nothing is left of a float32, so larger decays are cut there: s stays so small that its differences, which
-        matter, are exact (in float64 where the inputs are float32)."""
+        Beyond 2^-200 nothing is left of a float32, so larger decays are cut there: s stays so small (above -200 T)
+        that float32 keeps its differences, which matter, better than bf16 keeps the inputs; float64 where x is float32."""
         i_bc = tl.program_id(0).to(tl.int64)
         i_b, i_c = i_bc // tiles, i_bc % tiles
         o, o_t = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), i_c * T + tl.arange(0, T)
@@ -359,10 +364,11 @@ if triton is not None:
 
     @triton.jit
     def read(p, o, m, WORDS: tl.constexpr, EMPTY: tl.constexpr):
-        """Numbers at p + o, EMPTY where m is not. With WORDS, for bf16, as the 32 bits each shares with its neighbour: a value of 16
-        bits that is carried from one turn of a loop to the next is moved as soon as it arrives, and so waited for."""
+        """Numbers at p + o, EMPTY where m is not. With WORDS, for bf16, as the 32 bits each shares with its neighbour, 0xff80ff80 being
+        -inf twice: a value of 16 bits that is carried from one turn of a loop to the next is moved as soon as it arrives, and so
+        waited for. (That pays in the backward. The forward, with more tokens in flight, measured faster without.)"""
         if WORDS:
-            return tl.load(p.to(tl.pointer_type(tl.int32)) + o // 2, mask=m, other=-8323200 if EMPTY < 0 else 0)  # -inf twice
+            return tl.load(p.to(tl.pointer_type(tl.int32)) + o // 2, mask=m, other=-8323200 if EMPTY < 0 else 0)
         else:
             return tl.load(p + o, mask=m, other=EMPTY)
 
@@ -373,7 +379,7 @@ if triton is not None:
 
     @triton.jit
     def read_pairs(p, o, m, n: tl.constexpr, WORDS: tl.constexpr):
-        """The even and the odd of n numbers at p, o counting pairs; zeros where m is not."""
+        """The even and the odd of n numbers at p, o counting pairs; zeros where m is not. With WORDS a tuple of one, both in 32 bits."""
         if WORDS:
             return (tl.load(p.to(tl.pointer_type(tl.int32)) + o, mask=o < tl.where(m, n // 2, 0), other=0),)
         else:
@@ -381,7 +387,7 @@ if triton is not None:
 
     @triton.jit
     def pairs(b, WORDS: tl.constexpr):
-        """What `read_pairs` returned, as float32: a shift and a mask where they come as words."""
+        """What `read_pairs` returned, as float32: of a word the lower half shifted up, and the upper half (& 0xffff0000)."""
         if WORDS:
             return (b[0] << 16).to(tl.float32, bitcast=True), (b[0] & -65536).to(tl.float32, bitcast=True)
         else:
@@ -403,7 +409,7 @@ if triton is not None:
     @triton.jit
     def s6_outputs(p_C, p_z, p_dy, i_0, l, o_p, o_2, s_Cl: tl.constexpr, s_zl: tl.constexpr, s_yl: tl.constexpr, p: tl.constexpr, n: tl.constexpr,
                    C: tl.constexpr, Z: tl.constexpr, DY: tl.constexpr, WORDS: tl.constexpr, SINGLE: tl.constexpr, T: tl.constexpr):
-        """C, z, dy of T tokens from i_0 on, as far as asked for."""
+        """C, z, dy of T tokens from i_0 on, as far as asked for; any value stands in for the others."""
         tokens = ()
         for j in tl.static_range(T):
             m = (i_0 + j >= 0) & (i_0 + j < l)
@@ -474,7 +480,7 @@ if triton is not None:
         ahead = s6_inputs(p_x, p_dt, p_B, i_0, l, o_p, o_2, s_xl, s_tl, s_Bl, p, n, WORDS, False, T)
         more = s6_outputs(p_C, p_z, p_z, i_0, l, o_p, o_2, s_Cl, s_zl, 0, p, n, Y, Z, False, WORDS, False, T)
         blocks = s // T
-        if LEAVE == "end":  # from the end of the last segment none starts
+        if LEAVE == "end":  # no segment starts where the last one ends
             blocks = tl.where(i_c == (0 if ADJOINT else c - 1), 0, blocks)
         for _ in range(blocks):
             inputs, outputs, i_1 = ahead, more, i_0 - T if ADJOINT else i_0 + T
@@ -515,17 +521,18 @@ if triton is not None:
 
     @triton.jit
     def store_sum(p_out, b_0, b_1, m, n: tl.constexpr):
-        """The sum over the rows of (R, n), b_0 its even and b_1 its odd columns, to p_out (n,). In every step two rows that differ in
-        bit i of their number share their columns out, each adding up half of them: R numbers take R shuffles, not R log R."""
+        """The sum over the rows of b_0 and b_1 (R, W), the even and the odd columns of (R, n), to p_out (n,). In every step two rows that
+        differ in bit i of their number share their columns out, each adding up half of them: a thread with 8 numbers of 16 rows sends
+        4 + 2 + 1 + 1 = 8 of them, not 8 log 16 = 32."""
         R: tl.constexpr = b_0.shape[0]
         W: tl.constexpr = b_0.shape[1]
         o_r, o = tl.arange(0, R)[:, None], tl.arange(0, W)[None, :] + tl.zeros((R, W), tl.int32)
         o_0, o_1, m_r = 2 * o, 2 * o + 1, o_r >= 0
-        for i in tl.static_range(8):
+        for i in tl.static_range(8):  # R ≤ 2^8
             if 1 << i < R:
                 m_i = (o_r >> i) % 2 == 1
                 if i > 0:
-                    if b.shape[1] > 2:  # of a warp's two last columns each half holds one
+                    if b.shape[1] > 2:  # two columns lie in two threads: nothing to share out, both rows keep the sum and one stores it
                         b_0, b_1 = tl.split(tl.reshape(b, (R, b.shape[1] // 2, 2)))
                         o_0, o_1 = tl.split(tl.reshape(o, (R, o.shape[1] // 2, 2)))
                     else:
@@ -547,7 +554,8 @@ if triton is not None:
                            T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
         """Mamba, one block of channels of one head from the last token of a segment to its first, b_g the adjoint of the state.
         K = T / 2 tokens at a time: the states between them are computed again from S, held in registers, and taken backwards.
-        Sums over the heads of a group and over blocks of channels are left to the caller."""
+        Left to the caller: the sums of dB, dC (⌈p/BP⌉, b, l, h, n) over blocks of channels, of dx (b, l, h, p) and dB over a group,
+        and of dA (b, c, h, p, n), dD and dbias (b, c, h, p) over batch and segments."""
         i_bch, i_p = tl.program_id(0).to(tl.int64), tl.program_id(1)
         i_b, i_c, i_h = i_bch // (c * h), i_bch // h % c, i_bch % h
         N2: tl.constexpr = (n + 1) // 2
@@ -577,6 +585,7 @@ if triton is not None:
             inputs, i_1 = ahead, tl.maximum(i_0 - K, 0)  # at the start of the sequence the first K tokens again
             ahead = s6_inputs(p_x, p_dt, p_B, i_1, l, o_p, o_2, s_xl, s_tl, s_Bl, p, n, WORDS, WORDS, K)
             state = read_state(p_S + i_1 // T * (h * p * 2 * N2), o_pn, m_pn & (o_pn < tl.where(i_1 // T * T < l, p * 2 * N2, 0)), N2)
+            # (not a turn ahead: the registers are full)
             outputs = s6_outputs(p_C, p_z, p_dy, i_0, l, o_p, o_2, s_Cl, s_zl, s_yl, p, n, True, GATE, True, WORDS, WORDS, K)
             if i_0 % T > 0:  # S is the state K tokens earlier, and those are next
                 for j in tl.static_range(K):
@@ -636,7 +645,8 @@ if triton is not None:
             h ← decay over the tile · h + Σ_t w_t v_t ⊗ u_t       u = x, v = B, w = Δ × the decay from t to the tile's end
             y = (decay ∘ C Bᵀ) (Δ x) + decay since the tile's start ∘ C h
 
-        Leaves "y", "states" (n, p) or the "end" as Mamba's walk does. The ADJOINT walks from the last tile to the first
+        Leaves "y" (y and, in h, the end state), "states" (h and S (b, ⌈l/T⌉, h, n, p), the state before every tile; no y) or the
+        "end" (h and total, from no state). h0 and h lie as (p, n), S as (n, p). The ADJOINT walks from the last tile to the first
         with u = dy, v = C, w = the decay from the tile's start to t."""
         i_bch = tl.program_id(0).to(tl.int64)
         i_b, i_c, i_h = i_bch // (c * h), i_bch // h % c, i_bch % h
@@ -683,9 +693,17 @@ if triton is not None:
                             h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr, rb: tl.constexpr,
                             SKIP: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
                             T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
-        """Mamba-2, the gradients of one tile of one head: from S, the state at its start, and G, the adjoint of the state at
-        its end. t is the reader (C, dy), r the writer (x, B). What belongs to the writers is computed transposed, as
-        (p, T) and (n, T), because Triton 3.4 to 3.7 on Hopper miscompiles a dot that takes a dot's result transposed."""
+        """Mamba-2, the gradients of one tile of one head: from S, the state at its start, and G, the adjoint of the state at its end.
+        t is the reader (C, dy), r the writer (x, B); c is the number of tiles. With a decay b_rt[r, t] = b_tr[t, r] from r to t:
+
+            dC_t = since_t S dy_t + Σ_r decay Δ_r (dy_t·x_r) B_r            b_yx  what of it comes from inside the tile, (t, r)
+            dB_r = Δ_r (after_r G x_r + Σ_t decay (dy_t·x_r) C_t)           b_xy  the same seen from the writer, (r, t)
+            d(Δx)_r = after_r G B_r + Σ_t decay (C_t·B_r) dy_t              b_BC  (r, t);   b_ux and b_give: its product with x_r
+
+        The adjoint of a_t = Δ_t A collects every product whose decay spans token t: b_ds, per token what it reads minus what it writes
+        inside the tile, summed from the tile's end back to t; b_before, what writers before t give (b_give) to the tile's end; and
+        b_hold = <S, G>, what crosses the whole tile. Readers and writers each get products of their own, because Triton 3.4 to 3.7 on
+        Hopper miscompiles a dot that takes a dot's result transposed."""
         i_bch = tl.program_id(0).to(tl.int64)
         c = tl.cdiv(l, T)
         i_b, i_c, i_h = i_bch // (c * h), i_bch // h % c, i_bch % h
@@ -879,7 +897,8 @@ LAUNCHES = {}  # the compiled kernel, and the constants behind its arguments, fo
 
 def launch(kernel, grid, *args, **meta):
     """kernel[grid](*args, **meta). Triton looks at all of some 40 arguments anew in every call, which takes longer than a small batch
-    runs; so what the compiled code depends on (types, alignments, numbers) is the key under which it is found again here."""
+    runs; so the compiled kernel is found again here by all it could depend on: types, alignments, numbers (lengths too, on which it
+    does not: a new length asks Triton once more). An argument a launch does not use is any tensor at hand."""
     if DRY:
         return
     key = (kernel.__name__, args[0].get_device(), *[(a.dtype, a.data_ptr() % 16 == 0) if torch.is_tensor(a) else a for a in args], *meta.values())
@@ -930,8 +949,8 @@ def join(S, total, A, h0, reverse=False):
 
 
 def segments(blocks, l, T, most):
-    """Into how many segments the walks cut a sequence of l tokens: as few as make `most` blocks, which fill a large GPU; none of less
-    than 8 T tokens."""
+    """Into how many segments the walks cut a sequence of l tokens: as many as keep the blocks at or below `most`, which fills a large GPU,
+    and at most one per 8 T tokens (with s rounded up to T the last ones can be short or empty)."""
     return max(1, min(most // blocks, l // (8 * T)))
 
 
@@ -947,7 +966,7 @@ def whole(t, n):
 
 
 def s6_setup(x, dt, B, C, z, D, dt_bias, dy=None):
-    """The tensors of a launch as the kernels read them, and the kernels' constants."""
+    """The tensors of a launch as the kernels read them, D and the bias, and the kernels' constants. (The interpreter has no bf16 words.)"""
     (h, n), p, BN = C.shape[2:], x.shape[3], max(2, power_of_2(C.shape[3]))
     tensors = [rows(x if t is None else t)[0] for t in (x, dt, B, C, z, dy)]
     words = not INTERPRET and n % 2 == p % 2 == 0 and all(t.dtype == torch.bfloat16 and t.storage_offset() % 2 == 0 and
@@ -960,6 +979,7 @@ def s6_setup(x, dt, B, C, z, D, dt_bias, dy=None):
 
 
 def s6_walk(tensors, small, meta, A, c, leave, h0, y, h, S, total, adjoint=False):
+    """s6_walk_kernel through c segments: what `leave` asks for, into y, h, S, total (see the kernel). The adjoint reads dy and C."""
     (x, dt, B, C, z, dy), (b, l, heads) = tensors, tensors[3].shape[:3]
     if adjoint:
         x, B, meta = dy, C, dict(meta, rx=1, rb=1)
@@ -969,7 +989,7 @@ def s6_walk(tensors, small, meta, A, c, leave, h0, y, h, S, total, adjoint=False
 
 
 def s6_forward(x, dt, A, B, C, D, z, dt_bias, h0, keep):
-    """Mamba on the kernels: y, the last state, and for the backward the states S and the steps' sums per segment (or nothing)."""
+    """Mamba on the kernels: y, the last state, and for the backward S, with `keep`, and the steps' sums (b, c, h, p) per segment."""
     (b, l, h, n), p, A = C.shape, x.shape[3], halves(A)
     tensors, small, meta = s6_setup(x, dt, B, C, z, D, dt_bias)
     c = segments(b * h * cdiv(p, meta["BP"]), l, meta["T"], S6_BLOCKS)
@@ -985,7 +1005,7 @@ def s6_forward(x, dt, A, B, C, D, z, dt_bias, h0, keep):
 
 
 def s6_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, S, total):
-    """The gradients of x, dt, A, B, C, D, z, dt_bias and h0; empty for an input that is not there."""
+    """The gradients of x, dt, A, B, C, D, z, dt_bias and h0; empty for a D, z or dt_bias that is not there."""
     (b, l, h, n), p, c, fA = C.shape, x.shape[3], total.shape[1], halves(A)
     tensors, small, meta = s6_setup(x, dt, B, C, z, D, dt_bias, dy)
     s, parts, states = meta["T"] * cdiv(l, c * meta["T"]), cdiv(p, meta["BP"]), (b, c, h, p, fA.shape[-1])
@@ -1006,8 +1026,9 @@ def s6_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, S, total):
 
 
 def ssd_setup(x, B, C, D):
-    """The same for Mamba-2. bf16 is multiplied as it is, fp16 (whose range a state can leave) as TF32, float32 in full."""
-    dot, T, block = (tl.bfloat16, 64, 64) if x.dtype == torch.bfloat16 and not INTERPRET else (tl.float32, 32, 32)  # (it lacks bf16)
+    """x, B and C as Mamba-2's kernels read them, and the kernels' constants. bf16 is multiplied as it is, fp16 (whose range a state can
+    leave) as TF32, float32 in full."""
+    dot, T, block = (tl.bfloat16, 64, 64) if x.dtype == torch.bfloat16 and not INTERPRET else (tl.float32, 32, 32)  # it lacks bf16
     meta = dict(h=C.shape[2], p=x.shape[3], n=C.shape[3], SKIP=D is not None, DOT=dot, T=T, BP=block,
                 PREC="ieee" if x.dtype == torch.float32 else "tf32")
     return [rows(t)[0] for t in (x, B, C)], meta
@@ -1025,6 +1046,7 @@ def ssd_delta(dt, A, dt_bias, tokens, T, exact):
 
 
 def ssd_walk(u, v, C, delta, s, meta, D, c, leave, h0, y, h, S, total, adjoint=False):
+    """ssd_walk_kernel through c segments, as s6_walk; for the adjoint u is dy and v is C."""
     b, l, heads = C.shape[:3]
     launch(ssd_walk_kernel, (b * c * heads, cdiv(meta["p"], meta["BP"])), u, delta, s, v, C, D, h0, y, h, S, total, l, c, delta.shape[1] // c,
            *flat_strides(u, v, C), rx=heads // u.shape[2], rb=heads // v.shape[2], LEAVE=leave, ADJOINT=adjoint,
@@ -1044,7 +1066,8 @@ def ssd_forward(x, dt, A, B, C, D, z, dt_bias, h0, keep):
         ssd_walk(x, B, C, delta, s, meta, D, c, "end", starts, y, starts, starts, total)
         join(starts, total, A, first)
     ssd_walk(x, B, C, delta, s, meta, D, c, "y", starts, y, ends, ends, total)
-    return y, ends[:, -1].contiguous(), starts.clone() if h0 is not None and c == 1 else starts, total
+    kept = starts.clone() if h0 is not None and c == 1 else starts  # an operator must not return its input
+    return y, ends[:, -1].contiguous(), kept, total
 
 
 def ssd_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, starts, total):
@@ -1079,7 +1102,8 @@ def scan_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, S, total):
 
 
 class TritonScan(torch.autograd.Function):
-    """`ssm_reference` on the kernels above, z for Mamba only. Keeps its inputs, for Mamba also every 8th state."""
+    """`ssm_reference` on the kernels above, z for Mamba only. Keeps its inputs and S: of Mamba every 8th state, of Mamba-2 those its
+    segments start from."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, z, dt_bias, h0, keep):
@@ -1185,7 +1209,7 @@ def dry(f):
 
 
 def operator(name):
-    """The function of that name below, or while torch.compile traces the operator of PyTorch that it is registered as."""
+    """This file's function of that name or, while torch.compile traces, the operator of PyTorch that it is registered as."""
     return getattr(torch.ops.mil, name) if torch.compiler.is_compiling() else globals()[name]
 
 
