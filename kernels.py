@@ -890,8 +890,6 @@ if triton is not None:
 # their own, so that torch.compile takes each as one node of its graph.
 
 DRY = False  # True while torch.compile asks for shapes alone
-
-
 LAUNCHES = {}  # the compiled kernel, and the constants behind its arguments, for arguments seen before
 
 
@@ -989,29 +987,30 @@ def s6_walk(tensors, small, meta, A, c, leave, h0, y, h, S, total, adjoint=False
 
 
 def s6_forward(x, dt, A, B, C, D, z, dt_bias, h0, keep):
-    """Mamba on the kernels: y, the last state, and for the backward S, with `keep`, and the steps' sums (b, c, h, p) per segment."""
+    """Mamba on the kernels: y, the last state, and for the backward S (empty unless `keep`)."""
     (b, l, h, n), p, A = C.shape, x.shape[3], halves(A)
     tensors, small, meta = s6_setup(x, dt, B, C, z, D, dt_bias)
     c = segments(b * h * cdiv(p, meta["BP"]), l, meta["T"], S6_BLOCKS)
     starts = x.new_zeros(b, 1, h, p, A.shape[-1], dtype=torch.float32) if h0 is None else halves(h0).unsqueeze(1)
-    total, ends = starts.new_empty(b, c, h, p), starts.new_empty(b, c, *starts.shape[2:])
+    ends = starts.new_empty(b, c, *starts.shape[2:])
     y, S = x.new_empty(b, l, h, p), starts.new_empty(b, cdiv(l, meta["T"]) if keep else 0, *starts.shape[2:])
     if c > 1:
-        first, starts = starts[:, 0], starts.new_empty(b, c, *starts.shape[2:])
+        first, starts, total = starts[:, 0], torch.empty_like(ends), ends.new_empty(b, c, h, p)
         s6_walk(tensors, small, meta, A, c, "end", starts, y, starts, S, total)
         join(starts, total, A, first)
-    s6_walk(tensors, small, meta, A, c, "states" if keep else "y", starts, y, ends, S, total)
-    return y, whole(ends[:, -1], n), S, total
+    s6_walk(tensors, small, meta, A, c, "states" if keep else "y", starts, y, ends, S, ends)
+    return y, whole(ends[:, -1], n), S
 
 
-def s6_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, S, total):
+def s6_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, S):
     """The gradients of x, dt, A, B, C, D, z, dt_bias and h0; empty for a D, z or dt_bias that is not there."""
-    (b, l, h, n), p, c, fA = C.shape, x.shape[3], total.shape[1], halves(A)
+    (b, l, h, n), p, fA = C.shape, x.shape[3], halves(A)
     tensors, small, meta = s6_setup(x, dt, B, C, z, D, dt_bias, dy)
+    c = segments(b * h * cdiv(p, meta["BP"]), l, meta["T"], S6_BLOCKS)
     s, parts, states = meta["T"] * cdiv(l, c * meta["T"]), cdiv(p, meta["BP"]), (b, c, h, p, fA.shape[-1])
     G, dh0, dA, dD, dbias = halves(dh).unsqueeze(1), S.new_empty(states), S.new_empty(states), S.new_empty(b, c, h, p), S.new_empty(b, c, h, p)
     if c > 1:
-        last, G, total = G[:, 0], S.new_empty(states), torch.empty_like(total)
+        last, G, total = G[:, 0], S.new_empty(states), S.new_empty(b, c, h, p)
         s6_walk(tensors, small, meta, fA, c, "end", G, x, G, S, total, adjoint=True)
         join(G, total, fA, last, reverse=True)
     dx, ddt, dz = x.new_empty(b, l, h, p), dt.new_empty(dt.shape), x.new_empty(0) if z is None else z.new_empty(z.shape)
@@ -1054,23 +1053,23 @@ def ssd_walk(u, v, C, delta, s, meta, D, c, leave, h0, y, h, S, total, adjoint=F
 
 
 def ssd_forward(x, dt, A, B, C, D, z, dt_bias, h0, keep):
-    """Mamba-2 on the kernels: y, the last state, and for the backward the states the segments start from and the steps' sums."""
+    """Mamba-2 on the kernels: y, the last state, and for the backward the states the segments start from."""
     (b, l, h, n), p, A = C.shape, x.shape[3], A.float().contiguous()
     (x, B, C), meta = ssd_setup(x, B, C, D)
     c, D = segments(b * h * cdiv(p, meta["BP"]), l, meta["T"], SSD_BLOCKS), A if D is None else D.float().contiguous()
     delta, s = ssd_delta(dt, A, dt_bias, c * meta["T"] * cdiv(l, c * meta["T"]), meta["T"], x.dtype == torch.float32)
     starts = (delta.new_zeros(b, h, p, n) if h0 is None else h0.float().contiguous()).unsqueeze(1)
-    y, total, ends = x.new_empty(b, l, h, p), delta.new_empty(b, c, h), delta.new_empty(b, c, h, p, n)
+    y, ends = x.new_empty(b, l, h, p), delta.new_empty(b, c, h, p, n)
     if c > 1:
-        first, starts = starts[:, 0], torch.empty_like(ends)
+        first, starts, total = starts[:, 0], torch.empty_like(ends), ends.new_empty(b, c, h)
         ssd_walk(x, B, C, delta, s, meta, D, c, "end", starts, y, starts, starts, total)
         join(starts, total, A, first)
-    ssd_walk(x, B, C, delta, s, meta, D, c, "y", starts, y, ends, ends, total)
+    ssd_walk(x, B, C, delta, s, meta, D, c, "y", starts, y, ends, ends, ends)
     kept = starts.clone() if h0 is not None and c == 1 else starts  # an operator must not return its input
-    return y, ends[:, -1].contiguous(), kept, total
+    return y, ends[:, -1].contiguous(), kept
 
 
-def ssd_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, starts, total):
+def ssd_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, starts):
     """The gradients, as s6_backward returns them."""
     (b, l, h, n), p, c, fA = C.shape, x.shape[3], starts.shape[1], A.float().contiguous()
     (xc, Bc, Cc), meta = ssd_setup(x, B, C, D)
@@ -1078,12 +1077,12 @@ def ssd_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, starts, total):
     delta, s = ssd_delta(dt, fA, dt_bias, c * T * cdiv(l, c * T), T, x.dtype == torch.float32)
     S = (x if meta["DOT"] == tl.bfloat16 else dh).new_empty(b, cdiv(l, T), h, p * n)
     Gs, G, dh0, tiles = torch.empty_like(S), dh.float().contiguous().unsqueeze(1), starts.new_empty(b, c, h, p, n), b * S.shape[1]
-    ssd_walk(xc, Bc, Cc, delta, s, meta, fD, c, "states", starts, dy, dh0, S, total)
+    ssd_walk(xc, Bc, Cc, delta, s, meta, fD, c, "states", starts, dy, dh0, S, S)
     if c > 1:
-        last, G = G[:, 0], torch.empty_like(dh0)
-        ssd_walk(dy, Cc, Cc, delta, s, meta, fD, c, "end", G, dy, G, Gs, torch.empty_like(total), adjoint=True)
+        last, G, total = G[:, 0], torch.empty_like(dh0), dh0.new_empty(b, c, h)
+        ssd_walk(dy, Cc, Cc, delta, s, meta, fD, c, "end", G, dy, G, Gs, total, adjoint=True)
         join(G, total, fA, last, reverse=True)
-    ssd_walk(dy, Cc, Cc, delta, s, meta, fD, c, "states", G, dy, dh0, Gs, total, adjoint=True)
+    ssd_walk(dy, Cc, Cc, delta, s, meta, fD, c, "states", G, dy, dh0, Gs, Gs, adjoint=True)
     dx, ddt, dB, dC = x.new_empty(b, l, h, p), dt.new_empty(dt.shape), B.new_empty(b, l, h, n), C.new_empty(b, l, h, n)
     dA, dD = S.new_empty(2, tiles, h, dtype=torch.float32)
     launch(ssd_backward_kernel, (tiles * h,), xc, delta, s, fA, Bc, Cc, fD, dy, S, Gs, dx, ddt, dA, dB, dC, dD, l, delta.shape[1],
@@ -1097,8 +1096,8 @@ def scan_forward(x, dt, A, B, C, D, z, dt_bias, h0, keep):
     return (ssd_forward if A.dim() == 1 else s6_forward)(x, dt, A, B, C, D, z, dt_bias, h0, keep)
 
 
-def scan_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, S, total):
-    return (ssd_backward if A.dim() == 1 else s6_backward)(dy, dh, x, dt, A, B, C, D, z, dt_bias, S, total)
+def scan_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, S):
+    return (ssd_backward if A.dim() == 1 else s6_backward)(dy, dh, x, dt, A, B, C, D, z, dt_bias, S)
 
 
 class TritonScan(torch.autograd.Function):
@@ -1107,8 +1106,8 @@ class TritonScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, z, dt_bias, h0, keep):
-        y, h, S, total = operator("scan_forward")(x, dt, A, B, C, D, z, dt_bias, h0, keep)
-        ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, S, total)
+        y, h, S = operator("scan_forward")(x, dt, A, B, C, D, z, dt_bias, h0, keep)
+        ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, S)
         return y, h
 
     @staticmethod
@@ -1214,8 +1213,8 @@ def operator(name):
 
 
 SCAN = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias"
-for f, schema in ((scan_forward, f"({SCAN}, Tensor? h0, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"),
-                  (scan_backward, f"(Tensor dy, Tensor dh, {SCAN}, Tensor S, Tensor total) -> ({', '.join(['Tensor'] * 9)})"),
+for f, schema in ((scan_forward, f"({SCAN}, Tensor? h0, bool keep) -> (Tensor, Tensor, Tensor)"),
+                  (scan_backward, f"(Tensor dy, Tensor dh, {SCAN}, Tensor S) -> ({', '.join(['Tensor'] * 9)})"),
                   (conv_forward, "(Tensor x, Tensor weight, Tensor? bias, int skip) -> Tensor"),
                   (conv_backward, "(Tensor dy, Tensor x, Tensor weight, Tensor? bias, int skip) -> (Tensor, Tensor, Tensor)"),
                   (norm_forward, "(Tensor y, Tensor z, Tensor weight, float eps) -> Tensor"),

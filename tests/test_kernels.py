@@ -451,10 +451,10 @@ def operator_calls(decay="mamba", options="Dzbh"):
     t = {**dict.fromkeys(("D", "z", "dt_bias", "h0")), **scan_inputs(decay, 1, 4, (2, 1, 2), (5, 3), 1, torch.float32, options)}
     t["z"] = t["z"] if decay == "mamba" else None  # Mamba-2 leaves its gate to the norm
     scan = [t[k] for k in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
-    y, h, S, total = kernels.scan_forward(*scan, t["h0"], True)
+    y, h, S = kernels.scan_forward(*scan, t["h0"], True)
     x, weight = t["x"], torch.randn(2, 5, 4, device=DEVICE)
     bias = weight[..., 0].contiguous() if "b" in options else None
-    return {"scan_forward": (*scan, t["h0"], True), "scan_backward": (y, h, *scan, S, total),
+    return {"scan_forward": (*scan, t["h0"], True), "scan_backward": (y, h, *scan, S),
             "conv_forward": (x, weight, bias, 3), "conv_backward": (y[:, 3:], x, weight, bias, 3),
             "norm_forward": (y, y.cos(), weight[..., 1], 1e-5), "norm_backward": (y.sin(), y, y.cos(), weight[..., 1], 1e-5)}
 
@@ -559,7 +559,7 @@ def test_mamba_keeps_states_only_for_a_backward_to_come(monkeypatch):
         for off in (torch.no_grad, torch.inference_mode):
             with off():
                 f(**inputs)
-    assert [S.numel() for _, _, S, _ in kept] == [0, 2 * 2 * 4 * 4, 0, 0]  # of 9 tokens the 1st and the 9th, n = 3 in pairs
+    assert [S.numel() for _, _, S in kept] == [0, 2 * 2 * 4 * 4, 0, 0]  # of 9 tokens the 1st and the 9th, n = 3 in pairs
 
 
 class StubKernel:
