@@ -64,6 +64,7 @@ and BN blocks of p and n, N2 = ⌈n/2⌉, rx and rb the query heads that share a
 on a block of Mamba's (b_h0, b_h1) is the even or the odd columns of n. `o < tl.where(m, n, 0)` is m & (o < n), one compare.
 """
 import os
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -146,14 +147,14 @@ def ssm_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None):
     Raises ValueError, naming the argument, when the shapes do not fit together.
     """
     check_ssm(x, dt, A, B, C, D, z, dt_bias, h0)
+    if use_triton(x) and x.shape[1] > 1:
+        inside = z if A.dim() == 3 else None  # Mamba's kernel gates its output; Mamba-2's does not, as gated_norm does it
+        keep = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, dt, A, B, C, D, z, dt_bias, h0)])
+        y, h = TritonScan.apply(x, dt, A, B, C, D, inside, dt_bias, h0, keep)
+        return y if inside is z else (y.float() * F.silu(z.float())).to(x.dtype), h
     with torch.autocast(x.device.type, enabled=False):  # the state and Δ·A stay float32 whatever surrounds them
         if x.shape[1] == 1:  # one token has nothing to run in parallel: the definition is a single step
             return ssm_reference(x, dt, A, B, C, D, z, dt_bias, h0)
-        if use_triton(x):
-            inside = z if A.dim() == 3 else None  # Mamba's kernel gates its output; Mamba-2's does not, as gated_norm does it
-            keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, dt, A, B, C, D, z, dt_bias, h0))
-            y, h = TritonScan.apply(x, dt, A, B, C, D, inside, dt_bias, h0, keep)
-            return y if inside is z else (y.float() * F.silu(z.float())).to(x.dtype), h
         f = torch.promote_types(x.dtype, torch.float32)
         delta = F.softplus(dt.to(f) if dt_bias is None else dt.to(f) + dt_bias.to(f))
         h0 = x.new_zeros(x.shape[0], C.shape[2], x.shape[3], C.shape[3], dtype=f) if h0 is None else h0.to(f)
@@ -285,11 +286,11 @@ SEGMENTS = ["l", "c", "s"]  # lengths: not specialised on
 # scheduler, and the tokens in flight, which are also those between two states in S. Mamba-2: the programs to aim at, and the launches of
 # the walk that gives y, of those that leave states or an end, and of the gradient. The convolution: at least T tokens to a segment, U at a
 # time, BLOCK channels × query heads. The norm: T tokens to a program, ELEMENTS numbers at a time.
-S6_TILE, S6_BLOCKS, S6_T = 256, 1024, 8
+S6_TILE, S6_BLOCKS, S6_T = 256, 2048, 8
 SSD_BLOCKS, WALK_Y, WALK_STATES = 256, dict(num_warps=4, num_stages=2), dict(num_warps=4, num_stages=3)
 GRADIENT = dict(num_warps=4, num_stages=2)
-CONV_Y, CONV_GRADIENT = dict(T=32, U=8, BLOCK=128, num_warps=1), dict(T=64, U=8, BLOCK=64, num_warps=1)
-NORM_Y, NORM_GRADIENT = dict(T=16, ELEMENTS=2048, num_warps=4), dict(T=64, ELEMENTS=1024, num_warps=4)
+CONV_Y, CONV_GRADIENT = dict(T=32, U=8, BLOCK=128), dict(T=64, U=8, BLOCK=64)
+NORM_Y, NORM_GRADIENT = dict(T=16, ELEMENTS=2048), dict(T=64, ELEMENTS=1024)
 
 if triton is not None:
     LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x LOG2E), and 2^x is what the chip computes
@@ -298,7 +299,8 @@ if triton is not None:
     def softplus(b):
         """log(1 + e^b)."""
         b_e = tl.exp2(tl.abs(b) * -LOG2E)  # log(1 + e) = 2 artanh(e / (2 + e)), to float32 precision also where e is tiny
-        b_w = b_e / (2 + b_e)
+        b_w = tl.rsqrt(2 + b_e)
+        b_w = b_e * b_w * b_w  # 5 instructions, where a division takes 12
         b_q = b_w * b_w
         b_sum = 1 + b_q * (1 / 3 + b_q * (1 / 5 + b_q * (1 / 7 + b_q * (1 / 9 + b_q * (1 / 11 + b_q / 13)))))
         return tl.maximum(b, 0.) + 2 * b_w * b_sum
@@ -311,7 +313,7 @@ if triton is not None:
 
     @triton.jit
     def sigmoid(b):
-        """1 / (1 + e^-b), by the square of a root: 5 instructions, where a division makes it 12."""
+        """1 / (1 + e^-b)."""
         b_root = tl.rsqrt(1 + tl.exp2(b * -LOG2E))
         return b_root * b_root
 
@@ -343,24 +345,6 @@ if triton is not None:
         b_a = tl.maximum(b_delta * tl.load(p_A + o, mask=m, other=0.)[None, :] * LOG2E, -200.)
         tl.store(p_delta + o_out, b_delta, mask=m[None, :])
         tl.store(p_s + o_out, tl.cumsum(b_a.to(p_s.dtype.element_ty), axis=0), mask=m[None, :])
-
-    @triton.jit(do_not_specialize=["c"])
-    def join_kernel(p_S, p_total, p_A, p_h0, p_h, c, h, p, n, REVERSE: tl.constexpr, MAMBA2: tl.constexpr, BLOCK: tl.constexpr):
-        """From segment to segment: h ← exp(A ΣΔ) h + S, leaving in place of S what the segment starts from; or from the last
-        to the first. S (b, c, h, p, n), total ΣΔ shaped like Δ with c for l, h0 and h (b, h, p, n)."""
-        i_bh = tl.program_id(0).to(tl.int64)
-        i_b, i_h = i_bh // h, i_bh % h
-        o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        m = o < p * n
-        b_A = tl.load(p_A + i_h) if MAMBA2 else tl.load(p_A + i_h * p * n + o, mask=m, other=0.)
-        b_h = tl.load(p_h0 + i_bh * p * n + o, mask=m, other=0.)
-        for k in range(c):
-            i_bch = (i_b * c + (c - 1 - k if REVERSE else k)) * h + i_h
-            b_S = tl.load(p_S + i_bch * p * n + o, mask=m, other=0.)
-            b_total = tl.load(p_total + i_bch) if MAMBA2 else tl.load(p_total + i_bch * p + o // n, mask=m, other=0.)
-            tl.store(p_S + i_bch * p * n + o, b_h, mask=m)
-            b_h = tl.exp(b_A * b_total) * b_h + b_S
-        tl.store(p_h + i_bh * p * n + o, b_h, mask=m)
 
     @triton.jit
     def read(p, o, m, WORDS: tl.constexpr, EMPTY: tl.constexpr):
@@ -394,80 +378,100 @@ if triton is not None:
             return b[0].to(tl.float32), b[1].to(tl.float32)
 
     @triton.jit
-    def s6_inputs(p_x, p_dt, p_B, i_0, l, o_p, o_2, s_xl: tl.constexpr, s_tl: tl.constexpr, s_Bl: tl.constexpr, p: tl.constexpr, n: tl.constexpr,
-                  WORDS: tl.constexpr, SINGLE: tl.constexpr, T: tl.constexpr):
-        """x, dt, B of T tokens from i_0 on; outside the sequence Δ = 0, which leaves the state alone."""
+    def s6_tokens(p_x, p_dt, p_B, p_C, p_z, p_dy, i_0, l, o_p, o_2, s_xl: tl.constexpr, s_tl: tl.constexpr, s_Bl: tl.constexpr, s_Cl: tl.constexpr,
+                  s_zl: tl.constexpr, s_yl: tl.constexpr, p: tl.constexpr, n: tl.constexpr, X: tl.constexpr, C: tl.constexpr, Z: tl.constexpr,
+                  Y: tl.constexpr, WORDS: tl.constexpr, SINGLE: tl.constexpr, T: tl.constexpr):
+        """dt, x, B (if X), C, z, dy of T tokens from i_0 on, as far as asked for: any value stands in for the others. Outside the sequence
+        Δ = 0, which leaves the state alone."""
         tokens = ()
         for j in tl.static_range(T):
             m = (i_0 + j >= 0) & (i_0 + j < l)
             m_p = o_p < tl.where(m, p, 0)
-            tokens = tokens + ((read(p_x + i_0 * s_xl + j * s_xl, o_p, m_p, SINGLE, 0.),
-                                read(p_dt + i_0 * s_tl + j * s_tl, o_p, m_p, SINGLE, -float("inf")),
-                                read_pairs(p_B + i_0 * s_Bl + j * s_Bl, o_2, m, n, WORDS)),)
-        return tokens
-
-    @triton.jit
-    def s6_outputs(p_C, p_z, p_dy, i_0, l, o_p, o_2, s_Cl: tl.constexpr, s_zl: tl.constexpr, s_yl: tl.constexpr, p: tl.constexpr, n: tl.constexpr,
-                   C: tl.constexpr, Z: tl.constexpr, DY: tl.constexpr, WORDS: tl.constexpr, SINGLE: tl.constexpr, T: tl.constexpr):
-        """C, z, dy of T tokens from i_0 on, as far as asked for; any value stands in for the others."""
-        tokens = ()
-        for j in tl.static_range(T):
-            m = (i_0 + j >= 0) & (i_0 + j < l)
-            m_p = o_p < tl.where(m, p, 0)
+            b_dt = read(p_dt + i_0 * s_tl + j * s_tl, o_p, m_p, SINGLE, -float("inf")) if X else o_p
+            b_x = read(p_x + i_0 * s_xl + j * s_xl, o_p, m_p, SINGLE, 0.) if X else o_p
+            b_B = read_pairs(p_B + i_0 * s_Bl + j * s_Bl, o_2, m, n, WORDS) if X else (o_p,)
             b_C = read_pairs(p_C + i_0 * s_Cl + j * s_Cl, o_2, m, n, WORDS) if C else (o_p,)
             b_z = read(p_z + i_0 * s_zl + j * s_zl, o_p, m_p, SINGLE, 0.) if Z else o_p
-            b_dy = read(p_dy + i_0 * s_yl + j * s_yl, o_p, m_p, SINGLE, 0.) if DY else o_p
-            tokens = tokens + ((b_C, b_z, b_dy),)
+            b_dy = read(p_dy + i_0 * s_yl + j * s_yl, o_p, m_p, SINGLE, 0.) if Y else o_p
+            tokens = tokens + ((b_dt, b_x, b_B, b_C, b_z, b_dy),)
         return tokens
 
+    # A state, and whatever has its shape or is a row of it, is a pair: its even and its odd columns of n.
+
     @triton.jit
-    def s6_step(b_h0, b_h1, token, b_A0, b_A1, b_bias, o_p, WORDS: tl.constexpr, SINGLE: tl.constexpr):
-        """h ← exp(Δ A) ∘ h + (Δ x) ⊗ B, the even and the odd columns of n apart. Returns both, x and Δ."""
-        b_x, b_delta = number(token[0], o_p, SINGLE), softplus(number(token[1], o_p, SINGLE) + b_bias)
-        b_u = (b_delta * b_x)[:, None]
-        b_B0, b_B1 = pairs(token[2], WORDS)
-        b_h0 = tl.exp2(b_delta[:, None] * b_A0) * b_h0 + b_u * b_B0
-        b_h1 = tl.exp2(b_delta[:, None] * b_A1) * b_h1 + b_u * b_B1
-        return b_h0, b_h1, b_x, b_delta
+    def add(b_h, b_u, b_B):
+        """h + u ⊗ B."""
+        return b_h[0] + b_u[:, None] * b_B[0], b_h[1] + b_u[:, None] * b_B[1]
+
+    @triton.jit
+    def decay(b_h, b_delta, b_A):
+        """exp(Δ A) ∘ h."""
+        return tl.exp2(b_delta[:, None] * b_A[0]) * b_h[0], tl.exp2(b_delta[:, None] * b_A[1]) * b_h[1]
+
+    @triton.jit
+    def dot(b_h, b_C):
+        """h C."""
+        return tl.sum(b_h[0] * b_C[0] + b_h[1] * b_C[1], axis=1)
 
     @triton.jit
     def read_state(p, o, m, N2: tl.constexpr):
+        """A state as the kernels keep it among themselves, (p, 2, ⌈n/2⌉)."""
         return tl.load(p + o, mask=m, other=0.), tl.load(p + o + N2, mask=m, other=0.)
 
     @triton.jit
-    def store_state(p, o, b_0, b_1, m, N2: tl.constexpr):
-        tl.store(p + o, b_0, mask=m)
-        tl.store(p + o + N2, b_1, mask=m)
+    def store_state(p, o, b, m, N2: tl.constexpr):
+        tl.store(p + o, b[0], mask=m)
+        tl.store(p + o + N2, b[1], mask=m)
 
-    @triton.jit(do_not_specialize=SEGMENTS)
-    def s6_walk_kernel(p_x, p_dt, p_A, p_B, p_C, p_D, p_z, p_bias, p_h0, p_y, p_h, p_S, p_total, l, c, s, s_xb, s_tb, s_Bb, s_Cb, s_zb,
+    @triton.jit
+    def read_matrix(p, o, m, HERE: tl.constexpr):
+        """A state as everyone else has it, (p, n), offsets o and mask m (p, BN); zeros where there is none."""
+        b = tl.load(p + o, mask=m, other=0.) if HERE else tl.zeros(o.shape, tl.float32)
+        return tl.split(tl.reshape(b, (o.shape[0], o.shape[1] // 2, 2)))
+
+    @triton.jit
+    def store_matrix(p, o, b, m):
+        tl.store(p + o, tl.reshape(tl.join(b[0], b[1]), o.shape), mask=m)
+
+    @triton.jit
+    def join(b_h, p_ends, p_decays, o, m, N2: tl.constexpr):
+        """The state behind a segment: exp(A ΣΔ) ∘ h + its end."""
+        b_end, b_decay = read_state(p_ends, o, m, N2), read_state(p_decays, o, m, N2)
+        return b_decay[0] * b_h[0] + b_end[0], b_decay[1] * b_h[1] + b_end[1]
+
+    @triton.jit(do_not_specialize=SEGMENTS + ["kept"])
+    def s6_walk_kernel(p_x, p_dt, p_A, p_B, p_C, p_D, p_z, p_bias, p_h0, p_y, p_h, p_S, p_ends, p_decays, l, c, s, kept, s_xb, s_tb, s_Bb, s_Cb, s_zb,
                        s_xl: tl.constexpr, s_xh: tl.constexpr, s_tl: tl.constexpr, s_th: tl.constexpr, s_Bl: tl.constexpr, s_Bh: tl.constexpr,
                        s_Cl: tl.constexpr, s_Ch: tl.constexpr, s_zl: tl.constexpr, s_zh: tl.constexpr,
                        h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr, rb: tl.constexpr,
-                       LEAVE: tl.constexpr, ADJOINT: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr,
+                       LEAVE: tl.constexpr, ADJOINT: tl.constexpr, START: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr,
                        WORDS: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
         """Mamba, one block of channels of one head through one segment of s tokens. What it leaves:
 
-            "y"        the output and, in h, the state at the segment's end, from the state in h0 at its start
-            "states"   these and S (b, l/T, h, p, n), the state before every T-th token
-            "end"      in h what the segment adds to its end on its own, and in total ΣΔ (b, c, h, p)
+            "end"      in ends (b, c, h, p, 2, ⌈n/2⌉) the state the segment ends with on its own, and in decays exp(A ΣΔ)
+            "y"        the output, in h the last state, and in S (b, ⌈kept/T⌉, h, p, 2, ⌈n/2⌉) the state before every T-th of the first
+                       `kept` tokens: from h0 (if START) and the ends of the segments before this one
 
-        The ADJOINT of "end" walks backwards, x being dy and B being C: h is what the outputs add to the adjoint of the start.
+        The ADJOINT of "end" walks backwards, x being dy and B being C: an end is what the outputs add to the adjoint of the state before.
         The inputs of T tokens are asked for together, while the T before them are worked on: with two warps a scheduler it is
         the memory's latency that would bound the walk."""
         i_bch = tl.program_id(0).to(tl.int64)
         i_b, i_c, i_h = i_bch // (c * h), i_bch // h % c, i_bch % h
         N2: tl.constexpr = (n + 1) // 2
-        o_p, o_n = tl.program_id(1) * BP + tl.arange(0, BP), tl.arange(0, BN // 2)
-        m_p, o_2 = o_p < p, tl.zeros_like(o_p)[:, None] + o_n[None, :]
-        o_pn, m_pn = o_p[:, None] * (2 * N2) + o_n[None, :], m_p[:, None] & (o_n < N2)[None, :]
-        b_A0, b_A1 = read_state(p_A + i_h * p * (2 * N2), o_pn, m_pn, N2)
-        b_A0, b_A1, b_h0, b_h1 = b_A0 * LOG2E, b_A1 * LOG2E, tl.zeros((BP, BN // 2), tl.float32), tl.zeros((BP, BN // 2), tl.float32)
+        PN: tl.constexpr = p * 2 * N2
+        o_p, o_n, o_2n = tl.program_id(1) * BP + tl.arange(0, BP), tl.arange(0, BN // 2)[None, :], tl.arange(0, BN)[None, :]
+        m_p, o_2, o_h, m_h = o_p < p, 0 * o_p[:, None] + o_n, o_p[:, None] * n + o_2n, (o_p < p)[:, None] & (o_2n < n)
+        o_pn, m_pn = o_p[:, None] * (2 * N2) + o_n, m_p[:, None] & (o_n < N2)
+        b_A = read_state(p_A + i_h * PN, o_pn, m_pn, N2)
+        b_A = b_A[0] * LOG2E, b_A[1] * LOG2E
+        b_h = read_matrix(p_h0 + (i_b * h + i_h) * (p * n), o_h, m_h, START)
         if LEAVE != "end":
-            b_h0, b_h1 = read_state(p_h0 + i_bch * p * (2 * N2), o_pn, m_pn, N2)
+            for k in range(i_c):
+                o_k = ((i_b * c + k) * h + i_h) * PN
+                b_h = join(b_h, p_ends + o_k, p_decays + o_k, o_pn, m_pn, N2)
         b_D = tl.load(p_D + i_h * p + o_p, mask=m_p, other=0.) if SKIP else tl.zeros((BP,), tl.float32)
         b_bias = tl.load(p_bias + i_h * p + o_p, mask=m_p, other=0.) if BIAS else tl.zeros((BP,), tl.float32)
-        b_total = tl.zeros((BP,), tl.float32)
+        b_total = b_A[0] * 0  # ΣΔ, in the layout of the state: in another Δ would be computed twice
         p_x += i_b * s_xb + i_h // rx * s_xh
         p_dt += i_b * s_tb + i_h * s_th
         p_B += i_b * s_Bb + i_h // rb * s_Bh
@@ -477,40 +481,41 @@ if triton is not None:
         Y: tl.constexpr = LEAVE != "end"
         Z: tl.constexpr = GATE and (Y or ADJOINT)
         i_0 = i_c * s + (s - T if ADJOINT else 0)
-        ahead = s6_inputs(p_x, p_dt, p_B, i_0, l, o_p, o_2, s_xl, s_tl, s_Bl, p, n, WORDS, False, T)
-        more = s6_outputs(p_C, p_z, p_z, i_0, l, o_p, o_2, s_Cl, s_zl, 0, p, n, Y, Z, False, WORDS, False, T)
+        ahead = s6_tokens(p_x, p_dt, p_B, p_C, p_z, p_z, i_0, l, o_p, o_2, s_xl, s_tl, s_Bl, s_Cl, s_zl, 0, p, n, True, Y, Z, False, WORDS, False, T)
         blocks = s // T
         if LEAVE == "end":  # no segment starts where the last one ends
             blocks = tl.where(i_c == (0 if ADJOINT else c - 1), 0, blocks)
         for _ in range(blocks):
-            inputs, outputs, i_1 = ahead, more, i_0 - T if ADJOINT else i_0 + T
-            ahead = s6_inputs(p_x, p_dt, p_B, i_1, l, o_p, o_2, s_xl, s_tl, s_Bl, p, n, WORDS, False, T)
-            more = s6_outputs(p_C, p_z, p_z, i_1, l, o_p, o_2, s_Cl, s_zl, 0, p, n, Y, Z, False, WORDS, False, T)
-            if LEAVE == "states":
-                m_S = m_pn & (o_pn < tl.where(i_0 < l, p * 2 * N2, 0))
-                store_state(p_S + ((i_b * tl.cdiv(l, T) + i_0 // T) * h + i_h) * p * (2 * N2), o_pn, b_h0, b_h1, m_S, N2)
+            tokens, i_1 = ahead, i_0 - T if ADJOINT else i_0 + T
+            ahead = s6_tokens(p_x, p_dt, p_B, p_C, p_z, p_z, i_1, l, o_p, o_2, s_xl, s_tl, s_Bl, s_Cl, s_zl, 0, p, n, True, Y, Z, False, WORDS, False, T)
+            if LEAVE == "y":
+                store_state(p_S + ((i_b * tl.cdiv(l, T) + i_0 // T) * h + i_h) * PN, o_pn, b_h, m_pn & (o_pn < tl.where(i_0 < kept, PN, 0)), N2)
+            deltas, us, ys, b_sum = (), (), (), tl.zeros((BP,), tl.float32)
+            for j in tl.static_range(T):
+                b_delta, b_x = softplus(number(tokens[j][0], o_p, False) + b_bias), number(tokens[j][1], o_p, False)
+                b_u = b_x * (silu(number(tokens[j][4], o_p, False)) if GATE else 1.) if ADJOINT else b_x * b_delta
+                deltas, us = deltas + (b_delta,), us + (b_u,)
             for j in tl.static_range(T - 1 if ADJOINT else 0, -1 if ADJOINT else T, -1 if ADJOINT else 1):
                 if ADJOINT:
-                    b_x, b_delta = number(inputs[j][0], o_p, False), softplus(number(inputs[j][1], o_p, False) + b_bias)
-                    b_B0, b_B1 = pairs(inputs[j][2], WORDS)
-                    if GATE:
-                        b_x *= silu(number(outputs[j][1], o_p, False))
-                    b_h0 = tl.exp2(b_delta[:, None] * b_A0) * (b_h0 + b_x[:, None] * b_B0)
-                    b_h1 = tl.exp2(b_delta[:, None] * b_A1) * (b_h1 + b_x[:, None] * b_B1)
+                    b_h = decay(add(b_h, us[j], pairs(tokens[j][2], WORDS)), deltas[j], b_A)
                 else:
-                    b_h0, b_h1, b_x, b_delta = s6_step(b_h0, b_h1, inputs[j], b_A0, b_A1, b_bias, o_p, WORDS, False)
+                    b_h = add(decay(b_h, deltas[j], b_A), us[j], pairs(tokens[j][2], WORDS))
                 if Y:
-                    b_C0, b_C1 = pairs(outputs[j][0], WORDS)
-                    b_y = tl.sum(b_h0 * b_C0 + b_h1 * b_C1, axis=1) + b_D * b_x
-                    if GATE:
-                        b_y *= silu(number(outputs[j][1], o_p, False))
-                    tl.store(p_y + i_0 * (h * p) + j * (h * p) + o_p, b_y, mask=o_p < tl.where(i_0 + j < l, p, 0))
+                    ys = ys + (dot(b_h, pairs(tokens[j][3], WORDS)),)
                 else:
-                    b_total += b_delta
-            i_0 = i_1
-        store_state(p_h + i_bch * p * (2 * N2), o_pn, b_h0, b_h1, m_pn, N2)
+                    b_sum += deltas[j]
+            if Y:
+                for j in tl.static_range(T):
+                    b_y = ys[j] + b_D * number(tokens[j][1], o_p, False)
+                    if GATE:
+                        b_y *= silu(number(tokens[j][4], o_p, False))
+                    tl.store(p_y + i_0 * (h * p) + j * (h * p) + o_p, b_y, mask=o_p < tl.where(i_0 + j < l, p, 0))
+            i_0, b_total = i_1, b_total + b_sum[:, None]
         if LEAVE == "end":
-            tl.store(p_total + i_bch * p + o_p, b_total, mask=m_p)
+            store_state(p_ends + i_bch * PN, o_pn, b_h, m_pn, N2)
+            store_state(p_decays + i_bch * PN, o_pn, (tl.exp2(b_total * b_A[0]), tl.exp2(b_total * b_A[1])), m_pn, N2)
+        elif i_c == c - 1:
+            store_matrix(p_h + (i_b * h + i_h) * (p * n), o_h, b_h, m_h)
 
     @triton.jit
     def partner(b, i: tl.constexpr):
@@ -544,89 +549,91 @@ if triton is not None:
         else:
             tl.store(p_out + o, b, mask=m_r & (o < tl.where(m, n, 0)))
 
-    @triton.jit(do_not_specialize=["b"] + SEGMENTS)
-    def s6_backward_kernel(p_x, p_dt, p_A, p_B, p_C, p_D, p_z, p_bias, p_dy, p_dh, p_S, p_dx, p_ddt, p_dA, p_dB, p_dC, p_dD, p_dz, p_dbias, p_dh0,
-                           b, l, c, s, s_xb, s_tb, s_Bb, s_Cb, s_zb, s_yb,
+    @triton.jit(do_not_specialize=SEGMENTS + ["b"])
+    def s6_backward_kernel(p_x, p_dt, p_A, p_B, p_C, p_D, p_z, p_bias, p_dy, p_dh, p_S, p_ends, p_decays, p_dx, p_ddt, p_dB, p_dC, p_dz, p_dh0, p_sums,
+                           l, c, s, b, s_xb, s_tb, s_Bb, s_Cb, s_zb, s_yb,
                            s_xl: tl.constexpr, s_xh: tl.constexpr, s_tl: tl.constexpr, s_th: tl.constexpr, s_Bl: tl.constexpr, s_Bh: tl.constexpr,
                            s_Cl: tl.constexpr, s_Ch: tl.constexpr, s_zl: tl.constexpr, s_zh: tl.constexpr, s_yl: tl.constexpr, s_yh: tl.constexpr,
                            h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr, rb: tl.constexpr,
-                           SKIP: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, WORDS: tl.constexpr,
+                           START: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, WORDS: tl.constexpr,
                            T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
-        """Mamba, one block of channels of one head from the last token of a segment to its first, b_g the adjoint of the state.
-        K = T / 2 tokens at a time: the states between them are computed again from S, held in registers, and taken backwards.
-        Left to the caller: the sums of dB, dC (⌈p/BP⌉, b, l, h, n) over blocks of channels, of dx (b, l, h, p) and dB over a group,
-        and of dA (b, c, h, p, n), dD and dbias (b, c, h, p) over batch and segments."""
+        """Mamba, one block of channels of one head from the last token of a segment to its first, b_g the adjoint of the state: from dh
+        (if START) and the adjoint's ends of the segments behind this one. K = T / 2 tokens at a time: the states between them are
+        computed again from S, held in registers, and taken backwards. Left to the caller: the sums of dB, dC (⌈p/BP⌉, b, l, h, n) over
+        blocks of channels, of dx (b, l, h, p) and dB over a group, and of dA, dD, dbias, side by side in sums (b, c, h, p, n + 2), over
+        batch and segments."""
         i_bch, i_p = tl.program_id(0).to(tl.int64), tl.program_id(1)
         i_b, i_c, i_h = i_bch // (c * h), i_bch // h % c, i_bch % h
         N2: tl.constexpr = (n + 1) // 2
+        PN: tl.constexpr = p * 2 * N2
         K: tl.constexpr = T // 2
-        o_p, o_n = i_p * BP + tl.arange(0, BP), tl.arange(0, BN // 2)
-        m_p, o_2 = o_p < p, tl.zeros_like(o_p)[:, None] + o_n[None, :]
-        o_pn, m_pn = o_p[:, None] * (2 * N2) + o_n[None, :], m_p[:, None] & (o_n < N2)[None, :]
-        b_A0, b_A1 = read_state(p_A + i_h * p * (2 * N2), o_pn, m_pn, N2)
-        b_g0, b_g1 = read_state(p_dh + i_bch * p * (2 * N2), o_pn, m_pn, N2)
-        b_A0, b_A1, b_dA0, b_dA1 = b_A0 * LOG2E, b_A1 * LOG2E, tl.zeros((BP, BN // 2), tl.float32), tl.zeros((BP, BN // 2), tl.float32)
+        o_p, o_n, o_2n = i_p * BP + tl.arange(0, BP), tl.arange(0, BN // 2)[None, :], tl.arange(0, BN)[None, :]
+        m_p, o_2, o_h, m_h = o_p < p, 0 * o_p[:, None] + o_n, o_p[:, None] * n + o_2n, (o_p < p)[:, None] & (o_2n < n)
+        o_pn, m_pn = o_p[:, None] * (2 * N2) + o_n, m_p[:, None] & (o_n < N2)
+        b_A = read_state(p_A + i_h * PN, o_pn, m_pn, N2)
+        b_A, b_dA = (b_A[0] * LOG2E, b_A[1] * LOG2E), (tl.zeros((BP, BN // 2), tl.float32), tl.zeros((BP, BN // 2), tl.float32))
+        b_g = read_matrix(p_dh + (i_b * h + i_h) * (p * n), o_h, m_h, START)
+        for k in range(c - 1 - i_c):
+            o_k = ((i_b * c + c - 1 - k) * h + i_h) * PN
+            b_g = join(b_g, p_ends + o_k, p_decays + o_k, o_pn, m_pn, N2)
         b_D = tl.load(p_D + i_h * p + o_p, mask=m_p, other=0.) if SKIP else tl.zeros((BP,), tl.float32)
         b_bias = tl.load(p_bias + i_h * p + o_p, mask=m_p, other=0.) if BIAS else tl.zeros((BP,), tl.float32)
-        b_dD, b_dbias = tl.zeros((BP,), tl.float32), tl.zeros((BP,), tl.float32)
+        b_dD = dot(b_dA, b_A)  # zeros, in the layout of a sum over n: in another x, z and dy would be read twice
+        b_dbias = b_dD
         p_x += i_b * s_xb + i_h // rx * s_xh
         p_dt += i_b * s_tb + i_h * s_th
         p_B += i_b * s_Bb + i_h // rb * s_Bh
         p_C += i_b * s_Cb + i_h * s_Ch
         p_z += i_b * s_zb + i_h * s_zh
         p_dy += i_b * s_yb + i_h * s_yh
-        p_S += (i_b * tl.cdiv(l, T) * h + i_h) * p * (2 * N2)
+        p_S += (i_b * tl.cdiv(l, T) * h + i_h) * PN
         o_y, o_bc = i_b * l * h * p + i_h * p + o_p, (i_p * b + i_b) * l * h * n + i_h * n
         i_0 = i_c * s + s - K
-        ahead = s6_inputs(p_x, p_dt, p_B, i_0, l, o_p, o_2, s_xl, s_tl, s_Bl, p, n, WORDS, WORDS, K)
-        state = read_state(p_S + i_0 // T * (h * p * 2 * N2), o_pn, m_pn & (o_pn < tl.where(i_0 // T * T < l, p * 2 * N2, 0)), N2)
+        ahead = s6_tokens(p_x, p_dt, p_B, p_C, p_z, p_dy, i_0, l, o_p, o_2, s_xl, s_tl, s_Bl, s_Cl, s_zl, s_yl, p, n, True, False, False, False, WORDS, WORDS, K)
+        state = read_state(p_S + i_0 // T * (h * PN), o_pn, m_pn & (o_pn < tl.where(i_0 // T * T < l, PN, 0)), N2)
         for _ in range(s // K):
-            b_h0, b_h1 = state
-            inputs, i_1 = ahead, tl.maximum(i_0 - K, 0)  # at the start of the sequence the first K tokens again
-            ahead = s6_inputs(p_x, p_dt, p_B, i_1, l, o_p, o_2, s_xl, s_tl, s_Bl, p, n, WORDS, WORDS, K)
-            state = read_state(p_S + i_1 // T * (h * p * 2 * N2), o_pn, m_pn & (o_pn < tl.where(i_1 // T * T < l, p * 2 * N2, 0)), N2)
+            b_h, tokens, i_1 = state, ahead, tl.maximum(i_0 - K, 0)  # at the start of the sequence the first K tokens again
+            ahead = s6_tokens(p_x, p_dt, p_B, p_C, p_z, p_dy, i_1, l, o_p, o_2, s_xl, s_tl, s_Bl, s_Cl, s_zl, s_yl, p, n, True, False, False, False, WORDS, WORDS, K)
+            state = read_state(p_S + i_1 // T * (h * PN), o_pn, m_pn & (o_pn < tl.where(i_1 // T * T < l, PN, 0)), N2)
             # (not a turn ahead: the registers are full)
-            outputs = s6_outputs(p_C, p_z, p_dy, i_0, l, o_p, o_2, s_Cl, s_zl, s_yl, p, n, True, GATE, True, WORDS, WORDS, K)
+            more = s6_tokens(p_x, p_dt, p_B, p_C, p_z, p_dy, i_0, l, o_p, o_2, s_xl, s_tl, s_Bl, s_Cl, s_zl, s_yl, p, n, False, True, GATE, True, WORDS, WORDS, K)
             if i_0 % T > 0:  # S is the state K tokens earlier, and those are next
                 for j in tl.static_range(K):
-                    b_h0, b_h1, b_x, b_delta = s6_step(b_h0, b_h1, ahead[j], b_A0, b_A1, b_bias, o_p, WORDS, WORDS)
+                    b_delta, b_x = softplus(number(ahead[j][0], o_p, WORDS) + b_bias), number(ahead[j][1], o_p, WORDS)
+                    b_h = add(decay(b_h, b_delta, b_A), b_delta * b_x, pairs(ahead[j][2], WORDS))
             states, deltas = (), ()  # states[j] is h before token j
             for j in tl.static_range(K):
-                states = states + ((b_h0, b_h1),)
-                b_h0, b_h1, b_x, b_delta = s6_step(b_h0, b_h1, inputs[j], b_A0, b_A1, b_bias, o_p, WORDS, WORDS)
-                deltas = deltas + (b_delta,)
+                b_delta, b_x = softplus(number(tokens[j][0], o_p, WORDS) + b_bias), number(tokens[j][1], o_p, WORDS)
+                states, deltas = states + (b_h,), deltas + (b_delta,)
+                b_h = add(decay(b_h, b_delta, b_A), b_delta * b_x, pairs(tokens[j][2], WORDS))
             for j in tl.static_range(K - 1, -1, -1):
-                b_x, b_dy, b_delta = number(inputs[j][0], o_p, WORDS), number(outputs[j][2], o_p, WORDS), deltas[j]
-                b_B0, b_B1 = pairs(inputs[j][2], WORDS)
-                b_C0, b_C1 = pairs(outputs[j][0], WORDS)
+                b_x, b_dy, b_delta = number(tokens[j][1], o_p, WORDS), number(more[j][5], o_p, WORDS), deltas[j]
+                b_B, b_C = pairs(tokens[j][2], WORDS), pairs(more[j][3], WORDS)
                 m, o_bct = i_0 + j < l, o_bc + i_0 * (h * n) + j * (h * n)
                 o_yt, m_pt = o_y + i_0 * (h * p) + j * (h * p), o_p < tl.where(m, p, 0)
                 if GATE:
-                    b_z, b_y = number(outputs[j][1], o_p, WORDS), tl.sum(b_h0 * b_C0 + b_h1 * b_C1, axis=1) + b_D * b_x
-                    tl.store(p_dz + o_yt, b_dy * b_y * silu_slope(b_z), mask=m_pt)
+                    b_z = number(more[j][4], o_p, WORDS)
+                    tl.store(p_dz + o_yt, b_dy * (dot(b_h, b_C) + b_D * b_x) * silu_slope(b_z), mask=m_pt)
                     b_dy *= silu(b_z)
-                b_u = (b_delta * b_x)[:, None]
-                b_g0 += b_dy[:, None] * b_C0
-                b_g1 += b_dy[:, None] * b_C1
-                b_gB = tl.sum(b_g0 * b_B0 + b_g1 * b_B1, axis=1)    # adjoint of the written value Δ x
-                store_sum(p_dB + o_bct, b_g0 * b_u, b_g1 * b_u, m, n)
-                store_sum(p_dC + o_bct, b_h0 * b_dy[:, None], b_h1 * b_dy[:, None], m, n)
-                b_h0, b_h1 = states[j]
-                b_g0 *= tl.exp2(b_delta[:, None] * b_A0)
-                b_g1 *= tl.exp2(b_delta[:, None] * b_A1)
-                b_a0, b_a1 = b_g0 * b_h0, b_g1 * b_h1               # adjoint of the exponent Δ A
-                b_dA0 += b_a0 * b_delta[:, None]
-                b_dA1 += b_a1 * b_delta[:, None]
-                b_dD += b_dy * b_x
-                b_ddt = (b_gB * b_x + tl.sum(b_a0 * b_A0 + b_a1 * b_A1, axis=1) / LOG2E) * sigmoid(number(inputs[j][1], o_p, WORDS) + b_bias)
-                b_dbias += b_ddt
+                b_u = b_delta * b_x
+                b_g = add(b_g, b_dy, b_C)
+                b_gB = dot(b_g, b_B)                                    # adjoint of the written value Δ x
+                store_sum(p_dB + o_bct, b_g[0] * b_u[:, None], b_g[1] * b_u[:, None], m, n)
+                store_sum(p_dC + o_bct, b_h[0] * b_dy[:, None], b_h[1] * b_dy[:, None], m, n)
+                b_h, b_g = states[j], decay(b_g, b_delta, b_A)
+                b_a = b_g[0] * b_h[0], b_g[1] * b_h[1]                  # adjoint of the exponent Δ A
+                b_dA = add(b_dA, b_delta, b_a)
+                b_ddt = (b_gB * b_x + dot(b_a, b_A) / LOG2E) * sigmoid(number(tokens[j][0], o_p, WORDS) + b_bias)
+                b_dD, b_dbias = b_dD + b_dy * b_x, b_dbias + b_ddt
                 tl.store(p_dx + o_yt, b_gB * b_delta + b_dy * b_D, mask=m_pt)
                 tl.store(p_ddt + o_yt, b_ddt, mask=m_pt)
             i_0 = i_1
-        store_state(p_dh0 + i_bch * p * (2 * N2), o_pn, b_g0, b_g1, m_pn, N2)
-        store_state(p_dA + i_bch * p * (2 * N2), o_pn, b_dA0, b_dA1, m_pn, N2)
-        tl.store(p_dD + i_bch * p + o_p, b_dD, mask=m_p)
-        tl.store(p_dbias + i_bch * p + o_p, b_dbias, mask=m_p)
+        if i_c == 0:
+            store_matrix(p_dh0 + (i_b * h + i_h) * (p * n), o_h, b_g, m_h)
+        p_sums += i_bch * p * (n + 2)
+        store_matrix(p_sums, o_p[:, None] * (n + 2) + o_2n, b_dA, m_h)
+        tl.store(p_sums + o_p * (n + 2) + n, b_dD, mask=m_p)
+        tl.store(p_sums + o_p * (n + 2) + n + 1, b_dbias, mask=m_p)
 
     @triton.jit
     def tile(p, s_row, o_row, o_col, n_row, n_col, DOT: tl.constexpr):
@@ -635,26 +642,29 @@ if triton is not None:
         return tl.load(p + o_row[:, None] * s_row + o_col[None, :], mask=m, other=0.).to(DOT)
 
     @triton.jit(do_not_specialize=SEGMENTS)
-    def ssd_walk_kernel(p_u, p_delta, p_s, p_v, p_C, p_D, p_h0, p_y, p_h, p_S, p_total, l, c, s, s_ub, s_vb, s_Cb,
+    def ssd_walk_kernel(p_u, p_delta, p_s, p_v, p_C, p_D, p_h0, p_y, p_h, p_S, p_ends, p_decays, l, c, s, s_ub, s_vb, s_Cb,
                         s_ul: tl.constexpr, s_uh: tl.constexpr, s_vl: tl.constexpr, s_vh: tl.constexpr,
                         s_Cl: tl.constexpr, s_Ch: tl.constexpr, h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr, rb: tl.constexpr,
-                        LEAVE: tl.constexpr, ADJOINT: tl.constexpr, SKIP: tl.constexpr,
+                        LEAVE: tl.constexpr, ADJOINT: tl.constexpr, START: tl.constexpr, SKIP: tl.constexpr,
                         DOT: tl.constexpr, PREC: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
         """Mamba-2, one block of channels of one head through one segment of s tokens, tile after tile of T, the state (n, p):
 
             h ← decay over the tile · h + Σ_t w_t v_t ⊗ u_t       u = x, v = B, w = Δ × the decay from t to the tile's end
             y = (decay ∘ C Bᵀ) (Δ x) + decay since the tile's start ∘ C h
 
-        Leaves "y" (y and, in h, the end state), "states" (h and S (b, ⌈l/T⌉, h, n, p), the state before every tile; no y) or the
-        "end" (h and total, from no state). h0 and h lie as (p, n), S as (n, p). The ADJOINT walks from the last tile to the first
+        Leaves the "end" (as Mamba's: ends (b, c, h, n, p), decays (b, c, h)), "y" (y and, in h, the last state) or "states" (h and
+        S (b, ⌈l/T⌉, h, n, p), the state before every tile). h0 and h lie as (p, n). The ADJOINT walks from the last tile to the first
         with u = dy, v = C, w = the decay from the tile's start to t."""
         i_bch = tl.program_id(0).to(tl.int64)
         i_b, i_c, i_h = i_bch // (c * h), i_bch // h % c, i_bch % h
         o_i, o_p, o_n = tl.arange(0, T), tl.program_id(1) * BP + tl.arange(0, BP), tl.arange(0, BN)
-        m_np, o_np = (o_n < n)[:, None] & (o_p < p)[None, :], o_p[None, :] * n + o_n[:, None]
-        b_h = tl.zeros((BN, BP), tl.float32) if LEAVE == "end" else tl.load(p_h0 + i_bch * p * n + o_np, mask=m_np, other=0.)
+        m_np, o_pn, o_np = (o_n < n)[:, None] & (o_p < p)[None, :], o_p[None, :] * n + o_n[:, None], o_n[:, None] * p + o_p[None, :]
+        b_h, b_sum = tl.load(p_h0 + (i_b * h + i_h) * p * n + o_pn, mask=m_np, other=0.) if START else tl.zeros((BN, BP), tl.float32), 0.
+        if LEAVE != "end":
+            for k in range(c - 1 - i_c if ADJOINT else i_c):
+                i_k = (i_b * c + (c - 1 - k if ADJOINT else k)) * h + i_h
+                b_h = tl.load(p_decays + i_k) * b_h + tl.load(p_ends + i_k * p * n + o_np, mask=m_np, other=0.)
         b_D = tl.load(p_D + i_h) if SKIP else 0.
-        b_total = 0.
         p_u += i_b * s_ub + i_h // rx * s_uh
         p_v += i_b * s_vb + i_h // rb * s_vh
         p_C += i_b * s_Cb + i_h * s_Ch
@@ -676,17 +686,18 @@ if triton is not None:
                 tl.store(p_y + ((i_b * l + i_0) * h + i_h) * p + o_i[:, None] * (h * p) + o_p[None, :], b_y, mask=m_tp)
             if LEAVE == "states":
                 o_S = ((i_b * tl.cdiv(l, T) + i_0 // T) * h + i_h) * p * n
-                tl.store(p_S + o_S + o_n[:, None] * p + o_p[None, :], b_h, mask=(o_n < tl.where(i_0 < l, n, 0))[:, None] & (o_p < p)[None, :])
-            if LEAVE == "end":
-                b_total += tl.sum(b_delta, axis=0)
+                tl.store(p_S + o_S + o_np, b_h, mask=(o_n < tl.where(i_0 < l, n, 0))[:, None] & (o_p < p)[None, :])
+            b_sum += b_end.to(tl.float32)
             b_w = b_since if ADJOINT else tl.exp2((b_end - b_s).to(tl.float32)) * b_delta
             b_h = b_h * tl.exp2(b_end.to(tl.float32)) + tl.dot(b_v, (b_u.to(tl.float32) * b_w[:, None]).to(DOT), input_precision=PREC)
-        tl.store(p_h + i_bch * p * n + o_np, b_h, mask=m_np)
         if LEAVE == "end":
-            tl.store(p_total + i_bch, b_total)
+            tl.store(p_ends + i_bch * p * n + o_np, b_h, mask=m_np)
+            tl.store(p_decays + i_bch, tl.exp2(b_sum))
+        elif i_c == (0 if ADJOINT else c - 1):
+            tl.store(p_h + (i_b * h + i_h) * p * n + o_pn, b_h, mask=m_np)
 
     @triton.jit(do_not_specialize=["l", "tokens"])
-    def ssd_backward_kernel(p_x, p_delta, p_s, p_A, p_B, p_C, p_D, p_dy, p_S, p_G, p_dx, p_ddt, p_dA, p_dB, p_dC, p_dD,
+    def ssd_backward_kernel(p_x, p_delta, p_s, p_A, p_B, p_C, p_D, p_dy, p_S, p_G, p_dx, p_ddt, p_dB, p_dC, p_sums,
                             l, tokens, s_xb, s_Bb, s_Cb, s_yb,
                             s_xl: tl.constexpr, s_xh: tl.constexpr, s_Bl: tl.constexpr, s_Bh: tl.constexpr,
                             s_Cl: tl.constexpr, s_Ch: tl.constexpr, s_yl: tl.constexpr, s_yh: tl.constexpr,
@@ -772,8 +783,10 @@ if triton is not None:
         b_da = tl.cumsum(b_ds, axis=0, reverse=True) + b_before + b_hold * tl.exp2(b_end.to(tl.float32))
         b_ddt = (b_ux + b_give + b_da * tl.load(p_A + i_h)) * slope(b_delta)
         tl.store(p_ddt + o_0 + o_i * h, b_ddt, mask=o_i < l)
-        tl.store(p_dA + i_bch, tl.sum(b_da * b_delta, axis=0))
-        tl.store(p_dD + i_bch, b_dD)
+        p_sums += (i_b * c + i_c) * 3 * h + i_h
+        tl.store(p_sums, tl.sum(b_da * b_delta, axis=0))
+        tl.store(p_sums + h, b_dD)
+        tl.store(p_sums + 2 * h, tl.sum(b_ddt, axis=0))
 
     @triton.jit
     def conv_block(p_w, p_bias, s_xh: tl.constexpr, g: tl.constexpr, p: tl.constexpr, r: tl.constexpr,
@@ -890,23 +903,37 @@ if triton is not None:
 # their own, so that torch.compile takes each as one node of its graph.
 
 DRY = False  # True while torch.compile asks for shapes alone
-LAUNCHES = {}  # the compiled kernel, and the constants behind its arguments, for arguments seen before
+PLANS = {}  # see planned
 
 
-def launch(kernel, grid, *args, **meta):
-    """kernel[grid](*args, **meta). Triton looks at all of some 40 arguments anew in every call, which takes longer than a small batch
-    runs; so the compiled kernel is found again here by all it could depend on: types, alignments, numbers (lengths too, on which it
-    does not: a new length asks Triton once more). An argument a launch does not use is any tensor at hand."""
+class Launch:
+    """A kernel on a grid, with the numbers and the constants that follow its tensors, to be called with the tensors. Triton looks at all of
+    some 40 arguments anew in every call, which takes longer than a small batch runs; so the first call keeps what it compiled, and later
+    ones hand it bare addresses. That holds for tensors of the same types and alignments, which `planned` sees to."""
+
+    def __init__(self, kernel, grid, numbers, **meta):
+        self.kernel, self.grid, self.numbers, self.meta, self.run = kernel, grid, numbers, meta, None
+
+    def __call__(self, *tensors):
+        if self.run:
+            self.run(*[t.data_ptr() for t in tensors], *self.rest)
+        elif not DRY:
+            compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.meta)
+            if compiled is not None:  # the interpreter compiles nothing
+                names = self.kernel.arg_names[len(tensors) + len(self.numbers):]
+                self.run, self.rest = compiled[(*self.grid, 1, 1)[:3]], [*self.numbers, *[self.meta[name] for name in names]]
+
+
+def planned(make, *args):
+    """make(*args), remembered for tensors of the same device, types, shapes, strides and alignments, and otherwise equal arguments."""
     if DRY:
-        return
-    key = (kernel.__name__, args[0].get_device(), *[(a.dtype, a.data_ptr() % 16 == 0) if torch.is_tensor(a) else a for a in args], *meta.values())
-    if key in LAUNCHES:
-        compiled, constants = LAUNCHES[key]
-        compiled[(*grid, 1, 1)[:3]](*args, *constants)
-    else:
-        compiled = kernel[grid](*args, **meta)
-        if compiled is not None:  # the interpreter compiles nothing
-            LAUNCHES[key] = compiled, [meta[name] for name in kernel.arg_names[len(args):]]
+        return make(*args)
+    key = make, args[0].get_device(), *[(a.dtype, a.shape, a.stride(), a.data_ptr() % 16) if torch.is_tensor(a) else a for a in args]
+    if key not in PLANS:
+        if len(PLANS) == 4096:  # of many lengths
+            PLANS.clear()
+        PLANS[key] = make(*args)
+    return PLANS[key]
 
 
 def cdiv(a, b):
@@ -919,228 +946,215 @@ def power_of_2(a):
     return 1 << (a - 1).bit_length()
 
 
-def rows(t):
-    """`t` and its strides over batch, length and head; copied only when its last axis is not contiguous."""
-    t = t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
-    return t, t.stride()[:3]
+def row(t):
+    """`t` (b, l, h, w) as the kernels read it: with any strides but that of its last axis, which costs a copy if it is not 1."""
+    return t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
 
 
-def flat_strides(*tensors):
-    """The strides over the batch of every tensor, then those within it, as the kernels take them."""
-    strides = [t.stride()[:3] for t in tensors]
-    return [s[0] for s in strides] + [k for s in strides for k in s[1:]]
+def flat(t):
+    """`t` as contiguous float32; None stays None."""
+    return t if t is None else t.float().contiguous()
+
+
+def strides(**tensors):
+    """The strides over the batch of every tensor, and those over l and h under the names the kernels give them: s_xl, s_xh."""
+    return [t.stride(0) for t in tensors.values()], {f"s_{k}{axis}": t.stride(i) for k, t in tensors.items() for i, axis in ((1, "l"), (2, "h"))}
 
 
 def over_group(t, like):
     """Sum (b, l, h, w) over the query heads that share a kv head, into the shape and type of `like` (b, l, g, w)."""
-    g = like.shape[2]
-    return (t if t.shape[2] == g else t.unflatten(2, (g, -1)).sum(3)).to(like.dtype)
-
-
-def join(S, total, A, h0, reverse=False):
-    """In place of what each segment adds to the state S (b, c, h, p, n): the state it starts from. Returns the last one."""
-    (b, c, h, p, n), end = S.shape, torch.empty_like(h0)
-    block = min(256, power_of_2(p * n))
-    launch(join_kernel, (b * h, cdiv(p * n, block)), S, total, A, h0, end, c, h, p, n, REVERSE=reverse, MAMBA2=A.dim() == 1, BLOCK=block,
-           num_warps=max(1, block // 128))
-    return end
+    b, l, g, w = like.shape
+    return (t if t.shape[2] == g else t.view(b, l, g, -1, w).sum(3)).to(like.dtype)
 
 
 def segments(blocks, l, T, most):
     """Into how many segments the walks cut a sequence of l tokens: as many as keep the blocks at or below `most`, which fills a large GPU,
-    and at most one per 8 T tokens (with s rounded up to T the last ones can be short or empty)."""
-    return max(1, min(most // blocks, l // (8 * T)))
+    if that is four or more (the states of all but one are walked for twice), and at most one per 8 T tokens (with s rounded up to T the
+    last ones can be short or empty)."""
+    c = min(most // blocks, l // (8 * T))
+    return c if c >= 4 else 1
 
 
-def halves(t):
-    """The last axis with its even elements first, then its odd ones, a zero behind them if one is missing: (..., 2 ⌈n/2⌉) float32."""
-    t = F.pad(t.float(), (0, 1)) if t.shape[-1] % 2 else t.float()
-    return t.unflatten(-1, (-1, 2)).transpose(-1, -2).contiguous().flatten(-2)
-
-
-def whole(t, n):
-    """`halves` undone."""
-    return t.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)[..., :n].contiguous()
-
-
-def s6_setup(x, dt, B, C, z, D, dt_bias, dy=None):
-    """The tensors of a launch as the kernels read them, D and the bias, and the kernels' constants. (The interpreter has no bf16 words.)"""
-    (h, n), p, BN = C.shape[2:], x.shape[3], max(2, power_of_2(C.shape[3]))
-    tensors = [rows(x if t is None else t)[0] for t in (x, dt, B, C, z, dy)]
+def s6_plan(x, dt, B, C, D, z, bias, h0, dy, dh, keep):
+    """Mamba's launches; those of the backward where there is a dy. (The interpreter has no bf16 words.)"""
+    (b, l, h, n), p, BN, T = C.shape, x.shape[3], max(2, power_of_2(C.shape[3])), S6_T
+    BP, (z_, dy_) = min(power_of_2(p), max(1, S6_TILE // BN)), (x if t is None else t for t in (z, dy))
+    c, parts = segments(b * h * cdiv(p, BP), l, T, S6_BLOCKS), cdiv(p, BP)
     words = not INTERPRET and n % 2 == p % 2 == 0 and all(t.dtype == torch.bfloat16 and t.storage_offset() % 2 == 0 and
-                                                         all(s % 2 == 0 for s in t.stride()[:3]) for t in tensors)
-    BP = min(power_of_2(p), max(1, S6_TILE // BN))
-    meta = dict(h=h, p=p, n=n, rx=h // x.shape[2], rb=h // B.shape[2], SKIP=D is not None, GATE=z is not None, BIAS=dt_bias is not None,
-                WORDS=words, T=S6_T, BP=BP, BN=BN, num_warps=max(1, BP * BN // 512))
-    small = [x if t is None else t.float().contiguous() for t in (D, dt_bias)]
-    return tensors, small, meta
+                                                         all(s % 2 == 0 for s in t.stride()[:3]) for t in (x, dt, B, C, z_, dy_))
+    grid, sizes, rx, rb = (b * c * h, parts), (l, c, T * cdiv(l, c * T)), h // x.shape[2], h // B.shape[2]
+    meta = dict(h=h, p=p, n=n, SKIP=D is not None, GATE=z is not None, BIAS=bias is not None, WORDS=words, T=T, BP=BP, BN=BN,
+                num_warps=max(1, BP * BN // 512))
 
-
-def s6_walk(tensors, small, meta, A, c, leave, h0, y, h, S, total, adjoint=False):
-    """s6_walk_kernel through c segments: what `leave` asks for, into y, h, S, total (see the kernel). The adjoint reads dy and C."""
-    (x, dt, B, C, z, dy), (b, l, heads) = tensors, tensors[3].shape[:3]
-    if adjoint:
-        x, B, meta = dy, C, dict(meta, rx=1, rb=1)
-    s = meta["T"] * cdiv(l, c * meta["T"])
-    launch(s6_walk_kernel, (b * c * heads, cdiv(meta["p"], meta["BP"])), x, dt, A, B, C, small[0], z, small[1], h0, y, h, S, total, l, c, s,
-           *flat_strides(x, dt, B, C, z), LEAVE=leave, ADJOINT=adjoint, **meta)
+    def walk(x, B, rx, rb, LEAVE, ADJOINT=False, START=False, kept=0):
+        batch, within = strides(x=x, t=dt, B=B, C=C, z=z_)
+        return Launch(s6_walk_kernel, grid, (*sizes, kept, *batch), rx=rx, rb=rb, LEAVE=LEAVE, ADJOINT=ADJOINT, START=START, **within, **meta)
+    plan = SimpleNamespace(c=c, parts=parts)
+    if dy is None:
+        plan.end, plan.y = walk(x, B, rx, rb, "end"), walk(x, B, rx, rb, "y", START=h0 is not None, kept=l if keep else 0)
+        return plan
+    batch, within = strides(x=x, t=dt, B=B, C=C, z=z_, y=dy)
+    plan.end = walk(dy, C, 1, 1, "end", ADJOINT=True)
+    plan.gradient = Launch(s6_backward_kernel, grid, (*sizes, b, *batch), rx=rx, rb=rb, START=dh is not None, **within, **meta)
+    return plan
 
 
 def s6_forward(x, dt, A, B, C, D, z, dt_bias, h0, keep):
-    """Mamba on the kernels: y, the last state, and for the backward S (empty unless `keep`)."""
-    (b, l, h, n), p, A = C.shape, x.shape[3], halves(A)
-    tensors, small, meta = s6_setup(x, dt, B, C, z, D, dt_bias)
-    c = segments(b * h * cdiv(p, meta["BP"]), l, meta["T"], S6_BLOCKS)
-    starts = x.new_zeros(b, 1, h, p, A.shape[-1], dtype=torch.float32) if h0 is None else halves(h0).unsqueeze(1)
-    ends = starts.new_empty(b, c, *starts.shape[2:])
-    y, S = x.new_empty(b, l, h, p), starts.new_empty(b, cdiv(l, meta["T"]) if keep else 0, *starts.shape[2:])
-    if c > 1:
-        first, starts, total = starts[:, 0], torch.empty_like(ends), ends.new_empty(b, c, h, p)
-        s6_walk(tensors, small, meta, A, c, "end", starts, y, starts, S, total)
-        join(starts, total, A, first)
-    s6_walk(tensors, small, meta, A, c, "states" if keep else "y", starts, y, ends, S, ends)
-    return y, whole(ends[:, -1], n), S
+    """Mamba on the kernels: y, the last state, and for the backward S (empty unless `keep`) and A (h, p, 2, ⌈n/2⌉): even columns, odd ones."""
+    (b, l, h, n), p, A = C.shape, x.shape[3], F.pad(A, (0, 1)) if A.shape[2] % 2 else A
+    A = A.float().view(h, p, -1, 2).transpose(2, 3).clone(memory_format=torch.contiguous_format)
+    x, dt, B, C, z, D, bias, h0 = row(x), row(dt), row(B), row(C), z if z is None else row(z), flat(D), flat(dt_bias), flat(h0)
+    plan = planned(s6_plan, x, dt, B, C, D, z, bias, h0, None, None, keep)
+    y, last, S = x.new_empty(b, l, h, p), A.new_empty(b, h, p, n), A.new_empty(b, cdiv(l, S6_T) if keep else 0, *A.shape)
+    ends, decays = A.new_empty(2, b, plan.c if plan.c > 1 else 0, *A.shape)
+    tensors = *[A if t is None else t for t in (x, dt, A, B, C, D, z, bias, h0)], y, last, S, ends, decays  # unused is any tensor at hand
+    if plan.c > 1:
+        plan.end(*tensors)
+    plan.y(*tensors)
+    return y, last, S, A
 
 
-def s6_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, S):
-    """The gradients of x, dt, A, B, C, D, z, dt_bias and h0; empty for a D, z or dt_bias that is not there."""
-    (b, l, h, n), p, fA = C.shape, x.shape[3], halves(A)
-    tensors, small, meta = s6_setup(x, dt, B, C, z, D, dt_bias, dy)
-    c = segments(b * h * cdiv(p, meta["BP"]), l, meta["T"], S6_BLOCKS)
-    s, parts, states = meta["T"] * cdiv(l, c * meta["T"]), cdiv(p, meta["BP"]), (b, c, h, p, fA.shape[-1])
-    G, dh0, dA, dD, dbias = halves(dh).unsqueeze(1), S.new_empty(states), S.new_empty(states), S.new_empty(b, c, h, p), S.new_empty(b, c, h, p)
-    if c > 1:
-        last, G, total = G[:, 0], S.new_empty(states), S.new_empty(b, c, h, p)
-        s6_walk(tensors, small, meta, fA, c, "end", G, x, G, S, total, adjoint=True)
-        join(G, total, fA, last, reverse=True)
-    dx, ddt, dz = x.new_empty(b, l, h, p), dt.new_empty(dt.shape), x.new_empty(0) if z is None else z.new_empty(z.shape)
-    dB, dC = B.new_empty(parts, b, l, h, n), C.new_empty(parts, b, l, h, n)
-    x_, dt_, B_, C_, z_, dy_ = tensors
-    launch(s6_backward_kernel, (b * c * h, parts), x_, dt_, fA, B_, C_, small[0], z_, small[1], dy_, G, S, dx, ddt, dA, dB, dC, dD, dz, dbias, dh0,
-           b, l, c, s, *flat_strides(*tensors), **meta)
-    one = lambda t: t[0] if parts == 1 else t.sum(0)  # noqa: E731
-    return (over_group(dx, x), ddt, whole(dA.sum((0, 1)), n).to(A.dtype), over_group(one(dB), B), one(dC),
-            x.new_empty(0) if D is None else dD.sum((0, 1)).to(D.dtype), dz,
-            x.new_empty(0) if dt_bias is None else dbias.sum((0, 1)).to(dt_bias.dtype), whole(dh0[:, 0], n))
+def s6_backward(dy, dh, x, dt, _, B, C, D, z, dt_bias, h0, S, A):
+    """The gradients of x and B per query head, of dt, C, z and h0; and in sums (·, h, p, n + 2) those of A, D and dt_bias, to be added up."""
+    (b, l, h, n), p = C.shape, x.shape[3]
+    x, dt, B, C, z, D, bias, dy, dh = row(x), row(dt), row(B), row(C), z if z is None else row(z), flat(D), flat(dt_bias), row(dy), flat(dh)
+    plan = planned(s6_plan, x, dt, B, C, D, z, bias, None, dy, dh, True)
+    dx, ddt, dz, dh0 = x.new_empty(b, l, h, p), dt.new_empty(dt.shape), x.new_empty(0 if z is None else z.shape), S.new_empty(b, h, p, n)
+    dB, dC, sums = B.new_empty(plan.parts, b, l, h, n), C.new_empty(plan.parts, b, l, h, n), S.new_empty(b * plan.c, h, p, n + 2)
+    ends, decays = S.new_empty(2, b, plan.c if plan.c > 1 else 0, *A.shape)
+    D, z, bias, dh = (A if t is None else t for t in (D, z, bias, dh))
+    if plan.c > 1:
+        plan.end(dy, dt, A, C, C, D, z, bias, dh, dx, dh0, S, ends, decays)
+    plan.gradient(x, dt, A, B, C, D, z, bias, dy, dh, S, ends, decays, dx, ddt, dB, dC, dz, dh0, sums)
+    return dx, ddt, dB[0] if plan.parts == 1 else dB.sum(0), dC[0] if plan.parts == 1 else dC.sum(0), dz, dh0, sums
 
 
-def ssd_setup(x, B, C, D):
-    """x, B and C as Mamba-2's kernels read them, and the kernels' constants. bf16 is multiplied as it is, fp16 (whose range a state can
-    leave) as TF32, float32 in full."""
-    dot, T, block = (tl.bfloat16, 64, 64) if x.dtype == torch.bfloat16 and not INTERPRET else (tl.float32, 32, 32)  # it lacks bf16
-    meta = dict(h=C.shape[2], p=x.shape[3], n=C.shape[3], SKIP=D is not None, DOT=dot, T=T, BP=block,
-                PREC="ieee" if x.dtype == torch.float32 else "tf32")
-    return [rows(t)[0] for t in (x, B, C)], meta
+def ssd_plan(x, dt, A, B, C, D, bias, h0, dy, dh):
+    """Mamba-2's launches; those of the backward where there is a dy. bf16 is multiplied as it is, fp16 (whose range a state can leave) as
+    TF32, float32 in full."""
+    (b, l, h, n), p, exact = C.shape, x.shape[3], x.dtype == torch.float32
+    dot, T, BP = (tl.bfloat16, 64, 64) if x.dtype == torch.bfloat16 and not INTERPRET else (tl.float32, 32, 32)  # it lacks bf16
+    c, parts = segments(b * h * cdiv(p, BP), l, T, SSD_BLOCKS), cdiv(p, BP)
+    s, rx, rb = T * cdiv(l, c * T), h // x.shape[2], h // B.shape[2]
+    meta = dict(h=h, p=p, n=n, SKIP=D is not None, DOT=dot, T=T, BP=BP, PREC="ieee" if exact else "tf32")
+
+    def walk(u, v, rx, rb, LEAVE, START=False, ADJOINT=False):
+        batch, within = strides(u=u, v=v, C=C)
+        return Launch(ssd_walk_kernel, (b * c * h, parts), (l, c, s, *batch), rx=rx, rb=rb, LEAVE=LEAVE, START=START, ADJOINT=ADJOINT,
+                      BN=max(16, power_of_2(n)), **within, **meta, **(WALK_Y if LEAVE == "y" else WALK_STATES))
+    plan = SimpleNamespace(c=c, T=T, tokens=c * s, sum=torch.float64 if exact else torch.float32, state=x.dtype if dot == tl.bfloat16 else torch.float32)
+    plan.delta = Launch(delta_kernel, (b * c * s // T, cdiv(h, 128)), (l, c * s // T, dt.stride(0)), s_tl=dt.stride(1), h=h, BIAS=bias is not None,
+                        T=T, BLOCK=min(128, power_of_2(h)))
+    if dy is None:
+        plan.end, plan.y = walk(x, B, rx, rb, "end"), walk(x, B, rx, rb, "y", START=h0 is not None)
+        return plan
+    batch, within = strides(x=x, B=B, C=C, y=dy)
+    plan.states, plan.end = walk(x, B, rx, rb, "states", START=h0 is not None), walk(dy, C, 1, 1, "end", ADJOINT=True)
+    plan.adjoints = walk(dy, C, 1, 1, "states", START=dh is not None, ADJOINT=True)
+    plan.gradient = Launch(ssd_backward_kernel, (b * cdiv(l, T) * h,), (l, c * s, *batch), rx=rx, rb=rb, BN=BP, **within, **meta, **GRADIENT)
+    return plan
 
 
-def ssd_delta(dt, A, dt_bias, tokens, T, exact):
-    """Δ (b, tokens, h) and s, its running sum within each tile times A: see the kernel."""
-    (b, l, h), dt = dt.shape, dt if dt.stride(2) == 1 else dt.contiguous()
-    delta = dt.new_empty(b, tokens, h, dtype=torch.float32)
-    s = torch.empty_like(delta, dtype=torch.float64 if exact else torch.float32)
-    bias = delta if dt_bias is None else dt_bias.float().contiguous()
-    launch(delta_kernel, (b * (tokens // T), cdiv(h, 128)), dt, A, bias, delta, s, l, tokens // T, dt.stride(0),
-           dt.stride(1), h, BIAS=dt_bias is not None, T=T, BLOCK=min(128, power_of_2(h)))
+def ssd_delta(plan, dt, A, bias):
+    """Δ (b, tokens, h) and its running sum within each tile times A: see the kernel."""
+    delta = A.new_empty(dt.shape[0], plan.tokens, dt.shape[2])
+    s = torch.empty_like(delta, dtype=plan.sum)
+    plan.delta(dt, A, A if bias is None else bias, delta, s)
     return delta, s
 
 
-def ssd_walk(u, v, C, delta, s, meta, D, c, leave, h0, y, h, S, total, adjoint=False):
-    """ssd_walk_kernel through c segments, as s6_walk; for the adjoint u is dy and v is C."""
-    b, l, heads = C.shape[:3]
-    launch(ssd_walk_kernel, (b * c * heads, cdiv(meta["p"], meta["BP"])), u, delta, s, v, C, D, h0, y, h, S, total, l, c, delta.shape[1] // c,
-           *flat_strides(u, v, C), rx=heads // u.shape[2], rb=heads // v.shape[2], LEAVE=leave, ADJOINT=adjoint,
-           BN=max(16, power_of_2(meta["n"])), **meta, **(WALK_Y if leave == "y" else WALK_STATES))
-
-
 def ssd_forward(x, dt, A, B, C, D, z, dt_bias, h0, keep):
-    """Mamba-2 on the kernels: y, the last state, and for the backward the states the segments start from."""
-    (b, l, h, n), p, A = C.shape, x.shape[3], A.float().contiguous()
-    (x, B, C), meta = ssd_setup(x, B, C, D)
-    c, D = segments(b * h * cdiv(p, meta["BP"]), l, meta["T"], SSD_BLOCKS), A if D is None else D.float().contiguous()
-    delta, s = ssd_delta(dt, A, dt_bias, c * meta["T"] * cdiv(l, c * meta["T"]), meta["T"], x.dtype == torch.float32)
-    starts = (delta.new_zeros(b, h, p, n) if h0 is None else h0.float().contiguous()).unsqueeze(1)
-    y, ends = x.new_empty(b, l, h, p), delta.new_empty(b, c, h, p, n)
-    if c > 1:
-        first, starts, total = starts[:, 0], torch.empty_like(ends), ends.new_empty(b, c, h)
-        ssd_walk(x, B, C, delta, s, meta, D, c, "end", starts, y, starts, starts, total)
-        join(starts, total, A, first)
-    ssd_walk(x, B, C, delta, s, meta, D, c, "y", starts, y, ends, ends, ends)
-    kept = starts.clone() if h0 is not None and c == 1 else starts  # an operator must not return its input
-    return y, ends[:, -1].contiguous(), kept
+    """Mamba-2 on the kernels: y, the last state, and for the backward the ends of the segments and their decays (none if there is one)."""
+    (b, l, h, n), p, dt = C.shape, x.shape[3], dt if dt.stride(2) == 1 else dt.contiguous()
+    x, A, B, C, D, bias, h0 = row(x), flat(A), row(B), row(C), flat(D), flat(dt_bias), flat(h0)
+    plan = planned(ssd_plan, x, dt, A, B, C, D, bias, h0, None, None)
+    delta, s = ssd_delta(plan, dt, A, bias)
+    y, last, c = x.new_empty(b, l, h, p), A.new_empty(b, h, p, n), plan.c if plan.c > 1 else 0
+    ends, decays = A.new_empty(b, c, h, n, p), A.new_empty(b, c, h)
+    tensors = x, delta, s, B, C, A if D is None else D, A if h0 is None else h0, y, last, ends, ends, decays
+    if c:
+        plan.end(*tensors)
+    plan.y(*tensors)
+    return y, last, ends, decays
 
 
-def ssd_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, starts):
-    """The gradients, as s6_backward returns them."""
-    (b, l, h, n), p, c, fA = C.shape, x.shape[3], starts.shape[1], A.float().contiguous()
-    (xc, Bc, Cc), meta = ssd_setup(x, B, C, D)
-    dy, T, fD = rows(dy)[0], meta["T"], fA if D is None else D.float().contiguous()
-    delta, s = ssd_delta(dt, fA, dt_bias, c * T * cdiv(l, c * T), T, x.dtype == torch.float32)
-    S = (x if meta["DOT"] == tl.bfloat16 else dh).new_empty(b, cdiv(l, T), h, p * n)
-    Gs, G, dh0, tiles = torch.empty_like(S), dh.float().contiguous().unsqueeze(1), starts.new_empty(b, c, h, p, n), b * S.shape[1]
-    ssd_walk(xc, Bc, Cc, delta, s, meta, fD, c, "states", starts, dy, dh0, S, S)
-    if c > 1:
-        last, G, total = G[:, 0], torch.empty_like(dh0), dh0.new_empty(b, c, h)
-        ssd_walk(dy, Cc, Cc, delta, s, meta, fD, c, "end", G, dy, G, Gs, total, adjoint=True)
-        join(G, total, fA, last, reverse=True)
-    ssd_walk(dy, Cc, Cc, delta, s, meta, fD, c, "states", G, dy, dh0, Gs, Gs, adjoint=True)
+def ssd_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, h0, ends, decays):
+    """The gradients, as s6_backward returns them; the sums are (·, 3, h)."""
+    (b, l, h, n), p, dt = C.shape, x.shape[3], dt if dt.stride(2) == 1 else dt.contiguous()
+    x, A, B, C, D, bias, h0, dy, dh = row(x), flat(A), row(B), row(C), flat(D), flat(dt_bias), flat(h0), row(dy), flat(dh)
+    plan = planned(ssd_plan, x, dt, A, B, C, D, bias, h0, dy, dh)
+    delta, s = ssd_delta(plan, dt, A, bias)
+    S, tiles, D = A.new_empty(b, cdiv(l, plan.T), h, p * n, dtype=plan.state), b * cdiv(l, plan.T), A if D is None else D
+    G, dh0, ends_, decays_ = torch.empty_like(S), A.new_empty(b, h, p, n), torch.empty_like(ends), torch.empty_like(decays)
+    plan.states(x, delta, s, B, C, D, A if h0 is None else h0, dy, dh0, S, ends, decays)
+    adjoint = dy, delta, s, C, C, D, A if dh is None else dh, dy, dh0, G, ends_, decays_
+    if plan.c > 1:
+        plan.end(*adjoint)
+    plan.adjoints(*adjoint)
     dx, ddt, dB, dC = x.new_empty(b, l, h, p), dt.new_empty(dt.shape), B.new_empty(b, l, h, n), C.new_empty(b, l, h, n)
-    dA, dD = S.new_empty(2, tiles, h, dtype=torch.float32)
-    launch(ssd_backward_kernel, (tiles * h,), xc, delta, s, fA, Bc, Cc, fD, dy, S, Gs, dx, ddt, dA, dB, dC, dD, l, delta.shape[1],
-           *flat_strides(xc, Bc, Cc, dy), rx=h // x.shape[2], rb=h // B.shape[2], BN=meta["BP"], **meta, **GRADIENT)
-    return (over_group(dx, x), ddt, dA.sum(0).to(A.dtype), over_group(dB, B), dC,
-            x.new_empty(0) if D is None else dD.sum(0).to(D.dtype), x.new_empty(0),
-            x.new_empty(0) if dt_bias is None else ddt.sum((0, 1), dtype=torch.float32).to(dt_bias.dtype), dh0[:, 0].contiguous())
+    sums = A.new_empty(tiles, 3, h)
+    plan.gradient(x, delta, s, A, B, C, D, dy, S, G, dx, ddt, dB, dC, sums)
+    return dx, ddt, dB, dC, x.new_empty(0), dh0, sums
 
 
 def scan_forward(x, dt, A, B, C, D, z, dt_bias, h0, keep):
     return (ssd_forward if A.dim() == 1 else s6_forward)(x, dt, A, B, C, D, z, dt_bias, h0, keep)
 
 
-def scan_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, S):
-    return (ssd_backward if A.dim() == 1 else s6_backward)(dy, dh, x, dt, A, B, C, D, z, dt_bias, S)
+def scan_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, h0, *kept):
+    return (ssd_backward if A.dim() == 1 else s6_backward)(dy, dh, x, dt, A, B, C, D, z, dt_bias, h0, *kept)
 
 
 class TritonScan(torch.autograd.Function):
-    """`ssm_reference` on the kernels above, z for Mamba only. Keeps its inputs and S: of Mamba every 8th state, of Mamba-2 those its
-    segments start from."""
+    """`ssm_reference` on the kernels above, z for Mamba only. Keeps its inputs, and of Mamba every 8th state, of Mamba-2 the ends of its
+    segments."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, z, dt_bias, h0, keep):
-        y, h, S = operator("scan_forward")(x, dt, A, B, C, D, z, dt_bias, h0, keep)
-        ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, S)
+        y, h, *kept = operator("scan_forward")(x, dt, A, B, C, D, z, dt_bias, h0, keep)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, h0, *kept)
         return y, h
 
     @staticmethod
     def backward(ctx, dy, dh):
-        gradients = operator("scan_backward")(dy, dh, *ctx.saved_tensors)
-        return *[g if needed and g.numel() else None for g, needed in zip(gradients, ctx.needs_input_grad)], None
+        x, dt, A, B, C, D, z, dt_bias, h0, *kept = ctx.saved_tensors
+        dy = x.new_zeros(*C.shape[:3], x.shape[3]) if dy is None else dy
+        dx, ddt, dB, dC, dz, dh0, sums = operator("scan_backward")(dy, dh, x, dt, A, B, C, D, z, dt_bias, h0, *kept)
+        sums, n = sums.sum(0), C.shape[3]
+        dA, dD, dbias = sums if A.dim() == 1 else (sums[..., :n], sums[..., n], sums[..., n + 1])
+        return (over_group(dx, x), ddt, dA.to(A.dtype), over_group(dB, B), dC, None if D is None else dD.to(D.dtype), None if z is None else dz,
+                None if dt_bias is None else dbias.to(dt_bias.dtype), None if h0 is None else dh0, None)
 
 
-def conv_setup(x, weight, bias, skip, tokens, T, U, BLOCK, num_warps):
-    """What both launches take: the grid, the inputs, `tokens` cut into c segments of s ≥ T, and the kernels' constants."""
-    (b, l, g, p), (h, _, w), (x, (s_xb, s_xl, s_xh)) = x.shape, weight.shape, rows(x)
+def conv_plan(x, weight, bias, dy, skip):
+    """The launches of the convolution, of its gradient where there is a dy: `tokens` in c segments of s ≥ T."""
+    (b, l, g, p), (h, _, w), ((s_xb,), within) = x.shape, weight.shape, strides(x=x)
+    R, (tokens, kernel, size) = power_of_2(h // g), (l - skip, conv_kernel, CONV_Y) if dy is None else (l, conv_backward_kernel, CONV_GRADIENT)
+    T, U, BP = size["T"], size["U"], min(power_of_2(g * p), max(1, size["BLOCK"] // R))
     s = U * cdiv(cdiv(tokens, max(1, tokens // T)), U)
-    c, R = cdiv(tokens, s), power_of_2(h // g)
-    BP = min(power_of_2(g * p), max(1, BLOCK // R))
-    meta = dict(s_xl=s_xl, s_xh=s_xh, g=g, p=p, r=h // g, BIAS=bias is not None, W=w, U=U, R=R, BP=BP, num_warps=num_warps)
-    return (b * c * cdiv(g * p, BP),), (x, weight.contiguous(), weight if bias is None else bias.contiguous()), (l, skip, c, s, s_xb), meta
+    c = cdiv(tokens, s)
+    return c, Launch(kernel, (b * c * cdiv(g * p, BP),), (l, skip, c, s, s_xb), g=g, p=p, r=h // g, BIAS=bias is not None, W=w, U=U, R=R, BP=BP,
+                     num_warps=1, **within)
 
 
 def conv_forward(x, weight, bias, skip):
     """x (b, skip + l, g, p), weight (h, p, w), bias (h, p) or None -> y (b, l, h, p), that of the tokens after the first `skip`."""
-    grid, inputs, sizes, meta = conv_setup(x, weight, bias, skip, x.shape[1] - skip, **CONV_Y)
+    x, weight, bias = row(x), weight.contiguous(), bias if bias is None else bias.contiguous()
     y = x.new_empty(x.shape[0], x.shape[1] - skip, *weight.shape[:2])
-    launch(conv_kernel, grid, *inputs, y, *sizes, **meta)
+    planned(conv_plan, x, weight, bias, None, skip)[1](x, weight, weight if bias is None else bias, y)
     return y
 
 
 def conv_backward(dy, x, weight, bias, skip):
     """The gradients of x, weight and bias; of the bias also where it is None."""
-    (h, p, w), (grid, inputs, sizes, meta) = weight.shape, conv_setup(x, weight, bias, skip, x.shape[1], **CONV_GRADIENT)
-    dx, dw = x.new_empty(x.shape), x.new_empty(len(x) * sizes[2], w + 1, h * p, dtype=torch.float32)
-    launch(conv_backward_kernel, grid, *inputs, dy.contiguous(), dx, dw, *sizes, **meta)
+    (h, p, w), kind = weight.shape, weight.dtype if bias is None else bias.dtype
+    dy, x, weight, bias = dy.contiguous(), row(x), weight.contiguous(), bias if bias is None else bias.contiguous()
+    c, gradient = planned(conv_plan, x, weight, bias, dy, skip)
+    dx, dw = x.new_empty(x.shape), x.new_empty(len(x) * c, w + 1, h * p, dtype=torch.float32)
+    gradient(x, weight, weight if bias is None else bias, dy, dx, dw)
     dw = dw.sum(0)
-    return dx, weight.new_empty(h, p, w).copy_(dw[:w].T.view(h, p, w)), dw[w].view(h, p).to(weight.dtype if bias is None else bias.dtype)
+    return dx, weight.new_empty(h, p, w).copy_(dw[:w].T.view(h, p, w)), dw[w].view(h, p).to(kind)
 
 
 class TritonConv(torch.autograd.Function):
@@ -1159,25 +1173,27 @@ class TritonConv(torch.autograd.Function):
         return dx, dw, None if bias is None else dbias, None
 
 
-def norm_setup(y, z, weight, T, ELEMENTS, num_warps):
-    """What both launches take: the grid, the inputs, the sequence in c times T tokens, z's stride, and the kernel's constants."""
-    (b, l, h, p), (z, (s_zb, s_zl, s_zh)), c, BP = y.shape, rows(z), cdiv(y.shape[1], T), power_of_2(y.shape[3])
-    meta = dict(s_zl=s_zl, s_zh=s_zh, h=h, p=p, T=T, ROWS=max(1, min(T, ELEMENTS // BP)), BP=BP, num_warps=num_warps)
-    return (b * c * h,), (y.contiguous(), z, weight.contiguous()), (l, c, s_zb), meta
+def norm_plan(y, z, weight, do, eps):
+    """The launch of the norm, or of its gradient where there is a do: the sequence in c times T tokens."""
+    (b, l, h, p), ((s_zb,), within), size = y.shape, strides(z=z), NORM_Y if do is None else NORM_GRADIENT
+    c, BP = cdiv(l, size["T"]), power_of_2(p)
+    return c, Launch(norm_kernel, (b * c * h,), (eps, l, c, s_zb), h=h, p=p, GRADIENT=do is not None, T=size["T"],
+                     ROWS=max(1, min(size["T"], size["ELEMENTS"] // BP)), BP=BP, num_warps=4, **within)
 
 
 def norm_forward(y, z, weight, eps):
     """y, z (b, l, h, p), weight (h, p) -> o (b, l, h, p)."""
-    (grid, inputs, sizes, meta), o = norm_setup(y, z, weight, **NORM_Y), y.new_empty(y.shape)
-    launch(norm_kernel, grid, *inputs, o, o, o, o, eps, *sizes, GRADIENT=False, **meta)
+    y, z, weight, o = y.contiguous(), row(z), weight.contiguous(), y.new_empty(y.shape)
+    planned(norm_plan, y, z, weight, None, eps)[1](y, z, weight, o, o, o, o)
     return o
 
 
 def norm_backward(do, y, z, weight, eps):
     """The gradients of y, z and weight."""
-    grid, inputs, sizes, meta = norm_setup(y, z, weight, **NORM_GRADIENT)
-    dy, dz, dw = y.new_empty(y.shape), z.new_empty(z.shape), y.new_empty(len(y) * sizes[1], *weight.shape, dtype=torch.float32)
-    launch(norm_kernel, grid, *inputs, do.contiguous(), dy, dz, dw, eps, *sizes, GRADIENT=True, **meta)
+    do, y, z, weight = do.contiguous(), y.contiguous(), row(z), weight.contiguous()
+    c, gradient = planned(norm_plan, y, z, weight, do, eps)
+    dy, dz, dw = y.new_empty(y.shape), z.new_empty(z.shape), y.new_empty(len(y) * c, *weight.shape, dtype=torch.float32)
+    gradient(y, z, weight, do, dy, dz, dw)
     return dy, dz, dw.sum(0).to(weight.dtype)
 
 
@@ -1212,9 +1228,9 @@ def operator(name):
     return getattr(torch.ops.mil, name) if torch.compiler.is_compiling() else globals()[name]
 
 
-SCAN = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias"
-for f, schema in ((scan_forward, f"({SCAN}, Tensor? h0, bool keep) -> (Tensor, Tensor, Tensor)"),
-                  (scan_backward, f"(Tensor dy, Tensor dh, {SCAN}, Tensor S) -> ({', '.join(['Tensor'] * 9)})"),
+SCAN = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? h0"
+for f, schema in ((scan_forward, f"({SCAN}, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"),
+                  (scan_backward, f"(Tensor dy, Tensor? dh, {SCAN}, Tensor S, Tensor A2) -> ({', '.join(['Tensor'] * 7)})"),
                   (conv_forward, "(Tensor x, Tensor weight, Tensor? bias, int skip) -> Tensor"),
                   (conv_backward, "(Tensor dy, Tensor x, Tensor weight, Tensor? bias, int skip) -> (Tensor, Tensor, Tensor)"),
                   (norm_forward, "(Tensor y, Tensor z, Tensor weight, float eps) -> Tensor"),

@@ -32,6 +32,7 @@ def form(name):
     with pytest.MonkeyPatch.context() as patch:
         if name == "torch":
             patch.setattr(kernels, "use_triton", lambda x: False)
+        patch.setattr(kernels, "PLANS", {})
         patch.setattr(kernels, "INTERPRET", name == "triton" and DEVICE == "cpu")
         if kernels.INTERPRET:  # what it costs is programs and tokens, not their width
             patch.setattr(kernels, "S6_TILE", kernels.S6_TILE if kernels.S6_TILE < 256 else 2**14)

@@ -325,7 +325,7 @@ def test_rows_more_than_2_to_the_31_elements_apart_are_read(decay):
 
 def test_float32_is_multiplied_in_full():
     one = torch.zeros(1, 2, 1, 4)
-    assert kernels.ssd_setup(one, one, one, None)[1]["PREC"] == "ieee"
+    assert kernels.ssd_plan(one, one[..., 0], one, one, one, None, None, None, None, None).y.meta["PREC"] == "ieee"
 
 
 @FORMS
@@ -451,10 +451,11 @@ def operator_calls(decay="mamba", options="Dzbh"):
     t = {**dict.fromkeys(("D", "z", "dt_bias", "h0")), **scan_inputs(decay, 1, 4, (2, 1, 2), (5, 3), 1, torch.float32, options)}
     t["z"] = t["z"] if decay == "mamba" else None  # Mamba-2 leaves its gate to the norm
     scan = [t[k] for k in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
-    y, h, S = kernels.scan_forward(*scan, t["h0"], True)
+    scan += [t["h0"]]
+    y, h, S, decays = kernels.scan_forward(*scan, True)
     x, weight = t["x"], torch.randn(2, 5, 4, device=DEVICE)
     bias = weight[..., 0].contiguous() if "b" in options else None
-    return {"scan_forward": (*scan, t["h0"], True), "scan_backward": (y, h, *scan, S),
+    return {"scan_forward": (*scan, True), "scan_backward": (y, h, *scan, S, decays),
             "conv_forward": (x, weight, bias, 3), "conv_backward": (y[:, 3:], x, weight, bias, 3),
             "norm_forward": (y, y.cos(), weight[..., 1], 1e-5), "norm_backward": (y.sin(), y, y.cos(), weight[..., 1], 1e-5)}
 
@@ -559,7 +560,7 @@ def test_mamba_keeps_states_only_for_a_backward_to_come(monkeypatch):
         for off in (torch.no_grad, torch.inference_mode):
             with off():
                 f(**inputs)
-    assert [S.numel() for _, _, S in kept] == [0, 2 * 2 * 4 * 4, 0, 0]  # of 9 tokens the 1st and the 9th, n = 3 in pairs
+    assert [S.numel() for _, _, S, _ in kept] == [0, 2 * 2 * 4 * 4, 0, 0]  # of 9 tokens the 1st and the 9th, n = 3 in pairs
 
 
 class StubKernel:
@@ -580,40 +581,42 @@ class StubCode:
         return lambda *args: self.called.append((grid, args))
 
 
-def test_a_launch_compiles_anew_for_exactly_what_the_code_depends_on(monkeypatch):
-    monkeypatch.setattr(kernels, "LAUNCHES", {})
-    x, names = torch.zeros(64), ("p_x", "p_y", "l", "eps", "BLOCK", "GATE")
-    kernel, base = StubKernel(*names), dict(p_x=x, p_y=x, l=7, eps=1e-5, BLOCK=4, GATE=True, num_warps=1)
+def test_a_plan_is_made_anew_for_exactly_what_compiled_code_can_depend_on(monkeypatch):
+    monkeypatch.setattr(kernels, "PLANS", {})
+    x, made = torch.zeros(8, 8), []
 
-    def launch(kernel, **change):
-        a = {**base, **change}
-        kernels.launch(kernel, (1,), *[a.pop(k) for k in names[:4]], **a)
-        return len(kernel.compiled)
-    assert launch(kernel) == 1
-    for same in (dict(), dict(p_x=torch.ones(9)), dict(p_y=x[4:]), dict(p_x=x.view(8, 8).T)):  # other tensors, as well aligned
-        assert launch(kernel, **same) == 1
-    changes = (dict(p_x=x.double()), dict(p_y=x.bfloat16()), dict(p_x=x[1:]), dict(p_y=x[3:]), dict(l=8), dict(l=2**31), dict(eps=1e-6), dict(BLOCK=8),
-               dict(GATE=False), dict(num_warps=2))
+    def plan(x=x, y=x, D=None, keep=True):
+        kernels.planned(make, x, y, D, keep)
+        return len(made)
+
+    def make(*args):
+        made.append(args)
+    assert plan() == 1
+    for same in (dict(), dict(x=torch.ones(8, 8)), dict(y=torch.zeros(9, 8)[1:])):  # other tensors of the same layout, as well aligned
+        assert plan(**same) == 1
+    changes = (dict(x=x.double()), dict(y=x.bfloat16()), dict(x=torch.zeros(65)[1:].view(8, 8)), dict(x=x.T), dict(y=torch.zeros(7, 8)), dict(D=x),
+               dict(keep=False))
     for count, change in enumerate(changes, 2):
-        assert launch(kernel, **change) == launch(kernel, **change) == count, change
-    assert launch(StubKernel(*names, name="another")) == 1
+        assert plan(**change) == plan(**change) == count, change
+    kernels.planned(made.append, x)
+    assert len(made) == count + 1
 
 
-def test_a_kernel_found_again_gets_its_own_grid_and_arguments_and_the_constants_in_its_order(monkeypatch):
-    monkeypatch.setattr(kernels, "LAUNCHES", {})
+def test_a_launch_compiles_once_and_then_hands_over_addresses_numbers_and_the_constants_in_the_kernels_order():
     kernel, x, y = StubKernel("p_x", "l", "A", "B"), torch.zeros(4), torch.ones(4)
-    kernels.launch(kernel, (2, 3), x, 7, B=20, num_warps=4, A=10)
-    kernels.launch(kernel, (5,), y, 7, B=20, num_warps=4, A=10)
-    kernels.launch(kernel, (5, 6), x, 7, B=20, num_warps=4, A=10)
+    launch = kernels.Launch(kernel, (2, 3), (7,), B=20, num_warps=4, A=10)
+    for t in (x, y, x):
+        launch(t)
     assert kernel.compiled == [((2, 3), (x, 7), dict(A=10, B=20, num_warps=4))]
-    assert kernel.called == [((5, 1, 1), (y, 7, 10, 20)), ((5, 6, 1), (x, 7, 10, 20))]
-    assert kernel.called[0][1][0] is y and kernel.called[1][1][0] is x
+    assert kernel.called == [((2, 3, 1), (y.data_ptr(), 7, 10, 20)), ((2, 3, 1), (x.data_ptr(), 7, 10, 20))]
 
 
-def test_a_dry_run_launches_nothing_also_after_an_error():
+def test_a_dry_run_launches_and_remembers_nothing_also_after_an_error(monkeypatch):
+    monkeypatch.setattr(kernels, "PLANS", {})
     kernel = StubKernel("p_x")
-    kernels.dry(kernels.launch)(kernel, (1,), torch.zeros(1))
-    assert not kernel.compiled
+    plan = kernels.dry(lambda x: kernels.planned(lambda x: kernels.Launch(kernel, (1,), ()), x))(torch.zeros(1))
+    kernels.dry(plan)(torch.zeros(1))
+    assert not kernel.compiled and not kernels.PLANS
     with pytest.raises(ZeroDivisionError):
         kernels.dry(lambda: 1 / 0)()
     assert not kernels.DRY
@@ -653,15 +656,6 @@ def test_odd_sizes_equal_the_definition(decay, p, n):
     check_against_definition("triton", torch.float32, scan_inputs(decay, 1, 9, (1, 1, 1), (p, n), 7, torch.float32))
 
 
-@given(st.lists(st.integers(1, 4), max_size=3), st.integers(1, 18))
-def test_whole_undoes_halves(shape, n):
-    t = torch.arange(float(np.prod(shape, dtype=int) * n)).view(*shape, n) + 1
-    got = kernels.halves(t)
-    assert got.is_contiguous() and torch.equal(got[..., :(n + 1) // 2], t[..., ::2]) and torch.equal(got[..., (n + 1) // 2:][..., :n // 2], t[..., 1::2])
-    assert got.shape[-1] % 2 == 0 and (n % 2 == 0 or not got[..., -1].any())
-    assert torch.equal(kernels.whole(got, n), t)
-
-
 def projected(decay, b, l):
     """One wide projection, and x, dt, B, C, z as slices of it: 2 query heads on 1 kv head, p = 4, n = 3."""
     dt = (2, 4) if decay == "mamba" else (2,)
@@ -672,17 +666,17 @@ def projected(decay, b, l):
 
 
 @DECAYS
-def test_slices_of_a_projection_are_read_where_they_lie(decay):
+def test_slices_of_a_projection_are_read_where_they_lie(monkeypatch, decay):
     wide, parts = projected(decay, 2, 5)
     t = parts(wide)
-    if decay == "mamba":
-        (x, dt, B, C, z, _), _, _ = kernels.s6_setup(t["x"], t["dt"], t["B"], t["C"], t["z"], None, None)
-        assert x is t["x"] and dt is t["dt"] and B is t["B"] and C is t["C"] and z is t["z"]
-    else:
-        (x, B, C), _ = kernels.ssd_setup(t["x"], t["B"], t["C"], None)
-        assert x is t["x"] and B is t["B"] and C is t["C"]
-    far, strides = kernels.rows(t["C"].transpose(2, 3))  # only where the last axis is not contiguous is there a copy
-    assert far.is_contiguous() and strides == far.stride()[:3] and torch.equal(far, t["C"].transpose(2, 3))
+    A, seen = scan_inputs(decay, 1, 1, (2, 1, 1), (4, 3), 1, torch.float32)["A"], set()
+    monkeypatch.setattr(kernels.Launch, "__call__", lambda self, *tensors: seen.update(v.data_ptr() for v in tensors))
+    with form("triton"):
+        y, _ = kernels.ssm_scan(**{k: v.requires_grad_() for k, v in t.items()}, A=A)
+        torch.autograd.grad(y.sum(), t["C"])
+    assert {v.data_ptr() for k, v in t.items() if decay == "mamba" or k != "z"} <= seen
+    far = kernels.row(t["C"].transpose(2, 3))  # only where the last axis is not contiguous is there a copy
+    assert far.is_contiguous() and torch.equal(far, t["C"].transpose(2, 3)) and kernels.row(t["C"]) is t["C"]
 
 
 @FORMS
