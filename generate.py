@@ -204,11 +204,12 @@ def load_with_tokenizer(directory, device=None, dtype=None):
 def token_law(logits, temperature=1.0, top_k=0, top_p=1.0):
     """The probabilities (..., v) a token is drawn from; temperature 0 puts everything on the likeliest.
 
-    top_k keeps the k likeliest (0: all), then top_p the fewest likeliest whose mass reaches top_p; ties are kept.
+    top_k keeps the k likeliest (0: all), then top_p the fewest likeliest whose mass reaches top_p; ties are kept. NaN gives NaN.
     """
-    if temperature == 0:
-        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature == 0:
+        law = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+        return law.masked_fill(logits.isnan().any(-1, keepdim=True), torch.nan)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
@@ -226,14 +227,65 @@ def longest_text(model):
     return model.config.context if "attention" in model.config.mixers else math.inf
 
 
-@torch.inference_mode()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(), generator=None):
-    """Continue each of `prompts` (lists of token ids of any lengths); every step yields one new id per row.
+def draw(law, generator=None):
+    """One token (...) from each law (..., v). Where the law is no law (a NaN among the logits), -1."""
+    flat = law.flatten(0, -2)
+    sound = flat.sum(-1) > 0  # a NaN is not
+    flat = torch.where(sound[:, None], flat, torch.ones_like(flat))
+    certain = flat.amax(-1) == 1  # greedy, or all but one token cut away: nothing to draw, whatever the generator
+    tokens = torch.where(certain, flat.argmax(-1), torch.multinomial(flat, 1, generator=generator)[:, 0])
+    return torch.where(sound, tokens, -1).view(law.shape[:-1])
 
-    A row that is finished (it drew one of `stop`, which is yielded, or filled the context) yields None from then on; the
-    generator ends when all rows are finished or have max_new_tokens. Rows do not see each other.
-    """
-    device, context = model.embed_tokens.weight.device, longest_text(model)
+
+def residual(p, q):
+    """The law (..., v) of the token in place of a rejected one: what p has over q. The proposal is drawn from q and kept with probability
+    min(1, p/q), so q's share of p is dealt out already (Leviathan et al. 2211.17192, Theorem 1)."""
+    left = (p - q).clamp(min=0)
+    left = torch.where(left.sum(-1, keepdim=True) > 0, left, p)  # p = q up to rounding
+    return left / left.sum(-1, keepdim=True)
+
+
+def verify(proposed, q, p, generator=None):
+    """How many of the draft's tokens (b, K) each row keeps, and one token more: (b,), (b,). They are drawn from q (b, K, v), the target's
+    laws are p (b, K + 1, v); what results is distributed as if drawn from p alone."""
+    row, at = torch.arange(len(p), device=p.device), proposed.clamp(min=0)[..., None]  # (-1: the draft had a NaN)
+    ratio = (p[:, :-1].gather(2, at) / q.gather(2, at))[..., 0]                         # (b, K)
+    kept = torch.rand(ratio.shape, generator=generator, dtype=p.dtype, device=p.device) < ratio
+    count = kept.long().cumprod(1).sum(1)
+    q = torch.cat([q, torch.zeros_like(p[:, :1])], dim=1)                               # after the last, nothing is dealt out
+    return count, draw(residual(p[row, count], q[row, count]), generator)
+
+
+def best_k(alpha, cost, most=8):
+    """The number of tokens to propose: the K in 1 … most with the most tokens in a unit of time, when each is accepted with probability
+    alpha (as if independently) and a draft's step costs `cost` of a target's pass (Leviathan et al., Theorem 3.8)."""
+    return max(range(1, most + 1), key=lambda K: sum(alpha**i for i in range(K + 1)) / (K * cost + 1))
+
+
+class Speculation:
+    """How much to propose, and how it went. K tokens a round; with K = 0 what best_k says, after 4 rounds and every 32 from then on, to the
+    rates and times since, beginning with 4."""
+
+    def __init__(self, K=0, most=8):
+        self.fixed, self.K, self.most, self.next = K > 0, K or min(4, most), K or most, 4
+        self.rounds = self.passes = self.proposed = self.accepted = 0  # passes: of the target, each row for itself
+        self.kept = self.rejected = self.draft = self.target = 0       # since the last choice
+
+    def count(self, n):
+        """A row kept n of K tokens."""
+        self.passes, self.proposed, self.accepted = self.passes + 1, self.proposed + self.K, self.accepted + n
+        self.kept, self.rejected = self.kept + n, self.rejected + (n < self.K)
+
+    def time(self, draft, target):
+        """A round is over: seconds of its halves, the draft's K steps and the target's pass."""
+        self.draft, self.target, self.rounds = self.draft + draft / self.K, self.target + target, self.rounds + 1
+        if self.rounds == self.next and not self.fixed:
+            self.K = best_k(self.kept / max(1, self.kept + self.rejected), self.draft / self.target, self.most)
+            self.next, self.kept, self.rejected, self.draft, self.target = self.next + 32, 0, 0, 0, 0
+
+
+def check_prompts(prompts, v, context):
+    """MilError for a prompt that cannot be continued."""
     if not prompts:
         raise MilError("no prompts: there is nothing to continue")
     for i, prompt in enumerate(prompts):
@@ -243,26 +295,84 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
             raise MilError(f"prompt {i + 1} has {len(prompt)} tokens, but the model's context is {context}: expected at "
                            f"most {context - 1}, to leave room for one more")
         for token in prompt:
-            if not 0 <= token < model.config.v:
-                raise MilError(f"prompt {i + 1} has token {token}, but the model's vocabulary is {model.config.v}")
-    lengths = [len(prompt) for prompt in prompts]
-    tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
-    for row, prompt in zip(tokens, prompts):
-        row[:len(prompt)] = torch.tensor(prompt)
-    cache = mil.Cache(model, len(prompts), max(lengths) + min(max_new_tokens, context - min(lengths)))
-    ends = torch.tensor(lengths, device=device)
-    hidden = model.hidden(tokens.to(device), cache, ends)                         # the prompts in one pass
-    last = hidden[torch.arange(len(prompts), device=device), ends - 1]            # (b, d)
-    done = [False] * len(prompts)
-    for step in range(max_new_tokens):
-        law = token_law(model.lm_head(last), temperature, top_k, top_p)           # (b, v)
-        new = law.argmax(-1) if temperature == 0 else torch.multinomial(law, 1, generator=generator)[:, 0]
-        row = new.tolist()
-        yield [None if finished else token for finished, token in zip(done, row)]
-        done = [finished or token in stop or length + step + 1 >= context for finished, token, length in zip(done, row, lengths)]
-        if all(done) or step + 1 == max_new_tokens:
-            return
-        last = model.hidden(new[:, None], cache)[:, -1]
+            if not 0 <= token < v:
+                raise MilError(f"prompt {i + 1} has token {token}, but the model's vocabulary is {v}")
+
+
+def feed(model, cache, new):
+    """Read more tokens (lists of ids of any lengths, one per row). Returns hidden (b, 1, d) at the last of each."""
+    counts = [len(tokens) for tokens in new]
+    padded = torch.tensor([tokens + [0] * (max(counts) - len(tokens)) for tokens in new], device=cache.device)
+    hidden = model.hidden(padded, cache, counts)                                      # (b, l, d)
+    return hidden[torch.arange(len(new), device=cache.device), torch.tensor(counts, device=cache.device) - 1][:, None]
+
+
+@torch.inference_mode()
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(), generator=None, draft=None, speculate=0):
+    """Continue each of `prompts` (lists of token ids of any lengths); every round yields a list of new ids per row.
+
+    With a `draft`, another model over the same tokens, a round is speculative: the draft proposes K tokens, one by one; the model reads
+    them in one pass, keeps the longest part it agrees with and adds one token; the law of the text is the model's own, whatever the draft
+    (`verify`). `speculate` is K, 0 to have it chosen by what is accepted and what it costs, or a Speculation. Without a draft K is 0 and a
+    round is one token. Neither model ever undoes anything: each cache moves its cursor back (mil.Cache).
+
+    A row that is finished (it drew one of `stop`, which is yielded, or filled the context, or has max_new_tokens) yields [] from then on;
+    the generator ends with the last row. Rows do not see each other. MilError for prompts and settings that cannot work, and for NaN.
+    """
+    context = min(longest_text(model), longest_text(draft or model))
+    check_prompts(prompts, model.config.v, context)
+    if draft and draft.config.v != model.config.v:
+        raise MilError(f"the draft's vocabulary is {draft.config.v}, the model's {model.config.v}: they must speak of the same tokens")
+    plan = speculate if isinstance(speculate, Speculation) else Speculation(speculate)
+    if draft and not plan.fixed:
+        plan.most = int(min(plan.most, context - 1))
+        plan.K = min(plan.K, plan.most)
+    if draft and not (1 <= plan.K and plan.most < context):
+        raise MilError(f"speculate is {plan.K}, expected 1 to {context - 1}, less than the context, or 0 to have it chosen")
+    for token in stop:
+        if not 0 <= token < model.config.v:
+            raise MilError(f"stop token {token} is outside the vocabulary of {model.config.v}")
+    law = lambda model, hidden: token_law(model.lm_head(hidden), temperature, top_k, top_p)  # noqa: E731
+    texts, ends = [list(prompt) for prompt in prompts], [min(len(prompt) + max_new_tokens, context) for prompt in prompts]
+    caches = [mil.Cache(m, len(texts), max(ends) + plan.most + 1, log=plan.most + 1 if draft else 0) for m in (model, draft) if m]
+    if any(len(text) > 1 for text in texts):  # all but the prompts' last tokens, which the first round reads
+        for m, cache in zip((model, draft), caches):
+            feed(m, cache, [text[:-1] for text in texts])
+    done = [False] * len(texts)
+    while not all(done):
+        K, began, proposed, q = plan.K if draft else 0, time.perf_counter(), [], []
+        for cache in caches:
+            cache.settle(K + 1)
+        for j in range(K):  # the draft first catches up with the text: by one token, or two if all it proposed was kept
+            if j == 0:
+                hidden = feed(draft, caches[1], [[] if d else text[at:] for text, at, d in zip(texts, caches[1].at, done)])
+            else:
+                hidden = draft.hidden(proposed[-1], caches[1], [1 - d for d in done])
+            q.append(law(draft, hidden))                                              # (b, 1, v)
+            proposed.append(draw(q[-1], generator).clamp(min=0))                      # (b, 1)
+        if draft and not plan.fixed and proposed[0].is_cuda:  # to tell the two halves' times apart
+            torch.cuda.synchronize()
+        between = time.perf_counter()
+        proposed = torch.cat([torch.tensor([text[-1:] for text in texts], device=caches[0].device), *proposed], dim=1)  # (b, 1 + K)
+        p = law(model, model.hidden(proposed, caches[0], [(1 - d) * (1 + K) for d in done]))                          # (b, 1 + K, v)
+        count, extra = verify(proposed[:, 1:], torch.cat([p[:, :0], *q], dim=1), p, generator)
+        rows, new = torch.cat([count[:, None], proposed[:, 1:], extra[:, None]], dim=1).tolist(), [[] for _ in texts]
+        for i in [i for i, d in enumerate(done) if not d]:
+            n, *tokens = rows[i]
+            tokens = [*tokens[:n], tokens[-1]][:ends[i] - len(texts[i])]
+            if -1 in tokens:
+                raise MilError(f"prompt {i + 1}: the model's logits are NaN after {len(texts[i])} tokens")
+            cut = next((j + 1 for j, token in enumerate(tokens) if token in stop), None)
+            new[i] = tokens[:cut]
+            texts[i] = texts[i] + new[i]
+            done[i] = cut is not None or len(texts[i]) >= ends[i]
+            if draft:
+                plan.count(n)
+        for cache in caches:
+            cache.back([min(at, len(text) - 1) for at, text in zip(cache.at, texts)])
+        if draft:
+            plan.time(between - began, time.perf_counter() - between)
+        yield new
 
 
 class TextStream:
@@ -285,6 +395,8 @@ class TextStream:
 @dataclass
 class Settings:
     model: str = flag("out/student", "checkpoint directory, as train_distill.py writes it")
+    draft: str = flag("", "checkpoint of a smaller model over the same tokens, to decode speculatively: same text, sooner")
+    speculate: int = flag(0, "how many tokens the draft proposes at a time; 0: chosen by what is kept and what it costs")
     prompt: list = flag([], "the text to continue; - reads standard input; given several times, a batch", action="append", metavar="text")
     max_new_tokens: int = flag(256, "stop after this many tokens")
     temperature: float = flag(0.8, "0 takes the likeliest token, 1 samples the model as it is, more is wilder")
@@ -308,6 +420,9 @@ def check_settings(s):
         raise MilError(f"--dtype is {s.dtype}, expected float32, bfloat16, float16 or float64")
     if not 0 <= s.seed < 2**63:
         raise MilError(f"--seed is {s.seed}, expected 0 to 2^63 - 1")
+    if s.speculate < 0 or s.speculate and not s.draft:
+        raise MilError(f"--speculate is {s.speculate}, expected 1 or more, or 0 to have it chosen" if s.draft else
+                       "--speculate needs a --draft: the checkpoint of the model that proposes")
     if not s.prompt:
         raise MilError("--prompt is missing: give the text to continue, or - to read it from standard input")
 
@@ -322,6 +437,17 @@ def read_prompt(text, number):
     return text
 
 
+def load_draft(s, model, encoding, device):
+    """The model in --draft. MilError unless it speaks the target's tokens."""
+    draft, other = load_with_tokenizer(s.draft, device, getattr(torch, s.dtype) if s.dtype else None)
+    if draft.config.v != model.config.v:
+        raise MilError(f"--draft {s.draft} has a vocabulary of {draft.config.v}, {s.model} one of {model.config.v}: a draft must speak the same tokens")
+    if any(a != b for f in (tiktoken.Encoding.token_byte_values, lambda e: sorted(map(e.encode_single_token, e.special_tokens_set)))
+           for a, b in [(f(encoding), f(other))]):
+        raise MilError(f"--draft {s.draft} has the tokenizer {tokenizer_of(s.draft)}, {s.model} has {tokenizer_of(s.model)}: their tokens differ")
+    return draft
+
+
 def main(argv):
     s = parse_flags(Settings, argv, __doc__)
     check_settings(s)
@@ -331,14 +457,15 @@ def main(argv):
     prompts = [encode(encoding, text) for text in texts]
     stop, streams = stop_tokens(encoding), [TextStream(encoding) for _ in texts]
     whole, counts, began, single = list(texts), [0] * len(texts), time.perf_counter(), len(texts) == 1
-    steps = generate(model, prompts, s.max_new_tokens, s.temperature, s.top_k, s.top_p, stop,
-                     torch.Generator(device).manual_seed(s.seed))
-    for row in steps:
+    draft, plan = load_draft(s, model, encoding, device) if s.draft else None, Speculation(s.speculate)
+    rounds = generate(model, prompts, s.max_new_tokens, s.temperature, s.top_k, s.top_p, stop,
+                      torch.Generator(device).manual_seed(s.seed), draft, plan)
+    for row in rounds:
         if single and not counts[0]:  # only now is it sure that the prompt can be continued
             print(texts[0], end="", flush=True)
-        for i, token in enumerate(row):
-            counts[i] += token is not None
-            if token is not None and token not in stop:
+        for i, token in [(i, token) for i, tokens in enumerate(row) for token in tokens]:
+            counts[i] += 1
+            if token not in stop:
                 piece = streams[i].feed(token)
                 whole[i] += piece
                 if single:
@@ -349,6 +476,8 @@ def main(argv):
         tail = stream.finish()
         print(tail if single else f"=== {i + 1} of {len(texts)}\n{whole[i]}{tail}")
     end = f", up to the context of {longest_text(model)}" if full else ""
+    if draft:
+        end = f", {plan.accepted / plan.proposed:.0%} of the draft's tokens kept, {count / plan.passes:.2f} tokens a pass of the model (K = {plan.K}){end}"
     print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s{end}", file=sys.stderr)
 
 

@@ -197,15 +197,19 @@ class Mamba(nn.Module):
         heads = lambda t: t.unflatten(-1, (-1, n))  # noqa: E731                  (..., h·p) -> (..., h, p), p = n
         x, z = heads(self.in_proj_x(u)), heads(self.in_proj_z(u))     # (b, l, g, p) (b, l, h, p)
         B, C = heads(self.B_proj(u)), heads(self.C_proj(u))           # (b, l, g, n) (b, l, h, n)
-        dt = F.linear(self.dt_proj_down(u), self.dt_proj.weight)      # (b, l, h·p); its bias is added in the scan
-        conv, h0, lengths = (None, None, None) if log is None else log.read()
-        dt = dt if lengths is None else hide_padding(dt, lengths)
-        x, conv = causal_conv(x, self.conv1d.weight.view(-1, n, self.config.d_conv), self.conv1d.bias.view(-1, n), conv, lengths)
-        A = decay_rates(self.A_log).view(-1, n, n)                    # (h, p, n)
-        y, h = ssm_scan(x, heads(dt), A, B, C, D=heads(self.D), z=z, dt_bias=heads(self.dt_proj.bias), h0=h0)
-        if log is not None:
-            log.write(conv, h)
+        dt = heads(F.linear(self.dt_proj_down(u), self.dt_proj.weight))  # (b, l, h, p); its bias is added in the scan
+        y = self.scan(x, dt, B, C, z)[0] if log is None else log.extend(self.scan, (x, dt, B), (C, z))
         return self.out_proj(y.flatten(2))
+
+    def scan(self, x, dt, B, C, z, window=None, h0=None, lengths=None):
+        """What the projections give, through convolution and scan: y (b, l, h, p), and what a later call goes on from,
+        the convolution's last inputs and the state. lengths (b,): how many of each row's tokens are real."""
+        n = self.config.d_state
+        dt = dt if lengths is None else hide_padding(dt, lengths)
+        x, window = causal_conv(x, self.conv1d.weight.view(-1, n, self.config.d_conv), self.conv1d.bias.view(-1, n), window, lengths)
+        A, D, dt_bias = decay_rates(self.A_log).view(-1, n, n), self.D.view(-1, n), self.dt_proj.bias.view(-1, n)  # (h, p, n) (h, p)
+        y, h = ssm_scan(x, dt, A, B, C, D, z, dt_bias, h0)
+        return y, window, h
 
     def new_log(self, cache):
         c = self.config
@@ -248,17 +252,19 @@ class Mamba2(nn.Module):
         return [(C, attention.q_proj), (B, attention.k_proj), (x, attention.v_proj), (self.out_proj.weight, attention.o_proj)]
 
     def forward(self, u, angles, log=None):
-        p, g = self.config.head_dim, self.config.n_kv_heads
-        z, xBC, dt = self.in_proj(u).split(self.sizes, dim=-1)
-        conv, h0, lengths = (None, None, None) if log is None else log.read()
-        dt = dt if lengths is None else hide_padding(dt, lengths)
-        xBC, conv = causal_conv(xBC.unsqueeze(2), self.conv1d.weight.transpose(0, 1), self.conv1d.bias[None], conv, lengths)
-        x, B, C = xBC.unflatten(3, (-1, p)).squeeze(2).split([g, g, self.config.n_heads], dim=2)  # (b, l, heads, p)
-        y, h = ssm_scan(x, dt, decay_rates(self.A_log), B, C, D=self.D, dt_bias=self.dt_bias, h0=h0)
-        if log is not None:
-            log.write(conv, h)
+        p, (z, xBC, dt) = self.config.head_dim, self.in_proj(u).split(self.sizes, dim=-1)
+        y = self.scan(xBC, dt)[0] if log is None else log.extend(self.scan, (xBC, dt), ())
         y = gated_norm(y, z.unflatten(2, (-1, p)), self.norm.weight.view(-1, p), self.norm.eps)  # per head (b, l, h, p)
         return self.out_proj(y.flatten(2))
+
+    def scan(self, xBC, dt, window=None, h0=None, lengths=None):
+        """As Mamba's."""
+        p, g = self.config.head_dim, self.config.n_kv_heads
+        dt = dt if lengths is None else hide_padding(dt, lengths)
+        xBC, window = causal_conv(xBC.unsqueeze(2), self.conv1d.weight.transpose(0, 1), self.conv1d.bias[None], window, lengths)
+        x, B, C = xBC.unflatten(3, (-1, p)).squeeze(2).split([g, g, self.config.n_heads], dim=2)  # (b, l, heads, p)
+        y, h = ssm_scan(x, dt, decay_rates(self.A_log), B, C, D=self.D, dt_bias=self.dt_bias, h0=h0)
+        return y, window, h
 
     def new_log(self, cache):
         p, h = self.config.head_dim, self.config.n_heads
@@ -366,70 +372,109 @@ class Hybrid(nn.Module):
 
 
 class Cache:
-    """`Cache(model, batch, size)`: room for `size` tokens a row. `length` (b,) is each row's cursor.
+    """`Cache(model, batch, size, log=0)`: room for `size` tokens a row, of which the last `log` or so can be taken back.
 
-    One interface over both kinds of layer: the model opens it for l new tokens, every layer extends its own log, and
-    closing it moves the cursors. An attention log grows by one key and value a token; a Mamba log is one state and the
-    last w - 1 inputs of the convolution, whatever the length. Entries at or after a row's cursor mean nothing.
+        a row's tokens   The mamba in the llama sat on | the hat         |  the cursor: what follows it means nothing
+        attention        k v k v k v k v k v k v k v   | k v k v         a key and a value a token
+        Mamba            h ──────────────┘ x x x x x   | x x x           one state, where `base` says, and the inputs since
+
+    Every layer's cache is a log with the same cursor. To take back the tokens that a verification rejects, the cursor
+    moves, and nothing else: attention's later keys are never looked at, and a Mamba layer starts each pass from its one
+    state and reads its logged inputs again, up to the cursor, before the new ones (The Mamba in the Llama, section 4).
+    When the log is full its inputs, up to the cursor, go into the state for good. A pass of more than `log` tokens (a
+    prompt, and with log=0 every token) goes into the state at once.
     """
 
-    def __init__(self, model, batch, size):
-        self.size, self.used = size, 0  # used: the furthest any row has been written, known without asking the device
-        self.length = torch.zeros(batch, dtype=torch.long, device=model.embed_tokens.weight.device)
-        self.new, self.lengths, self.pos = 0, None, None  # of the tokens being added, between open and close
+    def __init__(self, model, batch, size, log=0):
+        self.size, self.log, self.device = size, log, model.embed_tokens.weight.device
+        self.at, self.base = [0] * batch, [0] * batch  # per row: the cursor, and the token before which the states stand
+        self.room = 0
         self.logs = [layer.mixer.new_log(self) for layer in model.layers]
 
     def open(self, b, l, lengths=None):
         """Positions (b, l) of l new tokens a row, of which lengths (b,) are real (None: all)."""
-        if b != len(self.length):
-            raise MilError(f"cache: {b} rows of tokens for a cache of {len(self.length)} rows")
+        if b != len(self.at):
+            raise MilError(f"cache: {b} rows of tokens for a cache of {len(self.at)} rows")
+        self.used = max(self.at)  # what follows needs room for the longest row
         if self.used + l > self.size:
             raise MilError(f"cache: {l} more tokens do not fit: {self.used} of {self.size} places are used")
-        self.new, self.lengths = l, lengths
-        self.pos = self.length[:, None] + torch.arange(l, device=self.length.device)
+        tensor = lambda numbers: torch.tensor(numbers, device=self.device)  # noqa: E731
+        logged = [at - base for at, base in zip(self.at, self.base)]
+        self.full = max(logged) if max(logged) + max(l, self.room) > self.log else 0  # so many inputs, at most, to replay
+        if self.full:
+            self.replayed, self.base, logged = tensor(logged), list(self.at), [0] * b
+        self.direct, self.room, self.new = l > self.log, 0, l
+        self.counts = [l] * b if lengths is None else lengths if isinstance(lengths, list) else lengths.tolist()
+        self.lengths = None if min(self.counts) == l else tensor(self.counts)
+        self.pos = tensor(self.at)[:, None] + torch.arange(l, device=self.device)      # (b, l)
+        self.slot = self.pos - tensor(self.base)[:, None]                               # (b, l), in a Mamba log
+        self.end, self.real = max(logged) + l, tensor([n + k for n, k in zip(logged, self.counts)])
         return self.pos
 
     def close(self):
-        self.length += self.new if self.lengths is None else self.lengths
-        self.used += self.new
+        self.at = [at + n for at, n in zip(self.at, self.counts)]
+        if self.direct:
+            self.base = list(self.at)
+
+    def settle(self, room):
+        """What is in the cache stays. Up to `room` more tokens a row can come, and be taken back, before the next call."""
+        self.room = room
+
+    def back(self, to):
+        """Move each row's cursor back to `to`, a number of tokens per row. MilError where the log does not reach."""
+        for row, (at, base, new) in enumerate(zip(self.at, self.base, to)):
+            first = base if any(isinstance(log, StateLog) for log in self.logs) else 0
+            if not first <= new <= at:
+                raise MilError(f"cache: row {row} holds {at} tokens and can go back to {first}, not to {new}: its log has {self.log} places")
+        self.at = list(to)
 
 
 class AttentionLog:
-    """K and V (b, g, size + 1, p) written at each row's own cursor; the place past the end takes the padding."""
+    """K and V (b, g, size, p), written at each row's own cursor."""
 
     def __init__(self, cache, config, dtype):
         self.cache = cache
-        shape = (len(cache.length), config.n_kv_heads, cache.size + 1, config.head_dim)
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=cache.length.device) for _ in range(2))
+        shape = (len(cache.at), config.n_kv_heads, cache.size, config.head_dim)
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=cache.device) for _ in range(2))
 
     def extend(self, k, v):
         """Write the new k, v (b, g, l, p). Returns all keys and values so far, and who may see whom (None: causal)."""
         c = self.cache
-        at = c.pos if c.lengths is None else torch.where(c.pos < (c.length + c.lengths)[:, None], c.pos, c.size)
-        row = torch.arange(len(at), device=at.device)[:, None]
-        self.k[row, :, at] = k.transpose(1, 2).to(self.k.dtype)
-        self.v[row, :, at] = v.transpose(1, 2).to(self.v.dtype)
+        row = torch.arange(len(c.at), device=c.device)[:, None]
+        self.k[row, :, c.pos] = k.transpose(1, 2).to(self.k.dtype)  # padding lands past the cursor, where nothing counts
+        self.v[row, :, c.pos] = v.transpose(1, 2).to(self.v.dtype)
         if c.used == 0:  # nothing came before: plain causal attention over the new tokens
             return k, v, None
         end = c.used + c.new
-        mask = torch.arange(end, device=at.device) <= c.pos[..., None]  # (b, l, end)
+        mask = torch.arange(end, device=c.device) <= c.pos[..., None]  # (b, l, end)
         return self.k[:, :, :end].to(k.dtype), self.v[:, :, :end].to(v.dtype), mask[:, None]
 
 
 class StateLog:
-    """The state h (b, h, p, n), float32, and the convolution's last inputs (b, w-1, g, p), both at the cursor."""
+    """The state h (b, h, p, n), float32, and the convolution's last inputs (b, w-1, g, p), both at `base`; and the
+    layer's inputs since."""
 
-    def __init__(self, cache, conv, state, dtype):
-        self.cache, b, device = cache, len(cache.length), cache.length.device
-        self.conv = torch.zeros(b, *conv, dtype=dtype, device=device)
-        self.h = torch.zeros(b, *state, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    def __init__(self, cache, window, state, dtype):
+        self.cache, b, self.inputs = cache, len(cache.at), None
+        self.window = torch.zeros(b, *window, dtype=dtype, device=cache.device)
+        self.h = torch.zeros(b, *state, dtype=torch.promote_types(dtype, torch.float32), device=cache.device)
 
-    def read(self):
-        return self.conv, self.h, self.cache.lengths
-
-    def write(self, conv, h):
-        self.conv.copy_(conv)
-        self.h.copy_(h)
+    def extend(self, scan, written, read):
+        """y (b, l, h, p) of l new tokens by the mixer's own scan(*written, *read, window, h, lengths): `written` (b, l, ...)
+        is what a token leaves behind, and is logged, `read` what it only reads with."""
+        c, row, b = self.cache, torch.arange(len(self.h), device=self.h.device)[:, None], len(self.h)
+        blank = lambda t, l: t.new_zeros(b, l, *t.shape[2:])  # noqa: E731
+        if self.inputs is None:
+            self.inputs = [blank(t, c.log) for t in written]
+        if c.full:
+            _, self.window, self.h = scan(*[t[:, :c.full] for t in self.inputs], *[blank(t, c.full) for t in read], self.window, self.h, c.replayed)
+        if c.direct:
+            y, self.window, self.h = scan(*written, *read, self.window, self.h, c.lengths)
+            return y
+        for t, new in zip(self.inputs, written):
+            t[row, c.slot] = new
+        read = [blank(t, c.end).index_put((row, c.slot), t) for t in read]
+        return scan(*[t[:, :c.end] for t in self.inputs], *read, self.window, self.h, c.real)[0][row, c.slot]
 
 
 def hide_padding(dt, lengths):

@@ -493,7 +493,7 @@ def sample(model, encoding, s, device):
     stream, stop = TextStream(encoding), stop_tokens(encoding)
     prompt = encode(encoding, s.prompt)[:model.config.context - 1]
     text = s.prompt
-    for (token,) in generate(model, [prompt], 200, 0.7, 0, 0.95, stop, torch.Generator(device).manual_seed(s.seed)):
+    for ((token,),) in generate(model, [prompt], 200, 0.7, 0, 0.95, stop, torch.Generator(device).manual_seed(s.seed)):
         text += stream.feed(token) if token not in stop else ""
     return text + stream.finish()
 

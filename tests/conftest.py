@@ -72,3 +72,7 @@ def build(config, dtype=torch.float64, seed=0):
         for name, w in model.named_parameters():
             w.add_(torch.randn_like(w) * (0.3 if w.dim() > 1 else 0.1))
     return model.to(DEVICE).eval()
+
+
+def random_tokens(config, b, l, seed=0):
+    return torch.randint(config.v, (b, l), generator=torch.Generator().manual_seed(seed)).to(DEVICE)

@@ -1,12 +1,13 @@
 """Tokenizers, the law a token is drawn from, decoding, and the command line."""
 import base64
+import dataclasses
 import io
 import sys
 
 import pytest
 import tiktoken
 import torch
-from conftest import DEVICE, build, configs, run_script
+from conftest import DEVICE, build, configs, random_tokens, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -105,7 +106,7 @@ def test_sampling_follows_the_law():
     (draws,) = list(g.generate(model, [[1, 2, 3]] * 4000, 1, 1.5, 6, 0.9, generator=torch.Generator(DEVICE).manual_seed(0)))
     with torch.no_grad():
         law = g.token_law(model(torch.tensor([[1, 2, 3]], device=DEVICE))[0, -1], 1.5, 6, 0.9).double().cpu()
-    count = torch.bincount(torch.tensor(draws), minlength=8).double()
+    count = torch.bincount(torch.tensor(draws)[:, 0], minlength=8).double()
     assert not count[law == 0].any()
     law, count = law[law > 0], count[law > 0]
     assert len(law) > 2 and ((count - 4000 * law).square() / (4000 * law)).sum() < 40  # at most 7 degrees of freedom: p = 1e-6
@@ -115,12 +116,16 @@ def test_sampling_follows_the_law():
 # Decoding
 
 
+def whole(rounds):
+    """All the new tokens of each row."""
+    return [sum(row, []) for row in zip(*rounds)]
+
+
 @given(configs(), st.integers(0, 1000))
 @settings(max_examples=15)
 def test_greedy_decoding_with_the_cache_is_greedy_decoding_without(config, seed):
     model, ids = build(config, seed=seed), [1, 5, 2]
-    got = [row[0] for row in g.generate(model, [ids], 12, temperature=0)]
-    for token in got:
+    for token in whole(g.generate(model, [ids], 12, temperature=0))[0]:
         with torch.no_grad():
             logits = model(torch.tensor([ids], device=DEVICE))[0, -1]
         assert logits[token] >= logits.max() - 1e-9
@@ -131,20 +136,17 @@ def test_greedy_decoding_with_the_cache_is_greedy_decoding_without(config, seed)
 def test_prompts_of_unequal_length_in_a_batch_give_each_what_it_gives_alone(mixers):
     model = build(Config(**MIXED, mixers=mixers), torch.float32)
     prompts = [[7], list(range(40, 60)), [3, 1, 4, 1, 5], [200] * 11]
-    together = list(zip(*g.generate(model, prompts, 20, temperature=0)))
-    for prompt, row in zip(prompts, together):
-        assert [r[0] for r in g.generate(model, [prompt], 20, temperature=0)] == list(row)
+    for prompt, row in zip(prompts, whole(g.generate(model, prompts, 20, temperature=0))):
+        assert whole(g.generate(model, [prompt], 20, temperature=0)) == [row]
 
 
 def test_a_row_ends_at_its_own_stop_token_or_at_the_context_and_the_others_go_on():
     model = build(Config(**MIXED), torch.float32)
     prompts = [[7], [3, 1, 4]]
-    free = list(zip(*g.generate(model, prompts, 12, temperature=0)))
+    free = whole(g.generate(model, prompts, 12, temperature=0))
     stop = free[0][4]
-    got = list(zip(*g.generate(model, prompts, 12, temperature=0, stop=[stop])))
-    for before, after in zip(free, got):
-        end = before.index(stop) + 1 if stop in before else 12
-        assert list(after[:end]) == list(before[:end]) and not any(t is not None for t in after[end:])
+    for before, after in zip(free, whole(g.generate(model, prompts, 12, temperature=0, stop=[stop]))):
+        assert after == before[:before.index(stop) + 1 if stop in before else 12]
     assert len(list(g.generate(model, [list(range(45))], 12, temperature=0))) == 3  # a context of 48
     assert len(list(g.generate(model, [[1]], 5, temperature=0))) == 5
     endless = build(Config(**MIXED, mixers=["mamba2"] * 4), torch.float32)  # without attention there is no context to fill
@@ -162,6 +164,154 @@ def test_the_same_seed_gives_the_same_sample():
 def test_prompts_that_cannot_be_continued_are_refused(prompt, match):
     with pytest.raises(MilError, match=match):
         next(g.generate(build(Config(**MIXED)), [prompt], 5))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Speculative decoding
+
+
+@given(configs(), configs(), st.integers(1, 8), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 1000))
+@settings(max_examples=25)
+def test_greedy_speculation_writes_what_greedy_decoding_writes(target, draft, K, lengths, seed):
+    """In float64, token for token, for any two stacks, with few tokens so that some proposals are kept and some are not."""
+    v = 7
+    target, draft = (build(dataclasses.replace(c, v=v), seed=seed + i) for i, c in enumerate((target, draft)))
+    prompts = [random_tokens(target.config, 1, l, seed + i)[0].tolist() for i, l in enumerate(lengths)]
+    want = whole(g.generate(target, prompts, 20, temperature=0, stop=[v - 1]))
+    assert whole(g.generate(target, prompts, 20, temperature=0, stop=[v - 1], draft=draft, speculate=K)) == want
+
+
+@pytest.mark.parametrize("mixers", [["attention"] * 4, ["mamba"] * 4, ["mamba2"] * 4, ["attention", "mamba", "mamba2", "none"]], ids="-".join)
+def test_a_draft_that_is_the_target_is_kept_whole_and_one_that_is_wrong_not_at_all(mixers):
+    model = build(Config(**MIXED, mixers=mixers))
+    wrong, plan = build(Config(**MIXED, mixers=mixers)), g.Speculation(3)
+    want = whole(g.generate(model, [[5], [6, 7]], 24, temperature=0))
+    rounds = list(g.generate(model, [[5], [6, 7]], 24, temperature=0, draft=model, speculate=plan))
+    assert whole(rounds) == want and [len(new) for new in rounds[0]] == [4, 4] and plan.accepted == plan.proposed == 2 * 3 * 6
+    with torch.no_grad():
+        wrong.lm_head.weight.neg_()  # likeliest is what was least likely
+    rounds = list(g.generate(model, [[5], [6, 7]], 24, temperature=0, draft=wrong, speculate=3))
+    assert whole(rounds) == want and len(rounds) == 24
+
+
+def laws(seed, *shape):
+    """Random laws (..., 5), each with top-k and top-p applied, so with zeros."""
+    logits = torch.randn(*shape, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 2
+    return g.token_law(logits, 0.8, 4, 0.9)
+
+
+@given(st.integers(1, 3), st.integers(0, 1000))
+@settings(max_examples=20)
+def test_by_enumeration_the_text_of_a_round_has_the_targets_law(K, seed):
+    """All proposals × all outcomes, their probabilities multiplied out: what a round leaves, continued by the target to K + 1 tokens, has
+    the target's law to 1e-12. p and q may depend on all that precedes: every prefix has laws of its own."""
+    law = lambda which, prefix: laws(hash((which, prefix, seed)) % 2**31, 1)[0]  # noqa: E731
+    got, want = {}, {}
+
+    def put(out, prefix, chance):  # the target goes on alone
+        if len(prefix) == K + 1:
+            out[prefix] = out.get(prefix, 0.0) + chance
+        else:
+            for token, p in enumerate(law("p", prefix).tolist()):
+                if p:
+                    put(out, (*prefix, token), chance * p)
+    put(want, (), 1.0)
+
+    def propose(prefix, chance):
+        if len(prefix) < K:
+            for token, q in enumerate(law("q", prefix).tolist()):
+                if q:
+                    propose((*prefix, token), chance * q)
+            return
+        for count in range(K + 1):  # kept before the first rejection
+            p, q = law("p", prefix[:count]), law("q", prefix[:count]) if count < K else torch.zeros(5, dtype=torch.float64)
+            keep = min(1.0, (p[prefix[count]] / q[prefix[count]]).item()) if count < K else 0.0
+            if keep < 1:
+                for token, r in enumerate(g.residual(p, q).tolist()):
+                    if r:
+                        put(got, (*prefix[:count], token), chance * (1 - keep) * r)
+            chance *= keep
+    propose((), 1.0)
+    assert want.keys() >= {k for k, c in got.items() if c > 1e-13}
+    assert all(abs(got.get(k, 0.0) - c) < 1e-12 for k, c in want.items())
+
+
+def test_the_sampler_keeps_and_replaces_with_the_enumerated_probabilities():
+    """Chi-square over 60,000 rounds of K = 2: the first two tokens that `verify` leaves against the target's law."""
+    n, p, q = 60000, laws(1, 3), laws(2, 2)
+    generator = torch.Generator().manual_seed(0)
+    proposed = g.draw(q.expand(n, 2, 5), generator)
+    count, extra = g.verify(proposed, q.expand(n, 2, 5), p.expand(n, 3, 5), generator)
+    first = torch.where(count > 0, proposed[:, 0], extra)
+    second = torch.where(count > 1, proposed[:, 1], extra)[count > 0]  # given that the first was kept
+    for tokens, law in ((first, p[0]), (second, p[1])):
+        seen, law = torch.bincount(tokens, minlength=5).double(), law * len(tokens)
+        assert not seen[law == 0].any() and ((seen - law).square() / law)[law > 0].sum() < 35  # 4 degrees of freedom: p < 1e-6
+
+
+def test_speculative_sampling_follows_the_targets_law_through_the_models():
+    target, draft = (build(Config(**{**MIXED, "v": 5}), seed=i) for i in range(2))
+    n = 4000
+    rows = whole(g.generate(target, [[1, 2]] * n, 2, 1.3, 4, 0.95, generator=torch.Generator(DEVICE).manual_seed(0), draft=draft, speculate=2))
+    first, second = torch.tensor(rows).T
+    with torch.no_grad():
+        laws = g.token_law(target(torch.tensor([[1, 2, t] for t in range(5)], device=DEVICE)), 1.3, 4, 0.95).cpu()
+    for seen, law in ((first, laws[0, 1]), *((second[first == t], laws[t, 2]) for t in range(5))):
+        want = law * len(seen)
+        have = torch.bincount(seen, minlength=5).double()
+        assert not have[law == 0].any() and ((have - want).square() / want)[want > 0].sum() < 40
+
+
+def test_rows_of_a_speculative_batch_end_by_their_own_stop_length_and_context():
+    model, draft = build(Config(**MIXED)), build(Config(**{**MIXED, "context": 40}), seed=1)
+    rows = whole(g.generate(model, [[1], list(range(37)), [9, 9]], 6, temperature=0, draft=draft, speculate=5))
+    assert [len(row) for row in rows] == [6, 3, 6]  # the shorter context is the draft's
+
+
+def test_the_best_k_rises_with_acceptance_and_falls_with_the_drafts_cost():
+    assert g.best_k(0.0, 0.1) == 1 and g.best_k(1.0, 0.1) == 8 and g.best_k(0.8, 0.9) == 1
+    rate = lambda a, c, K: sum(a**i for i in range(K + 1)) / (K * c + 1)  # noqa: E731
+    assert all(rate(0.8, 0.1, g.best_k(0.8, 0.1)) >= rate(0.8, 0.1, K) for K in range(1, 9))
+
+
+def test_k_is_chosen_from_what_was_kept_and_what_it_took():
+    plan = g.Speculation()
+    for _ in range(4):
+        assert plan.K == 4
+        plan.count(4)
+        plan.time(0.04, 0.1)  # 0.1 of a pass for each token, all kept
+    assert plan.K == 8
+    for _ in range(32):
+        plan.count(0)
+        plan.time(0.08, 0.1)
+    assert plan.K == 1 and (plan.passes, plan.accepted, plan.proposed) == (36, 16, 4 * 4 + 32 * 8)
+    model = build(Config(**MIXED))
+    want = whole(g.generate(model, [[5, 6]], 40, temperature=0))
+    assert whole(g.generate(model, [[5, 6]], 40, temperature=0, draft=build(Config(**MIXED), seed=3))) == want
+
+
+@pytest.mark.parametrize("K, draft, match", [(-1, {}, "speculate is -1, expected 1 to 47"), (48, {}, "speculate is 48, expected 1 to 47"),
+                                             (2, {"v": 300}, "the draft's vocabulary is 300, the model's 257")])
+def test_speculation_that_cannot_work_is_refused(K, draft, match):
+    with pytest.raises(MilError, match=match):
+        next(g.generate(build(Config(**MIXED)), [[1]], 5, draft=build(Config(**{**MIXED, **draft})), speculate=K))
+
+
+def test_a_stop_token_outside_the_vocabulary_is_refused():
+    with pytest.raises(MilError, match="stop token 257 is outside the vocabulary of 257"):
+        next(g.generate(build(Config(**MIXED)), [[1]], 5, stop=[257]))
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("speculative", [False, True])
+def test_nan_logits_end_in_one_clear_line_and_a_drafts_are_merely_rejected(temperature, speculative):
+    model, broken = build(Config(**MIXED)), build(Config(**MIXED))
+    with torch.no_grad():
+        broken.norm.weight[0] = torch.nan
+    with pytest.raises(MilError, match="prompt 1: the model's logits are NaN after 2 tokens"):
+        list(g.generate(broken, [[1, 2]], 5, temperature, draft=model if speculative else None, speculate=2))
+    if temperature == 0:
+        assert whole(g.generate(model, [[1, 2]], 9, 0, draft=broken, speculate=2)) == whole(g.generate(model, [[1, 2]], 9, 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -237,7 +387,8 @@ def test_every_sampling_flag_reaches_the_sampler(student, monkeypatch):
     monkeypatch.setattr(g, "generate", lambda model, *args: seen.append((model, *args)) or iter(()))
     g.main(["--model", student, "--prompt", "a", "--max_new_tokens", "9", "--temperature", "0.7", "--top_k", "3", "--top_p", "0.5",
             "--seed", "5", "--dtype", "bfloat16", "--device", DEVICE])
-    ((model, prompts, *numbers, stop, generator),) = seen
+    ((model, prompts, *numbers, stop, generator, draft, _),) = seen
+    assert draft is None
     assert (prompts, numbers, stop) == ([[97]], [9, 0.7, 3, 0.5], [256])
     assert generator.initial_seed() == 5 and model.lm_head.weight.dtype == torch.bfloat16
 
@@ -252,7 +403,7 @@ def test_a_checkpoint_brings_its_llama3_tokenizer_and_all_its_stops(tmp_path, mo
 
 
 def test_what_is_printed_is_each_rows_own_bytes_without_its_stop(student, monkeypatch, capsys):
-    rows = [[0xC3, 0xE2], [0xA9, 0x82], [0x21, 0xAC], [256, 0xC3], [None, 256]]   # "é!" and "€" and half a character
+    rows = [[[0xC3], [0xE2]], [[0xA9], [0x82]], [[0x21], [0xAC]], [[256], [0xC3]], [[], [256]]]   # "é!" and "€" and half a character
     monkeypatch.setattr(g, "generate", lambda *args: iter(rows))
     g.main(["--model", student, "--prompt", "a", "--prompt", "b", "--device", DEVICE])
     assert capsys.readouterr().out == "=== 1 of 2\naé!\n=== 2 of 2\nb€\ufffd\n"
@@ -277,7 +428,7 @@ def test_each_piece_is_flushed_as_it_is_drawn(student, monkeypatch):
     def tokens(*args):
         for c in b"xyz":
             seen.append(out.buffer.getvalue())
-            yield [c]
+            yield [[c]]
     monkeypatch.setattr(g, "generate", tokens)
     monkeypatch.setattr(sys, "stdout", out)
     g.main(["--model", student, "--prompt", "a", "--device", DEVICE])
@@ -285,5 +436,5 @@ def test_each_piece_is_flushed_as_it_is_drawn(student, monkeypatch):
 
 
 def test_the_context_ends_each_row_by_its_own_length():
-    rows = list(zip(*g.generate(build(Config(**MIXED), torch.float32), [[1], list(range(45))], 12, temperature=0)))
-    assert [sum(t is not None for t in row) for row in rows] == [12, 3]
+    rows = whole(g.generate(build(Config(**MIXED), torch.float32), [[1], list(range(45))], 12, temperature=0))
+    assert [len(row) for row in rows] == [12, 3]

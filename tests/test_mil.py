@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, assert_close, build, configs, form
+from conftest import DEVICE, assert_close, build, configs, form, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,10 +17,6 @@ import mil
 from mil import Cache, Config, MilError
 
 SMALL = dict(v=11, d=16, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=24, context=32, d_state=4)
-
-
-def random_tokens(config, b, l, seed=0):
-    return torch.randint(config.v, (b, l), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -173,6 +169,66 @@ def test_rows_of_unequal_length_in_a_cache_are_each_as_if_alone(config, rounds, 
                 at[i] += r[i]
         for i in range(3):
             assert_close(torch.cat(got[i]), model(tokens[i:i + 1, :totals[i]])[0], 1e-8)
+
+
+@given(configs(), st.integers(0, 6), st.integers(1, 3), st.data())
+@settings(max_examples=60)
+def test_after_tokens_are_taken_back_a_cache_goes_on_as_if_they_had_never_come(config, log, rows, data):
+    """Rounds of several passes, after each of which every row keeps its own number of the new tokens: none, all or between."""
+    model, seed = build(config, seed=data.draw(st.integers(0, 100))), data.draw(st.integers(0, 100))
+    texts, cache = [torch.empty(0, dtype=torch.long, device=DEVICE) for _ in range(rows)], Cache(model, rows, 60, log)
+    for i in range(data.draw(st.integers(1, 5))):
+        passes = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+        room = sum(passes)
+        if room > log:  # more than can be taken back
+            passes, room = [data.draw(st.integers(log + 1, 8))], 0
+        cache.settle(room)
+        for j, l in enumerate(passes):
+            counts = [data.draw(st.integers(0 if room else 1, l)) for _ in range(rows)]
+            new = random_tokens(config, rows, l, seed + 10 * i + j)
+            with torch.no_grad():
+                got = model(new, cache, counts)
+            texts = [torch.cat([text, row[:n]]) for text, row, n in zip(texts, new, counts)]
+            for row, (text, n) in enumerate(zip(texts, counts)):
+                if n:
+                    with torch.no_grad():
+                        assert_close(got[row, :n], model(text[None])[0, -n:], 1e-8)
+        if room:
+            to = [data.draw(st.integers(cache.base[row], at)) for row, at in enumerate(cache.at)]
+            cache.back(to)
+            texts = [text[:n] for text, n in zip(texts, to)]
+    assert [len(text) for text in texts] == cache.at
+
+
+def test_a_mamba_log_holds_one_state_and_the_inputs_and_the_state_moves_only_when_the_log_is_full():
+    model = build(Config(**{**SMALL, "mixers": ["mamba2"] * 4}))
+    cache, log, states = Cache(model, 1, 40, log=6), None, []
+    with torch.no_grad():
+        model(random_tokens(model.config, 1, 9), cache)
+        log = cache.logs[0]
+        for _ in range(10):
+            cache.settle(2)
+            states.append(log.h.clone())
+            model(random_tokens(model.config, 1, 2), cache)
+            cache.back([cache.at[0] - 1])  # one of two is kept
+    moved = [not torch.equal(a, b) for a, b in zip(states, states[1:])]
+    assert moved == [False, False, False, False, False, True, False, False, False] and cache.at == [19]
+    assert log.h.shape[:1] + log.inputs[0].shape[:2] == (1, 1, 6)
+
+
+def test_the_cache_goes_back_no_further_than_its_log_reaches():
+    for mixers, first in ((["mamba2"] * 4, 5), (["attention"] * 4, 0)):  # attention's log reaches back to the start
+        model = build(Config(**{**SMALL, "mixers": mixers}))
+        cache = Cache(model, 1, 40, log=3)
+        with torch.no_grad():
+            model(random_tokens(model.config, 1, 5), cache)
+            model(random_tokens(model.config, 1, 2), cache)
+        cache.back([first])
+        if first:
+            with pytest.raises(MilError, match="row 0 holds 5 tokens and can go back to 5, not to 4: its log has 3 places"):
+                cache.back([4])
+        with pytest.raises(MilError, match="not to 6"):
+            cache.back([6])
 
 
 @pytest.mark.parametrize("mixer", mil.MIXERS)
