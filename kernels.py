@@ -51,7 +51,7 @@ Why it is fast, in the order in which it paid (an H100 has 132 multiprocessors o
     constants, so an address is an immediate; bf16 comes 8 numbers to a load and two to a 32-bit word, unpacked by one shift or
     mask each; a thread holds 8 states of one channel, so a sum over n is 7 additions and one shuffle; and the two sums over
     channels that dB and dC need share their columns out between rows (store_sum), 8 shuffles a sum in place of 32.
-    With one or two warps a scheduler, nothing hides the memory's latency but loads issued long before their use: the next
+    With two warps a scheduler, nothing hides the memory's latency but loads issued long before their use: the next
     eight tokens are asked for while the present ones are worked on.
     Mamba-2 is bound by the latency between dependent products: a tile is large enough (in bf16 64 tokens, 64 channels × all n states) that
     loads of the next one run behind it, and what belongs to writers and to readers is computed from products of its own, never
@@ -59,7 +59,7 @@ Why it is fast, in the order in which it paid (an H100 has 132 multiprocessors o
     Working out 40 arguments in Python takes longer than a small batch runs: `planned` remembers them, `Launch` what it compiled.
 
 Names in the kernels: s6_ is Mamba, ssd_ Mamba-2; b_ a block in registers, p_ a pointer, o_ offsets, m_ a mask, i_ an index, s_ a
-stride (s_xl: of x over l), c a number of segments, s the tokens in one (p_s, b_s: the running sum of Δ A), T tokens taken together, BP
+stride (s_xl: of x over l), c a number of segments, s the tokens in one (p_s, b_s: the running sum of Δ A LOG2E within a tile), T tokens taken together, BP
 and BN blocks of p and n, N2 = ⌈n/2⌉, rx and rb the query heads that share a head of x and of B, h0 the starting state. What has n columns is
 for Mamba a pair of blocks, the even columns and the odd. `o < tl.where(m, n, 0)` is m & (o < n), one compare.
 """
@@ -68,6 +68,8 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -142,16 +144,17 @@ def gated_norm_reference(y, z, weight, eps=1e-5):
 
 
 def ssm_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None):
-    """`ssm_reference`, fast and differentiable: the same arguments, shapes and types, and its results up to rounding.
+    """`ssm_reference`, fast and differentiable (once): the same arguments, shapes and types, and its results up to rounding.
 
-    Raises ValueError, naming the argument, when the shapes do not fit together.
+    An infinity or NaN in an input of Mamba-2 can reach the tokens before it, in its tile of up to 64. n or p above 256 take the PyTorch
+    form. Raises ValueError, naming the argument, when the shapes do not fit together.
     """
     check_ssm(x, dt, A, B, C, D, z, dt_bias, h0)
-    if use_triton(x) and x.shape[1] > 1:
+    if use_triton(x) and x.shape[1] > 1 and max(x.shape[3], C.shape[3]) <= 256:
         inside = z if A.dim() == 3 else None  # Mamba's kernel gates its output; Mamba-2's does not, as gated_norm does it
         keep = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, dt, A, B, C, D, z, dt_bias, h0)])
         y, h = TritonScan.apply(x, dt, A, B, C, D, inside, dt_bias, h0, keep)
-        return y if inside is z else (y.float() * F.silu(z.float())).to(x.dtype), h
+        return y if inside is z else (y.float() * F.silu(z.float())).to(x.dtype), h  # is: already gated, or nothing to gate
     with torch.autocast(x.device.type, enabled=False):  # the state and Δ·A stay float32 whatever surrounds them
         if x.shape[1] == 1:  # one token has nothing to run in parallel: the definition is a single step
             return ssm_reference(x, dt, A, B, C, D, z, dt_bias, h0)
@@ -171,13 +174,15 @@ def causal_conv(x, weight, bias=None, state=None, lengths=None):
     """`conv_reference`, fast and differentiable. With `lengths` (b,) row i has only that many real tokens, padded
     on the right, and the returned state holds each row's own last inputs. ValueError when the shapes do not fit."""
     (b, l, g, p), (h, _, w) = x.shape, weight.shape
+    if l < 1:
+        raise ValueError("causal_conv: x has no tokens (l = 0), expected at least one")
     if h % g:
         raise ValueError(f"causal_conv: the kv heads of x ({g}) must divide the heads of weight ({h})")
     for name, t, want in (("weight", weight, (h, p, w)), ("bias", bias, (h, p)), ("state", state, (b, w - 1, g, p))):
         if t is not None and tuple(t.shape) != want:
             raise ValueError(f"causal_conv: {name} is {tuple(t.shape)}, expected {want} for x {tuple(x.shape)}")
     full = x if state is None else torch.cat([state.to(x.dtype), x], dim=1)
-    y = TritonConv.apply(full, weight, bias, full.shape[1] - l) if use_triton(x) else conv_reference(x, weight, bias, state)[0]
+    y = Triton.apply("conv", full, weight, bias, full.shape[1] - l) if use_triton(x) else conv_reference(x, weight, bias, state)[0]
     if lengths is None and l >= w - 1:
         return y, x[:, l - w + 1:]
     full = full if state is not None else F.pad(x, (0, 0, 0, 0, w - 1, 0))                    # (b, w-1+l, g, p)
@@ -192,7 +197,7 @@ def gated_norm(y, z, weight, eps=1e-5):
     for name, t, want in (("z", z, y.shape), ("weight", weight, y.shape[2:])):
         if t.shape != want:
             raise ValueError(f"gated_norm: {name} is {tuple(t.shape)}, expected {tuple(want)} for y {tuple(y.shape)}")
-    return TritonNorm.apply(y, z, weight, eps) if use_triton(y) else gated_norm_reference(y, z, weight, eps)
+    return Triton.apply("norm", y, z, weight, eps) if use_triton(y) else gated_norm_reference(y, z, weight, eps)
 
 
 def check_ssm(x, dt, A, B, C, D, z, dt_bias, h0):
@@ -276,15 +281,15 @@ def ssd_torch(x, delta, A, B, C, h0, T=64):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The scan in Triton. Tensors come with their own strides over batch, length and head, the last axis contiguous; A, D, h0 are contiguous
+# The scan in Triton. Tensors come with their own strides over batch, length and head, the last axis contiguous; A, D, dt_bias, h0 are contiguous
 # float32, Mamba's A with the even columns of n before the odd ones. Strides and sizes within a batch are constants of the compiled
 # kernel, which turns most address arithmetic into immediates (for Mamba it halves the registers); lengths are not, so a new length
-# compiles nothing.
+# compiles nothing, unless strides over the batch are no longer or newly multiples of 16.
 
 SEGMENTS = ["l", "c", "s"]  # lengths: not specialised on
 # Chosen by measurement on an H100 and an H200. Mamba: the states a program holds, the programs (of one warp) to aim at, four a
 # scheduler, and the tokens in flight, which are also those between two states in S. Mamba-2: the programs to aim at, and the launches of
-# the walk that gives y, of those that leave states or an end, and of the gradient. The convolution: at least T tokens to a segment, U at a
+# the walk that gives y, of those that leave states or an end, and of the gradient. The convolution: about T tokens to a segment, U at a
 # time, BLOCK channels × query heads. The norm: T tokens to a program, ELEMENTS numbers at a time.
 S6_TILE, S6_BLOCKS, S6_T = 256, 2048, 8
 SSD_BLOCKS, WALK_Y, WALK_STATES = 256, dict(num_warps=4, num_stages=2), dict(num_warps=4, num_stages=3)
@@ -379,13 +384,14 @@ if triton is not None:
     @triton.jit
     def s6_tokens(p_x, p_dt, p_B, p_C, p_z, p_dy, i_0, l, o_p, o_2, s_xl: tl.constexpr, s_tl: tl.constexpr, s_Bl: tl.constexpr, s_Cl: tl.constexpr,
                   s_zl: tl.constexpr, s_yl: tl.constexpr, p: tl.constexpr, n: tl.constexpr, X: tl.constexpr, C: tl.constexpr, Z: tl.constexpr,
-                  Y: tl.constexpr, WORDS: tl.constexpr, SINGLE: tl.constexpr, T: tl.constexpr, APART: tl.constexpr = False):
+                  Y: tl.constexpr, WORDS: tl.constexpr, BACK: tl.constexpr, T: tl.constexpr):
         """dt, x, B (if X), C, z, dy of T tokens from i_0 on, as far as asked for: any value stands in for the others. Outside the sequence
-        Δ = 0, which leaves the state alone. (0 ≤ i < l is one comparison of unsigned numbers, or two kept APART: the compiler then places
-        the backward's loads earlier, which measured 1.19 ms against 1.42.)"""
+        Δ = 0, which leaves the state alone. (0 ≤ i < l is one comparison of unsigned numbers; going BACK two, and single numbers
+        as words: the compiler then places the backward's loads earlier, which measured 1.19 ms against 1.42.)"""
+        SINGLE: tl.constexpr = WORDS and BACK
         tokens = ()
         for j in tl.static_range(T):
-            m = (i_0 + j >= 0) & (i_0 + j < l) if APART else (i_0 + j).to(tl.uint32) < l.to(tl.uint32)
+            m = (i_0 + j >= 0) & (i_0 + j < l) if BACK else (i_0 + j).to(tl.uint32) < l.to(tl.uint32)
             m_p = o_p < tl.where(m, p, 0)
             b_dt = read(p_dt + i_0 * s_tl + j * s_tl, o_p, m_p, SINGLE, -float("inf")) if X else o_p
             b_x = read(p_x + i_0 * s_xl + j * s_xl, o_p, m_p, SINGLE, 0.) if X else o_p
@@ -449,8 +455,8 @@ if triton is not None:
         """Mamba, one block of channels of one head through one segment of s tokens. What it leaves:
 
             "end"      in ends (b, c, h, p, 2, ⌈n/2⌉) the state the segment ends with on its own, and in decays exp(A ΣΔ)
-            "y"        the output, in h the last state, and in S (b, ⌈kept/T⌉, h, p, 2, ⌈n/2⌉) the state before every T-th of the first
-                       `kept` tokens: from h0 (if START) and the ends of the segments before this one
+            "y"        the output, in h the last state, and in S (b, ⌈l/T⌉, h, p, 2, ⌈n/2⌉), if `kept` is l and not 0, the state before
+                       every T-th token: from h0 (if START) and the ends of the segments before this one
 
         The ADJOINT of "end" walks backwards, x being dy and B being C: an end is what the outputs add to the adjoint of the state before.
         The inputs of T tokens are asked for together, while the T before them are worked on: with two warps a scheduler it is
@@ -589,15 +595,15 @@ if triton is not None:
         p_S += (i_b * tl.cdiv(l, T) * h + i_h) * PN
         o_y, o_bc = i_b * l * h * p + i_h * p + o_p, (i_p * b + i_b) * l * h * n + i_h * n
         i_0 = i_c * s + s - K
-        ahead = s6_tokens(p_x, p_dt, p_B, p_C, p_z, p_dy, i_0, l, o_p, o_2, s_xl, s_tl, s_Bl, s_Cl, s_zl, s_yl, p, n, True, False, False, False, WORDS, WORDS, K, True)
+        ahead = s6_tokens(p_x, p_dt, p_B, p_C, p_z, p_dy, i_0, l, o_p, o_2, s_xl, s_tl, s_Bl, s_Cl, s_zl, s_yl, p, n, True, False, False, False, WORDS, True, K)
         state = read_state(p_S + i_0 // T * (h * PN), o_pn, m_pn & (o_pn < tl.where(i_0 // T * T < l, PN, 0)), N2)
         for _ in range(s // K):
             b_h, tokens, i_1, i_S = state, ahead, i_0 - K, tl.maximum(i_0 - K, 0) // T
-            ahead = s6_tokens(p_x, p_dt, p_B, p_C, p_z, p_dy, i_1, l, o_p, o_2, s_xl, s_tl, s_Bl, s_Cl, s_zl, s_yl, p, n, True, False, False, False, WORDS, WORDS, K, True)
+            ahead = s6_tokens(p_x, p_dt, p_B, p_C, p_z, p_dy, i_1, l, o_p, o_2, s_xl, s_tl, s_Bl, s_Cl, s_zl, s_yl, p, n, True, False, False, False, WORDS, True, K)
             state = read_state(p_S + i_S * (h * PN), o_pn, m_pn & (o_pn < tl.where(i_S * T < l, PN, 0)), N2)
             # (not a turn ahead: the registers are full)
-            more = s6_tokens(p_x, p_dt, p_B, p_C, p_z, p_dy, i_0, l, o_p, o_2, s_xl, s_tl, s_Bl, s_Cl, s_zl, s_yl, p, n, False, True, GATE, True, WORDS, WORDS, K, True)
-            if i_0 % T > 0:  # S is the state K tokens earlier, and those are next
+            more = s6_tokens(p_x, p_dt, p_B, p_C, p_z, p_dy, i_0, l, o_p, o_2, s_xl, s_tl, s_Bl, s_Cl, s_zl, s_yl, p, n, False, True, GATE, True, WORDS, True, K)
+            if i_0 % T > 0:  # the upper half of its T tokens: S holds the state before the lower half, which `ahead` is
                 for j in tl.static_range(K):
                     b_delta, b_x = softplus(number(ahead[j][0], o_p, WORDS) + b_bias), number(ahead[j][1], o_p, WORDS)
                     b_h = add(decay(b_h, b_delta, b_A), b_delta * b_x, pairs(ahead[j][2], WORDS))
@@ -670,8 +676,8 @@ if triton is not None:
         p_C += i_b * s_Cb + i_h * s_Ch
         for k in range(s // T):
             i_0 = i_c * s + (s - T - k * T if ADJOINT else k * T)
-            b_u = tile(p_u + i_0 * s_ul, s_ul, o_i, o_p, l - i_0, p, DOT)               # (T, p)
-            b_v = tl.trans(tile(p_v + i_0 * s_vl, s_vl, o_i, o_n, l - i_0, n, DOT))     # (n, T)
+            b_u = tile(p_u + i_0 * s_ul, s_ul, o_i, o_p, l - i_0, p, DOT)               # (T, BP)
+            b_v = tl.trans(tile(p_v + i_0 * s_vl, s_vl, o_i, o_n, l - i_0, n, DOT))     # (BN, T)
             o_s = (i_b * c * s + i_0) * h + i_h
             b_delta, b_s, b_end = tl.load(p_delta + o_s + o_i * h), tl.load(p_s + o_s + o_i * h), tl.load(p_s + o_s + (T - 1) * h)
             b_since = tl.exp2(b_s.to(tl.float32))
@@ -693,7 +699,7 @@ if triton is not None:
         if LEAVE == "end":
             tl.store(p_ends + i_bch * p * n + o_np, b_h, mask=m_np)
             tl.store(p_decays + i_bch, tl.exp2(b_sum))
-        elif i_c == (0 if ADJOINT else c - 1):
+        elif LEAVE == "y" and i_c == c - 1 or ADJOINT and i_c == 0:
             tl.store(p_h + (i_b * h + i_h) * p * n + o_pn, b_h, mask=m_np)
 
     @triton.jit(do_not_specialize=["l", "tokens"])
@@ -719,7 +725,7 @@ if triton is not None:
         c = tl.cdiv(l, T)
         i_b, i_c, i_h = i_bch // (c * h), i_bch // h % c, i_bch % h
         o_i, i_0 = tl.arange(0, T), i_c * T
-        l -= i_0  # what is left of the sequence
+        l -= i_0  # what is left of the sequence (l + i_0 is its length)
         b_D = tl.load(p_D + i_h) if SKIP else 0.
         p_x += i_b * s_xb + i_0 * s_xl + i_h // rx * s_xh
         p_B += i_b * s_Bb + i_0 * s_Bl + i_h // rb * s_Bh
@@ -792,7 +798,8 @@ if triton is not None:
     def conv_block(p_w, p_bias, s_xh: tl.constexpr, g: tl.constexpr, p: tl.constexpr, r: tl.constexpr,
                    BIAS: tl.constexpr, W: tl.constexpr, R: tl.constexpr, BP: tl.constexpr):
         """What a program works on: a segment, and of x's g·p channels BP side by side, whatever p is, with the r query heads that
-        share them. Offsets (R, BP) in a token of x, of a contiguous x and of y, their mask o < g·p and row < r; bias and weights."""
+        share them: batch and segment; offsets (R, BP) in a token of x, of a contiguous x and of y; the mask of the channels and the
+        number of the row, below r where there is a head; bias and the W weights."""
         blocks: tl.constexpr = (g * p + BP - 1) // BP
         o, i_r = tl.program_id(0) % blocks * BP + tl.arange(0, BP)[None, :], tl.arange(0, R)[:, None]
         o_y, m = (o // p * r + i_r) * p + o % p, (o < g * p) & (i_r < r)
@@ -902,7 +909,6 @@ if triton is not None:
 # The launches. Forward and backward of an operation are plain functions of tensors; they are registered with PyTorch as operators of
 # their own, so that torch.compile takes each as one node of its graph.
 
-DRY = False  # True while torch.compile asks for shapes alone
 PLANS = {}  # see planned
 
 
@@ -917,7 +923,7 @@ class Launch:
     def __call__(self, *tensors):
         if self.run:
             self.run(*[t.data_ptr() for t in tensors], *self.rest)
-        elif not DRY:
+        elif not isinstance(tensors[0], FakeTensor):  # those ask for shapes alone, as torch.compile does
             compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.meta)
             if compiled is not None:  # the interpreter compiles nothing
                 names = self.kernel.arg_names[len(tensors) + len(self.numbers):]
@@ -925,10 +931,10 @@ class Launch:
 
 
 def planned(make, *args):
-    """make(*args), remembered for tensors of the same device, types, shapes, strides and alignments, and otherwise equal arguments."""
-    if DRY:
+    """make(*args), remembered for tensors of the same devices, types, shapes, strides and alignments, and otherwise equal arguments."""
+    if isinstance(args[0], FakeTensor):
         return make(*args)
-    key = make, args[0].get_device(), *[(a.dtype, a.shape, a.stride(), a.data_ptr() % 16) if isinstance(a, torch.Tensor) else a for a in args]
+    key = make, *[(a.dtype, a.shape, a.stride(), a.data_ptr() % 16, a.get_device()) if isinstance(a, torch.Tensor) else a for a in args]
     if key not in PLANS:
         if len(PLANS) == 4096:  # of many lengths
             PLANS.clear()
@@ -939,11 +945,6 @@ def planned(make, *args):
 def cdiv(a, b):
     """⌈a / b⌉ (Triton's own takes 7 µs)."""
     return -(-a // b)
-
-
-def power_of_2(a):
-    """The smallest power of 2 that is at least a."""
-    return 1 << (a - 1).bit_length()
 
 
 def row(t):
@@ -971,14 +972,14 @@ def segments(blocks, l, T, most):
     """Into how many segments the walks cut a sequence of l tokens: as many as keep the blocks at or below `most`, which fills a large GPU,
     if that is four or more (the states of all but one are walked for twice), and at most one per 8 T tokens (with s rounded up to T the
     last ones can be short or empty)."""
-    c = min(most // blocks, l // (8 * T))
+    c = min(most // max(1, blocks), l // (8 * T))
     return c if c >= 4 else 1
 
 
 def s6_plan(x, dt, B, C, D, z, bias, h0, dy, dh, keep):
     """Mamba's launches; those of the backward where there is a dy. (The interpreter has no bf16 words.)"""
-    (b, l, h, n), p, BN, T = C.shape, x.shape[3], max(2, power_of_2(C.shape[3])), S6_T
-    BP, (z_, dy_) = min(power_of_2(p), max(1, S6_TILE // BN)), (x if t is None else t for t in (z, dy))
+    (b, l, h, n), p, BN, T = C.shape, x.shape[3], max(2, triton.next_power_of_2(C.shape[3])), S6_T
+    BP, (z_, dy_) = min(triton.next_power_of_2(p), max(1, S6_TILE // BN)), (x if t is None else t for t in (z, dy))
     c, parts = segments(b * h * cdiv(p, BP), l, T, S6_BLOCKS), cdiv(p, BP)
     words = not INTERPRET and n % 2 == p % 2 == 0 and all(t.dtype == torch.bfloat16 and t.storage_offset() % 2 == 0 and
                                                          all(s % 2 == 0 for s in t.stride()[:3]) for t in (x, dt, B, C, z_, dy_))
@@ -1041,10 +1042,10 @@ def ssd_plan(x, dt, A, B, C, D, bias, h0, dy, dh):
     def walk(u, v, rx, rb, LEAVE, START=False, ADJOINT=False):
         batch, within = strides(u=u, v=v, C=C)
         return Launch(ssd_walk_kernel, (b * c * h, parts), (l, c, s, *batch), rx=rx, rb=rb, LEAVE=LEAVE, START=START, ADJOINT=ADJOINT,
-                      BN=max(16, power_of_2(n)), **within, **meta, **(WALK_Y if LEAVE == "y" else WALK_STATES))
+                      BN=max(16, triton.next_power_of_2(n)), **within, **meta, **(WALK_Y if LEAVE == "y" else WALK_STATES))
     plan = SimpleNamespace(c=c, T=T, tokens=c * s, sum=torch.float64 if exact else torch.float32, state=x.dtype if dot == tl.bfloat16 else torch.float32)
     plan.delta = Launch(delta_kernel, (b * c * s // T, cdiv(h, 128)), (l, c * s // T, dt.stride(0)), s_tl=dt.stride(1), h=h, BIAS=bias is not None,
-                        T=T, BLOCK=min(128, power_of_2(h)))
+                        T=T, BLOCK=min(128, triton.next_power_of_2(h)))
     if dy is None:
         plan.end, plan.y = walk(x, B, rx, rb, "end"), walk(x, B, rx, rb, "y", START=h0 is not None)
         return plan
@@ -1111,16 +1112,17 @@ class TritonScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, z, dt_bias, h0, keep):
-        y, h, *kept = operator("scan_forward")(x, dt, A, B, C, D, z, dt_bias, h0, keep)
+        y, h, *kept = call("scan_forward", x, dt, A, B, C, D, z, dt_bias, h0, keep)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, h0, *kept)
         return y, h
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dh):
         x, dt, A, B, C, D, z, dt_bias, h0, *kept = ctx.saved_tensors
         dy = x.new_zeros(*C.shape[:3], x.shape[3]) if dy is None else dy
-        dx, ddt, dB, dC, dz, dh0, sums = operator("scan_backward")(dy, dh, x, dt, A, B, C, D, z, dt_bias, h0, *kept)
+        dx, ddt, dB, dC, dz, dh0, sums = call("scan_backward", dy, dh, x, dt, A, B, C, D, z, dt_bias, h0, *kept)
         sums, n = sums.sum(0), C.shape[3]
         dA, dD, dbias = sums if A.dim() == 1 else (sums[..., :n], sums[..., n], sums[..., n + 1])
         return (over_group(dx, x), ddt, dA.to(A.dtype), over_group(dB, B), dC, None if D is None else dD.to(D.dtype), None if z is None else dz,
@@ -1128,10 +1130,10 @@ class TritonScan(torch.autograd.Function):
 
 
 def conv_plan(x, weight, bias, dy, skip):
-    """The launches of the convolution, of its gradient where there is a dy: `tokens` in c segments of s ≥ T."""
+    """The launches of the convolution, of its gradient where there is a dy: `tokens` in c segments of s, about T."""
     (b, l, g, p), (h, _, w), ((s_xb,), within) = x.shape, weight.shape, strides(x=x)
-    R, (tokens, kernel, size) = power_of_2(h // g), (l - skip, conv_kernel, CONV_Y) if dy is None else (l, conv_backward_kernel, CONV_GRADIENT)
-    T, U, BP = size["T"], size["U"], min(power_of_2(g * p), max(1, size["BLOCK"] // R))
+    R, (tokens, kernel, size) = triton.next_power_of_2(h // g), (l - skip, conv_kernel, CONV_Y) if dy is None else (l, conv_backward_kernel, CONV_GRADIENT)
+    T, U, BP = size["T"], size["U"], min(triton.next_power_of_2(g * p), max(1, size["BLOCK"] // R))
     s = U * cdiv(cdiv(tokens, max(1, tokens // T)), U)
     c = cdiv(tokens, s)
     return c, Launch(kernel, (b * c * cdiv(g * p, BP),), (l, skip, c, s, s_xb), g=g, p=p, r=h // g, BIAS=bias is not None, W=w, U=U, R=R, BP=BP,
@@ -1157,26 +1159,10 @@ def conv_backward(dy, x, weight, bias, skip):
     return dx, weight.new_empty(h, p, w).copy_(dw[:w].T.view(h, p, w)), dw[w].view(h, p).to(kind)
 
 
-class TritonConv(torch.autograd.Function):
-    """The convolution on the kernels above. Keeps its inputs; the backward computes the sums again."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, skip):
-        ctx.save_for_backward(x, weight, bias)
-        ctx.skip = skip
-        return operator("conv_forward")(x, weight, bias, skip)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, bias = ctx.saved_tensors  # asked for once: a checkpoint hands them out once
-        dx, dw, dbias = operator("conv_backward")(dy, x, weight, bias, ctx.skip)
-        return dx, dw, None if bias is None else dbias, None
-
-
 def norm_plan(y, z, weight, do, eps):
     """The launch of the norm, or of its gradient where there is a do: the sequence in c times T tokens."""
     (b, l, h, p), ((s_zb,), within), size = y.shape, strides(z=z), NORM_Y if do is None else NORM_GRADIENT
-    c, BP = cdiv(l, size["T"]), power_of_2(p)
+    c, BP = cdiv(l, size["T"]), triton.next_power_of_2(p)
     return c, Launch(norm_kernel, (b * c * h,), (eps, l, c, s_zb), h=h, p=p, GRADIENT=do is not None, T=size["T"],
                      ROWS=max(1, min(size["T"], size["ELEMENTS"] // BP)), BP=BP, num_warps=4, **within)
 
@@ -1197,35 +1183,30 @@ def norm_backward(do, y, z, weight, eps):
     return dy, dz, dw.sum(0).to(weight.dtype)
 
 
-class TritonNorm(torch.autograd.Function):
-    """`gated_norm_reference` on the kernel above. Keeps its inputs; the backward computes the norm again."""
+class Triton(torch.autograd.Function):
+    """The convolution or the norm on the kernels above: `name`, three tensors and a number. Keeps them; the backward computes the rest again."""
 
     @staticmethod
-    def forward(ctx, y, z, weight, eps):
-        ctx.save_for_backward(y, z, weight)
-        ctx.eps = eps
-        return operator("norm_forward")(y, z, weight, eps)
+    def forward(ctx, name, *args):
+        *tensors, ctx.number = args
+        ctx.name = name
+        ctx.save_for_backward(*tensors)
+        return call(f"{name}_forward", *args)
 
     @staticmethod
-    def backward(ctx, do):
-        return *operator("norm_backward")(do, *ctx.saved_tensors, ctx.eps), None
+    @once_differentiable
+    def backward(ctx, dy):
+        tensors = ctx.saved_tensors  # asked for once: a checkpoint hands them out once
+        gradients = call(f"{ctx.name}_backward", dy, *tensors, ctx.number)
+        return None, *[None if t is None else g for t, g in zip(tensors, gradients)], None
 
 
-def dry(f):
-    """f with launches left out: what it returns has the right shapes and types, and undefined values."""
-    def shapes(*args):
-        global DRY
-        DRY = True
-        try:
-            return f(*args)
-        finally:
-            DRY = False
-    return shapes
-
-
-def operator(name):
+def call(name, *args):
     """This file's function of that name or, while torch.compile traces, the operator of PyTorch that it is registered as."""
-    return getattr(torch.ops.mil, name) if torch.compiler.is_compiling() else globals()[name]
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.mil, name)(*args)
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+        return globals()[name](*args)
 
 
 SCAN = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? h0"
@@ -1235,4 +1216,4 @@ for f, schema in ((scan_forward, f"({SCAN}, bool keep) -> (Tensor, Tensor, Tenso
                   (conv_backward, "(Tensor dy, Tensor x, Tensor weight, Tensor? bias, int skip) -> (Tensor, Tensor, Tensor)"),
                   (norm_forward, "(Tensor y, Tensor z, Tensor weight, float eps) -> Tensor"),
                   (norm_backward, "(Tensor do, Tensor y, Tensor z, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)")):
-    torch.library.custom_op(f"mil::{f.__name__}", f, mutates_args=(), schema=schema).register_fake(dry(f))
+    torch.library.custom_op(f"mil::{f.__name__}", f, mutates_args=(), schema=schema).register_fake(f)  # given fake tensors, it launches nothing
