@@ -15,7 +15,7 @@ b batch, l length, d width, h query heads, g kv heads, p channels per head, n st
 v vocabulary. In attention p is head_dim and n = p.
 
 In this file, top to bottom: Config; the mixers Attention, Mamba and Mamba2; Hybrid, the stack; Cache, what decoding
-remembers; replace_attention; save and load.
+remembers; replace_attention and keep_layers; save and load.
 """
 import contextlib
 import copy
@@ -24,6 +24,7 @@ import json
 import math
 import os
 import pickle
+import re
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -532,6 +533,21 @@ def replace_attention(model, layers, mixer="mamba2", init="attention", share=Fal
         weight = attention.q_proj.weight
         student.layers[i].mixer = cast(new, weight.dtype).to(weight.device)
     return student
+
+
+def keep_layers(model, layers):
+    """A smaller model: of `model`'s layers only these, in order, with its embedding, final norm and head (a draft for
+    speculative decoding begins so: section 5.5). The model is untouched. MilError for layers that are no such choice."""
+    layers, last = list(layers), len(model.layers) - 1
+    if not layers or layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] <= last:
+        raise MilError(f"layers {', '.join(map(str, layers)) or 'none'}: expected some of 0 to {last}, each once, in rising order")
+    with torch.device("meta"):
+        small = Hybrid(dataclasses.replace(model.config, n_layers=len(layers), mixers=[model.config.mixers[i] for i in layers]))
+    weights = model.state_dict()
+    source = lambda name: re.sub(r"^layers\.(\d+)", lambda m: f"layers.{layers[int(m[1])]}", name)  # noqa: E731
+    small.load_state_dict({name: weights[source(name)].clone() for name in small.state_dict()}, assign=True)
+    small.tie()
+    return small
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
     python train_distill.py                                  all of it, on the sources of Python's standard library
     python train_distill.py --data notes/ --keep 0.25        your text; keep a quarter of the attention layers
     python train_distill.py --teacher DIR --data chat.jsonl  your teacher
+    python train_distill.py --teacher out/teacher --student_layers 0,3 --keep 1 --out out/draft     a draft for it (generate.py)
 
     corpus -> teacher -> student: attention replaced by Mamba, in steps -> stage 1 -> stage 2 -> table, sample
 
@@ -70,6 +71,8 @@ class Settings:
     mixer: str = flag("mamba2", "what replaces attention: mamba, mamba2, or none (the paper's ablation)")
     keep: float = flag(0.5, "share of attention layers that stay; the paper finds 0.5 close to the teacher, 0 possible")
     replace_steps: int = flag(0, "replace attention in this many steps: the paper's stepwise beats all at once (default 2, or 1 for one layer)")
+    student_layers: str = flag("", "a small student, such as a draft: only these layers of the teacher, say 0,10,20,31; no stage 1, its steps go to "
+                               "stage 2. The paper's drafts keep 2 or 4. With --keep 1 it is a Llama")
     init: str = flag("attention", "attention: the mixer inherits W_q, W_k, W_v, W_o; random: it does not (worse)")
     seed: int = flag(0, "of initial values and of the order of the data")
     device: str = flag("", "cpu, cuda, cuda:1 …; empty: cuda if there is one")
@@ -130,6 +133,15 @@ def complete(s, device, teacher_config=None):
         raise MilError("--alpha and --beta are both 0: nothing would be learned; expected at least one above 0")
     if not 0 <= s.warmup <= 1:
         raise MilError(f"--warmup is {s.warmup}, expected a share between 0 and 1")
+    if s.student_layers:
+        try:
+            layers = [int(i) for i in s.student_layers.split(",")]
+        except ValueError:
+            raise MilError(f"--student_layers is {s.student_layers!r}, expected numbers with commas between, such as 0,{s.n_layers - 1}") from None
+        if layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < s.n_layers:
+            raise MilError(f"--student_layers is {s.student_layers}, expected some of 0 to {s.n_layers - 1}, each once, in rising order")
+        mil.interleaved_layers(len(layers), s.keep)  # refuses a share that is none
+        return
     count = len(mil.interleaved_layers(s.n_layers, s.keep))
     if count == 0:
         raise MilError(f"--keep {s.keep} of {s.n_layers} layers replaces none; expected a smaller share")
@@ -454,22 +466,27 @@ def distill(s, teacher, corpus, encoding, tokenizer, device, journal, rows):
             raise MilError(f"{name}: the validation loss is {rows[-1]['loss']}; stopped. {kept}. Try lower learning rates")
         show(f"{name}: validation loss {rows[-1]['loss']:.4f}, KL to the teacher {rows[-1]['kl']:.4f}")
 
-    steps, place, kept = replacement_steps(s, teacher.config), Path(s.out) / "student", "This run saved no student"
+    place, kept, count = Path(s.out) / "student", "This run saved no student", s.stage2_steps
     torch.manual_seed(s.seed + 1)
-    report("student, not trained", mil.replace_attention(teacher, sum(steps, []), s.mixer, s.init), {})
-    student = mil.replace_attention(teacher, [], s.mixer)
+    if s.student_layers:  # a small student is not yet a model: all of it has to learn
+        small = mil.keep_layers(teacher, map(int, s.student_layers.split(",")))
+        steps, student, count = [], mil.replace_attention(small, mil.interleaved_layers(len(small.layers), s.keep), s.mixer, s.init), count + s.stage1_steps
+        report("student, not trained", student, {})
+    else:
+        steps, student = replacement_steps(s, teacher.config), mil.replace_attention(teacher, [], s.mixer)
+        report("student, not trained", mil.replace_attention(teacher, sum(steps, []), s.mixer, s.init), {})
     for i, layers in enumerate(steps):
         student = mil.replace_attention(student, layers, s.mixer, s.init)
         replaced = [j for j, mixer in enumerate(student.config.mixers) if mixer == s.mixer]
         name = f"stage 1.{i + 1}, {len(replaced)} of {len(student.layers)} layers replaced"
         mixers = [w for j in replaced for w in student.layers[j].mixer.parameters()]
-        count = s.stage1_steps * (i + 1) // len(steps) - s.stage1_steps * i // len(steps)
-        speed = fit(name, student, mixers, count, s.stage1_lr, random_batches(corpus.train, s, device, [s.seed, 1, i]),
+        part = s.stage1_steps * (i + 1) // len(steps) - s.stage1_steps * i // len(steps)
+        speed = fit(name, student, mixers, part, s.stage1_lr, random_batches(corpus.train, s, device, [s.seed, 1, i]),
                     loss_of(student), s, device, journal, kept) if mixers else {}
         report(name, student, speed)
         save_with_tokenizer(student, place, tokenizer, stage=name)
         kept = f"The last good checkpoint is {place}, after {name}"
-    speed = fit("stage 2, all parameters", student, list(student.parameters()), s.stage2_steps, s.stage2_lr,
+    speed = fit("stage 2, all parameters", student, list(student.parameters()), count, s.stage2_lr,
                 random_batches(corpus.train, s, device, [s.seed, 2]), loss_of(student), s, device, journal, kept)
     report("stage 2, all parameters", student, speed)
     save_with_tokenizer(student, place, tokenizer, stage="stage 2")

@@ -502,3 +502,24 @@ def test_a_frozen_teachers_student_is_a_copy_too(share):
     teacher = build(Config(**SMALL), torch.float32).requires_grad_(False)
     student = mil.replace_attention(teacher, [0], share=share)
     assert (student.norm.weight.data_ptr() == teacher.norm.weight.data_ptr()) == share
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_of_some_layers_is_those_layers_between_the_same_embedding_and_head(tied):
+    model = build(Config(**SMALL, tied=tied, mixers=["attention", "mamba", "mamba2", "attention"]))
+    small, tokens = mil.keep_layers(model, [0, 2]), random_tokens(model.config, 2, 7)
+    assert small.config.mixers == ["attention", "mamba2"] and small.config.n_layers == 2 and (small.lm_head.weight is small.embed_tokens.weight) == tied
+    with torch.no_grad():
+        u, angles = model.embed_tokens(tokens), mil.rope_angles(model.config, torch.arange(7, device=DEVICE).expand(2, 7))
+        want = model.lm_head(model.norm(model.layers[2](model.layers[0](u, angles), angles)))
+        assert torch.equal(small(tokens), want)
+        for w in small.parameters():
+            w.add_(1)  # its own
+        assert torch.equal(model.lm_head(model.norm(model.layers[2](model.layers[0](u, angles), angles))), want)
+    assert all(w.requires_grad for w in small.parameters())
+
+
+@pytest.mark.parametrize("layers", [[], [1, 0], [0, 0], [-1], [0, 4]])
+def test_layers_that_cannot_be_kept_are_refused(layers):
+    with pytest.raises(MilError, match="expected some of 0 to 3, each once, in rising order"):
+        mil.keep_layers(build(Config(**SMALL)), layers)

@@ -92,6 +92,29 @@ def test_another_teacher_is_distilled_and_left_alone(job, text, tmp_path):
     assert mil.load(tmp_path / "o" / "student").config.mixers.count("mamba") == 3
 
 
+@pytest.mark.parametrize("keep, mixers", [("1", ["attention"] * 2), ("0", ["mamba2"] * 2)])
+def test_a_draft_of_some_of_the_teachers_layers_is_distilled_and_proposes(job, text, tmp_path, keep, mixers):
+    out, _ = job
+    t.main(["--out", str(tmp_path / "o"), "--teacher", str(out / "teacher"), "--data", str(text), "--student_layers", "0,3", "--keep", keep,
+            "--stage1_steps", "6", "--stage2_steps", "4", "--batch", "4", "--eval_sequences", "4", "--device", DEVICE])
+    assert mil.load(tmp_path / "o" / "student").config.mixers == mixers
+    rows = json.loads((tmp_path / "o" / "results.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["teacher", "student, not trained", "stage 2, all parameters"]
+    assert rows[2]["loss"] < rows[1]["loss"] and "stage 2, all parameters  step 10/10" in (tmp_path / "o" / "log.txt").read_text()
+    argv = ["--model", out / "student", "--prompt", "def ", "--max_new_tokens", "30", "--temperature", "0", "--device", DEVICE]
+    plain, fast = (run_script("generate.py", *argv, *more) for more in ([], ["--draft", tmp_path / "o" / "student", "--speculate", "3"]))
+    assert fast.returncode == 0 and fast.stdout == plain.stdout
+    assert "of the draft's tokens kept" in fast.stderr and "tokens a pass of the model (K = 3)" in fast.stderr
+
+
+@pytest.mark.parametrize("argv, match", [(["--student_layers", "0,x"], "--student_layers is '0,x', expected numbers with commas"),
+                                         (["--student_layers", "0,4"], "--student_layers is 0,4, expected some of 0 to 3"),
+                                         (["--student_layers", "2,1"], "each once, in rising order")])
+def test_layers_that_make_no_student_are_refused(tmp_path, argv, match):
+    with pytest.raises(MilError, match=match):
+        t.main(["--out", str(tmp_path / "o"), *TINY, *argv])
+
+
 def test_a_teacher_made_with_other_settings_is_not_reused(text, tmp_path, capsys):
     argv = ["--out", str(tmp_path / "o"), "--data", str(text), *TINY, "--teacher_steps", "3", "--stage1_steps", "2", "--stage2_steps", "1"]
     t.main(argv)
