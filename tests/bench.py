@@ -1,7 +1,9 @@
-"""How fast, how exact and how large: our scans and mixers beside attention and, where they are installed, mamba_ssm and fla.
+"""How fast, how exact and how large: our scans and mixers beside attention and, where they are installed, mamba_ssm and fla; decoding.
 
-    python tests/bench.py kernels            prints the five tables below and writes them to bench-kernels.json
-    python tests/bench.py kernels --small    sizes for a CPU
+    python tests/bench.py kernels            prints tables 1 to 5 below and writes them to bench-kernels.json
+    python tests/bench.py decode             tables 6 to 8, to bench-decode.json
+    python tests/bench.py decode TARGET DRAFT                 and table 9, of two checkpoints over the same tokens
+    … --small                                sizes for a CPU
 
 A time is two medians in milliseconds, wall / gpu: of the call from Python, and of the same call captured in a CUDA graph and
 replayed, which leaves out Python and the launches. – is what is not installed, refused, or would take too long.
@@ -18,10 +20,19 @@ replayed, which leaves out Python and the launches. – is what is not installed
 3. The whole mixers at Llama-3-8B's width, forward + backward, and their time over attention's.
 4. The growth of our scans' time with length: ×64 is linear.
 5. The bytes a scan keeps for its backward, per token and layer: what autograd saves, without A, D and the bias of Δ.
+
+6. Plain decoding, batch 1, random weights: ms and tokens/s of a step, and the share of its floor: every weight but the embedding,
+   and the cache, read once at the bandwidth of a copy. Beside it the pass that verifies K = 4 proposed tokens, over that step.
+7. Decoding at a long context in a batch, of stacks with less and less attention, and the bytes of their caches a row.
+8. Exactness: greedy speculative decoding beside greedy plain decoding in float64, random tiny models of every pairing of stacks, K
+   from 1 to 8, batches of 1 to 4 rows of unequal length: tokens compared and tokens that differ.
+9. Speculative over plain decoding, greedy, wall clock: tokens/s, the share of the draft's tokens that is kept, and tokens per pass.
 """
+import dataclasses
 import importlib
 import json
 import platform
+import random
 import sys
 import time
 from pathlib import Path
@@ -30,6 +41,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import generate
 import kernels
 import mil
 
@@ -254,13 +266,126 @@ def kept():
     return rows
 
 
+STACKS = ("attention",), ("mamba2", "attention"), ("mamba2",), ("mamba",)  # repeated over the layers
+LONG = 2048, 16, 32768                                                     # tokens before a step of table 6; batch and tokens of table 7
+EXACT = 100_000                                                             # tokens to compare
+DECODER = mil.Config()
+if "--small" in sys.argv or not CUDA:
+    DECODER, LONG = mil.Config(v=512, d=256, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=704, context=2048), (128, 4, 1024)
+
+
+def random_model(config, dtype=TYPE, seed=0):
+    torch.manual_seed(seed)
+    with torch.device(DEVICE):
+        return mil.cast(mil.Hybrid(config), dtype).eval()
+
+
+def stacked(config, mixers):
+    return dataclasses.replace(config, mixers=list(mixers * config.n_layers)[:config.n_layers])
+
+
+def filled(model, batch, length, log=0):
+    """A cache of `length` random tokens a row, with room for a few more."""
+    cache = mil.Cache(model, batch, length + 16, log)
+    with torch.inference_mode():
+        for part in torch.randint(model.config.v, (batch, length), device=DEVICE).split(4096 if batch == 1 else 512, dim=1):
+            model.hidden(part, cache)
+    return cache
+
+
+def cache_bytes(cache, length):
+    """What a step reads of it, all rows together."""
+    return sum(t.numel() * t.element_size() * (length / cache.size if name in "kv" else 1)
+               for log in cache.logs if log for name, t in vars(log).items() if name in ("k", "v", "h", "window") )
+
+
+def step_ms(model, cache, l):
+    """The median time of a pass of l tokens a row and their laws' logits, each taken back again."""
+    tokens, at = torch.zeros(len(cache.at), l, dtype=torch.long, device=DEVICE), list(cache.at)
+
+    def step():
+        cache.settle(l)
+        model(tokens, cache)
+        cache.back(at) if cache.log else None
+        cache.at = list(at)
+    with torch.inference_mode():
+        return wall_ms(step)
+
+
+def decoding(limits):
+    rows, (length, batch, far) = [], LONG
+    print(f"\n{f'6. a step, batch 1 at {length} tokens':<38}{'ms':>10}{'tokens/s':>10}{'of floor':>10}{'verify 5 ÷ step':>17}")
+    for mixers in STACKS:
+        model = random_model(stacked(DECODER, mixers))
+        cache = filled(model, 1, length)
+        ms, verify = step_ms(model, cache, 1), step_ms(model, filled(model, 1, length, log=5), 5)
+        read = sum(w.numel() * w.element_size() for w in model.parameters()) - model.embed_tokens.weight.nbytes * (not model.config.tied)
+        floor = 1e3 * (read + cache_bytes(cache, length)) / limits[0]
+        rows.append(dict(mixers=mixers, ms=ms, floor=floor, verify=verify))
+        print(f"{' + '.join(mixers):<38}{ms:>10.3f}{1e3 / ms:>10.1f}{floor / ms:>10.0%}{verify / ms:>17.2f}", flush=True)
+        del model, cache
+    print(f"\n{f'7. a step, batch {batch} at {far} tokens':<38}{'ms':>10}{'÷ attention':>13}{'cache, MiB a row':>18}")
+    for mixers in STACKS[:3]:
+        model = random_model(stacked(dataclasses.replace(DECODER, context=far + 16), mixers))
+        cache = filled(model, batch, far)
+        rows.append(dict(mixers=mixers, batch=batch, length=far, ms=step_ms(model, cache, 1), bytes_per_row=cache_bytes(cache, far) / batch))
+        ratio = rows[-1]["ms"] / next(r["ms"] for r in rows if r.get("length") == far)
+        print(f"{' + '.join(mixers):<38}{rows[-1]['ms']:>10.3f}{ratio:>13.2f}{rows[-1]['bytes_per_row'] / 2**20:>18.2f}", flush=True)
+        del model, cache
+    return rows
+
+
+def exactness(tokens=EXACT):
+    tiny = mil.Config(v=7, d=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24, context=256, d_state=4)
+    compared = differ = seed = 0
+    pairs = [(a, b) for a in (*STACKS, ("mamba", "attention")) for b in (*STACKS, ("mamba", "attention"))]
+    while compared < tokens:
+        target, draft = (random_model(stacked(tiny, m), torch.float64, 2 * seed + i) for i, m in enumerate(pairs[seed % len(pairs)]))
+        rng = random.Random(seed)
+        prompts = [[rng.randrange(7) for _ in range(rng.randint(1, 9))] for _ in range(seed % 4 + 1)]
+        plain, fast = ([sum(row, []) for row in zip(*generate.generate(target, prompts, 200, 0, **more))]
+                       for more in ({}, dict(draft=draft, speculate=seed % 8 + 1)))
+        compared += sum(map(len, plain))
+        differ += sum(a != b for row, other in zip(plain, fast) for a, b in zip(row, other)) + sum(len(a) != len(b) for a, b in zip(plain, fast))
+        seed += 1
+    print(f"\n8. greedy speculative = greedy plain, float64: {compared:,} tokens of {seed} pairs of models compared, {differ} differ", flush=True)
+    return dict(compared=compared, differ=differ, pairs=seed)
+
+
+def speculation(target, draft):
+    (model, encoding), (small, _) = (generate.load_with_tokenizer(path, DEVICE, TYPE) for path in (target, draft))
+    text = generate.encode(encoding, Path(__file__).read_text())  # not part of any training text of ours
+    count, rows = sum(w.numel() for w in model.parameters()), []
+    print(f"\n{f'9. {count / 1e6:.1f} M parameters':<38}{'tokens/s':>10}{'÷ plain':>10}{'kept':>8}{'a pass':>8}")
+    for batch in (1, 8):
+        prompts = [text[i * 200:i * 200 + 48] for i in range(batch)]
+        for K in (None, 2, 4, 6, 0):
+            runs = []
+            for _ in range(3):
+                plan, began = generate.Speculation(K or 0), now()
+                new = sum(len(t) for row in generate.generate(model, prompts, 160, 0, draft=None if K is None else small, speculate=plan) for t in row)
+                runs.append((new / (now() - began), plan))
+            speed, plan = sorted(runs, key=lambda r: r[0])[1]
+            rows.append(dict(batch=batch, K=K, tokens_s=speed, kept=plan.accepted / max(1, plan.proposed), per_pass=new / max(1, plan.passes)))
+            plain = next(r["tokens_s"] for r in rows if r["batch"] == batch)
+            name = "plain" if K is None else f"K = {K}" if K else f"K chosen ({plan.K})"
+            more = "" if K is None else f"{rows[-1]['kept']:>8.0%}{rows[-1]['per_pass']:>8.2f}"
+            print(f"{f'batch {batch}, {name}':<38}{speed:>10.1f}{speed / plain:>10.2f}{more}", flush=True)
+    return rows
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["kernels"] or set(sys.argv[2:]) - {"--small"}:
+    what, *paths = [a for a in sys.argv[1:] if a != "--small"] or [""]
+    if what not in ("kernels", "decode") or len(paths) not in ((0, 2) if what == "decode" else (0,)):
         sys.exit(__doc__)
     limits = ceilings()
     versions = {name: sys.modules[name].__version__ for name in ("torch", "triton", "mamba_ssm", "fla") if name in sys.modules}
     machine = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
     print(f"{machine}, {versions}, {str(TYPE)[6:]}; copy {limits[0] / 1e9:,.0f} GB/s, matrix product {limits[1] / 1e12:,.1f} TFLOP/s, "
           f"{limits[2] / 1e12:,.2g} T exponentials/s")
-    report = dict(machine=machine, versions=versions, limits=limits, scans=scans(limits), errors=errors(), mixers=mixers(), growth=growth(), kept=kept())
-    Path("bench-kernels.json").write_text(json.dumps(report, indent=1))
+    report = dict(machine=machine, versions=versions, limits=limits)
+    if what == "kernels":
+        report.update(scans=scans(limits), errors=errors(), mixers=mixers(), growth=growth(), kept=kept())
+    else:
+        report.update(decoding=decoding(limits), exactness=exactness(), **(dict(speculation=speculation(*paths)) if paths else {}))
+    Path(f"bench-{what}.json").write_text(json.dumps(report, indent=1))
