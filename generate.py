@@ -3,13 +3,21 @@
     python generate.py --prompt "def "                                   stream from out/student
     python generate.py --model out/teacher --prompt - < file.py          the prompt from standard input
     python generate.py --prompt "import " --prompt "class " --temperature 0
+    python generate.py --draft out/draft/student --prompt "def "         speculatively: the same law, sooner
 
 One decoding step feeds the newest token through `Hybrid` with its Cache and draws the next token from
 
     p(token) = softmax(logits / temperature), cut to the top_k likeliest and to the smallest set of mass top_p.
 
+With a draft, whose law is q, a step is a round (section 4 of arXiv 2408.15237; Leviathan et al., 2211.17192):
+
+    draft    K tokens x_1 … x_K, one after the other, each from its q
+    verify   the K + 1 laws p at and after them, in one pass
+    keep     x_1, x_2, … while u < p(x_i) / q(x_i), u uniform; then one token more, from max(p - q, 0) in place of the
+             first rejected, or from p after the last
+
 In this file, top to bottom: command lines from dataclasses (train_distill.py uses it too); tokenizers; the law a token
-is drawn from; `generate`, the loop; the command.
+is drawn from; the keeping of proposals; `generate`, the loop; the command.
 """
 import argparse
 import base64

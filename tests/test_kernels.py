@@ -730,3 +730,159 @@ def test_a_long_sequence_is_its_two_parts(decay):
         y2, h2 = kernels.ssm_scan(**{**second, "h0": h1})
     assert_close(torch.cat([y1, y2], dim=1), y, 1e-4, "y")
     assert_close(h2, h, 1e-4, "h")
+
+
+@DECAYS
+@pytest.mark.parametrize("heads", [(4, 2, 1), (4, 1, 2)])
+def test_segments_are_joined_in_order_also_where_query_heads_share_kv_heads(monkeypatch, decay, heads):
+    """Three segments with tokens in each, 8, 8 and 3 of them or (in tiles of 32) 64, 64 and 12, of slices of a wider projection."""
+    monkeypatch.setattr(kernels, "segments", lambda *_: 3)
+    l = 19 if decay == "mamba" else 140
+    inputs = scan_inputs(decay, 2, l, heads, (5, 3), 7, torch.float32, layout="sliced")
+    inputs["A"] = inputs["A"] / 100  # what a segment hands on is still there two segments on
+    check_against_definition("triton", torch.float32, inputs)
+
+
+@FORMS
+@DECAYS
+def test_a_step_and_its_slope_are_exact_from_tiny_to_large(which, decay):
+    """B_t = C_t = the t-th unit vector and A = 0, so y_t = Δ_t and ddt_t = Δ'(dt_t), one by one and not against the largest."""
+    dt = (torch.arange(128, device=DEVICE) / 4 - 16).view(1, 32, 4)                       # 0 is among them
+    x = torch.ones(1, 32, 1, 4, device=DEVICE) if decay == "mamba" else torch.ones(1, 32, 4, 1, device=DEVICE)
+    h, p = (1, 4) if decay == "mamba" else (4, 1)
+    unit = torch.eye(32, device=DEVICE)[None, :, None]
+    A, dt = (x.new_zeros(1, 4, 32), dt.unsqueeze(2)) if decay == "mamba" else (x.new_zeros(4), dt)
+    leaf = dt.clone().requires_grad_()
+    with form(which):
+        y, _ = kernels.ssm_scan(x, leaf, A, unit, unit.expand(1, 32, h, 32))
+        ddt, = torch.autograd.grad(y.sum(), leaf)
+    wide = dt.double()
+    torch.testing.assert_close(y.double().flatten(), F.softplus(wide).flatten(), rtol=2e-6, atol=0)
+    torch.testing.assert_close(ddt.double().flatten(), torch.sigmoid(wide).flatten(), rtol=5e-6, atol=0)
+
+
+@FORMS
+@DECAYS
+@pytest.mark.parametrize("wanted", ["y", "h"])
+def test_a_loss_may_look_at_y_alone_or_at_the_last_state_alone(which, decay, wanted):
+    inputs = scan_inputs(decay, 2, 9, (4, 2, 1), (4, 3), 1, torch.float32)
+
+    def gradients(scan):
+        leaves = [t.detach().requires_grad_() for t in inputs.values()]
+        seen = scan(**dict(zip(inputs, leaves)))[wanted == "h"]
+        return torch.autograd.grad(seen.square().sum(), leaves, materialize_grads=True)
+    with form(which):
+        got = gradients(kernels.ssm_scan)
+    for name, a, e in zip(inputs, got, gradients(kernels.ssm_reference)):
+        assert_close(a, e, 5e-5, name)
+
+
+def test_mamba_keeps_states_whichever_input_is_the_only_one_that_wants_a_gradient(monkeypatch):
+    """The backward, without them, would read past an empty tensor."""
+    forward, kept = kernels.scan_forward, []
+    monkeypatch.setattr(kernels, "scan_forward", lambda *args: kept.append(forward(*args)) or kept[-1])
+    inputs = scan_inputs("mamba", 1, 9, (1, 1, 1), (4, 3), 1, torch.float32)
+    with form("triton"):
+        for name in inputs:
+            kernels.ssm_scan(**{k: t.detach().requires_grad_(k == name) for k, t in inputs.items()})
+            assert kept[-1][2].numel(), name
+
+
+@FORMS
+@DECAYS
+def test_tensors_may_lie_anywhere_also_with_the_length_before_the_batch_and_y_in_something_wider(which, decay):
+    """Parameters and h0 with their last axis strided, the rest (l, b, ...) in memory, dense; and an upstream gradient that is a slice."""
+    inputs = scan_inputs(decay, 2, 9, (4, 2, 1), (4, 3), 1, torch.float32)
+
+    def far(name, t):
+        if name in ("A", "D", "dt_bias", "h0"):
+            return torch.stack([t, torch.full_like(t, torch.nan)], dim=-1)[..., 0]
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
+
+    def run(scan, lie):
+        leaves = [lie(k, t).detach().requires_grad_() for k, t in inputs.items()]
+        y, h = scan(**dict(zip(inputs, leaves)))
+        wide = torch.cat([torch.zeros_like(y), y, torch.ones_like(y)], dim=-1)
+        return [y, h, *torch.autograd.grad(wide.sin().sum() + h.square().sum(), leaves)]
+    with form(which):
+        got = run(kernels.ssm_scan, far)
+    for name, a, e in zip(["y", "h", *inputs], got, run(kernels.ssm_reference, lambda _, t: t)):
+        assert_close(a, e, 5e-5, name)
+
+
+def test_a_plan_is_made_anew_for_half_an_alignment_and_for_another_device(monkeypatch):
+    monkeypatch.setattr(kernels, "PLANS", {})
+    made = []
+
+    class Elsewhere(torch.Tensor):
+        def get_device(self):
+            return 7
+    x, elsewhere = torch.zeros(8, 8), torch.zeros(8, 8).as_subclass(Elsewhere)
+
+    def make(t):
+        made.append(t)
+    for t in (x, torch.zeros(65)[1:].view(8, 8), torch.zeros(66)[2:].view(8, 8), torch.zeros(67)[3:].view(8, 8), elsewhere):
+        kernels.planned(make, t)
+    assert len(made) == 5
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="looks at the interpreter's loads and stores")
+@DECAYS
+@pytest.mark.parametrize("c, loss", [(1, None), (1, "h"), (3, "yh")])
+def test_nothing_outside_its_tensors_is_touched_by_a_kernel(monkeypatch, decay, c, loss):
+    """Not even where the value read is thrown away."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    call, builder, reach, touched = kernels.Launch.__call__, interpreter.InterpreterBuilder, [], []
+
+    def launch(self, *tensors):
+        reach[:] = [(t.data_ptr(), t.data_ptr() + t.element_size() * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))))
+                    for t in tensors if t.numel()]
+        return call(self, *tensors)
+
+    def watch(name):
+        method = getattr(builder, name)
+
+        def watched(self, ptrs, *args):
+            mask = args[0] if name == "create_masked_load" else args[1]
+            at = ptrs.data[mask.data.astype(bool)].astype("int64")
+            outside = at == at
+            for start, end in reach:
+                outside &= (at < start) | (at >= end)
+            touched.append(at.size)
+            assert not outside.any(), (name, self)
+            return method(self, ptrs, *args)
+        monkeypatch.setattr(builder, name, watched)
+    monkeypatch.setattr(kernels, "segments", lambda *_: c)
+    monkeypatch.setattr(kernels.Launch, "__call__", launch)
+    watch("create_masked_load")
+    watch("create_masked_store")
+    inputs = {k: t.requires_grad_(bool(loss)) for k, t in scan_inputs(decay, 2, 19, (2, 1, 2), (5, 3), 1, torch.float32).items()}
+    with form("triton"):
+        y, h = kernels.ssm_scan(**inputs)
+        if loss:
+            (h.sum() + y.sum() if loss == "yh" else h.sum()).backward()
+    assert sum(touched) > 1000
+
+
+def test_a_sequence_is_cut_into_as_many_segments_as_fill_the_chip_or_into_none():
+    assert kernels.segments(1, 2**20, 8, 2048) == 2048            # blocks enough
+    assert kernels.segments(3, 2**20, 8, 2048) == 682             # no more blocks than the most
+    assert kernels.segments(1, 640, 8, 2048) == 10                # a segment has 8 T tokens or more
+    assert kernels.segments(1, 256, 8, 2048) == 4
+    assert kernels.segments(512, 2**20, 8, 2048) == 4
+    for few in ((1, 255, 8, 2048), (513, 2**20, 8, 2048), (4096, 2**20, 8, 2048), (1, 2, 8, 2048)):  # three do not pay; a chip more than full
+        assert kernels.segments(*few) == 1
+
+
+@DECAYS
+@pytest.mark.parametrize("p, n", [(1, 1), (1, 2), (5, 2), (4, 4)])
+def test_what_an_operator_returns_shares_no_memory_with_what_it_was_given(decay, p, n):
+    """torch.compile relies on it. Of one pair of columns, even ones before odd ones is the order they are in already."""
+    t = scan_inputs(decay, 1, 2, (1, 1, 1), (p, n), 1, torch.float32)
+    args = [t[k] for k in ("x", "dt", "A", "B", "C", "D")] + [t["z"] if decay == "mamba" else None, t["dt_bias"], t["h0"]]
+    with form("triton"):
+        y, h, *kept = kernels.scan_forward(*args, True)
+        gradients = kernels.scan_backward(y, h, *args, *kept)
+    given = {a.untyped_storage().data_ptr() for a in (*args, y, h, *kept) if a is not None and a.numel()}
+    assert given.isdisjoint(g.untyped_storage().data_ptr() for g in gradients if g.numel())
+    assert {a.untyped_storage().data_ptr() for a in args if a is not None}.isdisjoint(r.untyped_storage().data_ptr() for r in (y, h, *kept) if r.numel())
