@@ -438,3 +438,33 @@ def test_each_piece_is_flushed_as_it_is_drawn(student, monkeypatch):
 def test_the_context_ends_each_row_by_its_own_length():
     rows = whole(g.generate(build(Config(**MIXED), torch.float32), [[1], list(range(45))], 12, temperature=0))
     assert [len(row) for row in rows] == [12, 3]
+
+
+def test_a_draft_must_speak_the_targets_tokens(student, tmp_path):
+    g.save_with_tokenizer(build(Config(**{**MIXED, "v": 300}), torch.float32), tmp_path / "large", "bytes")
+    g.save_with_tokenizer(build(Config(**{**MIXED, "v": 600}), torch.float32), tmp_path / "target", "bytes")
+    g.save_with_tokenizer(build(Config(**{**MIXED, "v": 600}), torch.float32), tmp_path / "other", str(llama3_file(tmp_path / "t.model")))
+    (tmp_path / "none").mkdir()
+    for model, draft, match in ((student, "large", "has a vocabulary of 300, .* one of 257: a draft must speak the same tokens"),
+                                (tmp_path / "target", "other", "has the tokenizer .*tokenizer.model, .* has bytes: their tokens differ"),
+                                (student, "none", "no checkpoint here")):
+        with pytest.raises(MilError, match=match):
+            g.main(["--model", str(model), "--draft", str(tmp_path / draft), "--prompt", "a", "--device", DEVICE])
+
+
+@pytest.mark.parametrize("argv, match", [(["--speculate", "2"], "--speculate needs a --draft"),
+                                         (["--speculate", "-1", "--draft", "d"], "--speculate is -1, expected 1 or more, or 0"),
+                                         (["--speculate", "60", "--draft", "self"], "speculate is 60, expected 1 to 47")])
+def test_a_number_of_proposals_that_cannot_be_is_refused(student, argv, match):
+    with pytest.raises(MilError, match=match):
+        g.main(["--model", student, "--prompt", "a", "--device", DEVICE, *[student if a == "self" else a for a in argv]])
+
+
+def test_the_command_prints_the_same_greedy_text_with_a_draft_and_says_what_was_kept(student, capsys):
+    argv = ["--model", student, "--prompt", "ab", "--prompt", "c", "--temperature", "0", "--max_new_tokens", "20", "--device", DEVICE]
+    g.main(argv)
+    plain = capsys.readouterr()
+    g.main([*argv, "--draft", student, "--speculate", "4"])
+    fast = capsys.readouterr()
+    assert fast.out == plain.out and "100% of the draft's tokens kept, 5.00 tokens a pass of the model (K = 4)" in fast.err
+    assert "kept" not in plain.err
