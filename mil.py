@@ -407,9 +407,10 @@ class Cache:
         self.direct, self.room, self.new = l > self.log, 0, l
         self.counts = [l] * b if lengths is None else lengths if isinstance(lengths, list) else lengths.tolist()
         self.lengths = None if min(self.counts) == l else tensor(self.counts)
-        self.pos = tensor(self.at)[:, None] + torch.arange(l, device=self.device)      # (b, l)
-        self.slot = self.pos - tensor(self.base)[:, None]                               # (b, l), in a Mamba log
-        self.end, self.real = max(logged) + l, tensor([n + k for n, k in zip(logged, self.counts)])
+        self.row, after = torch.arange(b, device=self.device)[:, None], torch.arange(l, device=self.device)
+        self.pos = tensor(self.at)[:, None] + after                                     # (b, l)
+        if not self.direct:  # where a Mamba layer logs the tokens (b, l), where the longest row's end, and each row's (b,)
+            self.slot, self.end, self.real = tensor(logged)[:, None] + after, max(logged) + l, tensor([n + k for n, k in zip(logged, self.counts)])
         return self.pos
 
     def close(self):
@@ -441,9 +442,8 @@ class AttentionLog:
     def extend(self, k, v):
         """Write the new k, v (b, g, l, p). Returns all keys and values so far, and who may see whom (None: causal)."""
         c = self.cache
-        row = torch.arange(len(c.at), device=c.device)[:, None]
-        self.k[row, :, c.pos] = k.transpose(1, 2).to(self.k.dtype)  # padding lands past the cursor, where nothing counts
-        self.v[row, :, c.pos] = v.transpose(1, 2).to(self.v.dtype)
+        self.k[c.row, :, c.pos] = k.transpose(1, 2).to(self.k.dtype)  # padding lands past the cursor, where nothing counts
+        self.v[c.row, :, c.pos] = v.transpose(1, 2).to(self.v.dtype)
         if c.used == 0:  # nothing came before: plain causal attention over the new tokens
             return k, v, None
         end = c.used + c.new
@@ -463,8 +463,7 @@ class StateLog:
     def extend(self, scan, written, read):
         """y (b, l, h, p) of l new tokens by the mixer's own scan(*written, *read, window, h, lengths): `written` (b, l, ...)
         is what a token leaves behind, and is logged, `read` what it only reads with."""
-        c, row, b = self.cache, torch.arange(len(self.h), device=self.h.device)[:, None], len(self.h)
-        blank = lambda t, l: t.new_zeros(b, l, *t.shape[2:])  # noqa: E731
+        c, blank = self.cache, lambda t, l: t.new_zeros(t.shape[0], l, *t.shape[2:])
         if self.inputs is None:
             self.inputs = [blank(t, c.log) for t in written]
         if c.full:
@@ -473,9 +472,9 @@ class StateLog:
             y, self.window, self.h = scan(*written, *read, self.window, self.h, c.lengths)
             return y
         for t, new in zip(self.inputs, written):
-            t[row, c.slot] = new
-        read = [blank(t, c.end).index_put((row, c.slot), t) for t in read]
-        return scan(*[t[:, :c.end] for t in self.inputs], *read, self.window, self.h, c.real)[0][row, c.slot]
+            t[c.row, c.slot] = new
+        read = [blank(t, c.end).index_put((c.row, c.slot), t) for t in read]
+        return scan(*[t[:, :c.end] for t in self.inputs], *read, self.window, self.h, c.real)[0][c.row, c.slot]
 
 
 def hide_padding(dt, lengths):
