@@ -58,10 +58,11 @@ Why it is fast, in the order in which it paid (an H100 has 132 multiprocessors o
     from a transposed result.
     Working out 40 arguments in Python takes longer than a small batch runs: `planned` remembers them, `Launch` what it compiled.
 
-Names in the kernels: s6_ is Mamba, ssd_ Mamba-2; b_ a block in registers, p_ a pointer, o_ offsets, m_ a mask, i_ an index, s_ a
-stride (s_xl: of x over l), c a number of segments, s the tokens in one (p_s, b_s: the running sum of Δ A LOG2E within a tile), T tokens taken together, BP
-and BN blocks of p and n, N2 = ⌈n/2⌉, rx and rb the query heads that share a head of x and of B, h0 the starting state. What has n columns is
-for Mamba a pair of blocks, the even columns and the odd. `o < tl.where(m, n, 0)` is m & (o < n), one compare.
+Names in the kernels: s6_ is Mamba, ssd_ Mamba-2; b_ a block in registers, p_ or ptr a pointer, o_ offsets, m_ a mask, i_ an index, s_
+a stride (s_xl: of x over l), c a number of segments, s the tokens in one (p_s, b_s: the running sum of Δ A LOG2E within a tile), T
+tokens taken together, BP and BN blocks of p and n, N2 = ⌈n/2⌉, rx and rb the query heads that share a head of x and of B, h0 the
+starting state; in the convolution W its width, r (R, a power of 2) the query heads of a kv head and U tokens together. What has n
+columns is for Mamba a pair of blocks, the even columns and the odd. `o < tl.where(m, n, 0)` is m & (o < n), one compare.
 """
 import os
 from types import SimpleNamespace
@@ -351,14 +352,14 @@ if triton is not None:
         tl.store(p_s + o_out, tl.cumsum(b_a.to(p_s.dtype.element_ty), axis=0), mask=m[None, :])
 
     @triton.jit
-    def read(p, o, m, WORDS: tl.constexpr, EMPTY: tl.constexpr):
-        """Numbers at p + o, EMPTY where m is not. With WORDS, for bf16, as the 32 bits each shares with its neighbour, 0xff80ff80 being
+    def read(ptr, o, m, WORDS: tl.constexpr, EMPTY: tl.constexpr):
+        """Numbers at ptr + o, EMPTY where m is not. With WORDS, for bf16, as the 32 bits each shares with its neighbour, 0xff80ff80 being
         -inf twice: a value of 16 bits that is carried from one turn of a loop to the next is moved as soon as it arrives, and so
         waited for. (That pays in the backward. The forward, with more tokens in flight, measured faster without.)"""
         if WORDS:
-            return tl.load(p.to(tl.pointer_type(tl.int32)) + o // 2, mask=m, other=-8323200 if EMPTY < 0 else 0)
+            return tl.load(ptr.to(tl.pointer_type(tl.int32)) + o // 2, mask=m, other=-8323200 if EMPTY < 0 else 0)
         else:
-            return tl.load(p + o, mask=m, other=EMPTY)
+            return tl.load(ptr + o, mask=m, other=EMPTY)
 
     @triton.jit
     def number(b, o, WORDS: tl.constexpr):
@@ -366,12 +367,12 @@ if triton is not None:
         return ((b << 16 * (1 - o % 2)) & -65536).to(tl.float32, bitcast=True) if WORDS else b.to(tl.float32)
 
     @triton.jit
-    def read_pairs(p, o, m, n: tl.constexpr, WORDS: tl.constexpr):
-        """The even and the odd of n numbers at p, o counting pairs; zeros where m is not. With WORDS a tuple of one, both in 32 bits."""
+    def read_pairs(ptr, o, m, n: tl.constexpr, WORDS: tl.constexpr):
+        """The even and the odd of n numbers at ptr, o counting pairs; zeros where m is not. With WORDS a tuple of one, both in 32 bits."""
         if WORDS:
-            return (tl.load(p.to(tl.pointer_type(tl.int32)) + o, mask=o < tl.where(m, n // 2, 0), other=0),)
+            return (tl.load(ptr.to(tl.pointer_type(tl.int32)) + o, mask=o < tl.where(m, n // 2, 0), other=0),)
         else:
-            return tl.load(p + 2 * o, mask=2 * o < tl.where(m, n, 0), other=0.), tl.load(p + 2 * o + 1, mask=2 * o + 1 < tl.where(m, n, 0), other=0.)
+            return tl.load(ptr + 2 * o, mask=2 * o < tl.where(m, n, 0), other=0.), tl.load(ptr + 2 * o + 1, mask=2 * o + 1 < tl.where(m, n, 0), other=0.)
 
     @triton.jit
     def pairs(b, WORDS: tl.constexpr):
@@ -420,24 +421,24 @@ if triton is not None:
         return tl.sum(b_h[0] * b_C[0] + b_h[1] * b_C[1], axis=1)
 
     @triton.jit
-    def read_state(p, o, m, N2: tl.constexpr):
+    def read_state(ptr, o, m, N2: tl.constexpr):
         """A state as the kernels keep it among themselves, (p, 2, ⌈n/2⌉)."""
-        return tl.load(p + o, mask=m, other=0.), tl.load(p + o + N2, mask=m, other=0.)
+        return tl.load(ptr + o, mask=m, other=0.), tl.load(ptr + o + N2, mask=m, other=0.)
 
     @triton.jit
-    def store_state(p, o, b, m, N2: tl.constexpr):
-        tl.store(p + o, b[0], mask=m)
-        tl.store(p + o + N2, b[1], mask=m)
+    def store_state(ptr, o, b, m, N2: tl.constexpr):
+        tl.store(ptr + o, b[0], mask=m)
+        tl.store(ptr + o + N2, b[1], mask=m)
 
     @triton.jit
-    def read_matrix(p, o, m, HERE: tl.constexpr):
+    def read_matrix(ptr, o, m, HERE: tl.constexpr):
         """A state as everyone else has it, (p, n), offsets o and mask m (p, BN); zeros where there is none."""
-        b = tl.load(p + o, mask=m, other=0.) if HERE else tl.zeros(o.shape, tl.float32)
+        b = tl.load(ptr + o, mask=m, other=0.) if HERE else tl.zeros(o.shape, tl.float32)
         return tl.split(tl.reshape(b, (o.shape[0], o.shape[1] // 2, 2)))
 
     @triton.jit
-    def store_matrix(p, o, b, m):
-        tl.store(p + o, tl.reshape(tl.join(b[0], b[1]), o.shape), mask=m)
+    def store_matrix(ptr, o, b, m):
+        tl.store(ptr + o, tl.reshape(tl.join(b[0], b[1]), o.shape), mask=m)
 
     @triton.jit
     def join(b_h, p_ends, p_decays, o, m, N2: tl.constexpr):
@@ -642,10 +643,10 @@ if triton is not None:
         tl.store(p_sums + o_p * (n + 2) + n + 1, b_dbias, mask=m_p)
 
     @triton.jit
-    def tile(p, s_row, o_row, o_col, n_row, n_col, DOT: tl.constexpr):
+    def tile(ptr, s_row, o_row, o_col, n_row, n_col, DOT: tl.constexpr):
         """Load a tile in the type the dots take, zero from row n_row and column n_col on."""
         m = (o_row < n_row)[:, None] & (o_col < n_col)[None, :]
-        return tl.load(p + o_row[:, None] * s_row + o_col[None, :], mask=m, other=0.).to(DOT)
+        return tl.load(ptr + o_row[:, None] * s_row + o_col[None, :], mask=m, other=0.).to(DOT)
 
     @triton.jit(do_not_specialize=SEGMENTS)
     def ssd_walk_kernel(p_u, p_delta, p_s, p_v, p_C, p_D, p_h0, p_y, p_h, p_S, p_ends, p_decays, l, c, s, s_ub, s_vb, s_Cb,
@@ -1032,7 +1033,7 @@ def s6_backward(dy, dh, x, dt, _, B, C, D, z, dt_bias, h0, S, A):
 
 def ssd_plan(x, dt, A, B, C, D, bias, h0, dy, dh):
     """Mamba-2's launches; those of the backward where there is a dy. bf16 is multiplied as it is, fp16 (whose range a state can leave) as
-    TF32, float32 in full."""
+    TF32, float32 in full. (A is given for its alignment.)"""
     (b, l, h, n), p, exact = C.shape, x.shape[3], x.dtype == torch.float32
     dot, T, BP = (tl.bfloat16, 64, 64) if x.dtype == torch.bfloat16 and not INTERPRET else (tl.float32, 32, 32)  # it lacks bf16
     c, parts = segments(b * h * cdiv(p, BP), l, T, SSD_BLOCKS), cdiv(p, BP)
@@ -1160,7 +1161,7 @@ def conv_backward(dy, x, weight, bias, skip):
 
 
 def norm_plan(y, z, weight, do, eps):
-    """The launch of the norm, or of its gradient where there is a do: the sequence in c times T tokens."""
+    """The launch of the norm, or of its gradient where there is a do: the sequence in c times T tokens. (weight: for its alignment.)"""
     (b, l, h, p), ((s_zb,), within), size = y.shape, strides(z=z), NORM_Y if do is None else NORM_GRADIENT
     c, BP = cdiv(l, size["T"]), triton.next_power_of_2(p)
     return c, Launch(norm_kernel, (b * c * h,), (eps, l, c, s_zb), h=h, p=p, GRADIENT=do is not None, T=size["T"],
