@@ -239,15 +239,18 @@ def draw(law, generator=None):
     """One token (...) from each law (..., v). Where the law is no law (a NaN among the logits), -1."""
     flat = law.flatten(0, -2)
     sound = flat.sum(-1) > 0  # a NaN is not
-    flat = torch.where(sound[:, None], flat, torch.ones_like(flat))
-    certain = flat.amax(-1) == 1  # greedy, or all but one token cut away: nothing to draw, whatever the generator
-    tokens = torch.where(certain, flat.argmax(-1), torch.multinomial(flat, 1, generator=generator)[:, 0])
+    tokens = torch.multinomial(torch.where(sound[:, None], flat, torch.ones_like(flat)), 1, generator=generator)[:, 0]
     return torch.where(sound, tokens, -1).view(law.shape[:-1])
 
 
+def acceptance(p, q, tokens):
+    """The probability min(1, p/q) with which proposed tokens (...) are kept, drawn from q (..., v) where p (..., v) is wanted."""
+    return (p.gather(-1, tokens[..., None]) / q.gather(-1, tokens[..., None]))[..., 0].clamp(max=1)
+
+
 def residual(p, q):
-    """The law (..., v) of the token in place of a rejected one: what p has over q. The proposal is drawn from q and kept with probability
-    min(1, p/q), so q's share of p is dealt out already (Leviathan et al. 2211.17192, Theorem 1)."""
+    """The law (..., v) of the token in place of a rejected one: what p has over q, whose share of p is dealt out already by what is kept
+    (Leviathan et al. 2211.17192, appendix A.1)."""
     left = (p - q).clamp(min=0)
     left = torch.where(left.sum(-1, keepdim=True) > 0, left, p)  # p = q up to rounding
     return left / left.sum(-1, keepdim=True)
@@ -256,11 +259,10 @@ def residual(p, q):
 def verify(proposed, q, p, generator=None):
     """How many of the draft's tokens (b, K) each row keeps, and one token more: (b,), (b,). They are drawn from q (b, K, v), the target's
     laws are p (b, K + 1, v); what results is distributed as if drawn from p alone."""
-    row, at = torch.arange(len(p), device=p.device), proposed.clamp(min=0)[..., None]  # (-1: the draft had a NaN)
-    ratio = (p[:, :-1].gather(2, at) / q.gather(2, at))[..., 0]                         # (b, K)
-    kept = torch.rand(ratio.shape, generator=generator, dtype=p.dtype, device=p.device) < ratio
+    chance, row = acceptance(p[:, :-1], q, proposed), torch.arange(len(p), device=p.device)  # (b, K); NaN, so rejected, where q is
+    kept = torch.rand(chance.shape, generator=generator, dtype=p.dtype, device=p.device) < chance
     count = kept.long().cumprod(1).sum(1)
-    q = torch.cat([q, torch.zeros_like(p[:, :1])], dim=1)                               # after the last, nothing is dealt out
+    q = torch.cat([q, torch.zeros_like(p[:, :1])], dim=1)                                     # after the last, nothing is dealt out
     return count, draw(residual(p[row, count], q[row, count]), generator)
 
 
@@ -271,28 +273,39 @@ def best_k(alpha, cost, most=8):
 
 
 class Speculation:
-    """How much to propose, and how it went. K tokens a round; with K = 0 what best_k says, after 4 rounds and every 32 from then on, to the
-    rates and times since, beginning with 4."""
+    """How much to propose, and how it went. Always K tokens a round; or with K = 0 at first 4, then, after the 5th round and every 32 from
+    there, what best_k says to the rates and times since (the 1st round, in which all is slow, left out)."""
 
     def __init__(self, K=0, most=8):
-        self.fixed, self.K, self.most, self.next = K > 0, K or min(4, most), K or most, 4
+        self.fixed, self.K, self.most, self.next = K > 0, K or min(4, most), K or most, 5
         self.rounds = self.passes = self.proposed = self.accepted = 0  # passes: of the target, each row for itself
         self.kept = self.rejected = self.draft = self.target = 0       # since the last choice
 
-    def count(self, n):
-        """A row kept n of K tokens."""
-        self.passes, self.proposed, self.accepted = self.passes + 1, self.proposed + self.K, self.accepted + n
-        self.kept, self.rejected = self.kept + n, self.rejected + (n < self.K)
+    def count(self, n, K, used):
+        """A row kept n of K tokens, of which the text used `used` (a stop token cuts)."""
+        self.passes, self.proposed, self.accepted = self.passes + 1, self.proposed + K, self.accepted + used
+        self.kept, self.rejected = self.kept + n, self.rejected + (n < K)
 
-    def time(self, draft, target):
+    def time(self, draft, target, K):
         """A round is over: seconds of its halves, the draft's K steps and the target's pass."""
-        self.draft, self.target, self.rounds = self.draft + draft / self.K, self.target + target, self.rounds + 1
+        self.rounds += 1
+        if self.rounds > 1:
+            self.draft, self.target = self.draft + draft / K, self.target + target
         if self.rounds == self.next and not self.fixed:
             self.K = best_k(self.kept / max(1, self.kept + self.rejected), self.draft / self.target, self.most)
             self.next, self.kept, self.rejected, self.draft, self.target = self.next + 32, 0, 0, 0, 0
 
 
-def check_prompts(prompts, v, context):
+def check_sampling(max_new_tokens, temperature, top_k, top_p, dash=""):
+    for name, value, sound, wanted in (("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+                                       ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or more"),
+                                       ("top_k", top_k, top_k >= 0, "0 (no limit) or more"),
+                                       ("top_p", top_p, 0 < top_p <= 1, "more than 0 and at most 1")):
+        if not sound:
+            raise MilError(f"{dash}{name} is {value}, expected {wanted}")
+
+
+def check_prompts(prompts, v, context, whose):
     """MilError for a prompt that cannot be continued."""
     if not prompts:
         raise MilError("no prompts: there is nothing to continue")
@@ -300,7 +313,7 @@ def check_prompts(prompts, v, context):
         if not prompt:
             raise MilError(f"prompt {i + 1} is empty: there is nothing to continue")
         if len(prompt) >= context:
-            raise MilError(f"prompt {i + 1} has {len(prompt)} tokens, but the model's context is {context}: expected at "
+            raise MilError(f"prompt {i + 1} has {len(prompt)} tokens, but the {whose}'s context is {context}: expected at "
                            f"most {context - 1}, to leave room for one more")
         for token in prompt:
             if not 0 <= token < v:
@@ -310,7 +323,7 @@ def check_prompts(prompts, v, context):
 def feed(model, cache, new):
     """Read more tokens (lists of ids of any lengths, one per row). Returns hidden (b, 1, d) at the last of each."""
     counts = [len(tokens) for tokens in new]
-    padded = torch.tensor([tokens + [0] * (max(counts) - len(tokens)) for tokens in new], device=cache.device)
+    padded = torch.tensor([tokens + (tokens[-1:] or [0]) * (max(counts) - len(tokens)) for tokens in new], device=cache.device)
     hidden = model.hidden(padded, cache, counts)                                      # (b, l, d)
     return hidden[torch.arange(len(new), device=cache.device), torch.tensor(counts, device=cache.device) - 1][:, None]
 
@@ -327,31 +340,32 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     A row that is finished (it drew one of `stop`, which is yielded, or filled the context, or has max_new_tokens) yields [] from then on;
     the generator ends with the last row. Rows do not see each other. MilError for prompts and settings that cannot work, and for NaN.
     """
-    context = min(longest_text(model), longest_text(draft or model))
-    check_prompts(prompts, model.config.v, context)
+    context, whose = min((longest_text(m), name) for m, name in ((model, "model"), (draft, "draft")) if m)
+    check_sampling(max_new_tokens, temperature, top_k, top_p)
+    check_prompts(prompts, model.config.v, context, whose)
     if draft and draft.config.v != model.config.v:
         raise MilError(f"the draft's vocabulary is {draft.config.v}, the model's {model.config.v}: they must speak of the same tokens")
     plan = speculate if isinstance(speculate, Speculation) else Speculation(speculate)
-    if draft and not plan.fixed:
-        plan.most = int(min(plan.most, context - 1))
-        plan.K = min(plan.K, plan.most)
-    if draft and not (1 <= plan.K and plan.most < context):
-        raise MilError(f"speculate is {plan.K}, expected 1 to {context - 1}, less than the context, or 0 to have it chosen")
+    if draft and not (1 <= plan.K and (plan.K < context or not plan.fixed)):
+        wanted = f"to {context - 1}, less than the context" if context < math.inf else "or more"
+        raise MilError(f"speculate is {plan.K}, expected 1 {wanted}, or 0 to have it chosen")
     for token in stop:
         if not 0 <= token < model.config.v:
             raise MilError(f"stop token {token} is outside the vocabulary of {model.config.v}")
     law = lambda model, hidden: token_law(model.lm_head(hidden), temperature, top_k, top_p)  # noqa: E731
     texts, ends = [list(prompt) for prompt in prompts], [min(len(prompt) + max_new_tokens, context) for prompt in prompts]
-    caches = [mil.Cache(m, len(texts), max(ends) + plan.most + 1, log=plan.most + 1 if draft else 0) for m in (model, draft) if m]
+    most = int(min(plan.most, context - 1)) if draft else 0                                   # the largest K
+    caches = [mil.Cache(m, len(texts), max(ends) + most, log=most + 1 if draft else 0) for m in (model, draft) if m]
     if any(len(text) > 1 for text in texts):  # all but the prompts' last tokens, which the first round reads
         for m, cache in zip((model, draft), caches):
             feed(m, cache, [text[:-1] for text in texts])
     done = [False] * len(texts)
     while not all(done):
-        K, began, proposed, q = plan.K if draft else 0, time.perf_counter(), [], []
-        for cache in caches:
-            cache.settle(K + 1)
-        for j in range(K):  # the draft first catches up with the text: by one token, or two if all it proposed was kept
+        K, began, proposed, q = min(plan.K, most), time.perf_counter(), [], []
+        if draft:
+            for cache in caches:
+                cache.settle(K + 1)
+        for j in range(K):  # the draft first catches up with the text: by one token, or two if all was kept, as it never reads its last
             if j == 0:
                 hidden = feed(draft, caches[1], [[] if d else text[at:] for text, at, d in zip(texts, caches[1].at, done)])
             else:
@@ -369,17 +383,17 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
             n, *tokens = rows[i]
             tokens = [*tokens[:n], tokens[-1]][:ends[i] - len(texts[i])]
             if -1 in tokens:
-                raise MilError(f"prompt {i + 1}: the model's logits are NaN after {len(texts[i])} tokens")
+                raise MilError(f"prompt {i + 1}: the model's logits are NaN after {len(texts[i]) + tokens.index(-1)} tokens")
             cut = next((j + 1 for j, token in enumerate(tokens) if token in stop), None)
             new[i] = tokens[:cut]
             texts[i] = texts[i] + new[i]
             done[i] = cut is not None or len(texts[i]) >= ends[i]
             if draft:
-                plan.count(n)
+                plan.count(n, K, min(n, len(new[i])))
         for cache in caches:
             cache.back([min(at, len(text) - 1) for at, text in zip(cache.at, texts)])
         if draft:
-            plan.time(between - began, time.perf_counter() - between)
+            plan.time(between - began, time.perf_counter() - between, K)
         yield new
 
 
@@ -403,7 +417,7 @@ class TextStream:
 @dataclass
 class Settings:
     model: str = flag("out/student", "checkpoint directory, as train_distill.py writes it")
-    draft: str = flag("", "checkpoint of a smaller model over the same tokens, to decode speculatively: same text, sooner")
+    draft: str = flag("", "checkpoint of a smaller model over the same tokens, to decode speculatively: text of the same law, sooner")
     speculate: int = flag(0, "how many tokens the draft proposes at a time; 0: chosen by what is kept and what it costs")
     prompt: list = flag([], "the text to continue; - reads standard input; given several times, a batch", action="append", metavar="text")
     max_new_tokens: int = flag(256, "stop after this many tokens")
@@ -416,14 +430,7 @@ class Settings:
 
 
 def check_settings(s):
-    if not s.temperature >= 0 or s.temperature == float("inf"):
-        raise MilError(f"--temperature is {s.temperature}, expected 0 (greedy) or more")
-    if not 0 < s.top_p <= 1:
-        raise MilError(f"--top_p is {s.top_p}, expected more than 0 and at most 1")
-    if s.top_k < 0:
-        raise MilError(f"--top_k is {s.top_k}, expected 0 (no limit) or more")
-    if s.max_new_tokens < 1:
-        raise MilError(f"--max_new_tokens is {s.max_new_tokens}, expected at least 1")
+    check_sampling(s.max_new_tokens, s.temperature, s.top_k, s.top_p, "--")
     if s.dtype not in ("", "float32", "bfloat16", "float16", "float64"):
         raise MilError(f"--dtype is {s.dtype}, expected float32, bfloat16, float16 or float64")
     if not 0 <= s.seed < 2**63:
@@ -450,8 +457,7 @@ def load_draft(s, model, encoding, device):
     draft, other = load_with_tokenizer(s.draft, device, getattr(torch, s.dtype) if s.dtype else None)
     if draft.config.v != model.config.v:
         raise MilError(f"--draft {s.draft} has a vocabulary of {draft.config.v}, {s.model} one of {model.config.v}: a draft must speak the same tokens")
-    if any(a != b for f in (tiktoken.Encoding.token_byte_values, lambda e: sorted(map(e.encode_single_token, e.special_tokens_set)))
-           for a, b in [(f(encoding), f(other))]):
+    if (encoding._mergeable_ranks, encoding._special_tokens) != (other._mergeable_ranks, other._special_tokens):
         raise MilError(f"--draft {s.draft} has the tokenizer {tokenizer_of(s.draft)}, {s.model} has {tokenizer_of(s.model)}: their tokens differ")
     return draft
 
@@ -464,8 +470,8 @@ def main(argv):
     texts = [read_prompt(text, i + 1) for i, text in enumerate(s.prompt)]
     prompts = [encode(encoding, text) for text in texts]
     stop, streams = stop_tokens(encoding), [TextStream(encoding) for _ in texts]
-    whole, counts, began, single = list(texts), [0] * len(texts), time.perf_counter(), len(texts) == 1
     draft, plan = load_draft(s, model, encoding, device) if s.draft else None, Speculation(s.speculate)
+    whole, counts, began, single = list(texts), [0] * len(texts), time.perf_counter(), len(texts) == 1
     rounds = generate(model, prompts, s.max_new_tokens, s.temperature, s.top_k, s.top_p, stop,
                       torch.Generator(device).manual_seed(s.seed), draft, plan)
     for row in rounds:
@@ -479,11 +485,12 @@ def main(argv):
                 if single:
                     print(piece, end="", flush=True)
     seconds, count = time.perf_counter() - began, sum(counts)
-    full = any(len(prompt) + n >= longest_text(model) for prompt, n in zip(prompts, counts))
+    context = min(longest_text(model), longest_text(draft or model))
+    full = any(len(prompt) + n >= context for prompt, n in zip(prompts, counts))
     for i, stream in enumerate(streams):
         tail = stream.finish()
         print(tail if single else f"=== {i + 1} of {len(texts)}\n{whole[i]}{tail}")
-    end = f", up to the context of {longest_text(model)}" if full else ""
+    end = f", up to the context of {context}" if full else ""
     if draft:
         end = f", {plan.accepted / plan.proposed:.0%} of the draft's tokens kept, {count / plan.passes:.2f} tokens a pass of the model (K = {plan.K}){end}"
     print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s{end}", file=sys.stderr)

@@ -373,7 +373,7 @@ class Hybrid(nn.Module):
 
 
 class Cache:
-    """`Cache(model, batch, size, log=0)`: room for `size` tokens a row, of which the last `log` or so can be taken back.
+    """`Cache(model, batch, size, log=0)`: room for `size` tokens a row. After settle(n), n ≤ log, the next n can be taken back.
 
         a row's tokens   The mamba in the llama sat on | the hat         |  the cursor: what follows it means nothing
         attention        k v k v k v k v k v k v k v   | k v k v         a key and a value a token
@@ -382,8 +382,10 @@ class Cache:
     Every layer's cache is a log with the same cursor. To take back the tokens that a verification rejects, the cursor
     moves, and nothing else: attention's later keys are never looked at, and a Mamba layer starts each pass from its one
     state and reads its logged inputs again, up to the cursor, before the new ones (The Mamba in the Llama, section 4).
-    When the log is full its inputs, up to the cursor, go into the state for good. A pass of more than `log` tokens (a
-    prompt, and with log=0 every token) goes into the state at once.
+    When the next pass, or what `settle` asks room for, would not fit in some row's log, every row's inputs, up to its
+    cursor, go into its state for good; so after settle(K + 1) no pass of K + 1 tokens or fewer moves a state past the
+    place to which `back` may want to return. A pass of more than `log` tokens (a prompt, and with log=0 every token)
+    goes into the state at once.
     """
 
     def __init__(self, model, batch, size, log=0):
@@ -401,7 +403,7 @@ class Cache:
             raise MilError(f"cache: {l} more tokens do not fit: {self.used} of {self.size} places are used")
         tensor = lambda numbers: torch.tensor(numbers, device=self.device)  # noqa: E731
         logged = [at - base for at, base in zip(self.at, self.base)]
-        self.full = max(logged) if max(logged) + max(l, self.room) > self.log else 0  # so many inputs, at most, to replay
+        self.full = max(logged) if max(logged) + max(l, self.room) > self.log else 0  # the most inputs of a row to replay; 0: none is due
         if self.full:
             self.replayed, self.base, logged = tensor(logged), list(self.at), [0] * b
         self.direct, self.room, self.new = l > self.log, 0, l
@@ -420,11 +422,13 @@ class Cache:
 
     def settle(self, room):
         """What is in the cache stays. Up to `room` more tokens a row can come, and be taken back, before the next call."""
+        if room > self.log:
+            raise MilError(f"cache: {room} tokens could not be taken back: its log has {self.log} places")
         self.room = room
 
     def back(self, to):
         """Move each row's cursor back to `to`, a number of tokens per row. MilError where the log does not reach."""
-        for row, (at, base, new) in enumerate(zip(self.at, self.base, to)):
+        for row, (at, base, new) in enumerate(zip(self.at, self.base, to, strict=True)):
             first = base if any(isinstance(log, StateLog) for log in self.logs) else 0
             if not first <= new <= at:
                 raise MilError(f"cache: row {row} holds {at} tokens and can go back to {first}, not to {new}: its log has {self.log} places")
@@ -452,8 +456,8 @@ class AttentionLog:
 
 
 class StateLog:
-    """The state h (b, h, p, n), float32, and the convolution's last inputs (b, w-1, g, p), both at `base`; and the
-    layer's inputs since."""
+    """The state h (b, h, p, n), float32 or more, and the convolution's last inputs (b, w-1, g, p), both at `base`; and
+    the layer's inputs since."""
 
     def __init__(self, cache, window, state, dtype):
         self.cache, b, self.inputs = cache, len(cache.at), None
@@ -462,7 +466,7 @@ class StateLog:
 
     def extend(self, scan, written, read):
         """y (b, l, h, p) of l new tokens by the mixer's own scan(*written, *read, window, h, lengths): `written` (b, l, ...)
-        is what a token leaves behind, and is logged, `read` what it only reads with."""
+        is what a token leaves behind (Mamba-2's convolution mixes in C), and is logged, `read` what it only reads with."""
         c, blank = self.cache, lambda t, l: t.new_zeros(t.shape[0], l, *t.shape[2:])
         if self.inputs is None:
             self.inputs = [blank(t, c.log) for t in written]

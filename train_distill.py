@@ -72,7 +72,7 @@ class Settings:
     keep: float = flag(0.5, "share of attention layers that stay; the paper finds 0.5 close to the teacher, 0 possible")
     replace_steps: int = flag(0, "replace attention in this many steps: the paper's stepwise beats all at once (default 2, or 1 for one layer)")
     student_layers: str = flag("", "a small student, such as a draft: only these layers of the teacher, say 0,10,20,31; no stage 1, its steps go to "
-                               "stage 2. The paper's drafts keep 2 or 4. With --keep 1 it is a Llama")
+                               "stage 2 (so --stage1_lr and --replace_steps do not apply). The paper's drafts keep 2 or 4. With --keep 1 it is a Llama")
     init: str = flag("attention", "attention: the mixer inherits W_q, W_k, W_v, W_o; random: it does not (worse)")
     seed: int = flag(0, "of initial values and of the order of the data")
     device: str = flag("", "cpu, cuda, cuda:1 …; empty: cuda if there is one")

@@ -304,10 +304,13 @@ def step_ms(model, cache, l):
     tokens, at = torch.zeros(len(cache.at), l, dtype=torch.long, device=DEVICE), list(cache.at)
 
     def step():
-        cache.settle(l)
+        if cache.log:
+            cache.settle(l)
         model(tokens, cache)
-        cache.back(at) if cache.log else None
-        cache.at = list(at)
+        if cache.log:
+            cache.back(at)
+        else:
+            cache.at = list(at)
     with torch.inference_mode():
         return wall_ms(step)
 
@@ -342,7 +345,7 @@ def exactness(tokens=EXACT):
     while compared < tokens:
         target, draft = (random_model(stacked(tiny, m), torch.float64, 2 * seed + i) for i, m in enumerate(pairs[seed % len(pairs)]))
         rng = random.Random(seed)
-        prompts = [[rng.randrange(7) for _ in range(rng.randint(1, 9))] for _ in range(seed % 4 + 1)]
+        prompts = [[rng.randrange(7) for _ in range(rng.randint(1, 9))] for _ in range(seed // 8 % 4 + 1)]
         plain, fast = ([sum(row, []) for row in zip(*generate.generate(target, prompts, 200, 0, **more))]
                        for more in ({}, dict(draft=draft, speculate=seed % 8 + 1)))
         compared += sum(map(len, plain))

@@ -3,6 +3,7 @@ import base64
 import dataclasses
 import io
 import sys
+import zlib
 
 import pytest
 import tiktoken
@@ -205,7 +206,7 @@ def laws(seed, *shape):
 def test_by_enumeration_the_text_of_a_round_has_the_targets_law(K, seed):
     """All proposals × all outcomes, their probabilities multiplied out: what a round leaves, continued by the target to K + 1 tokens, has
     the target's law to 1e-12. p and q may depend on all that precedes: every prefix has laws of its own."""
-    law = lambda which, prefix: laws(hash((which, prefix, seed)) % 2**31, 1)[0]  # noqa: E731
+    law = lambda which, prefix: laws(zlib.crc32(repr((which, prefix, seed)).encode()), 1)[0]  # noqa: E731
     got, want = {}, {}
 
     def put(out, prefix, chance):  # the target goes on alone
@@ -225,7 +226,7 @@ def test_by_enumeration_the_text_of_a_round_has_the_targets_law(K, seed):
             return
         for count in range(K + 1):  # kept before the first rejection
             p, q = law("p", prefix[:count]), law("q", prefix[:count]) if count < K else torch.zeros(5, dtype=torch.float64)
-            keep = min(1.0, (p[prefix[count]] / q[prefix[count]]).item()) if count < K else 0.0
+            keep = g.acceptance(p, q, torch.tensor(prefix[count])).item() if count < K else 0.0
             if keep < 1:
                 for token, r in enumerate(g.residual(p, q).tolist()):
                     if r:
@@ -237,35 +238,59 @@ def test_by_enumeration_the_text_of_a_round_has_the_targets_law(K, seed):
 
 
 def test_the_sampler_keeps_and_replaces_with_the_enumerated_probabilities():
-    """Chi-square over 60,000 rounds of K = 2: the first two tokens that `verify` leaves against the target's law."""
+    """Chi-square over 60,000 rounds of K = 2: the three tokens that `verify` leaves, each given the ones before, against the target's laws."""
     n, p, q = 60000, laws(1, 3), laws(2, 2)
     generator = torch.Generator().manual_seed(0)
     proposed = g.draw(q.expand(n, 2, 5), generator)
     count, extra = g.verify(proposed, q.expand(n, 2, 5), p.expand(n, 3, 5), generator)
     first = torch.where(count > 0, proposed[:, 0], extra)
     second = torch.where(count > 1, proposed[:, 1], extra)[count > 0]  # given that the first was kept
-    for tokens, law in ((first, p[0]), (second, p[1])):
+    for tokens, law in ((first, p[0]), (second, p[1]), (extra[count == 2], p[2])):
         seen, law = torch.bincount(tokens, minlength=5).double(), law * len(tokens)
         assert not seen[law == 0].any() and ((seen - law).square() / law)[law > 0].sum() < 35  # 4 degrees of freedom: p < 1e-6
 
 
 def test_speculative_sampling_follows_the_targets_law_through_the_models():
-    target, draft = (build(Config(**{**MIXED, "v": 5}), seed=i) for i in range(2))
-    n = 4000
-    rows = whole(g.generate(target, [[1, 2]] * n, 2, 1.3, 4, 0.95, generator=torch.Generator(DEVICE).manual_seed(0), draft=draft, speculate=2))
-    first, second = torch.tensor(rows).T
-    with torch.no_grad():
-        laws = g.token_law(target(torch.tensor([[1, 2, t] for t in range(5)], device=DEVICE)), 1.3, 4, 0.95).cpu()
-    for seen, law in ((first, laws[0, 1]), *((second[first == t], laws[t, 2]) for t in range(5))):
-        want = law * len(seen)
-        have = torch.bincount(seen, minlength=5).double()
-        assert not have[law == 0].any() and ((have - want).square() / want)[want > 0].sum() < 40
+    """Three tokens at K = 1: proposed, added, proposed again after the cursors moved. Each given the tokens before it."""
+    target, draft = (build(Config(**{**MIXED, "v": 3}), seed=i) for i in range(2))
+    n = 9000
+    rows = whole(g.generate(target, [[1, 2]] * n, 3, 1.3, 0, 0.95, generator=torch.Generator(DEVICE).manual_seed(0), draft=draft, speculate=1))
+    rows = torch.tensor(rows)
+    for before in [(), *[(a,) for a in range(3)], *[(a, b) for a in range(3) for b in range(3)]]:
+        seen = rows[(rows[:, :len(before)] == torch.tensor(before)).all(1) if before else slice(None), len(before)]
+        with torch.no_grad():
+            want = g.token_law(target(torch.tensor([[1, 2, *before]], device=DEVICE))[0, -1], 1.3, 0, 0.95).cpu() * len(seen)
+        have = torch.bincount(seen, minlength=3).double()
+        assert not have[want == 0].any() and ((have - want).square() / want)[want > 0].sum() < 30, before  # 2 degrees of freedom: p < 1e-6
 
 
-def test_rows_of_a_speculative_batch_end_by_their_own_stop_length_and_context():
+@given(configs(), st.integers(1, 5), st.integers(0, 1000))
+@settings(max_examples=15)
+def test_the_draft_proposes_what_it_would_itself_write_after_the_text_so_far(config, K, seed):
+    """Also after proposals that were rejected, which its cache must forget, and after all were kept, the last of which it has not read."""
+    config = dataclasses.replace(config, v=3)
+    target, draft, seen, verify = build(config, seed=seed), build(config, seed=seed + 1), [], g.verify
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(g, "verify", lambda proposed, *args: seen.append(proposed.tolist()) or verify(proposed, *args))
+        rounds = list(g.generate(target, [[1], [2, 0]], 12, 0, draft=draft, speculate=K))
+        patch.undo()
+        texts = [[1], [2, 0]]
+        for proposed, new in zip(seen, rounds):
+            for i, text in enumerate(texts):
+                if new[i]:
+                    assert [proposed[i]] == whole(g.generate(draft, [text], K, 0))
+                    texts[i] = text + new[i]
+
+
+def test_rows_of_a_speculative_batch_end_by_their_own_length_and_the_shorter_context():
     model, draft = build(Config(**MIXED)), build(Config(**{**MIXED, "context": 40}), seed=1)
     rows = whole(g.generate(model, [[1], list(range(37)), [9, 9]], 6, temperature=0, draft=draft, speculate=5))
-    assert [len(row) for row in rows] == [6, 3, 6]  # the shorter context is the draft's
+    assert [len(row) for row in rows] == [6, 3, 6]
+    with pytest.raises(MilError, match="prompt 1 has 40 tokens, but the draft's context is 40"):
+        next(g.generate(model, [[1] * 40], 6, draft=draft))
+    for context in (2, 3, 5):  # less than the K that would be chosen
+        model = build(Config(**{**MIXED, "context": context}))
+        assert whole(g.generate(model, [[1]], 9, 0, draft=build(Config(**MIXED), seed=1))) == whole(g.generate(model, [[1]], 9, 0))
 
 
 def test_the_best_k_rises_with_acceptance_and_falls_with_the_drafts_cost():
@@ -276,15 +301,15 @@ def test_the_best_k_rises_with_acceptance_and_falls_with_the_drafts_cost():
 
 def test_k_is_chosen_from_what_was_kept_and_what_it_took():
     plan = g.Speculation()
-    for _ in range(4):
+    for i in range(5):
         assert plan.K == 4
-        plan.count(4)
-        plan.time(0.04, 0.1)  # 0.1 of a pass for each token, all kept
+        plan.count(4, 4, 4)
+        plan.time(0.04 if i else 99.0, 0.1, 4)  # 0.1 of a pass for each token, all kept; the first round does not count
     assert plan.K == 8
     for _ in range(32):
-        plan.count(0)
-        plan.time(0.08, 0.1)
-    assert plan.K == 1 and (plan.passes, plan.accepted, plan.proposed) == (36, 16, 4 * 4 + 32 * 8)
+        plan.count(0, 8, 0)
+        plan.time(0.08, 0.1, 8)
+    assert plan.K == 1 and (plan.passes, plan.accepted, plan.proposed) == (37, 20, 5 * 4 + 32 * 8)
     model = build(Config(**MIXED))
     want = whole(g.generate(model, [[5, 6]], 40, temperature=0))
     assert whole(g.generate(model, [[5, 6]], 40, temperature=0, draft=build(Config(**MIXED), seed=3))) == want
@@ -310,8 +335,21 @@ def test_nan_logits_end_in_one_clear_line_and_a_drafts_are_merely_rejected(tempe
         broken.norm.weight[0] = torch.nan
     with pytest.raises(MilError, match="prompt 1: the model's logits are NaN after 2 tokens"):
         list(g.generate(broken, [[1, 2]], 5, temperature, draft=model if speculative else None, speculate=2))
-    if temperature == 0:
-        assert whole(g.generate(model, [[1, 2]], 9, 0, draft=broken, speculate=2)) == whole(g.generate(model, [[1, 2]], 9, 0))
+    got = whole(g.generate(model, [[1, 2]], 9, temperature, draft=broken, speculate=2))
+    assert len(got[0]) == 9 and (temperature > 0 or got == whole(g.generate(model, [[1, 2]], 9, 0)))
+
+
+@pytest.mark.parametrize("setting, match", [(dict(temperature=-1), "temperature is -1, expected 0"), (dict(top_p=0), "top_p is 0, expected more than 0"),
+                                            (dict(top_k=-1), "top_k is -1"), (dict(max_new_tokens=0), "max_new_tokens is 0, expected at least 1")])
+def test_settings_that_make_no_law_are_refused(setting, match):
+    with pytest.raises(MilError, match=match):
+        next(g.generate(build(Config(**MIXED)), [[1]], **{"max_new_tokens": 5, **setting}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_draft_may_be_of_another_type(dtype):
+    model, draft = build(Config(**MIXED)), build(Config(**MIXED), dtype, seed=1)
+    assert whole(g.generate(model, [[1], [2, 3]], 12, 0, draft=draft, speculate=3)) == whole(g.generate(model, [[1], [2, 3]], 12, 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------

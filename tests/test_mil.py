@@ -229,6 +229,8 @@ def test_the_cache_goes_back_no_further_than_its_log_reaches():
                 cache.back([4])
         with pytest.raises(MilError, match="not to 6"):
             cache.back([6])
+        with pytest.raises(MilError, match="4 tokens could not be taken back: its log has 3 places"):
+            cache.settle(4)
 
 
 @pytest.mark.parametrize("mixer", mil.MIXERS)
