@@ -340,7 +340,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     A row that is finished (it drew one of `stop`, which is yielded, or filled the context, or has max_new_tokens) yields [] from then on;
     the generator ends with the last row. Rows do not see each other. MilError for prompts and settings that cannot work, and for NaN.
     """
-    context, whose = min((longest_text(m), name) for m, name in ((model, "model"), (draft, "draft")) if m)
+    context, whose = min(((longest_text(m), name) for m, name in ((model, "model"), (draft, "draft")) if m), key=lambda pair: pair[0])
     check_sampling(max_new_tokens, temperature, top_k, top_p)
     check_prompts(prompts, model.config.v, context, whose)
     if draft and draft.config.v != model.config.v:

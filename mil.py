@@ -538,12 +538,16 @@ def replace_attention(model, layers, mixer="mamba2", init="attention", share=Fal
     return student
 
 
+def check_layers(layers, n_layers):
+    """MilError unless `layers` are some of n_layers, each once and in order."""
+    if not layers or layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < n_layers:
+        raise MilError(f"layers {', '.join(map(str, layers)) or 'none'}: expected some of 0 to {n_layers - 1}, each once, in rising order")
+
+
 def keep_layers(model, layers):
     """A smaller model: of `model`'s layers only these, in order, with its embedding, final norm and head (a draft for
     speculative decoding begins so: section 5.5). The model is untouched. MilError for layers that are no such choice."""
-    layers, last = list(layers), len(model.layers) - 1
-    if not layers or layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] <= last:
-        raise MilError(f"layers {', '.join(map(str, layers)) or 'none'}: expected some of 0 to {last}, each once, in rising order")
+    check_layers(layers, len(model.layers))
     with torch.device("meta"):
         small = Hybrid(dataclasses.replace(model.config, n_layers=len(layers), mixers=[model.config.mixers[i] for i in layers]))
     weights = model.state_dict()

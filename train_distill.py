@@ -98,6 +98,19 @@ class Settings:
     prompt: str = flag("def ", "for the sample at the end")
 
 
+def chosen_layers(s):
+    """--student_layers as numbers; MilError where they are no choice of the teacher's layers."""
+    try:
+        layers = [int(i) for i in s.student_layers.split(",")]
+    except ValueError:
+        raise MilError(f"--student_layers is {s.student_layers!r}, expected numbers with commas between, such as 0,{s.n_layers - 1}") from None
+    try:
+        mil.check_layers(layers, s.n_layers)
+    except MilError as e:
+        raise MilError(f"--student_layers: {e}") from None
+    return layers
+
+
 def complete(s, device, teacher_config=None):
     """Fill what was left at 0 and refuse what makes no sense, naming the flag."""
     preset = PRESETS[device.type if device.type in PRESETS else "cuda"]
@@ -134,13 +147,7 @@ def complete(s, device, teacher_config=None):
     if not 0 <= s.warmup <= 1:
         raise MilError(f"--warmup is {s.warmup}, expected a share between 0 and 1")
     if s.student_layers:
-        try:
-            layers = [int(i) for i in s.student_layers.split(",")]
-        except ValueError:
-            raise MilError(f"--student_layers is {s.student_layers!r}, expected numbers with commas between, such as 0,{s.n_layers - 1}") from None
-        if layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < s.n_layers:
-            raise MilError(f"--student_layers is {s.student_layers}, expected some of 0 to {s.n_layers - 1}, each once, in rising order")
-        mil.interleaved_layers(len(layers), s.keep)  # refuses a share that is none
+        mil.interleaved_layers(len(chosen_layers(s)), s.keep)  # refuses a share that is none
         return
     count = len(mil.interleaved_layers(s.n_layers, s.keep))
     if count == 0:
@@ -469,7 +476,7 @@ def distill(s, teacher, corpus, encoding, tokenizer, device, journal, rows):
     place, kept, count = Path(s.out) / "student", "This run saved no student", s.stage2_steps
     torch.manual_seed(s.seed + 1)
     if s.student_layers:  # a small student is not yet a model: all of it has to learn
-        small = mil.keep_layers(teacher, map(int, s.student_layers.split(",")))
+        small = mil.keep_layers(teacher, chosen_layers(s))
         steps, student, count = [], mil.replace_attention(small, mil.interleaved_layers(len(small.layers), s.keep), s.mixer, s.init), count + s.stage1_steps
         report("student, not trained", student, {})
     else:

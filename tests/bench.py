@@ -22,7 +22,8 @@ replayed, which leaves out Python and the launches. – is what is not installed
 5. The bytes a scan keeps for its backward, per token and layer: what autograd saves, without A, D and the bias of Δ.
 
 6. Plain decoding, batch 1, random weights: ms and tokens/s of a step, and the share of its floor: every weight but the embedding,
-   and the cache, read once at the bandwidth of a copy. Beside it the pass that verifies K = 4 proposed tokens, over that step.
+   and the cache, read once at the bandwidth of a copy. Beside it the pass that verifies K = 4 proposed tokens, the
+   replay of the round before it included, over that step.
 7. Decoding at a long context in a batch, of stacks with less and less attention, and the bytes of their caches a row.
 8. Exactness: greedy speculative decoding beside greedy plain decoding in float64, random tiny models of every pairing of stacks, K
    from 1 to 8, batches of 1 to 4 rows of unequal length: tokens compared and tokens that differ.
@@ -296,21 +297,18 @@ def filled(model, batch, length, log=0):
 def cache_bytes(cache, length):
     """What a step reads of it, all rows together."""
     return sum(t.numel() * t.element_size() * (length / cache.size if name in "kv" else 1)
-               for log in cache.logs if log for name, t in vars(log).items() if name in ("k", "v", "h", "window") )
+               for log in cache.logs if log for name, t in vars(log).items() if name in ("k", "v", "h", "window"))
 
 
 def step_ms(model, cache, l):
-    """The median time of a pass of l tokens a row and their laws' logits, each taken back again."""
+    """The median time of a pass of l tokens a row and their logits, each from the same place: the cursor is put back."""
     tokens, at = torch.zeros(len(cache.at), l, dtype=torch.long, device=DEVICE), list(cache.at)
 
     def step():
-        if cache.log:
-            cache.settle(l)
         model(tokens, cache)
-        if cache.log:
-            cache.back(at)
-        else:
-            cache.at = list(at)
+        cache.at = list(at)
+        if cache.log:  # as after a round that kept all: its inputs go into the states before the new ones are read
+            cache.base = [n - l for n in at]
     with torch.inference_mode():
         return wall_ms(step)
 

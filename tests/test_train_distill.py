@@ -108,7 +108,7 @@ def test_a_draft_of_some_of_the_teachers_layers_is_distilled_and_proposes(job, t
 
 
 @pytest.mark.parametrize("argv, match", [(["--student_layers", "0,x"], "--student_layers is '0,x', expected numbers with commas"),
-                                         (["--student_layers", "0,4"], "--student_layers is 0,4, expected some of 0 to 3"),
+                                         (["--student_layers", "0,4"], "--student_layers: layers 0, 4: expected some of 0 to 3"),
                                          (["--student_layers", "2,1"], "each once, in rising order")])
 def test_layers_that_make_no_student_are_refused(tmp_path, argv, match):
     with pytest.raises(MilError, match=match):
