@@ -22,7 +22,7 @@ replayed, which leaves out Python and the launches. – is what is not installed
 5. The bytes a scan keeps for its backward, per token and layer: what autograd saves, without A, D and the bias of Δ.
 
 6. Plain decoding, batch 1, random weights: ms and tokens/s of a step, and the share of its floor: every weight but the embedding,
-   and the cache, read once at the bandwidth of a copy. Beside it the pass that verifies K = 4 proposed tokens, the
+   and the cache, read once at the bandwidth of a copy (on a CPU, whose caches hold so small a model, it says little). Beside it the pass that verifies K = 4 proposed tokens, the
    replay of the round before it included, over that step.
 7. Decoding at a long context in a batch, of stacks with less and less attention, and the bytes of their caches a row.
 8. Exactness: greedy speculative decoding beside greedy plain decoding in float64, random tiny models of every pairing of stacks, K
