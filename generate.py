@@ -202,7 +202,7 @@ def load_with_tokenizer(directory, device=None, dtype=None):
     model = mil.load(directory, device, dtype)
     if encoding.n_vocab > model.config.v:
         raise MilError(f"{directory}: the tokenizer {name} has {encoding.n_vocab} tokens, the model only {model.config.v}")
-    return model, encoding
+    return mil.pack(model), encoding
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def token_law(logits, temperature=1.0, top_k=0, top_p=1.0):
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 0:
-        law = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
+        law = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
         return law.masked_fill(logits.isnan().any(-1, keepdim=True), torch.nan)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if 0 < top_k < logits.shape[-1]:
@@ -236,11 +236,10 @@ def longest_text(model):
 
 
 def draw(law, generator=None):
-    """One token (...) from each law (..., v). Where the law is no law (a NaN among the logits), -1."""
-    flat = law.flatten(0, -2)
-    sound = flat.sum(-1) > 0  # a NaN is not
-    tokens = torch.multinomial(torch.where(sound[:, None], flat, torch.ones_like(flat)), 1, generator=generator)[:, 0]
-    return torch.where(sound, tokens, -1).view(law.shape[:-1])
+    """One token (...) from each law (..., v): the first to ring among clocks of these rates. Where the law is no law (a NaN), -1."""
+    clocks = torch.empty_like(law).exponential_(generator=generator).clamp(min=torch.finfo(law.dtype).tiny)
+    tokens = (law / clocks).argmax(-1)  # as torch.multinomial, which would wait for the GPU
+    return torch.where(law.sum(-1) > 0, tokens, -1)
 
 
 def acceptance(p, q, tokens):
@@ -286,12 +285,12 @@ class Speculation:
         self.passes, self.proposed, self.accepted = self.passes + 1, self.proposed + K, self.accepted + used
         self.kept, self.rejected = self.kept + n, self.rejected + (n < K)
 
-    def time(self, draft, target, K):
-        """A round is over: seconds of its halves, the draft's K steps and the target's pass."""
+    def time(self, draft, target, K, warm):
+        """A round is over: seconds of its halves, the draft's K steps and the target's pass; not `warm` while it is slow for being new."""
         self.rounds += 1
-        if self.rounds > 1:
+        if warm:
             self.draft, self.target = self.draft + draft / K, self.target + target
-        if self.rounds == self.next and not self.fixed:
+        if self.rounds >= self.next and not self.fixed and self.target:
             self.K = best_k(self.kept / max(1, self.kept + self.rejected), self.draft / self.target, self.most)
             self.next, self.kept, self.rejected, self.draft, self.target = self.next + 32, 0, 0, 0, 0
 
@@ -321,11 +320,45 @@ def check_prompts(prompts, v, context, whose):
 
 
 def feed(model, cache, new):
-    """Read more tokens (lists of ids of any lengths, one per row). Returns hidden (b, 1, d) at the last of each."""
+    """Read tokens (lists of ids of any lengths, one per row)."""
     counts = [len(tokens) for tokens in new]
-    padded = torch.tensor([tokens + (tokens[-1:] or [0]) * (max(counts) - len(tokens)) for tokens in new], device=cache.device)
-    hidden = model.hidden(padded, cache, counts)                                      # (b, l, d)
-    return hidden[torch.arange(len(new), device=cache.device), torch.tensor(counts, device=cache.device) - 1][:, None]
+    if max(counts):
+        padded = [tokens + (tokens[-1:] or [0]) * (max(counts) - len(tokens)) for tokens in new]
+        model.hidden(torch.tensor(padded, device=cache.device), cache, counts)
+
+
+def stamp(device):
+    """This moment on the device."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds(since, until):
+    return until - since if isinstance(since, float) else since.elapsed_time(until) / 1e3
+
+
+class Launched:
+    """`f`, a function of tensors that stay where they are: on CUDA, with `graph`, run as it is the first time, which compiles its kernels, then
+    captured in a CUDA graph, of which every later call is one launch."""
+
+    def __init__(self, f, graph, generator=None):
+        self.f, self.graph, self.generator, self.calls = f, torch.cuda.CUDAGraph() if graph else None, generator, 0
+
+    def __call__(self):
+        self.calls += 1
+        if self.graph is None or self.calls == 1:
+            self.out = self.f()
+            return self.out
+        if self.calls == 2:
+            if self.generator:
+                self.graph.register_generator_state(self.generator)
+            with torch.cuda.graph(self.graph):
+                self.out = self.f()
+        self.graph.replay()
+        return self.out
 
 
 @torch.inference_mode()
@@ -352,33 +385,49 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     for token in stop:
         if not 0 <= token < model.config.v:
             raise MilError(f"stop token {token} is outside the vocabulary of {model.config.v}")
-    law = lambda model, hidden: token_law(model.lm_head(hidden), temperature, top_k, top_p)  # noqa: E731
+    law = lambda model, hidden: token_law(model.logits(hidden), temperature, top_k, top_p)  # noqa: E731
     texts, ends = [list(prompt) for prompt in prompts], [min(len(prompt) + max_new_tokens, context) for prompt in prompts]
     most = int(min(plan.most, context - 1)) if draft else 0                                   # the largest K
     caches = [mil.Cache(m, len(texts), max(ends) + most, log=most + 1 if draft else 0) for m in (model, draft) if m]
-    if any(len(text) > 1 for text in texts):  # all but the prompts' last tokens, which the first round reads
-        for m, cache in zip((model, draft), caches):
-            feed(m, cache, [text[:-1] for text in texts])
-    done = [False] * len(texts)
+    fast = caches[0].device.type == "cuda" and all(cache.fusable(most + 1) for cache in caches)
+    ahead, before, last = now = torch.zeros(3, len(texts), dtype=torch.long, device=caches[0].device)  # the target's cursors, and two tokens
+    done, unread, halves = [False] * len(texts), True, {}
+    feed(model, caches[0], [text[:-1] for text in texts])  # the last token is left to the first round
+
+    def propose(K):
+        """The last token and the draft's K, and the laws they are from: (b, 1 + K), (b, K, v). It reads two, as it never read its own last."""
+        tokens, q = [last[:, None]], []
+        if K:
+            caches[1].start(ahead - 1, K + 1)
+            hidden = draft.hidden(torch.stack([before, last], dim=1), caches[1])[:, -1:]
+        for j in range(K):
+            hidden = hidden if j == 0 else draft.hidden(tokens[-1], caches[1])
+            q.append(law(draft, hidden))                                                      # (b, 1, v)
+            tokens.append(draw(q[-1], generator).clamp(min=0))                                # (b, 1)
+        return torch.cat(tokens, dim=1), torch.cat(q, dim=1) if K else None
+
+    def check(proposed, q):
+        """Per row how many are kept, what was proposed, and one token more: (b, 2 + K)."""
+        caches[0].start(ahead, proposed.shape[1] if draft else 0)
+        p = law(model, model.hidden(proposed, caches[0]))                                     # (b, 1 + K, v)
+        count, extra = verify(proposed[:, 1:], p[:, :0] if q is None else q, p, generator)
+        return torch.cat([count[:, None], proposed[:, 1:], extra[:, None]], dim=1)
+
     while not all(done):
-        K, began, proposed, q = min(plan.K, most), time.perf_counter(), [], []
-        if draft:
-            for cache in caches:
-                cache.settle(K + 1)
-        for j in range(K):  # the draft first catches up with the text: by one token, or two if all was kept, as it never reads its last
-            if j == 0:
-                hidden = feed(draft, caches[1], [[] if d else text[at:] for text, at, d in zip(texts, caches[1].at, done)])
-            else:
-                hidden = draft.hidden(proposed[-1], caches[1], [1 - d for d in done])
-            q.append(law(draft, hidden))                                              # (b, 1, v)
-            proposed.append(draw(q[-1], generator).clamp(min=0))                      # (b, 1)
-        if draft and not plan.fixed and proposed[0].is_cuda:  # to tell the two halves' times apart
-            torch.cuda.synchronize()
-        between = time.perf_counter()
-        proposed = torch.cat([torch.tensor([text[-1:] for text in texts], device=caches[0].device), *proposed], dim=1)  # (b, 1 + K)
-        p = law(model, model.hidden(proposed, caches[0], [(1 - d) * (1 + K) for d in done]))                          # (b, 1 + K, v)
-        count, extra = verify(proposed[:, 1:], torch.cat([p[:, :0], *q], dim=1), p, generator)
-        rows, new = torch.cat([count[:, None], proposed[:, 1:], extra[:, None]], dim=1).tolist(), [[] for _ in texts]
+        K = min(plan.K, most) if min(map(len, texts)) > 1 else 0  # the draft reads two tokens
+        if K and unread:
+            feed(draft, caches[1], [text[:-2] for text in texts])
+            unread = False
+        if K not in halves:
+            halves[K] = first, _ = Launched(lambda K=K: propose(K), fast, generator), Launched(lambda K=K: check(*halves[K][0].out), fast, generator)
+        now.copy_(torch.tensor([[len(text) - 1, text[-2] if len(text) > 1 else 0, text[-1]] for text in texts]).T)
+        for cache in caches[:1 + (K > 0)]:
+            cache.used = max(map(len, texts)) - 1
+        times = [stamp(now.device)]
+        for half in halves[K]:
+            out = half()
+            times.append(stamp(now.device))
+        rows, new = out.tolist(), [[] for _ in texts]
         for i in [i for i, d in enumerate(done) if not d]:
             n, *tokens = rows[i]
             tokens = [*tokens[:n], tokens[-1]][:ends[i] - len(texts[i])]
@@ -390,10 +439,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
             done[i] = cut is not None or len(texts[i]) >= ends[i]
             if draft:
                 plan.count(n, K, min(n, len(new[i])))
-        for cache in caches:
-            cache.back([min(at, len(text) - 1) for at, text in zip(cache.at, texts)])
-        if draft:
-            plan.time(between - began, time.perf_counter() - between, K)
+        if K:
+            plan.time(*[seconds(*pair) for pair in zip(times, times[1:])], K, halves[K][0].calls > (2 if fast else 1))
         yield new
 
 
@@ -492,7 +539,7 @@ def main(argv):
         print(tail if single else f"=== {i + 1} of {len(texts)}\n{whole[i]}{tail}")
     end = f", up to the context of {context}" if full else ""
     if draft:
-        end = f", {plan.accepted / plan.proposed:.0%} of the draft's tokens kept, {count / plan.passes:.2f} tokens a pass of the model (K = {plan.K}){end}"
+        end = f", {plan.accepted / max(1, plan.proposed):.0%} of the draft's tokens kept, {count / plan.passes:.2f} tokens a pass of the model (K = {plan.K}){end}"
     print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s{end}", file=sys.stderr)
 
 

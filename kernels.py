@@ -296,6 +296,8 @@ S6_TILE, S6_BLOCKS, S6_T = 256, 2048, 8
 SSD_BLOCKS, WALK_Y, WALK_STATES = 256, dict(num_warps=4, num_stages=2), dict(num_warps=4, num_stages=3)
 GRADIENT = dict(num_warps=4, num_stages=2)
 CONV_Y, CONV_GRADIENT = dict(T=32, U=8, BLOCK=128), dict(T=64, U=8, BLOCK=64)
+FEW, REPLAY, ATTEND = 16, 8, dict(BK=64, num_warps=4, num_stages=3)
+LINEAR = dict(BN=32, BK=256, num_warps=4, num_stages=4), dict(BN=32, BK=128, num_warps=4, num_stages=4)  # the second with a gate
 NORM_Y, NORM_GRADIENT = dict(T=16, ELEMENTS=2048), dict(T=64, ELEMENTS=1024)
 
 if triton is not None:
@@ -908,6 +910,189 @@ if triton is not None:
         if GRADIENT:
             tl.store(p_dw + i_bch * p + o_p, tl.sum(b_dw, axis=0, keep_dims=True), mask=o_p < p)
 
+    # Decoding: l ≤ FEW tokens a row, which follow what a cache holds. What a row computes does not depend on the other rows, nor on how many
+    # tokens come at once: the same products in the same order, so that reading five tokens gives the bits of reading them one by one.
+
+    @triton.jit(do_not_specialize=["rows"])
+    def linear_kernel(p_x, p_w, p_v, p_u, p_y, rows, s_x: tl.constexpr, n: tl.constexpr, k: tl.constexpr, GATE: tl.constexpr,
+                      ONTO: tl.constexpr, PREC: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+        """y (rows, n) = x Wᵀ, or with GATE silu(x Wᵀ) ∘ x Vᵀ, or with ONTO u + x Wᵀ: BN columns for M rows. The weights stream past once."""
+        o_m, o_n, o_k = tl.program_id(0) * M + tl.arange(0, M)[None, :], tl.program_id(1) * BN + tl.arange(0, BN)[:, None], tl.arange(0, BK)
+        o_w = o_n.to(tl.int64) * k + o_k[None, :]
+        b_y, b_v = tl.zeros((BN, M), tl.float32), tl.zeros((BN, M), tl.float32)
+        for i_k in range(0, k, BK):
+            b_x = tl.load(p_x + o_m * s_x + (i_k + o_k)[:, None], mask=(o_m < rows) & (i_k + o_k < k)[:, None], other=0.)
+            m_w = (o_n < n) & (i_k + o_k < k)[None, :]
+            b_y = tl.dot(tl.load(p_w + o_w + i_k, mask=m_w, other=0.), b_x, b_y, input_precision=PREC)
+            if GATE:
+                b_v = tl.dot(tl.load(p_v + o_w + i_k, mask=m_w, other=0.), b_x, b_v, input_precision=PREC)
+        m_y = (o_m < rows) & (o_n < n)
+        if GATE:
+            b_y = silu(b_y) * b_v
+        if ONTO:
+            b_y += tl.load(p_u + o_m * n + o_n, mask=m_y, other=0.).to(tl.float32)
+        tl.store(p_y + o_m * n + o_n, b_y, mask=m_y)
+
+    @triton.jit
+    def rotate(ptr, o, m, b_cos, b_sin, half: tl.constexpr):
+        """The halves of a key or query at ptr + o, turned by RoPE, in their own type."""
+        b_1, b_2 = tl.load(ptr + o, mask=m, other=0.).to(tl.float32), tl.load(ptr + o + half, mask=m, other=0.).to(tl.float32)
+        kind = ptr.dtype.element_ty
+        return (b_1 * b_cos - b_2 * b_sin).to(kind), (b_2 * b_cos + b_1 * b_sin).to(kind)
+
+    @triton.jit(do_not_specialize=["l", "size"])
+    def attend_kernel(p_q, p_k, p_v, p_cos, p_sin, p_at, p_keys, p_values, p_lse, p_y, scale, l, size, s_q: tl.constexpr, s_k: tl.constexpr,
+                      s_v: tl.constexpr, g: tl.constexpr, r: tl.constexpr, p: tl.constexpr, PREC: tl.constexpr, R: tl.constexpr,
+                      SPLIT: tl.constexpr, BK: tl.constexpr, BH: tl.constexpr):
+        """One piece of SPLIT keys, for the r query heads of one kv head and 16 / R tokens: its part of y, and the log2 of its weight. First
+        it writes what the l new tokens leave in that piece: their keys, turned, and values (whoever shares the piece writes the same)."""
+        tiles, half, TOKENS = tl.cdiv(l, 16 // R), p // 2, 16 // R
+        i_t, i_bg, i_s = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.program_id(1)
+        i_b, i_g, first = (i_bg // g).to(tl.int64), i_bg % g, i_s * SPLIT
+        at = tl.load(p_at + i_b).to(tl.int32)
+        if first < at + l:
+            o_h, o_p, p_keys, p_values = tl.arange(0, BH), tl.arange(0, 2 * BH), p_keys + i_bg.to(tl.int64) * size * p, p_values + i_bg.to(tl.int64) * size * p
+            o_i = tl.arange(0, 16)
+            if at + l > first and at < first + SPLIT:
+                m_i = (o_i < l) & (at + o_i >= first) & (at + o_i < first + SPLIT)
+                m, o_turn = m_i[:, None] & (o_h < half)[None, :], (i_b * l + o_i[:, None]) * half + o_h[None, :]
+                b_cos, b_sin = tl.load(p_cos + o_turn, mask=m, other=0.), tl.load(p_sin + o_turn, mask=m, other=0.)
+                b_1, b_2 = rotate(p_k, (i_b * l + o_i[:, None]) * s_k + i_g * p + o_h[None, :], m, b_cos, b_sin, half)
+                p_new = p_keys + (at + o_i)[:, None] * p
+                tl.store(p_new + o_h[None, :], b_1, mask=m)
+                tl.store(p_new + half + o_h[None, :], b_2, mask=m)
+                m = m_i[:, None] & (o_p < p)[None, :]
+                b_v = tl.load(p_v + (i_b * l + o_i[:, None]) * s_v + i_g * p + o_p[None, :], mask=m, other=0.)
+                tl.store(p_values + (at + o_i)[:, None] * p + o_p[None, :], b_v, mask=m)
+                tl.debug_barrier()
+            o_t, o_r = i_t * TOKENS + o_i // R, o_i % R
+            m_q = (o_t < l) & (o_r < r)
+            m, o_turn = m_q[:, None] & (o_h < half)[None, :], (i_b * l + o_t[:, None]) * half + o_h[None, :]
+            b_cos, b_sin = tl.load(p_cos + o_turn, mask=m, other=0.), tl.load(p_sin + o_turn, mask=m, other=0.)
+            b_q1, b_q2 = rotate(p_q, (i_b * l + o_t[:, None]) * s_q + (i_g * r + o_r)[:, None] * p + o_h[None, :], m, b_cos, b_sin, half)
+            b_most, b_sum, b_y = tl.full((16,), -1e30, tl.float32), tl.zeros((16,), tl.float32), tl.zeros((16, 2 * BH), tl.float32)
+            for i_k in range(first, tl.minimum(first + SPLIT, at + l), BK):
+                o_k = i_k + tl.arange(0, BK)
+                m_k = o_k < at + l
+                m_1, p_1 = m_k[None, :] & (o_h < half)[:, None], p_keys + o_k[None, :] * p + o_h[:, None]
+                b_s = tl.dot(b_q1, tl.load(p_1, mask=m_1, other=0.), input_precision=PREC)
+                b_s = tl.dot(b_q2, tl.load(p_1 + half, mask=m_1, other=0.), b_s, input_precision=PREC) * scale
+                b_s = tl.where(o_k[None, :] <= at + o_t[:, None], b_s, -1e30)
+                b_new = tl.maximum(b_most, tl.max(b_s, axis=1))
+                b_e, b_fade = tl.exp2(b_s - b_new[:, None]), tl.exp2(b_most - b_new)
+                b_vk = tl.load(p_values + o_k[:, None] * p + o_p[None, :], mask=m_k[:, None] & (o_p < p)[None, :], other=0.)
+                b_y = tl.dot(b_e.to(b_vk.dtype), b_vk, b_y * b_fade[:, None], input_precision=PREC)
+                b_sum, b_most = b_sum * b_fade + tl.sum(b_e, axis=1), b_new
+            o_part = ((i_b * l + o_t) * (g * r) + i_g * r + o_r) * tl.num_programs(1) + i_s
+            tl.store(p_lse + o_part, b_most + tl.log2(b_sum), mask=m_q)
+            tl.store(p_y + o_part[:, None] * p + o_p[None, :], b_y / b_sum[:, None], mask=m_q[:, None] & (o_p < p)[None, :])
+
+    @triton.jit(do_not_specialize=["l", "splits"])
+    def gather_kernel(p_lse, p_part, p_at, p_y, l, splits, h: tl.constexpr, p: tl.constexpr, SPLIT: tl.constexpr, BP: tl.constexpr):
+        """y of one token and head from its pieces, 16 at a time: their mean, weighted."""
+        i, o_s, o_p = tl.program_id(0).to(tl.int64), tl.arange(0, 16), tl.arange(0, BP)
+        i_t = i // h
+        end = (tl.load(p_at + i_t // l).to(tl.int32) + (i_t % l).to(tl.int32)) // SPLIT + 1
+        b_most, b_sum, b_y = tl.full((1,), -1e30, tl.float32), tl.zeros((1,), tl.float32), tl.zeros((BP,), tl.float32)
+        for i_s in range(0, end, 16):
+            m_s = i_s + o_s < end
+            b_lse = tl.load(p_lse + i * splits + i_s + o_s, mask=m_s, other=-1e30)
+            b_new = tl.maximum(b_most, tl.max(b_lse, axis=0))
+            b_e, b_fade = tl.exp2(b_lse - b_new), tl.exp2(b_most - b_new)
+            b_part = tl.load(p_part + (i * splits + i_s + o_s)[:, None] * p + o_p[None, :], mask=m_s[:, None] & (o_p < p)[None, :], other=0.)
+            b_y, b_sum, b_most = b_y * b_fade + tl.sum(b_e[:, None] * b_part, axis=0), b_sum * b_fade + tl.sum(b_e, axis=0), b_new
+        tl.store(p_y + i * p + o_p, b_y / b_sum, mask=o_p < p)
+
+    @triton.jit
+    def conv_rows(p_log, o_log, p_w, o_w, p_bias, m, o_t, s_log: tl.constexpr, SIZE, W: tl.constexpr):
+        """silu(bias + Σ_k weight_k x_{t-W+1+k}) of the logged inputs p_log + o_log at the tokens o_t (T, 1); zeros before the first."""
+        b = tl.load(p_bias + o_w, mask=m, other=0.).to(tl.float32)
+        for j in tl.static_range(W):
+            o_i = o_t - (W - 1) + j
+            b_x = tl.load(p_log + (o_i + SIZE) % SIZE * s_log + o_log, mask=m & (o_i >= 0), other=0.)
+            b += tl.load(p_w + o_w * W + j, mask=m, other=0.).to(tl.float32) * b_x.to(tl.float32)
+        return silu(b)
+
+    @triton.jit
+    def replay_token(p_s, o_p, o_d, o_n, BP: tl.constexpr, BN: tl.constexpr, NB: tl.constexpr):
+        """x, Δ, B and C of the token at p_s: see replay_kernel."""
+        b_B, b_C = (), ()
+        for k in tl.static_range(BN // NB):
+            b_B = b_B + (tl.load(p_s + BP + k * NB + o_n),)
+            b_C = b_C + (tl.load(p_s + BP + BN + k * NB + o_n),)
+        return tl.load(p_s + o_p), tl.load(p_s + BP + 2 * BN + o_d), b_B, b_C
+
+    @triton.jit(do_not_specialize=["l", "SIZE"])
+    def replay_kernel(p_x, p_B, p_C, p_dt, p_z, l_x, l_B, l_C, l_dt, p_h, p_at, p_base, p_to, w_x, w_B, w_C, b_x, b_B, b_C, p_A, p_bias, p_D, p_norm,
+                      p_s, p_y, eps, l, SIZE, s_x: tl.constexpr, s_B: tl.constexpr, s_C: tl.constexpr, s_dt: tl.constexpr, s_z: tl.constexpr,
+                      s_lx: tl.constexpr, s_lB: tl.constexpr, s_ldt: tl.constexpr, h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr,
+                      rb: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, NB: tl.constexpr):
+        """One head of a row: the new tokens' inputs into the log; then, T tokens at a time, what of the log and of them reaches the state, into
+        p_s (x, B, C and Δ, as float32); then from the state at `base` through all of them, y of the new ones; the state is written where
+        it is to stand, at `to`, if it moves. It is held as blocks of NB columns of n, which is four rows to a thread and few shuffles.
+        CHANNELS: Mamba, a Δ per channel, the convolution on x only, y ∘ silu(z); else Mamba-2, the convolution on x, B and C, the gated norm."""
+        i_b, i_h = (tl.program_id(0) // h).to(tl.int64), tl.program_id(0) % h
+        at, base, to = tl.load(p_at + i_b).to(tl.int32), tl.load(p_base + i_b).to(tl.int32), tl.load(p_to + i_b).to(tl.int32)
+        l_x, l_B, l_C, l_dt = l_x + i_b * SIZE * s_lx, l_B + i_b * SIZE * s_lB, l_C + i_b * SIZE * s_lx, l_dt + i_b * SIZE * s_ldt
+        ROW: tl.constexpr = BP + 2 * BN + BP
+        p_s, o_p, o_n, o_i = p_s + tl.program_id(0).to(tl.int64) * (SIZE * ROW), tl.arange(0, BP)[None, :], tl.arange(0, BN)[None, :], tl.arange(0, T)[:, None]
+        o_x, o_B, o_C, o_d = i_h // rx * p + o_p, i_h // rb * n + o_n, i_h * n + o_n, tl.arange(0, BP if CHANNELS else 1)[None, :]
+        o_hd = i_h * p + o_d if CHANNELS else i_h + o_d
+        m_p, m_n, m_d = o_p < p, o_n < n, o_d < (p if CHANNELS else 1)
+        for i in range(0, l, T):
+            m_i, o_new, o_slot = i + o_i < l, i_b * l + i + o_i, (at + i + o_i) % SIZE
+            tl.store(l_x + o_slot * s_lx + o_x, tl.load(p_x + o_new * s_x + o_x, mask=m_i & m_p), mask=m_i & m_p)
+            tl.store(l_B + o_slot * s_lB + o_B, tl.load(p_B + o_new * s_B + o_B, mask=m_i & m_n), mask=m_i & m_n)
+            tl.store(l_dt + o_slot * s_ldt + o_hd, tl.load(p_dt + o_new * s_dt + o_hd, mask=m_i & m_d), mask=m_i & m_d)
+            if not CHANNELS:
+                tl.store(l_C + o_slot * s_lx + o_C, tl.load(p_C + o_new * s_C + o_C, mask=m_i & m_n), mask=m_i & m_n)
+        tl.debug_barrier()
+        b_bias = tl.load(p_bias + o_hd, mask=m_d, other=0.).to(tl.float32)
+        for i in range(base, at + l, T):
+            o_t = i + o_i
+            m_i, p_row, o_slot = o_t < at + l, p_s + (o_t - base) * ROW, o_t % SIZE
+            tl.store(p_row + o_p, conv_rows(l_x, o_x, w_x, i_h * p + o_p if CHANNELS else o_x, b_x, m_i & m_p, o_t, s_lx, SIZE, W), mask=m_i)
+            b_delta = softplus(tl.load(l_dt + o_slot * s_ldt + o_hd, mask=m_i & m_d, other=0.).to(tl.float32) + b_bias)
+            tl.store(p_row + BP + 2 * BN + o_d, b_delta, mask=m_i)
+            if CHANNELS:
+                b_Bt = tl.load(l_B + o_slot * s_lB + o_B, mask=m_i & m_n, other=0.).to(tl.float32)
+                b_Ct = tl.load(p_C + (i_b * l + o_t - at) * s_C + o_C, mask=m_i & m_n & (o_t >= at), other=0.).to(tl.float32)
+            else:
+                b_Bt = conv_rows(l_B, o_B, w_B, o_B, b_B, m_i & m_n, o_t, s_lB, SIZE, W)
+                b_Ct = conv_rows(l_C, o_C, w_C, o_C, b_C, m_i & m_n & (o_t >= at), o_t, s_lx, SIZE, W)
+            tl.store(p_row + BP + o_n, b_Bt, mask=m_i)
+            tl.store(p_row + BP + BN + o_n, b_Ct, mask=m_i)
+        tl.debug_barrier()
+        o_p, o_n, o_d = tl.arange(0, BP)[:, None], tl.arange(0, NB)[None, :], tl.arange(0, BP if CHANNELS else 1)[:, None]
+        o_hp, o_hd, m_p, m_d = i_h * p + o_p, (i_h * p if CHANNELS else i_h) + o_d, o_p < p, o_d < (p if CHANNELS else 1)
+        p_h += (i_b * h + i_h) * (p * n) + o_p * n + o_n
+        b_h, b_A = (), ()
+        for k in tl.static_range(BN // NB):
+            m = m_p & (k * NB + o_n < n)
+            b_h = b_h + (tl.load(p_h + k * NB, mask=m, other=0.),)
+            b_Ak = tl.load(p_A + o_hd * n + k * NB + o_n, mask=m, other=0.) if CHANNELS else tl.load(p_A + o_hd)
+            b_A = b_A + (-tl.exp(b_Ak.to(tl.float32)) * LOG2E,)
+        b_D = tl.load(p_D + o_hd, mask=m_d, other=0.).to(tl.float32)
+        b_next = replay_token(p_s, o_p, o_d, o_n, BP, BN, NB)
+        for t in range(base, at + l):
+            b_xt, b_delta, b_Bt, b_Ct = b_next
+            p_s += ROW
+            b_next = replay_token(p_s, o_p, o_d, o_n, BP, BN, NB)  # one token ahead; what follows the last is not used
+            b_new, b_y = (), tl.zeros((BP, NB), tl.float32)
+            for k in tl.static_range(BN // NB):
+                b_new = b_new + (tl.fma(tl.exp2(b_delta * b_A[k]) + b_y * 0, b_h[k], b_delta * b_xt * b_Bt[k]),)
+            b_h = b_new
+            if t + 1 == to:
+                for k in tl.static_range(BN // NB):
+                    tl.store(p_h + k * NB, b_h[k], mask=m_p & (k * NB + o_n < n))
+            if t >= at:
+                for k in tl.static_range(BN // NB):
+                    b_y += b_h[k] * b_Ct[k]
+                b_z = tl.load(p_z + (i_b * l + t - at) * s_z + o_hp, mask=m_p, other=0.).to(tl.float32)
+                b_v = (tl.sum(b_y, axis=1, keep_dims=True) + b_D * b_xt) * silu(b_z)
+                if not CHANNELS:
+                    b_v *= tl.rsqrt(tl.sum(b_v * b_v, axis=0, keep_dims=True) / p + eps) * tl.load(p_norm + o_hp, mask=m_p, other=0.).to(tl.float32)
+                tl.store(p_y + (i_b * l + t - at) * (h * p) + o_hp, b_v, mask=m_p)
 
 # ---------------------------------------------------------------------------------------------------------------
 # The launches. Forward and backward of an operation are plain functions of tensors; they are registered with PyTorch as operators of
@@ -1222,3 +1407,106 @@ for f, schema in ((scan_forward, f"({SCAN}, bool keep) -> (Tensor, Tensor, Tenso
                   (norm_forward, "(Tensor y, Tensor z, Tensor weight, float eps) -> Tensor"),
                   (norm_backward, "(Tensor do, Tensor y, Tensor z, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)")):
     torch.library.custom_op(f"mil::{f.__name__}", f, mutates_args=(), schema=schema).register_fake(f)  # given fake tensors, it launches nothing
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Decoding
+
+
+def few(x, l):
+    """Whether l tokens a row of a model with weights like `x` go to decoding's kernels: no more than FEW, and nothing to differentiate."""
+    return l <= FEW and use_triton(x) and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def linear_plan(x, w, v, u):
+    """y = x Wᵀ in tiles of BN columns × M rows."""
+    rows, (n, k) = len(x), w.shape
+    M, size = (16 if rows <= 16 else 32 if rows <= 32 else 64), LINEAR[v is not None]
+    return Launch(linear_kernel, (cdiv(rows, M), cdiv(n, size["BN"])), (rows,), s_x=x.stride(0), n=n, k=k, GATE=v is not None, ONTO=u is not None,
+                  PREC="ieee" if x.dtype == torch.float32 else "tf32", M=M, **size)
+
+
+def linear_rows(x, w, v=None, u=None):
+    """The kernel on x (b, l, k): (b, l, n)."""
+    (b, l, k), n = x.shape, w.shape[0]
+    x, u, y = x.reshape(b * l, k), u if u is None else u.reshape(b * l, n).contiguous(), x.new_empty(b, l, n)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    with torch.cuda.device_of(x):
+        planned(linear_plan, x, w, v, u)(x, w, w if v is None else v, x if u is None else u, y)
+    return y
+
+
+def linear(x, weight, onto=None):
+    """x (b, l, k) times the transpose of weight (n, k), plus `onto` (b, l, n)."""
+    if few(x, x.shape[1]):
+        return linear_rows(x, weight, u=onto)
+    return F.linear(x, weight) if onto is None else onto + F.linear(x, weight)
+
+
+def linears(x, *weights):
+    """x (b, l, k) times the transpose of each weight (n, k): a list. Weights that lie one after the other in memory are read as one."""
+    whole = weights[0].untyped_storage().data_ptr()
+    ends = [w.data_ptr() + w.nbytes for w in weights]
+    if few(x, x.shape[1]) and [w.data_ptr() for w in weights[1:]] == ends[:-1] and all(w.untyped_storage().data_ptr() == whole for w in weights):
+        sizes = [len(w) for w in weights]
+        return linear_rows(x, weights[0].as_strided((sum(sizes), x.shape[2]), (x.shape[2], 1))).split(sizes, dim=2)
+    return [linear(x, w) for w in weights]
+
+
+def swiglu(x, gate, up):
+    """silu(x gateᵀ) ∘ x upᵀ of x (b, l, k), weights (n, k)."""
+    return linear_rows(x, gate, v=up) if few(x, x.shape[1]) else F.silu(F.linear(x, gate)) * F.linear(x, up)
+
+
+def attend_plan(q, k, v, keys, at):
+    """Pieces of SPLIT keys: enough of them to fill the chip, and their number no business of how many tokens come at once."""
+    (b, l, h, p), (g, size) = q.shape, keys.shape[1:3]
+    R, split = triton.next_power_of_2(h // g), 128 if b * g < 64 else 512
+    splits, exact = cdiv(size, split), q.dtype == torch.float32
+    meta = dict(s_q=q.stride(1), s_k=k.stride(1), s_v=v.stride(1), g=g, r=h // g, p=p, PREC="ieee" if exact else "tf32", R=R, SPLIT=split,
+                BH=max(16, triton.next_power_of_2(p // 2)))
+    return SimpleNamespace(splits=splits, pieces=Launch(attend_kernel, (b * g * cdiv(l, 16 // R), splits), (p**-0.5 * 1.4426950408889634, l, size), **meta, **ATTEND),
+                           y=Launch(gather_kernel, (b * l * h,), (l, splits), h=h, p=p, SPLIT=split, BP=triton.next_power_of_2(p), num_warps=2))
+
+
+def attend(q, k, v, cos, sin, keys, values, at):
+    """Causal attention of l ≤ FEW new tokens over a cache that holds `at` (b,) tokens a row, to which they are added: q (b, l, h, p) and k
+    (b, l, g, p) before RoPE, v alike; cos, sin (b, 1, l, p / 2) in float32; keys, values (b, g, size, p). Returns y (b, l, h, p)."""
+    (b, l, h, p), q, k, v = q.shape, *(one_by_one(t) for t in (q, k, v))
+    with torch.cuda.device_of(q):
+        plan = planned(attend_plan, q, k, v, keys, at)
+        lse, y = q.new_empty(b, l, h, plan.splits, dtype=torch.float32), q.new_empty(b, l, h, p)
+        part = lse.new_empty(*lse.shape, p)
+        plan.pieces(q, k, v, cos, sin, at, keys, values, lse, part)
+        plan.y(lse, part, at, y)
+    return y
+
+
+def one_by_one(t):
+    """`t` (b, l, heads, w) with its tokens at one distance from each other throughout, and a token's numbers side by side."""
+    even = t.stride(3) == 1 and t.stride(2) == t.shape[3] and t.stride(0) == t.shape[1] * t.stride(1)
+    return t if even else t.contiguous()
+
+
+def replay_plan(x, B, C, dt, z, lx, lB, ldt, conv, A, norm):
+    (b, l, g, p), (h, n), channels = x.shape, C.shape[2:], norm is None
+    BP, BN = triton.next_power_of_2(p), triton.next_power_of_2(n)
+    return Launch(replay_kernel, (b * h,), (1e-5, l, lx.shape[1]), s_x=x.stride(1), s_B=B.stride(1), s_C=C.stride(1), s_dt=dt.stride(1), s_z=z.stride(1),
+                  s_lx=lx.stride(1), s_lB=lB.stride(1), s_ldt=ldt.stride(1), h=h, p=p, n=n, rx=h // g, rb=h // B.shape[2], W=conv.shape[-1],
+                  CHANNELS=channels, T=4, BP=BP, BN=BN, NB=min(BN, 32), num_warps=max(1, min(REPLAY, BP * BN // 256)))
+
+
+def replay(x, B, C, dt, z, log, conv, A_log, dt_bias, D, norm, h, at, base, to):
+    """Convolution, scan, gate and norm of l ≤ FEW new tokens (section 4 of the paper), from the state h (b, h, p, n) before token `base` (b,)
+    on, through the inputs logged since, up to `at` (b,), where the new ones begin; they are logged, and h moves before token `to` (b,).
+
+    x (b, l, g, p), B (b, l, g, n), C (b, l, h, n), dt (b, l, h) or (b, l, h, p), z (b, l, h, p): as the projections left them. log: x, B, C and dt of
+    logged tokens, (b, size, …), token t at t mod size. conv: a pair, weights and bias of x, B and C; for Mamba of x alone. norm (h, p), its
+    weight, is Mamba-2's: None is Mamba. p, n ≤ 128. Returns y (b, l, h, p)."""
+    x, B, C, dt, z = *(one_by_one(t) for t in (x, B, C)), dt, one_by_one(z)
+    (lx, lB, lC, ldt), y, (weights, biases), (p, n) = log, z.new_empty(z.shape), conv, h.shape[2:]
+    room = h.new_empty(h.shape[0] * h.shape[1], lx.shape[1], 2 * (triton.next_power_of_2(p) + triton.next_power_of_2(n)))
+    with torch.cuda.device_of(x):
+        plan = planned(replay_plan, x, B, C, dt, z, lx, lB, ldt, weights[0], A_log, norm)
+        plan(x, B, C, dt, z, lx, lB, lC, ldt, h, at, base, to, *weights, *biases, A_log, dt_bias, D, A_log if norm is None else norm, room, y)
+    return y

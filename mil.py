@@ -33,7 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import causal_conv, gated_norm, ssm_scan
+import kernels
+from kernels import causal_conv, gated_norm, linear, linears, ssm_scan, swiglu
 
 
 class MilError(ValueError):
@@ -95,8 +96,9 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Mixers: what moves information between tokens. forward(u, angles, log): u (b, l, d), angles the RoPE of the tokens'
-# positions, log this layer's part of the Cache or None in training. Each returns (b, l, d).
+# Mixers: what moves information between tokens. forward(v, angles, log, u): v (b, l, d) what it reads, angles the RoPE of the
+# tokens' positions, log this layer's part of the Cache or None in training. Each returns its output plus u (b, l, d). READS
+# names the projections of v.
 
 
 def rope_angles(config, pos):
@@ -119,8 +121,14 @@ def rope(t, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(t.dtype)
 
 
+def read(mixer, v):
+    """The mixer's projections of v (b, l, d): a list of (b, l, width)."""
+    return linears(v, *[getattr(mixer, name).weight for name in mixer.READS])
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with RoPE."""
+    READS = "q_proj", "k_proj", "v_proj"
 
     def __init__(self, config):
         super().__init__()
@@ -130,14 +138,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.d, narrow, bias=False)
         self.o_proj = nn.Linear(wide, config.d, bias=False)
 
-    def forward(self, u, angles, log=None):
-        split = lambda t: t.unflatten(2, (-1, self.config.head_dim)).transpose(1, 2)  # noqa: E731  (b, heads, l, p)
-        q, k, v = split(self.q_proj(u)), split(self.k_proj(u)), split(self.v_proj(u))
-        q, k, mask = rope(q, *angles), rope(k, *angles), None
-        if log is not None:
-            k, v, mask = log.extend(k, v)                         # (b, g, all so far, p), mask (b, 1, l, all so far) or None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+    def forward(self, v, angles, log=None, u=None):
+        q, k, v = (t.unflatten(2, (-1, self.config.head_dim)) for t in read(self, v))             # (b, l, heads, p)
+        if log is not None and log.cache.fused:
+            y = kernels.attend(q, k, v, *angles, log.k, log.v, log.cache.at)
+        else:
+            q, k, v, mask = rope(q.transpose(1, 2), *angles), rope(k.transpose(1, 2), *angles), v.transpose(1, 2), None
+            if log is not None:
+                k, v, mask = log.extend(k, v)                     # (b, g, all so far, p), mask (b, 1, l, all so far) or None
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+        return linear(y.flatten(2), self.o_proj.weight, u)
 
     def new_log(self, cache):
         return AttentionLog(cache, self.config, self.q_proj.weight.dtype)
@@ -163,6 +173,7 @@ class Mamba(nn.Module):
     that attention with its heads cut to d_state channels, which for grouped heads pairs other slices than attention did
     (as in the released models). `angles` is for attention alone.
     """
+    READS = "in_proj_x", "in_proj_z", "B_proj", "C_proj", "dt_proj_down"
 
     def __init__(self, config):
         super().__init__()
@@ -193,14 +204,12 @@ class Mamba(nn.Module):
         return [(self.C_proj.weight, attention.q_proj), (self.B_proj.weight, attention.k_proj),
                 (self.in_proj_x.weight, attention.v_proj), (self.out_proj.weight, attention.o_proj)]
 
-    def forward(self, u, angles, log=None):
-        n = self.config.d_state
-        heads = lambda t: t.unflatten(-1, (-1, n))  # noqa: E731                  (..., h·p) -> (..., h, p), p = n
-        x, z = heads(self.in_proj_x(u)), heads(self.in_proj_z(u))     # (b, l, g, p) (b, l, h, p)
-        B, C = heads(self.B_proj(u)), heads(self.C_proj(u))           # (b, l, g, n) (b, l, h, n)
-        dt = heads(F.linear(self.dt_proj_down(u), self.dt_proj.weight))  # (b, l, h, p); its bias is added in the scan
-        y = self.scan(x, dt, B, C, z)[0] if log is None else log.extend(self.scan, (x, dt, B), (C, z))
-        return self.out_proj(y.flatten(2))
+    def forward(self, v, angles, log=None, u=None):
+        *mixed, dt = read(self, v)
+        heads = lambda t: t.unflatten(-1, (-1, self.config.d_state))  # noqa: E731    (..., h·p) -> (..., h, p), p = n
+        x, z, B, C, dt = map(heads, (*mixed, linear(dt, self.dt_proj.weight)))  # (b, l, g, p) and (b, l, h, p); dt's bias is added in the scan
+        y = self.scan(x, dt, B, C, z)[0] if log is None else log.extend(self, (x, dt, B), (C, z))
+        return linear(y.flatten(2), self.out_proj.weight, u)
 
     def scan(self, x, dt, B, C, z, window=None, h0=None, lengths=None):
         """What the projections give, through convolution and scan: y (b, l, h, p), and what a later call goes on from,
@@ -212,10 +221,14 @@ class Mamba(nn.Module):
         y, h = ssm_scan(x, dt, A, B, C, D, z, dt_bias, h0)
         return y, window, h
 
+    def replay(self, x, dt, B, C, z, log):
+        """The same by the kernel for decoding: y alone, the log written."""
+        (lx, ldt, lB), conv = log.inputs, ((self.conv1d.weight,) * 3, (self.conv1d.bias,) * 3)
+        return kernels.replay(x, B, C, dt, z, (lx, lB, lx, ldt), conv, self.A_log, self.dt_proj.bias, self.D, None, log.h, *log.places)
+
     def new_log(self, cache):
         c = self.config
-        g, h = c.n_kv_heads * c.head_dim // c.d_state, c.n_heads * c.head_dim // c.d_state
-        return StateLog(cache, (c.d_conv - 1, g, c.d_state), (h, c.d_state, c.d_state), self.out_proj.weight.dtype)
+        return StateLog(cache, c.d_conv - 1, (c.n_heads * c.head_dim // c.d_state, c.d_state, c.d_state), self.out_proj.weight.dtype)
 
 
 class Mamba2(nn.Module):
@@ -224,6 +237,7 @@ class Mamba2(nn.Module):
     in_proj's rows are ordered z, x, B, C, dt as in the released checkpoints. The convolution reads x, B and C, before
     the kv heads fan out; a per-head RMSNorm follows the gate.
     """
+    READS = "in_proj",
 
     def __init__(self, config):
         super().__init__()
@@ -252,28 +266,41 @@ class Mamba2(nn.Module):
         _, x, B, C, _ = self.in_proj.weight.split([wide, narrow, narrow, wide, self.sizes[2]])
         return [(C, attention.q_proj), (B, attention.k_proj), (x, attention.v_proj), (self.out_proj.weight, attention.o_proj)]
 
-    def forward(self, u, angles, log=None):
-        p, (z, xBC, dt) = self.config.head_dim, self.in_proj(u).split(self.sizes, dim=-1)
-        y = self.scan(xBC, dt)[0] if log is None else log.extend(self.scan, (xBC, dt), ())
-        y = gated_norm(y, z.unflatten(2, (-1, p)), self.norm.weight.view(-1, p), self.norm.eps)  # per head (b, l, h, p)
-        return self.out_proj(y.flatten(2))
+    def forward(self, v, angles, log=None, u=None):
+        z, xBC, dt = read(self, v)[0].split(self.sizes, dim=-1)
+        y = self.scan(xBC, dt, z)[0] if log is None else log.extend(self, (xBC, dt), (z,))
+        return linear(y.flatten(2), self.out_proj.weight, u)
 
-    def scan(self, xBC, dt, window=None, h0=None, lengths=None):
-        """As Mamba's."""
-        p, g = self.config.head_dim, self.config.n_kv_heads
-        dt = dt if lengths is None else hide_padding(dt, lengths)
+    def heads(self, xBC):
+        """x, B and C (…, heads, p) of (…, channels)."""
+        g = self.config.n_kv_heads
+        return xBC.unflatten(-1, (-1, self.config.head_dim)).split([g, g, self.config.n_heads], dim=-2)
+
+    def scan(self, xBC, dt, z, window=None, h0=None, lengths=None):
+        """As Mamba's; gate and norm included."""
+        p, dt = self.config.head_dim, dt if lengths is None else hide_padding(dt, lengths)
+        window = window if window is None else window.unsqueeze(2)                                # (b, w - 1, 1, channels)
         xBC, window = causal_conv(xBC.unsqueeze(2), self.conv1d.weight.transpose(0, 1), self.conv1d.bias[None], window, lengths)
-        x, B, C = xBC.unflatten(3, (-1, p)).squeeze(2).split([g, g, self.config.n_heads], dim=2)  # (b, l, heads, p)
+        x, B, C = self.heads(xBC.squeeze(2))                                                      # (b, l, heads, p)
         y, h = ssm_scan(x, dt, decay_rates(self.A_log), B, C, D=self.D, dt_bias=self.dt_bias, h0=h0)
-        return y, window, h
+        return gated_norm(y, z.unflatten(2, (-1, p)), self.norm.weight.view(-1, p), self.norm.eps), window.squeeze(2), h
+
+    def replay(self, xBC, dt, z, log):
+        """As Mamba's."""
+        (lxBC, ldt), parts = log.inputs, [t * self.config.head_dim for t in (*[self.config.n_kv_heads] * 2, self.config.n_heads)]
+        (x, B, C), logs = self.heads(xBC), (*self.heads(lxBC), ldt)
+        conv = self.conv1d.weight.split(parts), self.conv1d.bias.split(parts)
+        return kernels.replay(x, B, C, dt, z.unflatten(2, (-1, self.config.head_dim)), logs, conv, self.A_log, self.dt_bias, self.D,
+                              self.norm.weight, log.h, *log.places)
 
     def new_log(self, cache):
         p, h = self.config.head_dim, self.config.n_heads
-        return StateLog(cache, (self.config.d_conv - 1, 1, self.sizes[1]), (h, p, p), self.out_proj.weight.dtype)
+        return StateLog(cache, self.config.d_conv - 1, (h, p, p), self.out_proj.weight.dtype)
 
 
 class NoMixer(nn.Module):
     """No information moves between tokens (the ablation of the paper's Table 9)."""
+    READS = ()
 
     def __init__(self, config):
         super().__init__()
@@ -281,8 +308,8 @@ class NoMixer(nn.Module):
     def inherit(self, attention):
         return []
 
-    def forward(self, u, angles, log=None):
-        return torch.zeros_like(u)
+    def forward(self, v, angles, log=None, u=None):
+        return torch.zeros_like(v) if u is None else u
 
     def new_log(self, cache):
         return None
@@ -296,7 +323,7 @@ CLASSES = {"attention": Attention, "mamba": Mamba, "mamba2": Mamba2, "none": NoM
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate u) ∘ up u)."""
+    """SwiGLU: u + down(silu(gate v) ∘ up v)."""
 
     def __init__(self, config):
         super().__init__()
@@ -304,8 +331,8 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.d, config.d_ff, bias=False)
         self.down_proj = nn.Linear(config.d_ff, config.d, bias=False)
 
-    def forward(self, u):
-        return self.down_proj(F.silu(self.gate_proj(u)) * self.up_proj(u))
+    def forward(self, v, u=None):
+        return linear(swiglu(v, self.gate_proj.weight, self.up_proj.weight), self.down_proj.weight, u)
 
 
 class Block(nn.Module):
@@ -319,8 +346,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, u, angles, log=None):
-        u = u + self.mixer(self.input_layernorm(u), angles, log)
-        return u + self.mlp(self.post_attention_layernorm(u))
+        u = self.mixer(self.input_layernorm(u), angles, log, u)
+        return self.mlp(self.post_attention_layernorm(u), u)
 
 
 class Hybrid(nn.Module):
@@ -365,7 +392,10 @@ class Hybrid(nn.Module):
 
     def forward(self, tokens, cache=None, lengths=None):
         """Logits (b, l, v) of the token after each. See `hidden`."""
-        return self.lm_head(self.hidden(tokens, cache, lengths))
+        return self.logits(self.hidden(tokens, cache, lengths))
+
+    def logits(self, hidden):
+        return linear(hidden, self.lm_head.weight)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -382,43 +412,51 @@ class Cache:
     Every layer's cache is a log with the same cursor. To take back the tokens that a verification rejects, the cursor
     moves, and nothing else: attention's later keys are never looked at, and a Mamba layer starts each pass from its one
     state and reads its logged inputs again, up to the cursor, before the new ones (The Mamba in the Llama, section 4).
-    When the next pass, or what `settle` asks room for, would not fit in some row's log, every row's inputs, up to its
+    When the next pass, or what `settle` asks room for, would not fit in a row's log, that row's inputs, up to its
     cursor, go into its state for good; so after settle(K + 1) no pass of K + 1 tokens or fewer moves a state past the
     place to which `back` may want to return. A pass of more than `log` tokens (a prompt, and with log=0 every token)
-    goes into the state at once.
+    goes into the state at once, and so does a first pass, unless `settle` said otherwise.
+
+    On a GPU a pass of a few tokens is made of kernels that read `at` and `base` where they lie (`fused`): nothing waits for
+    the host, and the pass can be captured in a CUDA graph. Elsewhere PyTorch does the same with the mixers' own scan.
     """
 
     def __init__(self, model, batch, size, log=0):
-        self.size, self.log, self.device = size, log, model.embed_tokens.weight.device
-        self.at, self.base = [0] * batch, [0] * batch  # per row: the cursor, and the token before which the states stand
-        self.room = 0
+        c, self.weight = model.config, model.embed_tokens.weight
+        self.size, self.log, self.device, self.room = size, log, self.weight.device, 0
+        # per row: the cursor; the token before which the states stand; and before which they are to stand after this pass
+        self.at, self.base, self.to = torch.zeros(3, batch, dtype=torch.long, device=self.device)
+        self.used = 0  # no row holds more tokens
+        self.small = max(c.head_dim, c.d_state) <= 128 and c.n_heads // c.n_kv_heads <= 16  # what the kernels hold in registers
         self.logs = [layer.mixer.new_log(self) for layer in model.layers]
+
+    def fusable(self, l):
+        """Whether a pass of l tokens a row, all of them real, is made of the kernels for decoding."""
+        return self.small and kernels.few(self.weight, l)
 
     def open(self, b, l, lengths=None):
         """Positions (b, l) of l new tokens a row, of which lengths (b,) are real (None: all)."""
         if b != len(self.at):
             raise MilError(f"cache: {b} rows of tokens for a cache of {len(self.at)} rows")
-        self.used = max(self.at)  # what follows needs room for the longest row
         if self.used + l > self.size:
             raise MilError(f"cache: {l} more tokens do not fit: {self.used} of {self.size} places are used")
-        tensor = lambda numbers: torch.tensor(numbers, device=self.device)  # noqa: E731
-        logged = [at - base for at, base in zip(self.at, self.base)]
-        self.full = max(logged) if max(logged) + max(l, self.room) > self.log else 0  # the most inputs of a row to replay; 0: none is due
-        if self.full:
-            self.replayed, self.base, logged = tensor(logged), list(self.at), [0] * b
-        self.direct, self.room, self.new = l > self.log, 0, l
-        self.counts = [l] * b if lengths is None else lengths if isinstance(lengths, list) else lengths.tolist()
-        self.lengths = None if min(self.counts) == l else tensor(self.counts)
-        self.row, after = torch.arange(b, device=self.device)[:, None], torch.arange(l, device=self.device)
-        self.pos = tensor(self.at)[:, None] + after                                     # (b, l)
-        if not self.direct:  # where a Mamba layer logs the tokens (b, l), where the longest row's end, and each row's (b,)
-            self.slot, self.end, self.real = tensor(logged)[:, None] + after, max(logged) + l, tensor([n + k for n, k in zip(logged, self.counts)])
+        after, new = torch.arange(l, device=self.device), max(l, self.room)
+        self.fused = lengths is None and self.fusable(l)
+        self.direct, self.room, self.new = l > self.log or self.used == 0 and not self.room, 0, l
+        self.lengths = None if lengths is None else torch.as_tensor(lengths, device=self.device)
+        self.counts = l if lengths is None else self.lengths
+        self.to.copy_(self.at + self.counts if self.direct else torch.where(self.at - self.base + new > self.log, self.at, self.base))
+        self.pos = self.at[:, None] + after                                              # (b, l)
+        if not self.fused:  # in a Mamba layer's log: the most inputs of a row to replay, 0 if none is due; then the tokens (b, l), where
+            moving, self.row = torch.where(self.to > self.base, self.at - self.base, 0), torch.arange(b, device=self.device)[:, None]
+            self.due, self.moving, since = 0 if self.direct else int(moving.max()), moving, self.at - (self.at if self.direct else self.to)
+            self.slot, self.end, self.real = since[:, None] + after, int(since.max()) + l, since + self.counts  # the longest row's end, each row's
         return self.pos
 
     def close(self):
-        self.at = [at + n for at, n in zip(self.at, self.counts)]
-        if self.direct:
-            self.base = list(self.at)
+        self.at += self.counts
+        self.base.copy_(self.to)
+        self.used = self.used + self.new if self.fused else int(self.at.max())
 
     def settle(self, room):
         """What is in the cache stays. Up to `room` more tokens a row can come, and be taken back, before the next call."""
@@ -426,13 +464,19 @@ class Cache:
             raise MilError(f"cache: {room} tokens could not be taken back: its log has {self.log} places")
         self.room = room
 
+    def start(self, at, room):
+        """A round begins: every row's cursor at `at` (b,), a tensor, back from where it was; then settle(room). Checks nothing: nothing waits."""
+        self.at.copy_(at)
+        self.settle(room)
+
     def back(self, to):
         """Move each row's cursor back to `to`, a number of tokens per row. MilError where the log does not reach."""
-        for row, (at, base, new) in enumerate(zip(self.at, self.base, to, strict=True)):
+        for row, (at, base, new) in enumerate(zip(self.at.tolist(), self.base.tolist(), to, strict=True)):
             first = base if any(isinstance(log, StateLog) for log in self.logs) else 0
             if not first <= new <= at:
                 raise MilError(f"cache: row {row} holds {at} tokens and can go back to {first}, not to {new}: its log has {self.log} places")
-        self.at = list(to)
+        self.at.copy_(torch.tensor(to))
+        self.used = max(to)
 
 
 class AttentionLog:
@@ -456,29 +500,39 @@ class AttentionLog:
 
 
 class StateLog:
-    """The state h (b, h, p, n), float32 or more, and the convolution's last inputs (b, w-1, g, p), both at `base`; and
-    the layer's inputs since."""
+    """The state h (b, h, p, n), float32 or more, before token `base`; and a ring of the layer's inputs, token t at t modulo its size:
+    those since, and the `window` of them before that the convolution looks back on."""
 
     def __init__(self, cache, window, state, dtype):
-        self.cache, b, self.inputs = cache, len(cache.at), None
-        self.window = torch.zeros(b, *window, dtype=dtype, device=cache.device)
-        self.h = torch.zeros(b, *state, dtype=torch.promote_types(dtype, torch.float32), device=cache.device)
+        self.cache, self.window, self.inputs = cache, window, None
+        self.h = torch.zeros(len(cache.at), *state, dtype=torch.promote_types(dtype, torch.float32), device=cache.device)
 
-    def extend(self, scan, written, read):
-        """y (b, l, h, p) of l new tokens by the mixer's own scan(*written, *read, window, h, lengths): `written` (b, l, ...)
-        is what a token leaves behind (Mamba-2's convolution mixes in C), and is logged, `read` what it only reads with."""
+    @property
+    def places(self):
+        return self.cache.at, self.cache.base, self.cache.to
+
+    def extend(self, mixer, written, read):
+        """y (b, l, h, p) of l new tokens by the mixer's `scan` or `replay`: `written` (b, l, …) is what a token leaves behind (Mamba-2's
+        convolution mixes in C), and is logged, `read` what it only reads with."""
         c, blank = self.cache, lambda t, l: t.new_zeros(t.shape[0], l, *t.shape[2:])
         if self.inputs is None:
-            self.inputs = [blank(t, c.log) for t in written]
-        if c.full:
-            _, self.window, self.h = scan(*[t[:, :c.full] for t in self.inputs], *[blank(t, c.full) for t in read], self.window, self.h, c.replayed)
+            self.inputs = [blank(t, 2 * max(c.log, kernels.FEW) + self.window) for t in written]
+        if c.fused:
+            return mixer.replay(*written, *read, self)
+        ring = lambda first, l: (c.row, (first[:, None] + torch.arange(l, device=c.device)) % self.inputs[0].shape[1])  # noqa: E731
+        before = lambda at: ring(at - self.window, self.window)  # noqa: E731
+        if c.due:
+            logged, read_ = [t[ring(c.base, c.due)] for t in self.inputs], [blank(t, c.due) for t in read]
+            self.h.copy_(mixer.scan(*logged, *read_, self.inputs[0][before(c.base)], self.h, c.moving)[2])
         if c.direct:
-            y, self.window, self.h = scan(*written, *read, self.window, self.h, c.lengths)
+            y, window, h = mixer.scan(*written, *read, self.inputs[0][before(c.at)], self.h, c.lengths)
+            self.inputs[0][before(c.to)] = window
+            self.h.copy_(h)
             return y
         for t, new in zip(self.inputs, written):
-            t[c.row, c.slot] = new
+            t[ring(c.at, c.new)] = new
         read = [blank(t, c.end).index_put((c.row, c.slot), t) for t in read]
-        return scan(*[t[:, :c.end] for t in self.inputs], *read, self.window, self.h, c.real)[0][c.row, c.slot]
+        return mixer.scan(*[t[ring(c.to, c.end)] for t in self.inputs], *read, self.inputs[0][before(c.to)], self.h, c.real)[0][c.row, c.slot]
 
 
 def hide_padding(dt, lengths):
@@ -500,6 +554,17 @@ def interleaved_layers(n_layers, keep):
         raise MilError(f"keep is {keep}, expected a share of attention between 0 and 1")
     count = math.floor(n_layers * (1 - keep) + 0.5)
     return [j * n_layers // count for j in range(count)]
+
+
+def pack(model):
+    """Puts the projections that read the same input one after the other in memory, where decoding reads them in one launch; values and
+    names stay. Returns the model."""
+    for layer in model.layers:
+        weights = [getattr(layer.mixer, name).weight for name in layer.mixer.READS]
+        if len(weights) > 1:
+            for weight, part in zip(weights, torch.cat([w.data for w in weights]).split([len(w) for w in weights])):
+                weight.data = part
+    return model
 
 
 def replace_attention(model, layers, mixer="mamba2", init="attention", share=False):

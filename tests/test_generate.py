@@ -186,12 +186,12 @@ def test_greedy_speculation_writes_what_greedy_decoding_writes(target, draft, K,
 def test_a_draft_that_is_the_target_is_kept_whole_and_one_that_is_wrong_not_at_all(mixers):
     model = build(Config(**MIXED, mixers=mixers))
     wrong, plan = build(Config(**MIXED, mixers=mixers)), g.Speculation(3)
-    want = whole(g.generate(model, [[5], [6, 7]], 24, temperature=0))
-    rounds = list(g.generate(model, [[5], [6, 7]], 24, temperature=0, draft=model, speculate=plan))
+    want = whole(g.generate(model, [[5, 3], [6, 7, 8]], 24, temperature=0))
+    rounds = list(g.generate(model, [[5, 3], [6, 7, 8]], 24, temperature=0, draft=model, speculate=plan))
     assert whole(rounds) == want and [len(new) for new in rounds[0]] == [4, 4] and plan.accepted == plan.proposed == 2 * 3 * 6
     with torch.no_grad():
         wrong.lm_head.weight.neg_()  # likeliest is what was least likely
-    rounds = list(g.generate(model, [[5], [6, 7]], 24, temperature=0, draft=wrong, speculate=3))
+    rounds = list(g.generate(model, [[5, 3], [6, 7, 8]], 24, temperature=0, draft=wrong, speculate=3))
     assert whole(rounds) == want and len(rounds) == 24
 
 
@@ -272,9 +272,9 @@ def test_the_draft_proposes_what_it_would_itself_write_after_the_text_so_far(con
     target, draft, seen, verify = build(config, seed=seed), build(config, seed=seed + 1), [], g.verify
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(g, "verify", lambda proposed, *args: seen.append(proposed.tolist()) or verify(proposed, *args))
-        rounds = list(g.generate(target, [[1], [2, 0]], 12, 0, draft=draft, speculate=K))
+        rounds = list(g.generate(target, [[1, 0], [2, 0, 1]], 12, 0, draft=draft, speculate=K))
         patch.undo()
-        texts = [[1], [2, 0]]
+        texts = [[1, 0], [2, 0, 1]]
         for proposed, new in zip(seen, rounds):
             for i, text in enumerate(texts):
                 if new[i]:
@@ -304,11 +304,11 @@ def test_k_is_chosen_from_what_was_kept_and_what_it_took():
     for i in range(5):
         assert plan.K == 4
         plan.count(4, 4, 4)
-        plan.time(0.04 if i else 99.0, 0.1, 4)  # 0.1 of a pass for each token, all kept; the first round does not count
+        plan.time(0.04 if i else 99.0, 0.1, 4, i > 0)  # 0.1 of a pass for each token, all kept; the first round does not count
     assert plan.K == 8
     for _ in range(32):
         plan.count(0, 8, 0)
-        plan.time(0.08, 0.1, 8)
+        plan.time(0.08, 0.1, 8, True)
     assert plan.K == 1 and (plan.passes, plan.accepted, plan.proposed) == (37, 20, 5 * 4 + 32 * 8)
     model = build(Config(**MIXED))
     want = whole(g.generate(model, [[5, 6]], 40, temperature=0))

@@ -886,3 +886,35 @@ def test_what_an_operator_returns_shares_no_memory_with_what_it_was_given(decay,
     given = {a.untyped_storage().data_ptr() for a in (*args, y, h, *kept) if a is not None and a.numel()}
     assert given.isdisjoint(g.untyped_storage().data_ptr() for g in gradients if g.numel())
     assert {a.untyped_storage().data_ptr() for a in args if a is not None}.isdisjoint(r.untyped_storage().data_ptr() for r in (y, h, *kept) if r.numel())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Decoding. Caches and what they leave are in test_mil.py
+
+
+@given(st.integers(1, 3), st.integers(1, 16), st.sampled_from([1, 5, 16, 100, 300]), st.sampled_from([1, 31, 64, 90]), st.integers(0, 100))
+@settings(max_examples=10)
+def test_the_linear_layers_of_decoding_equal_pytorchs(b, l, k, n, seed):
+    gen = torch.Generator(DEVICE).manual_seed(seed)
+    kinds = [torch.float32, torch.bfloat16, torch.float16] if DEVICE == "cuda" else [torch.float32]
+    for kind, bound in zip(kinds, (1e-5, 2e-2, 2e-3)):
+        new = lambda *shape: torch.randn(*shape, device=DEVICE, generator=gen).to(kind)  # noqa: E731
+        x, onto, weights = new(b, l, 2 * k)[..., :k], new(b, l, n), new(3, n, k)
+        exact = [x.double() @ w.double().T for w in weights]
+        with form("triton"), torch.no_grad():
+            assert_close(kernels.linear(x, weights[0]), exact[0], bound)
+            assert_close(kernels.linear(x, weights[0], onto), exact[0] + onto, bound)
+            assert_close(kernels.swiglu(x, weights[0], weights[1]), F.silu(exact[0]) * exact[1], bound)
+            for ws in (weights, [w.clone() for w in weights]):  # side by side in memory, and not
+                for got, want in zip(kernels.linears(x, *ws), exact, strict=True):
+                    assert_close(got, want, bound)
+
+
+def test_a_row_of_a_linear_layer_has_the_same_bits_in_any_company():
+    kind = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    x, w = torch.randn(10, 8, 520, device=DEVICE).to(kind), torch.randn(40, 520, device=DEVICE).to(kind)
+    with form("triton"), torch.no_grad():
+        whole, gated = kernels.linear(x, w), kernels.swiglu(x, w, w)
+        for rows in (x[:1, :1], x[3:5, :5], x[:3, :6], x[:7]):
+            at = (slice(0, 1), slice(0, 1)) if rows.shape[1] == 1 else (slice(3, 5), slice(0, 5)) if rows.shape[1] == 5 else (slice(0, len(rows)), slice(0, rows.shape[1]))
+            assert torch.equal(kernels.linear(rows, w), whole[at]) and torch.equal(kernels.swiglu(rows, w, w), gated[at])
