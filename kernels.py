@@ -75,6 +75,7 @@ from torch.autograd.function import once_differentiable
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:  # Triton is for Linux only; without it every function below takes its PyTorch form
     triton = None
 
@@ -296,8 +297,8 @@ S6_TILE, S6_BLOCKS, S6_T = 256, 2048, 8
 SSD_BLOCKS, WALK_Y, WALK_STATES = 256, dict(num_warps=4, num_stages=2), dict(num_warps=4, num_stages=3)
 GRADIENT = dict(num_warps=4, num_stages=2)
 CONV_Y, CONV_GRADIENT = dict(T=32, U=8, BLOCK=128), dict(T=64, U=8, BLOCK=64)
-FEW, REPLAY, ATTEND = 16, 8, dict(BK=64, num_warps=4, num_stages=3)
-LINEAR = dict(BN=32, BK=256, num_warps=4, num_stages=4), dict(BN=32, BK=128, num_warps=4, num_stages=4)  # the second with a gate
+FEW, REPLAY, ATTEND = 16, dict(num_warps=8), dict(BK=64, num_warps=4, num_stages=3)
+LINEAR = dict(BN=32, BK=256, LINES=32, num_warps=4, num_stages=4), dict(BN=64, BK=128, LINES=32, num_warps=4, num_stages=3)  # the second with a gate
 NORM_Y, NORM_GRADIENT = dict(T=16, ELEMENTS=2048), dict(T=64, ELEMENTS=1024)
 
 if triton is not None:
@@ -913,13 +914,45 @@ if triton is not None:
     # Decoding: l ≤ FEW tokens a row, which follow what a cache holds. What a row computes does not depend on the other rows, nor on how many
     # tokens come at once: the same products in the same order, so that reading five tokens gives the bits of reading them one by one.
 
+    # On a Hopper GPU (EARLY) a kernel is launched while the one before it still runs: it fetches weights, which nobody writes, and waits
+    # before it touches anything else; so the memory is busy while a small kernel works.
+
+    @triton.jit
+    def follow(EARLY: tl.constexpr):
+        """The next kernel may be launched; this one goes on when the one before is done."""
+        if EARLY:
+            gdc_launch_dependents()
+            gdc_wait()
+
+    @triton.jit
+    def prefetch(ptr):
+        """Bring what lies there into the L2 cache."""
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+    @triton.jit
+    def rms_kernel(p_x, p_w, p_y, eps, d: tl.constexpr, BD: tl.constexpr, EARLY: tl.constexpr):
+        """y = x / √(mean x² + eps) ∘ weight of one row."""
+        o = tl.arange(0, BD)
+        o_x = tl.program_id(0).to(tl.int64) * d + o
+        b_w = tl.load(p_w + o, mask=o < d, other=0.).to(tl.float32)
+        follow(EARLY)
+        b_x = tl.load(p_x + o_x, mask=o < d, other=0.).to(tl.float32)
+        tl.store(p_y + o_x, b_x * tl.rsqrt(tl.sum(b_x * b_x, axis=0) / d + eps) * b_w, mask=o < d)
+
     @triton.jit(do_not_specialize=["rows"])
-    def linear_kernel(p_x, p_w, p_v, p_u, p_y, rows, s_x: tl.constexpr, n: tl.constexpr, k: tl.constexpr, GATE: tl.constexpr,
-                      ONTO: tl.constexpr, PREC: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-        """y (rows, n) = x Wᵀ, or with GATE silu(x Wᵀ) ∘ x Vᵀ, or with ONTO u + x Wᵀ: BN columns for M rows. The weights stream past once."""
+    def linear_kernel(p_x, p_w, p_v, p_u, p_y, rows, s_x: tl.constexpr, n: tl.constexpr, k: tl.constexpr, GATE: tl.constexpr, ONTO: tl.constexpr,
+                      PREC: tl.constexpr, EARLY: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LINES: tl.constexpr):
+        """y (rows, n) = x Wᵀ, or with GATE silu(x Wᵀ) ∘ x Vᵀ, or with ONTO u + x Wᵀ: BN columns for M rows. The weights stream past once;
+        of each row the first LINES times 128 bytes are fetched early."""
         o_m, o_n, o_k = tl.program_id(0) * M + tl.arange(0, M)[None, :], tl.program_id(1) * BN + tl.arange(0, BN)[:, None], tl.arange(0, BK)
         o_w = o_n.to(tl.int64) * k + o_k[None, :]
         b_y, b_v = tl.zeros((BN, M), tl.float32), tl.zeros((BN, M), tl.float32)
+        if EARLY:
+            o_line = tl.minimum(o_n, n - 1).to(tl.int64) * k + tl.minimum(tl.arange(0, LINES) * 64, k - 1)[None, :]
+            prefetch(p_w + o_line)
+            if GATE:
+                prefetch(p_v + o_line)
+        follow(EARLY)
         for i_k in range(0, k, BK):
             b_x = tl.load(p_x + o_m * s_x + (i_k + o_k)[:, None], mask=(o_m < rows) & (i_k + o_k < k)[:, None], other=0.)
             m_w = (o_n < n) & (i_k + o_k < k)[None, :]
@@ -943,12 +976,13 @@ if triton is not None:
     @triton.jit(do_not_specialize=["l", "size"])
     def attend_kernel(p_q, p_k, p_v, p_cos, p_sin, p_at, p_keys, p_values, p_lse, p_y, scale, l, size, s_q: tl.constexpr, s_k: tl.constexpr,
                       s_v: tl.constexpr, g: tl.constexpr, r: tl.constexpr, p: tl.constexpr, PREC: tl.constexpr, R: tl.constexpr,
-                      SPLIT: tl.constexpr, BK: tl.constexpr, BH: tl.constexpr):
+                      SPLIT: tl.constexpr, EARLY: tl.constexpr, BK: tl.constexpr, BH: tl.constexpr):
         """One piece of SPLIT keys, for the r query heads of one kv head and 16 / R tokens: its part of y, and the log2 of its weight. First
         it writes what the l new tokens leave in that piece: their keys, turned, and values (whoever shares the piece writes the same)."""
         tiles, half, TOKENS = tl.cdiv(l, 16 // R), p // 2, 16 // R
         i_t, i_bg, i_s = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.program_id(1)
         i_b, i_g, first = (i_bg // g).to(tl.int64), i_bg % g, i_s * SPLIT
+        follow(EARLY)
         at = tl.load(p_at + i_b).to(tl.int32)
         if first < at + l:
             o_h, o_p, p_keys, p_values = tl.arange(0, BH), tl.arange(0, 2 * BH), p_keys + i_bg.to(tl.int64) * size * p, p_values + i_bg.to(tl.int64) * size * p
@@ -988,10 +1022,11 @@ if triton is not None:
             tl.store(p_y + o_part[:, None] * p + o_p[None, :], b_y / b_sum[:, None], mask=m_q[:, None] & (o_p < p)[None, :])
 
     @triton.jit(do_not_specialize=["l", "splits"])
-    def gather_kernel(p_lse, p_part, p_at, p_y, l, splits, h: tl.constexpr, p: tl.constexpr, SPLIT: tl.constexpr, BP: tl.constexpr):
+    def gather_kernel(p_lse, p_part, p_at, p_y, l, splits, h: tl.constexpr, p: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr, BP: tl.constexpr):
         """y of one token and head from its pieces, 16 at a time: their mean, weighted."""
         i, o_s, o_p = tl.program_id(0).to(tl.int64), tl.arange(0, 16), tl.arange(0, BP)
         i_t = i // h
+        follow(EARLY)
         end = (tl.load(p_at + i_t // l).to(tl.int32) + (i_t % l).to(tl.int32)) // SPLIT + 1
         b_most, b_sum, b_y = tl.full((1,), -1e30, tl.float32), tl.zeros((1,), tl.float32), tl.zeros((BP,), tl.float32)
         for i_s in range(0, end, 16):
@@ -1026,12 +1061,13 @@ if triton is not None:
     def replay_kernel(p_x, p_B, p_C, p_dt, p_z, l_x, l_B, l_C, l_dt, p_h, p_at, p_base, p_to, w_x, w_B, w_C, b_x, b_B, b_C, p_A, p_bias, p_D, p_norm,
                       p_s, p_y, eps, l, SIZE, s_x: tl.constexpr, s_B: tl.constexpr, s_C: tl.constexpr, s_dt: tl.constexpr, s_z: tl.constexpr,
                       s_lx: tl.constexpr, s_lB: tl.constexpr, s_ldt: tl.constexpr, h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr,
-                      rb: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, NB: tl.constexpr):
+                      rb: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr, EARLY: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, NB: tl.constexpr):
         """One head of a row: the new tokens' inputs into the log; then, T tokens at a time, what of the log and of them reaches the state, into
         p_s (x, B, C and Δ, as float32); then from the state at `base` through all of them, y of the new ones; the state is written where
         it is to stand, at `to`, if it moves. It is held as blocks of NB columns of n, which is four rows to a thread and few shuffles.
         CHANNELS: Mamba, a Δ per channel, the convolution on x only, y ∘ silu(z); else Mamba-2, the convolution on x, B and C, the gated norm."""
         i_b, i_h = (tl.program_id(0) // h).to(tl.int64), tl.program_id(0) % h
+        follow(EARLY)
         at, base, to = tl.load(p_at + i_b).to(tl.int32), tl.load(p_base + i_b).to(tl.int32), tl.load(p_to + i_b).to(tl.int32)
         l_x, l_B, l_C, l_dt = l_x + i_b * SIZE * s_lx, l_B + i_b * SIZE * s_lB, l_C + i_b * SIZE * s_lx, l_dt + i_b * SIZE * s_ldt
         ROW: tl.constexpr = BP + 2 * BN + BP
@@ -1418,12 +1454,32 @@ def few(x, l):
     return l <= FEW and use_triton(x) and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def follows(x):
+    """How a kernel for decoding is launched on the device of `x`."""
+    early = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return dict(EARLY=True, launch_pdl=True) if early else dict(EARLY=False)
+
+
+def rms_norm(x, weight, eps):
+    """x / √(mean of x² over the last axis + eps) ∘ weight, in x's type."""
+    if not few(x, x.shape[1]):
+        return F.rms_norm(x, weight.shape, weight, eps)
+    x, y = x.contiguous(), x.new_empty(x.shape)
+    with torch.cuda.device_of(x):
+        planned(rms_plan, x, eps)(x, weight, y)
+    return y
+
+
+def rms_plan(x, eps):
+    return Launch(rms_kernel, (x.shape[0] * x.shape[1],), (eps,), d=x.shape[2], BD=triton.next_power_of_2(x.shape[2]), num_warps=8, **follows(x))
+
+
 def linear_plan(x, w, v, u):
     """y = x Wᵀ in tiles of BN columns × M rows."""
     rows, (n, k) = len(x), w.shape
     M, size = (16 if rows <= 16 else 32 if rows <= 32 else 64), LINEAR[v is not None]
     return Launch(linear_kernel, (cdiv(rows, M), cdiv(n, size["BN"])), (rows,), s_x=x.stride(0), n=n, k=k, GATE=v is not None, ONTO=u is not None,
-                  PREC="ieee" if x.dtype == torch.float32 else "tf32", M=M, **size)
+                  PREC="ieee" if x.dtype == torch.float32 else "tf32", M=M, **size, **follows(x))
 
 
 def linear_rows(x, w, v=None, u=None):
@@ -1464,9 +1520,9 @@ def attend_plan(q, k, v, keys, at):
     R, split = triton.next_power_of_2(h // g), 128 if b * g < 64 else 512
     splits, exact = cdiv(size, split), q.dtype == torch.float32
     meta = dict(s_q=q.stride(1), s_k=k.stride(1), s_v=v.stride(1), g=g, r=h // g, p=p, PREC="ieee" if exact else "tf32", R=R, SPLIT=split,
-                BH=max(16, triton.next_power_of_2(p // 2)))
+                BH=max(16, triton.next_power_of_2(p // 2)), **follows(q))
     return SimpleNamespace(splits=splits, pieces=Launch(attend_kernel, (b * g * cdiv(l, 16 // R), splits), (p**-0.5 * 1.4426950408889634, l, size), **meta, **ATTEND),
-                           y=Launch(gather_kernel, (b * l * h,), (l, splits), h=h, p=p, SPLIT=split, BP=triton.next_power_of_2(p), num_warps=2))
+                           y=Launch(gather_kernel, (b * l * h,), (l, splits), h=h, p=p, SPLIT=split, BP=triton.next_power_of_2(p), num_warps=2, **follows(q)))
 
 
 def attend(q, k, v, cos, sin, keys, values, at):
@@ -1493,7 +1549,8 @@ def replay_plan(x, B, C, dt, z, lx, lB, ldt, conv, A, norm):
     BP, BN = triton.next_power_of_2(p), triton.next_power_of_2(n)
     return Launch(replay_kernel, (b * h,), (1e-5, l, lx.shape[1]), s_x=x.stride(1), s_B=B.stride(1), s_C=C.stride(1), s_dt=dt.stride(1), s_z=z.stride(1),
                   s_lx=lx.stride(1), s_lB=lB.stride(1), s_ldt=ldt.stride(1), h=h, p=p, n=n, rx=h // g, rb=h // B.shape[2], W=conv.shape[-1],
-                  CHANNELS=channels, T=4, BP=BP, BN=BN, NB=min(BN, 32), num_warps=max(1, min(REPLAY, BP * BN // 256)))
+                  CHANNELS=channels, T=4, BP=BP, BN=BN, NB=min(BN, 32), **follows(x),
+                  **{**REPLAY, "num_warps": max(1, min(REPLAY["num_warps"], BP * BN // 256))})
 
 
 def replay(x, B, C, dt, z, log, conv, A_log, dt_bias, D, norm, h, at, base, to):

@@ -335,6 +335,10 @@ class MLP(nn.Module):
         return linear(swiglu(v, self.gate_proj.weight, self.up_proj.weight), self.down_proj.weight, u)
 
 
+def rms_norm(u, norm):
+    return kernels.rms_norm(u, norm.weight, norm.eps)
+
+
 class Block(nn.Module):
     """A Llama layer, whatever its mixer: u + mixer(norm u), then u + mlp(norm u)."""
 
@@ -346,8 +350,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, u, angles, log=None):
-        u = self.mixer(self.input_layernorm(u), angles, log, u)
-        return self.mlp(self.post_attention_layernorm(u), u)
+        u = self.mixer(rms_norm(u, self.input_layernorm), angles, log, u)
+        return self.mlp(rms_norm(u, self.post_attention_layernorm), u)
 
 
 class Hybrid(nn.Module):
@@ -388,7 +392,7 @@ class Hybrid(nn.Module):
             u = layer(u, angles, None if cache is None else cache.logs[i])
         if cache is not None:
             cache.close()
-        return self.norm(u)
+        return rms_norm(u, self.norm)
 
     def forward(self, tokens, cache=None, lengths=None):
         """Logits (b, l, v) of the token after each. See `hidden`."""
@@ -449,7 +453,7 @@ class Cache:
         self.pos = self.at[:, None] + after                                              # (b, l)
         if not self.fused:  # in a Mamba layer's log: the most inputs of a row to replay, 0 if none is due; then the tokens (b, l), where
             moving, self.row = torch.where(self.to > self.base, self.at - self.base, 0), torch.arange(b, device=self.device)[:, None]
-            self.due, self.moving, since = 0 if self.direct else int(moving.max()), moving, self.at - (self.at if self.direct else self.to)
+            self.due, self.moving, since = int(moving.max()), moving, torch.zeros_like(self.at) if self.direct else self.at - self.to
             self.slot, self.end, self.real = since[:, None] + after, int(since.max()) + l, since + self.counts  # the longest row's end, each row's
         return self.pos
 

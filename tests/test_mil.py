@@ -255,7 +255,7 @@ def test_decodings_kernels_do_what_pytorch_does_in_any_passes_and_whatever_is_ta
                 with form(kind):
                     logits.append(model(new, cache))
                     assert cache.fused == (kind == "triton")
-            assert_close(logits[1], logits[0], 1e-5)
+            assert_close(logits[1], logits[0], 1e-4)
             if l <= log:
                 for cache in caches:
                     cache.back([n - i for i, n in enumerate(cache.at.tolist()) for i in [min(i, l)]])
