@@ -297,7 +297,8 @@ S6_TILE, S6_BLOCKS, S6_T = 256, 2048, 8
 SSD_BLOCKS, WALK_Y, WALK_STATES = 256, dict(num_warps=4, num_stages=2), dict(num_warps=4, num_stages=3)
 GRADIENT = dict(num_warps=4, num_stages=2)
 CONV_Y, CONV_GRADIENT = dict(T=32, U=8, BLOCK=128), dict(T=64, U=8, BLOCK=64)
-FEW, REPLAY, ATTEND = 16, dict(num_warps=8), dict(BK=64, num_warps=4, num_stages=3)
+EARLY = 0
+FEW, REPLAY, ATTEND = 16, dict(T=4, BP=64, NB=32, num_warps=2), dict(BK=64, num_warps=4, num_stages=3)
 LINEAR = dict(BN=32, BK=256, LINES=32, num_warps=4, num_stages=4), dict(BN=64, BK=128, LINES=32, num_warps=4, num_stages=3)  # the second with a gate
 NORM_Y, NORM_GRADIENT = dict(T=16, ELEMENTS=2048), dict(T=64, ELEMENTS=1024)
 
@@ -920,9 +921,15 @@ if triton is not None:
     @triton.jit
     def follow(EARLY: tl.constexpr):
         """The next kernel may be launched; this one goes on when the one before is done."""
-        if EARLY:
+        if EARLY == 1:
             gdc_launch_dependents()
+        if EARLY:
             gdc_wait()
+
+    @triton.jit
+    def leave(EARLY: tl.constexpr):
+        if EARLY >= 2:
+            gdc_launch_dependents()
 
     @triton.jit
     def prefetch(ptr):
@@ -937,6 +944,7 @@ if triton is not None:
         b_w = tl.load(p_w + o, mask=o < d, other=0.).to(tl.float32)
         follow(EARLY)
         b_x = tl.load(p_x + o_x, mask=o < d, other=0.).to(tl.float32)
+        leave(EARLY)
         tl.store(p_y + o_x, b_x * tl.rsqrt(tl.sum(b_x * b_x, axis=0) / d + eps) * b_w, mask=o < d)
 
     @triton.jit(do_not_specialize=["rows"])
@@ -947,7 +955,7 @@ if triton is not None:
         o_m, o_n, o_k = tl.program_id(0) * M + tl.arange(0, M)[None, :], tl.program_id(1) * BN + tl.arange(0, BN)[:, None], tl.arange(0, BK)
         o_w = o_n.to(tl.int64) * k + o_k[None, :]
         b_y, b_v = tl.zeros((BN, M), tl.float32), tl.zeros((BN, M), tl.float32)
-        if EARLY:
+        if EARLY == 3:
             o_line = tl.minimum(o_n, n - 1).to(tl.int64) * k + tl.minimum(tl.arange(0, LINES) * 64, k - 1)[None, :]
             prefetch(p_w + o_line)
             if GATE:
@@ -959,6 +967,7 @@ if triton is not None:
             b_y = tl.dot(tl.load(p_w + o_w + i_k, mask=m_w, other=0.), b_x, b_y, input_precision=PREC)
             if GATE:
                 b_v = tl.dot(tl.load(p_v + o_w + i_k, mask=m_w, other=0.), b_x, b_v, input_precision=PREC)
+        leave(EARLY)
         m_y = (o_m < rows) & (o_n < n)
         if GATE:
             b_y = silu(b_y) * b_v
@@ -1017,6 +1026,7 @@ if triton is not None:
                 b_vk = tl.load(p_values + o_k[:, None] * p + o_p[None, :], mask=m_k[:, None] & (o_p < p)[None, :], other=0.)
                 b_y = tl.dot(b_e.to(b_vk.dtype), b_vk, b_y * b_fade[:, None], input_precision=PREC)
                 b_sum, b_most = b_sum * b_fade + tl.sum(b_e, axis=1), b_new
+            leave(EARLY)
             o_part = ((i_b * l + o_t) * (g * r) + i_g * r + o_r) * tl.num_programs(1) + i_s
             tl.store(p_lse + o_part, b_most + tl.log2(b_sum), mask=m_q)
             tl.store(p_y + o_part[:, None] * p + o_p[None, :], b_y / b_sum[:, None], mask=m_q[:, None] & (o_p < p)[None, :])
@@ -1036,71 +1046,39 @@ if triton is not None:
             b_e, b_fade = tl.exp2(b_lse - b_new), tl.exp2(b_most - b_new)
             b_part = tl.load(p_part + (i * splits + i_s + o_s)[:, None] * p + o_p[None, :], mask=m_s[:, None] & (o_p < p)[None, :], other=0.)
             b_y, b_sum, b_most = b_y * b_fade + tl.sum(b_e[:, None] * b_part, axis=0), b_sum * b_fade + tl.sum(b_e, axis=0), b_new
+        leave(EARLY)
         tl.store(p_y + i * p + o_p, b_y / b_sum, mask=o_p < p)
 
     @triton.jit
-    def conv_rows(p_log, o_log, p_w, o_w, p_bias, m, o_t, s_log: tl.constexpr, SIZE, W: tl.constexpr):
-        """silu(bias + Σ_k weight_k x_{t-W+1+k}) of the logged inputs p_log + o_log at the tokens o_t (T, 1); zeros before the first."""
+    def conv_rows(p_log, p_new, o_c, p_w, o_w, p_bias, m, o_t, at, s_log: tl.constexpr, s_new: tl.constexpr, SIZE, W: tl.constexpr):
+        """silu(bias + Σ_k weight_k x_{t-W+1+k}) of the inputs o_c at the tokens o_t (T, 1), logged before `at`, new from there on; zeros before
+        the first."""
         b = tl.load(p_bias + o_w, mask=m, other=0.).to(tl.float32)
         for j in tl.static_range(W):
             o_i = o_t - (W - 1) + j
-            b_x = tl.load(p_log + (o_i + SIZE) % SIZE * s_log + o_log, mask=m & (o_i >= 0), other=0.)
-            b += tl.load(p_w + o_w * W + j, mask=m, other=0.).to(tl.float32) * b_x.to(tl.float32)
+            b_log = tl.load(p_log + (o_i + SIZE) % SIZE * s_log + o_c, mask=m & (o_i >= 0) & (o_i < at), other=0.)
+            b_new = tl.load(p_new + (o_i - at) * s_new + o_c, mask=m & (o_i >= at), other=0.)
+            b += tl.load(p_w + o_w * W + j, mask=m, other=0.).to(tl.float32) * (b_log.to(tl.float32) + b_new.to(tl.float32))
         return silu(b)
 
-    @triton.jit
-    def replay_token(p_s, o_p, o_d, o_n, BP: tl.constexpr, BN: tl.constexpr, NB: tl.constexpr):
-        """x, Δ, B and C of the token at p_s: see replay_kernel."""
-        b_B, b_C = (), ()
-        for k in tl.static_range(BN // NB):
-            b_B = b_B + (tl.load(p_s + BP + k * NB + o_n),)
-            b_C = b_C + (tl.load(p_s + BP + BN + k * NB + o_n),)
-        return tl.load(p_s + o_p), tl.load(p_s + BP + 2 * BN + o_d), b_B, b_C
-
     @triton.jit(do_not_specialize=["l", "SIZE"])
-    def replay_kernel(p_x, p_B, p_C, p_dt, p_z, l_x, l_B, l_C, l_dt, p_h, p_at, p_base, p_to, w_x, w_B, w_C, b_x, b_B, b_C, p_A, p_bias, p_D, p_norm,
-                      p_s, p_y, eps, l, SIZE, s_x: tl.constexpr, s_B: tl.constexpr, s_C: tl.constexpr, s_dt: tl.constexpr, s_z: tl.constexpr,
+    def replay_kernel(p_x, p_B, p_C, p_dt, p_z, l_x, l_B, l_C, l_dt, p_h, p_at, p_base, p_to, w_x, w_B, w_C, b_x, b_B, b_C, p_A, p_bias, p_D,
+                      p_s, p_y, l, SIZE, s_x: tl.constexpr, s_B: tl.constexpr, s_C: tl.constexpr, s_dt: tl.constexpr, s_z: tl.constexpr,
                       s_lx: tl.constexpr, s_lB: tl.constexpr, s_ldt: tl.constexpr, h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr,
                       rb: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr, EARLY: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, NB: tl.constexpr):
-        """One head of a row: the new tokens' inputs into the log; then, T tokens at a time, what of the log and of them reaches the state, into
-        p_s (x, B, C and Δ, as float32); then from the state at `base` through all of them, y of the new ones; the state is written where
-        it is to stand, at `to`, if it moves. It is held as blocks of NB columns of n, which is four rows to a thread and few shuffles.
-        CHANNELS: Mamba, a Δ per channel, the convolution on x only, y ∘ silu(z); else Mamba-2, the convolution on x, B and C, the gated norm."""
-        i_b, i_h = (tl.program_id(0) // h).to(tl.int64), tl.program_id(0) % h
+        """BP channels of a head of a row: from the state at `base` through the logged inputs and the new ones, with y of the new; these go into the log, and
+        the state is written where it is to stand, at `to`, if it moves. What of the tokens reaches the state is worked out first, T at a
+        time, and left in p_s (x, B, C and Δ, as float32), while the state is on its way. It is held as blocks of NB columns of n, which is
+        few shuffles. CHANNELS: Mamba, a Δ per channel, the convolution on x only, y ∘ silu(z); else Mamba-2, the convolution on x, B and C."""
+        parts: tl.constexpr = (p + BP - 1) // BP
+        i_b, i_h, i_p = (tl.program_id(0) // (h * parts)).to(tl.int64), tl.program_id(0) // parts % h, tl.program_id(0) % parts * BP
         follow(EARLY)
         at, base, to = tl.load(p_at + i_b).to(tl.int32), tl.load(p_base + i_b).to(tl.int32), tl.load(p_to + i_b).to(tl.int32)
-        l_x, l_B, l_C, l_dt = l_x + i_b * SIZE * s_lx, l_B + i_b * SIZE * s_lB, l_C + i_b * SIZE * s_lx, l_dt + i_b * SIZE * s_ldt
-        ROW: tl.constexpr = BP + 2 * BN + BP
-        p_s, o_p, o_n, o_i = p_s + tl.program_id(0).to(tl.int64) * (SIZE * ROW), tl.arange(0, BP)[None, :], tl.arange(0, BN)[None, :], tl.arange(0, T)[:, None]
-        o_x, o_B, o_C, o_d = i_h // rx * p + o_p, i_h // rb * n + o_n, i_h * n + o_n, tl.arange(0, BP if CHANNELS else 1)[None, :]
-        o_hd = i_h * p + o_d if CHANNELS else i_h + o_d
-        m_p, m_n, m_d = o_p < p, o_n < n, o_d < (p if CHANNELS else 1)
-        for i in range(0, l, T):
-            m_i, o_new, o_slot = i + o_i < l, i_b * l + i + o_i, (at + i + o_i) % SIZE
-            tl.store(l_x + o_slot * s_lx + o_x, tl.load(p_x + o_new * s_x + o_x, mask=m_i & m_p), mask=m_i & m_p)
-            tl.store(l_B + o_slot * s_lB + o_B, tl.load(p_B + o_new * s_B + o_B, mask=m_i & m_n), mask=m_i & m_n)
-            tl.store(l_dt + o_slot * s_ldt + o_hd, tl.load(p_dt + o_new * s_dt + o_hd, mask=m_i & m_d), mask=m_i & m_d)
-            if not CHANNELS:
-                tl.store(l_C + o_slot * s_lx + o_C, tl.load(p_C + o_new * s_C + o_C, mask=m_i & m_n), mask=m_i & m_n)
-        tl.debug_barrier()
-        b_bias = tl.load(p_bias + o_hd, mask=m_d, other=0.).to(tl.float32)
-        for i in range(base, at + l, T):
-            o_t = i + o_i
-            m_i, p_row, o_slot = o_t < at + l, p_s + (o_t - base) * ROW, o_t % SIZE
-            tl.store(p_row + o_p, conv_rows(l_x, o_x, w_x, i_h * p + o_p if CHANNELS else o_x, b_x, m_i & m_p, o_t, s_lx, SIZE, W), mask=m_i)
-            b_delta = softplus(tl.load(l_dt + o_slot * s_ldt + o_hd, mask=m_i & m_d, other=0.).to(tl.float32) + b_bias)
-            tl.store(p_row + BP + 2 * BN + o_d, b_delta, mask=m_i)
-            if CHANNELS:
-                b_Bt = tl.load(l_B + o_slot * s_lB + o_B, mask=m_i & m_n, other=0.).to(tl.float32)
-                b_Ct = tl.load(p_C + (i_b * l + o_t - at) * s_C + o_C, mask=m_i & m_n & (o_t >= at), other=0.).to(tl.float32)
-            else:
-                b_Bt = conv_rows(l_B, o_B, w_B, o_B, b_B, m_i & m_n, o_t, s_lB, SIZE, W)
-                b_Ct = conv_rows(l_C, o_C, w_C, o_C, b_C, m_i & m_n & (o_t >= at), o_t, s_lx, SIZE, W)
-            tl.store(p_row + BP + o_n, b_Bt, mask=m_i)
-            tl.store(p_row + BP + BN + o_n, b_Ct, mask=m_i)
-        tl.debug_barrier()
-        o_p, o_n, o_d = tl.arange(0, BP)[:, None], tl.arange(0, NB)[None, :], tl.arange(0, BP if CHANNELS else 1)[:, None]
-        o_hp, o_hd, m_p, m_d = i_h * p + o_p, (i_h * p if CHANNELS else i_h) + o_d, o_p < p, o_d < (p if CHANNELS else 1)
+        ROW: tl.constexpr = 2 * BP + 2 * BN
+        o_q, o_n, o_d = tl.arange(0, BP)[:, None], tl.arange(0, NB)[None, :], tl.arange(0, BP if CHANNELS else 1)[:, None]
+        o_p = i_p + o_q
+        o_hp, o_hd, m_p = i_h * p + o_p, (i_h * p + i_p if CHANNELS else i_h) + o_d, o_p < p
+        m_d = i_p + o_d < p if CHANNELS else o_d < 1
         p_h += (i_b * h + i_h) * (p * n) + o_p * n + o_n
         b_h, b_A = (), ()
         for k in tl.static_range(BN // NB):
@@ -1109,26 +1087,56 @@ if triton is not None:
             b_Ak = tl.load(p_A + o_hd * n + k * NB + o_n, mask=m, other=0.) if CHANNELS else tl.load(p_A + o_hd)
             b_A = b_A + (-tl.exp(b_Ak.to(tl.float32)) * LOG2E,)
         b_D = tl.load(p_D + o_hd, mask=m_d, other=0.).to(tl.float32)
-        b_next = replay_token(p_s, o_p, o_d, o_n, BP, BN, NB)
+
+        l_x, l_B, l_C, l_dt = l_x + i_b * SIZE * s_lx, l_B + i_b * SIZE * s_lB, l_C + i_b * SIZE * s_lx, l_dt + i_b * SIZE * s_ldt
+        p_x, p_B, p_C, p_dt, p_z = p_x + i_b * l * s_x, p_B + i_b * l * s_B, p_C + i_b * l * s_C, p_dt + i_b * l * s_dt, p_z + i_b * l * s_z
+        p_s += tl.program_id(0).to(tl.int64) * (SIZE * ROW)
+        o_i, o_rp, o_rn, o_rd = tl.arange(0, T)[:, None], tl.arange(0, BP)[None, :], tl.arange(0, BN)[None, :], tl.arange(0, BP if CHANNELS else 1)[None, :]
+        o_x, o_B, o_C, o_dt = i_h // rx * p + i_p + o_rp, i_h // rb * n + o_rn, i_h * n + o_rn, (i_h * p + i_p if CHANNELS else i_h) + o_rd
+        m_x, m_n, m_dt = i_p + o_rp < p, o_rn < n, i_p + o_rd < p if CHANNELS else o_rd < 1
+        b_bias = tl.load(p_bias + o_dt, mask=m_dt, other=0.).to(tl.float32)
+        for i in range(base, at + l, T):
+            o_t = i + o_i
+            m_i, p_row, o_slot, m_new = o_t < at + l, p_s + (o_t - base) * ROW, o_t % SIZE, (o_t >= at) & (o_t < at + l)
+            b_dt = tl.load(l_dt + o_slot * s_ldt + o_dt, mask=m_i & (o_t < at) & m_dt, other=0.).to(tl.float32)
+            b_dt += tl.load(p_dt + (o_t - at) * s_dt + o_dt, mask=m_new & m_dt, other=0.).to(tl.float32)
+            b_xt = conv_rows(l_x, p_x, o_x, w_x, i_h * p + i_p + o_rp if CHANNELS else o_x, b_x, m_i & m_x, o_t, at, s_lx, s_x, SIZE, W)
+            if CHANNELS:
+                b_Bt = tl.load(l_B + o_slot * s_lB + o_B, mask=m_i & (o_t < at) & m_n, other=0.).to(tl.float32)
+                b_Bt += tl.load(p_B + (o_t - at) * s_B + o_B, mask=m_new & m_n, other=0.).to(tl.float32)
+                b_Ct = tl.load(p_C + (o_t - at) * s_C + o_C, mask=m_new & m_n, other=0.).to(tl.float32)
+            else:
+                b_Bt = conv_rows(l_B, p_B, o_B, w_B, o_B, b_B, m_i & m_n, o_t, at, s_lB, s_B, SIZE, W)
+                b_Ct = conv_rows(l_C, p_C, o_C, w_C, o_C, b_C, m_new & m_n, o_t, at, s_lx, s_C, SIZE, W)
+            tl.store(p_row + o_rp, b_xt, mask=m_i)
+            tl.store(p_row + BP + o_rn, b_Bt, mask=m_i)
+            tl.store(p_row + BP + BN + o_rn, b_Ct, mask=m_i)
+            tl.store(p_row + BP + 2 * BN + o_rd, softplus(b_dt + b_bias), mask=m_i)
+        tl.debug_barrier()
+        for i in range(0, l, T):  # into the log
+            m_i, o_new, o_slot = i + o_i < l, i + o_i, (at + i + o_i) % SIZE
+            tl.store(l_x + o_slot * s_lx + o_x, tl.load(p_x + o_new * s_x + o_x, mask=m_i & m_x), mask=m_i & m_x)
+            tl.store(l_B + o_slot * s_lB + o_B, tl.load(p_B + o_new * s_B + o_B, mask=m_i & m_n), mask=m_i & m_n)
+            tl.store(l_dt + o_slot * s_ldt + o_dt, tl.load(p_dt + o_new * s_dt + o_dt, mask=m_i & m_dt), mask=m_i & m_dt)
+            if not CHANNELS:
+                tl.store(l_C + o_slot * s_lx + o_C, tl.load(p_C + o_new * s_C + o_C, mask=m_i & m_n), mask=m_i & m_n)
         for t in range(base, at + l):
-            b_xt, b_delta, b_Bt, b_Ct = b_next
-            p_s += ROW
-            b_next = replay_token(p_s, o_p, o_d, o_n, BP, BN, NB)  # one token ahead; what follows the last is not used
+            b_xt, b_delta = tl.load(p_s + o_q), tl.load(p_s + BP + 2 * BN + o_d)
             b_new, b_y = (), tl.zeros((BP, NB), tl.float32)
             for k in tl.static_range(BN // NB):
-                b_new = b_new + (tl.fma(tl.exp2(b_delta * b_A[k]) + b_y * 0, b_h[k], b_delta * b_xt * b_Bt[k]),)
+                b_hk = tl.fma(tl.exp2(b_delta * b_A[k]) + b_y * 0, b_h[k], b_delta * b_xt * tl.load(p_s + BP + k * NB + o_n))
+                b_y += b_hk * tl.load(p_s + BP + BN + k * NB + o_n)
+                if t + 1 == to:
+                    tl.store(p_h + k * NB, b_hk, mask=m_p & (k * NB + o_n < n))
+                b_new = b_new + (b_hk,)
             b_h = b_new
-            if t + 1 == to:
-                for k in tl.static_range(BN // NB):
-                    tl.store(p_h + k * NB, b_h[k], mask=m_p & (k * NB + o_n < n))
             if t >= at:
-                for k in tl.static_range(BN // NB):
-                    b_y += b_h[k] * b_Ct[k]
-                b_z = tl.load(p_z + (i_b * l + t - at) * s_z + o_hp, mask=m_p, other=0.).to(tl.float32)
-                b_v = (tl.sum(b_y, axis=1, keep_dims=True) + b_D * b_xt) * silu(b_z)
-                if not CHANNELS:
-                    b_v *= tl.rsqrt(tl.sum(b_v * b_v, axis=0, keep_dims=True) / p + eps) * tl.load(p_norm + o_hp, mask=m_p, other=0.).to(tl.float32)
+                b_v = tl.sum(b_y, axis=1, keep_dims=True) + b_D * b_xt
+                if CHANNELS:
+                    b_v *= silu(tl.load(p_z + (t - at) * s_z + o_hp, mask=m_p, other=0.).to(tl.float32))
                 tl.store(p_y + (i_b * l + t - at) * (h * p) + o_hp, b_v, mask=m_p)
+            p_s += ROW
+        leave(EARLY)
 
 # ---------------------------------------------------------------------------------------------------------------
 # The launches. Forward and backward of an operation are plain functions of tensors; they are registered with PyTorch as operators of
@@ -1457,7 +1465,7 @@ def few(x, l):
 def follows(x):
     """How a kernel for decoding is launched on the device of `x`."""
     early = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return dict(EARLY=True, launch_pdl=True) if early else dict(EARLY=False)
+    return dict(EARLY=EARLY, launch_pdl=True) if early and EARLY else dict(EARLY=0)
 
 
 def rms_norm(x, weight, eps):
@@ -1544,26 +1552,27 @@ def one_by_one(t):
     return t if even else t.contiguous()
 
 
-def replay_plan(x, B, C, dt, z, lx, lB, ldt, conv, A, norm):
-    (b, l, g, p), (h, n), channels = x.shape, C.shape[2:], norm is None
-    BP, BN = triton.next_power_of_2(p), triton.next_power_of_2(n)
-    return Launch(replay_kernel, (b * h,), (1e-5, l, lx.shape[1]), s_x=x.stride(1), s_B=B.stride(1), s_C=C.stride(1), s_dt=dt.stride(1), s_z=z.stride(1),
-                  s_lx=lx.stride(1), s_lB=lB.stride(1), s_ldt=ldt.stride(1), h=h, p=p, n=n, rx=h // g, rb=h // B.shape[2], W=conv.shape[-1],
-                  CHANNELS=channels, T=4, BP=BP, BN=BN, NB=min(BN, 32), **follows(x),
-                  **{**REPLAY, "num_warps": max(1, min(REPLAY["num_warps"], BP * BN // 256))})
+def replay_plan(x, B, C, dt, z, lx, lB, ldt, weight, A):
+    (b, l, g, p), (h, n) = x.shape, C.shape[2:]
+    BP, BN = min(REPLAY["BP"], triton.next_power_of_2(p)), triton.next_power_of_2(n)
+    size = {**REPLAY, "BP": BP, "NB": min(BN, REPLAY["NB"]), "num_warps": max(1, BP * BN * REPLAY["num_warps"] // 8192)}
+    row = BP * 2 + BN * 2
+    return b * h * cdiv(p, BP) * lx.shape[1] * row, Launch(
+        replay_kernel, (b * h * cdiv(p, BP),), (l, lx.shape[1]), s_x=x.stride(1), s_B=B.stride(1), s_C=C.stride(1), s_dt=dt.stride(1), s_z=z.stride(1),
+        s_lx=lx.stride(1), s_lB=lB.stride(1), s_ldt=ldt.stride(1), h=h, p=p, n=n, rx=h // g, rb=h // B.shape[2], W=weight.shape[-1],
+        CHANNELS=A.dim() == 2, BN=BN, **size, **follows(x))
 
 
-def replay(x, B, C, dt, z, log, conv, A_log, dt_bias, D, norm, h, at, base, to):
-    """Convolution, scan, gate and norm of l ≤ FEW new tokens (section 4 of the paper), from the state h (b, h, p, n) before token `base` (b,)
-    on, through the inputs logged since, up to `at` (b,), where the new ones begin; they are logged, and h moves before token `to` (b,).
+def replay(x, B, C, dt, z, log, conv, A_log, dt_bias, D, h, at, base, to):
+    """Convolution and scan of l ≤ FEW new tokens (section 4 of the paper), from the state h (b, h, p, n) before token `base` (b,) on,
+    through the inputs logged since, up to `at` (b,), where the new ones begin; they are logged, and h moves before token `to` (b,).
 
-    x (b, l, g, p), B (b, l, g, n), C (b, l, h, n), dt (b, l, h) or (b, l, h, p), z (b, l, h, p): as the projections left them. log: x, B, C and dt of
-    logged tokens, (b, size, …), token t at t mod size. conv: a pair, weights and bias of x, B and C; for Mamba of x alone. norm (h, p), its
-    weight, is Mamba-2's: None is Mamba. p, n ≤ 128. Returns y (b, l, h, p)."""
-    x, B, C, dt, z = *(one_by_one(t) for t in (x, B, C)), dt, one_by_one(z)
-    (lx, lB, lC, ldt), y, (weights, biases), (p, n) = log, z.new_empty(z.shape), conv, h.shape[2:]
-    room = h.new_empty(h.shape[0] * h.shape[1], lx.shape[1], 2 * (triton.next_power_of_2(p) + triton.next_power_of_2(n)))
+    x (b, l, g, p), B (b, l, g, n), C (b, l, h, n), dt (b, l, h) or (b, l, h, p), z (b, l, h, p), for Mamba-2, whose gate comes after, None: as the
+    projections left them. log: x, B, C and dt of logged tokens, (b, size, …), token t at t mod size. conv: a pair, weights and biases of
+    x, B and C; for Mamba of x alone. A_log (h,) or (h·p, n). p, n ≤ 128. Returns y (b, l, h, p)."""
+    x, B, C, z = one_by_one(x), one_by_one(B), one_by_one(C), x if z is None else one_by_one(z)
+    (lx, lB, lC, ldt), y, (weights, biases) = log, x.new_empty(*C.shape[:3], x.shape[3]), conv
     with torch.cuda.device_of(x):
-        plan = planned(replay_plan, x, B, C, dt, z, lx, lB, ldt, weights[0], A_log, norm)
-        plan(x, B, C, dt, z, lx, lB, lC, ldt, h, at, base, to, *weights, *biases, A_log, dt_bias, D, A_log if norm is None else norm, room, y)
+        room, plan = planned(replay_plan, x, B, C, dt, z, lx, lB, ldt, weights[0], A_log)
+        plan(x, B, C, dt, z, lx, lB, lC, ldt, h, at, base, to, *weights, *biases, A_log, dt_bias, D, h.new_empty(room), y)
     return y

@@ -224,7 +224,7 @@ class Mamba(nn.Module):
     def replay(self, x, dt, B, C, z, log):
         """The same by the kernel for decoding: y alone, the log written."""
         (lx, ldt, lB), conv = log.inputs, ((self.conv1d.weight,) * 3, (self.conv1d.bias,) * 3)
-        return kernels.replay(x, B, C, dt, z, (lx, lB, lx, ldt), conv, self.A_log, self.dt_proj.bias, self.D, None, log.h, *log.places)
+        return kernels.replay(x, B, C, dt, z, (lx, lB, lx, ldt), conv, self.A_log, self.dt_proj.bias, self.D, log.h, *log.places)
 
     def new_log(self, cache):
         c = self.config
@@ -278,20 +278,22 @@ class Mamba2(nn.Module):
 
     def scan(self, xBC, dt, z, window=None, h0=None, lengths=None):
         """As Mamba's; gate and norm included."""
-        p, dt = self.config.head_dim, dt if lengths is None else hide_padding(dt, lengths)
+        dt = dt if lengths is None else hide_padding(dt, lengths)
         window = window if window is None else window.unsqueeze(2)                                # (b, w - 1, 1, channels)
         xBC, window = causal_conv(xBC.unsqueeze(2), self.conv1d.weight.transpose(0, 1), self.conv1d.bias[None], window, lengths)
         x, B, C = self.heads(xBC.squeeze(2))                                                      # (b, l, heads, p)
         y, h = ssm_scan(x, dt, decay_rates(self.A_log), B, C, D=self.D, dt_bias=self.dt_bias, h0=h0)
-        return gated_norm(y, z.unflatten(2, (-1, p)), self.norm.weight.view(-1, p), self.norm.eps), window.squeeze(2), h
+        return self.gate(y, z), window.squeeze(2), h
+
+    def gate(self, y, z):
+        return gated_norm(y, z.unflatten(2, y.shape[2:]), self.norm.weight.view(y.shape[2:]), self.norm.eps)  # per head (b, l, h, p)
 
     def replay(self, xBC, dt, z, log):
         """As Mamba's."""
         (lxBC, ldt), parts = log.inputs, [t * self.config.head_dim for t in (*[self.config.n_kv_heads] * 2, self.config.n_heads)]
         (x, B, C), logs = self.heads(xBC), (*self.heads(lxBC), ldt)
         conv = self.conv1d.weight.split(parts), self.conv1d.bias.split(parts)
-        return kernels.replay(x, B, C, dt, z.unflatten(2, (-1, self.config.head_dim)), logs, conv, self.A_log, self.dt_bias, self.D,
-                              self.norm.weight, log.h, *log.places)
+        return self.gate(kernels.replay(x, B, C, dt, None, logs, conv, self.A_log, self.dt_bias, self.D, log.h, *log.places), z)
 
     def new_log(self, cache):
         p, h = self.config.head_dim, self.config.n_heads
