@@ -75,7 +75,6 @@ from torch.autograd.function import once_differentiable
 try:
     import triton
     import triton.language as tl
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:  # Triton is for Linux only; without it every function below takes its PyTorch form
     triton = None
 
@@ -297,9 +296,8 @@ S6_TILE, S6_BLOCKS, S6_T = 256, 2048, 8
 SSD_BLOCKS, WALK_Y, WALK_STATES = 256, dict(num_warps=4, num_stages=2), dict(num_warps=4, num_stages=3)
 GRADIENT = dict(num_warps=4, num_stages=2)
 CONV_Y, CONV_GRADIENT = dict(T=32, U=8, BLOCK=128), dict(T=64, U=8, BLOCK=64)
-EARLY = 0
-FEW, REPLAY, ATTEND = 16, dict(T=4, BP=64, NB=32, num_warps=2), dict(BK=64, num_warps=4, num_stages=3)
-LINEAR = dict(BN=32, BK=256, LINES=32, num_warps=4, num_stages=4), dict(BN=64, BK=128, LINES=32, num_warps=4, num_stages=3)  # the second with a gate
+FEW, ATTEND, REPLAY = 16, dict(BK=64, num_warps=4, num_stages=3), (dict(T=4), dict(T=1, maxnreg=128))  # the second for 1,024 programs or more
+LINEAR = dict(BN=32, BK=256, num_warps=4, num_stages=4), dict(BN=64, BK=128, num_warps=4, num_stages=4)  # the second with a gate
 NORM_Y, NORM_GRADIENT = dict(T=16, ELEMENTS=2048), dict(T=64, ELEMENTS=1024)
 
 if triton is not None:
@@ -915,59 +913,28 @@ if triton is not None:
     # Decoding: l ≤ FEW tokens a row, which follow what a cache holds. What a row computes does not depend on the other rows, nor on how many
     # tokens come at once: the same products in the same order, so that reading five tokens gives the bits of reading them one by one.
 
-    # On a Hopper GPU (EARLY) a kernel is launched while the one before it still runs: it fetches weights, which nobody writes, and waits
-    # before it touches anything else; so the memory is busy while a small kernel works.
-
     @triton.jit
-    def follow(EARLY: tl.constexpr):
-        """The next kernel may be launched; this one goes on when the one before is done."""
-        if EARLY == 1:
-            gdc_launch_dependents()
-        if EARLY:
-            gdc_wait()
-
-    @triton.jit
-    def leave(EARLY: tl.constexpr):
-        if EARLY >= 2:
-            gdc_launch_dependents()
-
-    @triton.jit
-    def prefetch(ptr):
-        """Bring what lies there into the L2 cache."""
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
-
-    @triton.jit
-    def rms_kernel(p_x, p_w, p_y, eps, d: tl.constexpr, BD: tl.constexpr, EARLY: tl.constexpr):
+    def rms_kernel(p_x, p_w, p_y, eps, d: tl.constexpr, BD: tl.constexpr):
         """y = x / √(mean x² + eps) ∘ weight of one row."""
         o = tl.arange(0, BD)
         o_x = tl.program_id(0).to(tl.int64) * d + o
         b_w = tl.load(p_w + o, mask=o < d, other=0.).to(tl.float32)
-        follow(EARLY)
         b_x = tl.load(p_x + o_x, mask=o < d, other=0.).to(tl.float32)
-        leave(EARLY)
         tl.store(p_y + o_x, b_x * tl.rsqrt(tl.sum(b_x * b_x, axis=0) / d + eps) * b_w, mask=o < d)
 
     @triton.jit(do_not_specialize=["rows"])
     def linear_kernel(p_x, p_w, p_v, p_u, p_y, rows, s_x: tl.constexpr, n: tl.constexpr, k: tl.constexpr, GATE: tl.constexpr, ONTO: tl.constexpr,
-                      PREC: tl.constexpr, EARLY: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LINES: tl.constexpr):
-        """y (rows, n) = x Wᵀ, or with GATE silu(x Wᵀ) ∘ x Vᵀ, or with ONTO u + x Wᵀ: BN columns for M rows. The weights stream past once;
-        of each row the first LINES times 128 bytes are fetched early."""
+                      PREC: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+        """y (rows, n) = x Wᵀ, or with GATE silu(x Wᵀ) ∘ x Vᵀ, or with ONTO u + x Wᵀ: BN columns for M rows. The weights stream past once."""
         o_m, o_n, o_k = tl.program_id(0) * M + tl.arange(0, M)[None, :], tl.program_id(1) * BN + tl.arange(0, BN)[:, None], tl.arange(0, BK)
         o_w = o_n.to(tl.int64) * k + o_k[None, :]
         b_y, b_v = tl.zeros((BN, M), tl.float32), tl.zeros((BN, M), tl.float32)
-        if EARLY == 3:
-            o_line = tl.minimum(o_n, n - 1).to(tl.int64) * k + tl.minimum(tl.arange(0, LINES) * 64, k - 1)[None, :]
-            prefetch(p_w + o_line)
-            if GATE:
-                prefetch(p_v + o_line)
-        follow(EARLY)
         for i_k in range(0, k, BK):
             b_x = tl.load(p_x + o_m * s_x + (i_k + o_k)[:, None], mask=(o_m < rows) & (i_k + o_k < k)[:, None], other=0.)
             m_w = (o_n < n) & (i_k + o_k < k)[None, :]
             b_y = tl.dot(tl.load(p_w + o_w + i_k, mask=m_w, other=0.), b_x, b_y, input_precision=PREC)
             if GATE:
                 b_v = tl.dot(tl.load(p_v + o_w + i_k, mask=m_w, other=0.), b_x, b_v, input_precision=PREC)
-        leave(EARLY)
         m_y = (o_m < rows) & (o_n < n)
         if GATE:
             b_y = silu(b_y) * b_v
@@ -985,13 +952,12 @@ if triton is not None:
     @triton.jit(do_not_specialize=["l", "size"])
     def attend_kernel(p_q, p_k, p_v, p_cos, p_sin, p_at, p_keys, p_values, p_lse, p_y, scale, l, size, s_q: tl.constexpr, s_k: tl.constexpr,
                       s_v: tl.constexpr, g: tl.constexpr, r: tl.constexpr, p: tl.constexpr, PREC: tl.constexpr, R: tl.constexpr,
-                      SPLIT: tl.constexpr, EARLY: tl.constexpr, BK: tl.constexpr, BH: tl.constexpr):
+                      SPLIT: tl.constexpr, BK: tl.constexpr, BH: tl.constexpr):
         """One piece of SPLIT keys, for the r query heads of one kv head and 16 / R tokens: its part of y, and the log2 of its weight. First
         it writes what the l new tokens leave in that piece: their keys, turned, and values (whoever shares the piece writes the same)."""
         tiles, half, TOKENS = tl.cdiv(l, 16 // R), p // 2, 16 // R
         i_t, i_bg, i_s = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.program_id(1)
         i_b, i_g, first = (i_bg // g).to(tl.int64), i_bg % g, i_s * SPLIT
-        follow(EARLY)
         at = tl.load(p_at + i_b).to(tl.int32)
         if first < at + l:
             o_h, o_p, p_keys, p_values = tl.arange(0, BH), tl.arange(0, 2 * BH), p_keys + i_bg.to(tl.int64) * size * p, p_values + i_bg.to(tl.int64) * size * p
@@ -1026,17 +992,15 @@ if triton is not None:
                 b_vk = tl.load(p_values + o_k[:, None] * p + o_p[None, :], mask=m_k[:, None] & (o_p < p)[None, :], other=0.)
                 b_y = tl.dot(b_e.to(b_vk.dtype), b_vk, b_y * b_fade[:, None], input_precision=PREC)
                 b_sum, b_most = b_sum * b_fade + tl.sum(b_e, axis=1), b_new
-            leave(EARLY)
             o_part = ((i_b * l + o_t) * (g * r) + i_g * r + o_r) * tl.num_programs(1) + i_s
             tl.store(p_lse + o_part, b_most + tl.log2(b_sum), mask=m_q)
             tl.store(p_y + o_part[:, None] * p + o_p[None, :], b_y / b_sum[:, None], mask=m_q[:, None] & (o_p < p)[None, :])
 
     @triton.jit(do_not_specialize=["l", "splits"])
-    def gather_kernel(p_lse, p_part, p_at, p_y, l, splits, h: tl.constexpr, p: tl.constexpr, SPLIT: tl.constexpr, EARLY: tl.constexpr, BP: tl.constexpr):
+    def gather_kernel(p_lse, p_part, p_at, p_y, l, splits, h: tl.constexpr, p: tl.constexpr, SPLIT: tl.constexpr, BP: tl.constexpr):
         """y of one token and head from its pieces, 16 at a time: their mean, weighted."""
         i, o_s, o_p = tl.program_id(0).to(tl.int64), tl.arange(0, 16), tl.arange(0, BP)
         i_t = i // h
-        follow(EARLY)
         end = (tl.load(p_at + i_t // l).to(tl.int32) + (i_t % l).to(tl.int32)) // SPLIT + 1
         b_most, b_sum, b_y = tl.full((1,), -1e30, tl.float32), tl.zeros((1,), tl.float32), tl.zeros((BP,), tl.float32)
         for i_s in range(0, end, 16):
@@ -1046,7 +1010,6 @@ if triton is not None:
             b_e, b_fade = tl.exp2(b_lse - b_new), tl.exp2(b_most - b_new)
             b_part = tl.load(p_part + (i * splits + i_s + o_s)[:, None] * p + o_p[None, :], mask=m_s[:, None] & (o_p < p)[None, :], other=0.)
             b_y, b_sum, b_most = b_y * b_fade + tl.sum(b_e[:, None] * b_part, axis=0), b_sum * b_fade + tl.sum(b_e, axis=0), b_new
-        leave(EARLY)
         tl.store(p_y + i * p + o_p, b_y / b_sum, mask=o_p < p)
 
     @triton.jit
@@ -1056,7 +1019,7 @@ if triton is not None:
         b = tl.load(p_bias + o_w, mask=m, other=0.).to(tl.float32)
         for j in tl.static_range(W):
             o_i = o_t - (W - 1) + j
-            b_log = tl.load(p_log + (o_i + SIZE) % SIZE * s_log + o_c, mask=m & (o_i >= 0) & (o_i < at), other=0.)
+            b_log = tl.load(p_log + (o_i & (SIZE - 1)) * s_log + o_c, mask=m & (o_i >= 0) & (o_i < at), other=0.)
             b_new = tl.load(p_new + (o_i - at) * s_new + o_c, mask=m & (o_i >= at), other=0.)
             b += tl.load(p_w + o_w * W + j, mask=m, other=0.).to(tl.float32) * (b_log.to(tl.float32) + b_new.to(tl.float32))
         return silu(b)
@@ -1065,14 +1028,13 @@ if triton is not None:
     def replay_kernel(p_x, p_B, p_C, p_dt, p_z, l_x, l_B, l_C, l_dt, p_h, p_at, p_base, p_to, w_x, w_B, w_C, b_x, b_B, b_C, p_A, p_bias, p_D,
                       p_s, p_y, l, SIZE, s_x: tl.constexpr, s_B: tl.constexpr, s_C: tl.constexpr, s_dt: tl.constexpr, s_z: tl.constexpr,
                       s_lx: tl.constexpr, s_lB: tl.constexpr, s_ldt: tl.constexpr, h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr,
-                      rb: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr, EARLY: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, NB: tl.constexpr):
+                      rb: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, NB: tl.constexpr):
         """BP channels of a head of a row: from the state at `base` through the logged inputs and the new ones, with y of the new; these go into the log, and
         the state is written where it is to stand, at `to`, if it moves. What of the tokens reaches the state is worked out first, T at a
         time, and left in p_s (x, B, C and Δ, as float32), while the state is on its way. It is held as blocks of NB columns of n, which is
         few shuffles. CHANNELS: Mamba, a Δ per channel, the convolution on x only, y ∘ silu(z); else Mamba-2, the convolution on x, B and C."""
         parts: tl.constexpr = (p + BP - 1) // BP
         i_b, i_h, i_p = (tl.program_id(0) // (h * parts)).to(tl.int64), tl.program_id(0) // parts % h, tl.program_id(0) % parts * BP
-        follow(EARLY)
         at, base, to = tl.load(p_at + i_b).to(tl.int32), tl.load(p_base + i_b).to(tl.int32), tl.load(p_to + i_b).to(tl.int32)
         ROW: tl.constexpr = 2 * BP + 2 * BN
         o_q, o_n, o_d = tl.arange(0, BP)[:, None], tl.arange(0, NB)[None, :], tl.arange(0, BP if CHANNELS else 1)[:, None]
@@ -1097,7 +1059,7 @@ if triton is not None:
         b_bias = tl.load(p_bias + o_dt, mask=m_dt, other=0.).to(tl.float32)
         for i in range(base, at + l, T):
             o_t = i + o_i
-            m_i, p_row, o_slot, m_new = o_t < at + l, p_s + (o_t - base) * ROW, o_t % SIZE, (o_t >= at) & (o_t < at + l)
+            m_i, p_row, o_slot, m_new = o_t < at + l, p_s + (o_t - base) * ROW, o_t & (SIZE - 1), (o_t >= at) & (o_t < at + l)
             b_dt = tl.load(l_dt + o_slot * s_ldt + o_dt, mask=m_i & (o_t < at) & m_dt, other=0.).to(tl.float32)
             b_dt += tl.load(p_dt + (o_t - at) * s_dt + o_dt, mask=m_new & m_dt, other=0.).to(tl.float32)
             b_xt = conv_rows(l_x, p_x, o_x, w_x, i_h * p + i_p + o_rp if CHANNELS else o_x, b_x, m_i & m_x, o_t, at, s_lx, s_x, SIZE, W)
@@ -1114,7 +1076,7 @@ if triton is not None:
             tl.store(p_row + BP + 2 * BN + o_rd, softplus(b_dt + b_bias), mask=m_i)
         tl.debug_barrier()
         for i in range(0, l, T):  # into the log
-            m_i, o_new, o_slot = i + o_i < l, i + o_i, (at + i + o_i) % SIZE
+            m_i, o_new, o_slot = i + o_i < l, i + o_i, (at + i + o_i) & (SIZE - 1)
             tl.store(l_x + o_slot * s_lx + o_x, tl.load(p_x + o_new * s_x + o_x, mask=m_i & m_x), mask=m_i & m_x)
             tl.store(l_B + o_slot * s_lB + o_B, tl.load(p_B + o_new * s_B + o_B, mask=m_i & m_n), mask=m_i & m_n)
             tl.store(l_dt + o_slot * s_ldt + o_dt, tl.load(p_dt + o_new * s_dt + o_dt, mask=m_i & m_dt), mask=m_i & m_dt)
@@ -1136,7 +1098,6 @@ if triton is not None:
                     b_v *= silu(tl.load(p_z + (t - at) * s_z + o_hp, mask=m_p, other=0.).to(tl.float32))
                 tl.store(p_y + (i_b * l + t - at) * (h * p) + o_hp, b_v, mask=m_p)
             p_s += ROW
-        leave(EARLY)
 
 # ---------------------------------------------------------------------------------------------------------------
 # The launches. Forward and backward of an operation are plain functions of tensors; they are registered with PyTorch as operators of
@@ -1462,12 +1423,6 @@ def few(x, l):
     return l <= FEW and use_triton(x) and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def follows(x):
-    """How a kernel for decoding is launched on the device of `x`."""
-    early = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return dict(EARLY=EARLY, launch_pdl=True) if early and EARLY else dict(EARLY=0)
-
-
 def rms_norm(x, weight, eps):
     """x / √(mean of x² over the last axis + eps) ∘ weight, in x's type."""
     if not few(x, x.shape[1]):
@@ -1479,7 +1434,7 @@ def rms_norm(x, weight, eps):
 
 
 def rms_plan(x, eps):
-    return Launch(rms_kernel, (x.shape[0] * x.shape[1],), (eps,), d=x.shape[2], BD=triton.next_power_of_2(x.shape[2]), num_warps=8, **follows(x))
+    return Launch(rms_kernel, (x.shape[0] * x.shape[1],), (eps,), d=x.shape[2], BD=triton.next_power_of_2(x.shape[2]), num_warps=8)
 
 
 def linear_plan(x, w, v, u):
@@ -1487,7 +1442,7 @@ def linear_plan(x, w, v, u):
     rows, (n, k) = len(x), w.shape
     M, size = (16 if rows <= 16 else 32 if rows <= 32 else 64), LINEAR[v is not None]
     return Launch(linear_kernel, (cdiv(rows, M), cdiv(n, size["BN"])), (rows,), s_x=x.stride(0), n=n, k=k, GATE=v is not None, ONTO=u is not None,
-                  PREC="ieee" if x.dtype == torch.float32 else "tf32", M=M, **size, **follows(x))
+                  PREC="ieee" if x.dtype == torch.float32 else "tf32", M=M, **size)
 
 
 def linear_rows(x, w, v=None, u=None):
@@ -1528,9 +1483,9 @@ def attend_plan(q, k, v, keys, at):
     R, split = triton.next_power_of_2(h // g), 128 if b * g < 64 else 512
     splits, exact = cdiv(size, split), q.dtype == torch.float32
     meta = dict(s_q=q.stride(1), s_k=k.stride(1), s_v=v.stride(1), g=g, r=h // g, p=p, PREC="ieee" if exact else "tf32", R=R, SPLIT=split,
-                BH=max(16, triton.next_power_of_2(p // 2)), **follows(q))
+                BH=max(16, triton.next_power_of_2(p // 2)))
     return SimpleNamespace(splits=splits, pieces=Launch(attend_kernel, (b * g * cdiv(l, 16 // R), splits), (p**-0.5 * 1.4426950408889634, l, size), **meta, **ATTEND),
-                           y=Launch(gather_kernel, (b * l * h,), (l, splits), h=h, p=p, SPLIT=split, BP=triton.next_power_of_2(p), num_warps=2, **follows(q)))
+                           y=Launch(gather_kernel, (b * l * h,), (l, splits), h=h, p=p, SPLIT=split, BP=triton.next_power_of_2(p), num_warps=2))
 
 
 def attend(q, k, v, cos, sin, keys, values, at):
@@ -1554,13 +1509,12 @@ def one_by_one(t):
 
 def replay_plan(x, B, C, dt, z, lx, lB, ldt, weight, A):
     (b, l, g, p), (h, n) = x.shape, C.shape[2:]
-    BP, BN = min(REPLAY["BP"], triton.next_power_of_2(p)), triton.next_power_of_2(n)
-    size = {**REPLAY, "BP": BP, "NB": min(BN, REPLAY["NB"]), "num_warps": max(1, BP * BN * REPLAY["num_warps"] // 8192)}
-    row = BP * 2 + BN * 2
-    return b * h * cdiv(p, BP) * lx.shape[1] * row, Launch(
-        replay_kernel, (b * h * cdiv(p, BP),), (l, lx.shape[1]), s_x=x.stride(1), s_B=B.stride(1), s_C=C.stride(1), s_dt=dt.stride(1), s_z=z.stride(1),
+    BP, BN = min(64, triton.next_power_of_2(p)), triton.next_power_of_2(n)
+    programs = b * h * cdiv(p, BP)
+    return programs * lx.shape[1] * 2 * (BP + BN), Launch(
+        replay_kernel, (programs,), (l, lx.shape[1]), s_x=x.stride(1), s_B=B.stride(1), s_C=C.stride(1), s_dt=dt.stride(1), s_z=z.stride(1),
         s_lx=lx.stride(1), s_lB=lB.stride(1), s_ldt=ldt.stride(1), h=h, p=p, n=n, rx=h // g, rb=h // B.shape[2], W=weight.shape[-1],
-        CHANNELS=A.dim() == 2, BN=BN, **size, **follows(x))
+        CHANNELS=A.dim() == 2, BP=BP, BN=BN, NB=min(BN, 32), num_warps=max(1, BP * BN // 2048), **REPLAY[programs >= 1024])
 
 
 def replay(x, B, C, dt, z, log, conv, A_log, dt_bias, D, h, at, base, to):
@@ -1568,7 +1522,7 @@ def replay(x, B, C, dt, z, log, conv, A_log, dt_bias, D, h, at, base, to):
     through the inputs logged since, up to `at` (b,), where the new ones begin; they are logged, and h moves before token `to` (b,).
 
     x (b, l, g, p), B (b, l, g, n), C (b, l, h, n), dt (b, l, h) or (b, l, h, p), z (b, l, h, p), for Mamba-2, whose gate comes after, None: as the
-    projections left them. log: x, B, C and dt of logged tokens, (b, size, …), token t at t mod size. conv: a pair, weights and biases of
+    projections left them. log: x, B, C and dt of logged tokens, (b, size, …), size a power of 2, token t at t mod size. conv: a pair, weights and biases of
     x, B and C; for Mamba of x alone. A_log (h,) or (h·p, n). p, n ≤ 128. Returns y (b, l, h, p)."""
     x, B, C, z = one_by_one(x), one_by_one(B), one_by_one(C), x if z is None else one_by_one(z)
     (lx, lB, lC, ldt), y, (weights, biases) = log, x.new_empty(*C.shape[:3], x.shape[3]), conv

@@ -522,7 +522,8 @@ class StateLog:
         convolution mixes in C), and is logged, `read` what it only reads with."""
         c, blank = self.cache, lambda t, l: t.new_zeros(t.shape[0], l, *t.shape[2:])
         if self.inputs is None:
-            self.inputs = [blank(t, 2 * max(c.log, kernels.FEW) + self.window) for t in written]
+            size = 2 ** math.ceil(math.log2(2 * max(c.log, kernels.FEW) + self.window))
+            self.inputs = [blank(t, size) for t in written]
         if c.fused:
             return mixer.replay(*written, *read, self)
         ring = lambda first, l: (c.row, (first[:, None] + torch.arange(l, device=c.device)) % self.inputs[0].shape[1])  # noqa: E731

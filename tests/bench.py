@@ -1,8 +1,8 @@
 """How fast, how exact and how large: our scans and mixers beside attention and, where they are installed, mamba_ssm and fla; decoding.
 
     python tests/bench.py kernels            prints tables 1 to 5 below and writes them to bench-kernels.json
-    python tests/bench.py decode             tables 6 to 8, to bench-decode.json
-    python tests/bench.py decode TARGET DRAFT                 and table 9, of two checkpoints over the same tokens
+    python tests/bench.py decode             tables 6 to 9, to bench-decode.json
+    python tests/bench.py decode TARGET DRAFT                 and table 10, of two checkpoints over the same tokens
     … --small                                sizes for a CPU
 
 A time is two medians in milliseconds, wall / gpu: of the call from Python, and of the same call captured in a CUDA graph and
@@ -21,13 +21,15 @@ replayed, which leaves out Python and the launches. – is what is not installed
 4. The growth of our scans' time with length: ×64 is linear.
 5. The bytes a scan keeps for its backward, per token and layer: what autograd saves, without A, D and the bias of Δ.
 
-6. Plain decoding, batch 1, random weights: ms and tokens/s of a step, and the share of its floor: every weight but the embedding,
-   and the cache, read once at the bandwidth of a copy (on a CPU, whose caches hold so small a model, it says little). Beside it the pass that verifies K = 4 proposed tokens, the
-   replay of the round before it included, over that step.
+6. Plain decoding, batch 1, random weights: ms and tokens/s of a step, and the share of its floor: every weight but the embedding, and
+   the cache, read once at the bandwidth of a copy (on a CPU, whose caches hold so small a model, it says little). Beside it the pass
+   that verifies K = 4 proposed tokens, the replay of the round before it included, over that step.
 7. Decoding at a long context in a batch, of stacks with less and less attention, and the bytes of their caches a row.
-8. Exactness: greedy speculative decoding beside greedy plain decoding in float64, random tiny models of every pairing of stacks, K
-   from 1 to 8, batches of 1 to 4 rows of unequal length: tokens compared and tokens that differ.
-9. Speculative over plain decoding, greedy, wall clock: tokens/s, the share of the draft's tokens that is kept, and tokens per pass.
+8. The kernel of a Mamba-2 layer in a step: one new token of each row, the state written or not, after so many tokens of the log.
+9. Exactness: greedy speculative decoding beside greedy plain decoding, random models of every pairing of stacks, K from 1 to 8, batches of
+   1 to 4 rows of unequal length: tokens compared and tokens that differ. In float64; on CUDA in bf16, in which the kernels work.
+10. Speculative over plain decoding, greedy, wall clock from the fourth round on (in the first a GPU's kernels are compiled, in the second
+   captured): tokens/s, the share of the draft's tokens that is kept, tokens per pass, and whether the text is the plain one.
 """
 import dataclasses
 import importlib
@@ -269,6 +271,7 @@ def kept():
 
 STACKS = ("attention",), ("mamba2", "attention"), ("mamba2",), ("mamba",)  # repeated over the layers
 LONG = 2048, 16, 32768                                                     # tokens before a step of table 6; batch and tokens of table 7
+NEW = 400                                                                   # tokens a row of table 10
 EXACT = [(torch.float64, 100_000)] if not CUDA else [(torch.bfloat16, 30_000)]  # tokens to compare
 DECODER = mil.Config()
 if "--small" in sys.argv or not CUDA:
@@ -339,6 +342,28 @@ def decoding(limits):
     return rows
 
 
+def replays():
+    """Table 8, of the kernel alone and with the gate and norm that follow it."""
+    (h, g, p), b, rows = (32, 8, 128), 64, []
+    mixer = mil.cast(mil.Mamba2(mil.Config(n_heads=h, n_kv_heads=g, head_dim=p)), TYPE).to(DEVICE)
+    z, xBC, dt = torch.randn(b, 1, sum(mixer.sizes), device=DEVICE, dtype=TYPE).split(mixer.sizes, dim=2)
+    print(f"\n{f'8. replay, b{b} h{h} p{p} n{p}':<38}{'ms':>10}{'GB/s':>10}{'with norm':>12}")
+    for logged, written in ((0, True), (0, False), (1, False), (1, True), (2, True), (4, True)):
+        cache = mil.Cache(mil.Hybrid(mil.Config(v=1, d=2, n_layers=1, n_heads=1, n_kv_heads=1, d_ff=1, mixers=["none"])).to(DEVICE), b, 99, log=8)
+        cache.at.fill_(64), cache.base.fill_(64 - logged), cache.to.fill_(64 + (logged == 0) if written else 64 - logged)
+        log = mixer.new_log(cache)
+        log.inputs = [torch.randn(b, 64, *t.shape[2:], device=DEVICE, dtype=TYPE) for t in (xBC, dt)]
+        with torch.inference_mode():
+            times = []
+            for gate in (lambda y, z: y, mil.Mamba2.gate.__get__(mixer)):
+                mixer.gate = gate
+                times.append(gpu_ms(lambda: [mixer.replay(xBC, dt, z, log) for _ in range(10)]) / 10)
+        rows.append(dict(logged=logged, written=written, ms=times[0], with_norm=times[1]))
+        print(f"{f'{logged} logged, state ' + ('written' if written else 'not written'):<38}{times[0]:>10.4f}"
+              f"{(1 + written) * log.h.nbytes / times[0] / 1e6:>10.0f}{times[1]:>12.4f}", flush=True)
+    return rows
+
+
 def exactness(dtype, tokens, seed=0):
     """Of tiny models, and for bf16, which the kernels take, larger ones."""
     tiny = dict(v=7, d=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24, context=256, d_state=4)
@@ -354,7 +379,7 @@ def exactness(dtype, tokens, seed=0):
         compared += sum(map(len, plain))
         differ += sum(a != b for row, other in zip(plain, fast) for a, b in zip(row, other)) + sum(len(a) != len(b) for a, b in zip(plain, fast))
         seed += 1
-    print(f"\n8. greedy speculative = greedy plain, {str(dtype)[6:]}: {compared:,} tokens of {seed - first} pairs of models compared, {differ} differ", flush=True)
+    print(f"\n9. greedy speculative = greedy plain, {str(dtype)[6:]}: {compared:,} tokens of {seed - first} pairs of models compared, {differ} differ", flush=True)
     return dict(dtype=str(dtype)[6:], compared=compared, differ=differ, pairs=seed - first)
 
 
@@ -362,21 +387,26 @@ def speculation(target, draft):
     (model, encoding), (small, _) = (generate.load_with_tokenizer(path, DEVICE, TYPE) for path in (target, draft))
     text = generate.encode(encoding, Path(__file__).read_text())  # not part of any training text of ours
     count, rows = sum(w.numel() for w in model.parameters()), []
-    print(f"\n{f'9. {count / 1e6:.1f} M parameters':<38}{'tokens/s':>10}{'÷ plain':>10}{'kept':>8}{'a pass':>8}")
+    print(f"\n{f'10. {count / 1e6:.1f} M parameters':<38}{'tokens/s':>10}{'÷ plain':>10}{'kept':>8}{'a pass':>8}{'text':>8}")
     for batch in (1, 8):
-        prompts = [text[i * 200:i * 200 + 48] for i in range(batch)]
+        prompts, plain = [text[i * 200:i * 200 + 48] for i in range(batch)], None
         for K in (None, 2, 4, 6, 0):
             runs = []
             for _ in range(3):
-                plan, began = generate.Speculation(K or 0), now()
-                new = sum(len(t) for row in generate.generate(model, prompts, 160, 0, draft=None if K is None else small, speculate=plan) for t in row)
+                plan, texts, new = generate.Speculation(K or 0), [[] for _ in prompts], 0
+                for i, row in enumerate(generate.generate(model, prompts, NEW, 0, draft=None if K is None else small, speculate=plan)):
+                    texts = [a + b for a, b in zip(texts, row)]
+                    new += sum(map(len, row))
+                    if i == 2:
+                        new, began = 0, now()
                 runs.append((new / (now() - began), plan))
             speed, plan = sorted(runs, key=lambda r: r[0])[1]
-            rows.append(dict(batch=batch, K=K, tokens_s=speed, kept=plan.accepted / max(1, plan.proposed), per_pass=new / max(1, plan.passes)))
-            plain = next(r["tokens_s"] for r in rows if r["batch"] == batch)
+            plain = plain or (speed, texts)
+            kept, per_pass = plan.accepted / max(1, plan.proposed), sum(map(len, texts)) / max(1, plan.passes)
+            rows.append(dict(batch=batch, K=K, tokens_s=speed, kept=kept, per_pass=per_pass, same=texts == plain[1]))
             name = "plain" if K is None else f"K = {K}" if K else f"K chosen ({plan.K})"
-            more = "" if K is None else f"{rows[-1]['kept']:>8.0%}{rows[-1]['per_pass']:>8.2f}"
-            print(f"{f'batch {batch}, {name}':<38}{speed:>10.1f}{speed / plain:>10.2f}{more}", flush=True)
+            more = "" if K is None else f"{kept:>8.0%}{per_pass:>8.2f}{'same' if texts == plain[1] else 'DIFFERS':>8}"
+            print(f"{f'batch {batch}, {name}':<38}{speed:>10.1f}{speed / plain[0]:>10.2f}{more}", flush=True)
     return rows
 
 
@@ -393,5 +423,5 @@ if __name__ == "__main__":
     if what == "kernels":
         report.update(scans=scans(limits), errors=errors(), mixers=mixers(), growth=growth(), kept=kept())
     else:
-        report.update(decoding=decoding(limits), exactness=[exactness(*how) for how in EXACT], **(dict(speculation=speculation(*paths)) if paths else {}))
+        report.update(decoding=decoding(limits), replay=replays() if CUDA else None, exactness=[exactness(*how) for how in EXACT], **(dict(speculation=speculation(*paths)) if paths else {}))
     Path(f"bench-{what}.json").write_text(json.dumps(report, indent=1))
