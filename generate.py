@@ -368,7 +368,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     With a `draft`, another model over the same tokens, a round is speculative: the draft proposes K tokens, one by one; the model reads
     them in one pass, keeps the longest part it agrees with and adds one token; the law of the text is the model's own, whatever the draft
     (`verify`). `speculate` is K, 0 to have it chosen by what is accepted and what it costs, or a Speculation. Without a draft K is 0 and a
-    round is one token. Neither model ever undoes anything: each cache moves its cursor back (mil.Cache).
+    round is one token, as is a first round with a prompt of one (the draft reads two). Neither model ever undoes anything: each cache moves
+    its cursor back (mil.Cache). On CUDA each half of a round, the draft's and the model's, is one launch (Launched).
 
     A row that is finished (it drew one of `stop`, which is yielded, or filled the context, or has max_new_tokens) yields [] from then on;
     the generator ends with the last row. Rows do not see each other. MilError for prompts and settings that cannot work, and for NaN.
@@ -419,7 +420,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
             feed(draft, caches[1], [text[:-2] for text in texts])
             unread = False
         if K not in halves:
-            halves[K] = first, _ = Launched(lambda K=K: propose(K), fast, generator), Launched(lambda K=K: check(*halves[K][0].out), fast, generator)
+            first = Launched(lambda K=K: propose(K), fast, generator)
+            halves[K] = first, Launched(lambda first=first: check(*first.out), fast, generator)  # no cycle: a graph freed during a capture breaks it
         now.copy_(torch.tensor([[len(text) - 1, text[-2] if len(text) > 1 else 0, text[-1]] for text in texts]).T)
         for cache in caches[:1 + (K > 0)]:
             cache.used = max(map(len, texts)) - 1

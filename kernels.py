@@ -24,6 +24,7 @@ In this file
     ssm_scan              the same result, differentiable and fast: Triton on CUDA, chunked PyTorch elsewhere
     conv_reference        the short causal convolution + SiLU in front of the scan, and causal_conv, its fast form
     gated_norm_reference  Mamba-2's gate and norm behind it, and gated_norm
+    linear, attend, replay   a model's layers for a few tokens a row, in decoding
 
 How the scan is made fast. The recurrence is linear in h, so a sequence can be cut anywhere:
 
@@ -57,6 +58,9 @@ Why it is fast, in the order in which it paid (an H100 has 132 multiprocessors o
     loads of the next one run behind it, and what belongs to writers and to readers is computed from products of its own, never
     from a transposed result.
     Working out 40 arguments in Python takes longer than a small batch runs: `planned` remembers them, `Launch` what it compiled.
+
+Decoding is bound by the memory: each weight is used for a few rows only, so what counts is to fetch it once, at full rate, and to leave
+no gap between kernels, whose launches a CUDA graph makes. The recurrence is the token by token one: `replay`, on the state and a log.
 
 Names in the kernels: s6_ is Mamba, ssd_ Mamba-2; b_ a block in registers, p_ or ptr a pointer, o_ offsets, m_ a mask, i_ an index, s_
 a stride (s_xl: of x over l), c a number of segments, s the tokens in one (p_s, b_s: the running sum of Δ A LOG2E within a tile), T
@@ -296,7 +300,7 @@ S6_TILE, S6_BLOCKS, S6_T = 256, 2048, 8
 SSD_BLOCKS, WALK_Y, WALK_STATES = 256, dict(num_warps=4, num_stages=2), dict(num_warps=4, num_stages=3)
 GRADIENT = dict(num_warps=4, num_stages=2)
 CONV_Y, CONV_GRADIENT = dict(T=32, U=8, BLOCK=128), dict(T=64, U=8, BLOCK=64)
-FEW, ATTEND, REPLAY = 16, dict(BK=64, num_warps=4, num_stages=3), (dict(T=4), dict(T=1, maxnreg=128))  # the second for 1,024 programs or more
+FEW, REPLAY = 16, (dict(T=4), dict(T=1, maxnreg=128))  # the second for 1,024 programs or more
 LINEAR = dict(BN=32, BK=256, num_warps=4, num_stages=4), dict(BN=64, BK=128, num_warps=4, num_stages=4)  # the second with a gate
 NORM_Y, NORM_GRADIENT = dict(T=16, ELEMENTS=2048), dict(T=64, ELEMENTS=1024)
 
@@ -1437,12 +1441,18 @@ def rms_plan(x, eps):
     return Launch(rms_kernel, (x.shape[0] * x.shape[1],), (eps,), d=x.shape[2], BD=triton.next_power_of_2(x.shape[2]), num_warps=8)
 
 
+def stages(x, most, size):
+    """How many stages of `size` bytes a loop can have in flight in shared memory, of the `most` that are best."""
+    return min(most, torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin // size) if x.is_cuda else most
+
+
 def linear_plan(x, w, v, u):
     """y = x Wᵀ in tiles of BN columns × M rows."""
     rows, (n, k) = len(x), w.shape
     M, size = (16 if rows <= 16 else 32 if rows <= 32 else 64), LINEAR[v is not None]
+    stage = (size["BN"] * (1 + (v is not None)) + M) * size["BK"] * x.element_size()
     return Launch(linear_kernel, (cdiv(rows, M), cdiv(n, size["BN"])), (rows,), s_x=x.stride(0), n=n, k=k, GATE=v is not None, ONTO=u is not None,
-                  PREC="ieee" if x.dtype == torch.float32 else "tf32", M=M, **size)
+                  PREC="ieee" if x.dtype == torch.float32 else "tf32", M=M, **{**size, "num_stages": stages(x, size["num_stages"], stage)})
 
 
 def linear_rows(x, w, v=None, u=None):
@@ -1464,9 +1474,8 @@ def linear(x, weight, onto=None):
 
 def linears(x, *weights):
     """x (b, l, k) times the transpose of each weight (n, k): a list. Weights that lie one after the other in memory are read as one."""
-    whole = weights[0].untyped_storage().data_ptr()
-    ends = [w.data_ptr() + w.nbytes for w in weights]
-    if few(x, x.shape[1]) and [w.data_ptr() for w in weights[1:]] == ends[:-1] and all(w.untyped_storage().data_ptr() == whole for w in weights):
+    if few(x, x.shape[1]) and all(a.data_ptr() + a.nbytes == b.data_ptr() and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+                                  for a, b in zip(weights, weights[1:])):
         sizes = [len(w) for w in weights]
         return linear_rows(x, weights[0].as_strided((sum(sizes), x.shape[2]), (x.shape[2], 1))).split(sizes, dim=2)
     return [linear(x, w) for w in weights]
@@ -1483,8 +1492,8 @@ def attend_plan(q, k, v, keys, at):
     R, split = triton.next_power_of_2(h // g), 128 if b * g < 64 else 512
     splits, exact = cdiv(size, split), q.dtype == torch.float32
     meta = dict(s_q=q.stride(1), s_k=k.stride(1), s_v=v.stride(1), g=g, r=h // g, p=p, PREC="ieee" if exact else "tf32", R=R, SPLIT=split,
-                BH=max(16, triton.next_power_of_2(p // 2)))
-    return SimpleNamespace(splits=splits, pieces=Launch(attend_kernel, (b * g * cdiv(l, 16 // R), splits), (p**-0.5 * 1.4426950408889634, l, size), **meta, **ATTEND),
+                BH=max(16, triton.next_power_of_2(p // 2)), num_warps=4, num_stages=stages(q, 3, 2 * 64 * p * q.element_size()), BK=64)
+    return SimpleNamespace(splits=splits, pieces=Launch(attend_kernel, (b * g * cdiv(l, 16 // R), splits), (p**-0.5 * 1.4426950408889634, l, size), **meta),
                            y=Launch(gather_kernel, (b * l * h,), (l, splits), h=h, p=p, SPLIT=split, BP=triton.next_power_of_2(p), num_warps=2))
 
 

@@ -499,7 +499,7 @@ def test_a_number_of_proposals_that_cannot_be_is_refused(student, argv, match):
 
 
 def test_the_command_prints_the_same_greedy_text_with_a_draft_and_says_what_was_kept(student, capsys):
-    argv = ["--model", student, "--prompt", "ab", "--prompt", "c", "--temperature", "0", "--max_new_tokens", "20", "--device", DEVICE]
+    argv = ["--model", student, "--prompt", "ab", "--prompt", "cd", "--temperature", "0", "--max_new_tokens", "20", "--device", DEVICE]
     g.main(argv)
     plain = capsys.readouterr()
     g.main([*argv, "--draft", student, "--speculate", "4"])
