@@ -280,6 +280,20 @@ def test_several_tokens_at_once_give_the_bits_of_one_by_one_also_after_some_were
     assert at == 30 and torch.equal(torch.cat(got, dim=1), want)
 
 
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+def test_a_large_batch_replays_in_another_way_with_the_same_bits(mixer, monkeypatch):
+    model, got = build(Config(**WIDE, n_layers=1, mixers=[mixer]), torch.float32), []
+    for size in kernels.REPLAY:  # of few programs, and of many
+        with torch.no_grad(), form("triton"):
+            monkeypatch.setattr(kernels, "REPLAY", (size, size))
+            cache = Cache(model, 2, 40, log=6)
+            for i in range(3):
+                cache.settle(5)
+                got.append(model(random_tokens(model.config, 2, 5, i), cache))
+                cache.back([3 * i + 3] * 2)
+    assert all(torch.equal(a, b) for a, b in zip(got[:3], got[3:]))
+
+
 @pytest.mark.parametrize("mixer", mil.MIXERS)
 def test_a_float32_stack_takes_the_triton_kernels_and_agrees_with_float64(mixer):
     config = Config(**{**SMALL, "n_layers": 1, "mixers": [mixer]})
