@@ -273,7 +273,7 @@ def best_k(alpha, cost, most=8):
 
 class Speculation:
     """How much to propose, and how it went. Always K tokens a round; or with K = 0 at first 4, then, after the 5th round and every 32 from
-    there, what best_k says to the rates and times since (the 1st round, in which all is slow, left out)."""
+    there, what best_k says to the rates and times since (the rounds in which a K is new, and slow, left out)."""
 
     def __init__(self, K=0, most=8):
         self.fixed, self.K, self.most, self.next = K > 0, K or min(4, most), K or most, 5
@@ -332,7 +332,7 @@ def stamp(device):
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return event
 
 
@@ -341,23 +341,25 @@ def seconds(since, until):
 
 
 class Launched:
-    """`f`, a function of tensors that stay where they are: on CUDA, with `graph`, run as it is the first time, which compiles its kernels, then
-    captured in a CUDA graph, of which every later call is one launch."""
+    """`f`, a function of tensors that stay where they are: on a CUDA `device` run as it is the first time, which compiles its kernels, then
+    captured in a CUDA graph, of which every later call is one launch; with device None always run as it is."""
 
-    def __init__(self, f, graph, generator=None):
-        self.f, self.graph, self.generator, self.calls = f, torch.cuda.CUDAGraph() if graph else None, generator, 0
+    def __init__(self, f, device, generator=None):
+        self.f, self.device, self.generator, self.calls, self.graph = f, device, generator, 0, None
 
     def __call__(self):
         self.calls += 1
-        if self.graph is None or self.calls == 1:
+        if self.device is None or self.calls == 1:
             self.out = self.f()
             return self.out
-        if self.calls == 2:
-            if self.generator:
-                self.graph.register_generator_state(self.generator)
-            with torch.cuda.graph(self.graph):
-                self.out = self.f()
-        self.graph.replay()
+        with torch.cuda.device(self.device):
+            if self.calls == 2:
+                self.graph = torch.cuda.CUDAGraph()
+                if self.generator:
+                    self.graph.register_generator_state(self.generator)
+                with torch.cuda.graph(self.graph, stream=torch.cuda.Stream()):
+                    self.out = self.f()
+            self.graph.replay()
         return self.out
 
 
@@ -369,7 +371,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     them in one pass, keeps the longest part it agrees with and adds one token; the law of the text is the model's own, whatever the draft
     (`verify`). `speculate` is K, 0 to have it chosen by what is accepted and what it costs, or a Speculation. Without a draft K is 0 and a
     round is one token, as is a first round with a prompt of one (the draft reads two). Neither model ever undoes anything: each cache moves
-    its cursor back (mil.Cache). On CUDA each half of a round, the draft's and the model's, is one launch (Launched).
+    its cursor back (mil.Cache). On CUDA each half of a round, the draft's and the model's, is one launch (Launched), up to K = 15 and heads
+    of 128, and not in float64.
 
     A row that is finished (it drew one of `stop`, which is yielded, or filled the context, or has max_new_tokens) yields [] from then on;
     the generator ends with the last row. Rows do not see each other. MilError for prompts and settings that cannot work, and for NaN.
@@ -390,8 +393,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     texts, ends = [list(prompt) for prompt in prompts], [min(len(prompt) + max_new_tokens, context) for prompt in prompts]
     most = int(min(plan.most, context - 1)) if draft else 0                                   # the largest K
     caches = [mil.Cache(m, len(texts), max(ends) + most, log=most + 1 if draft else 0) for m in (model, draft) if m]
-    fast = caches[0].device.type == "cuda" and all(cache.fusable(most + 1) for cache in caches)
-    ahead, before, last = now = torch.zeros(3, len(texts), dtype=torch.long, device=caches[0].device)  # the target's cursors, and two tokens
+    device = caches[0].device if caches[0].device.type == "cuda" and all(cache.fusable(most + 1) for cache in caches) else None
+    ahead, before, last = now = torch.zeros(3, len(texts), dtype=torch.long, device=caches[0].device)  # per row len(text) - 1, text[-2], text[-1]
     done, unread, halves = [False] * len(texts), True, {}
     feed(model, caches[0], [text[:-1] for text in texts])  # the last token is left to the first round
 
@@ -399,7 +402,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         """The last token and the draft's K, and the laws they are from: (b, 1 + K), (b, K, v). It reads two, as it never read its own last."""
         tokens, q = [last[:, None]], []
         if K:
-            caches[1].start(ahead - 1, K + 1)
+            caches[1].start(ahead - 1, max(map(len, texts)) - 2, K + 1)
             hidden = draft.hidden(torch.stack([before, last], dim=1), caches[1])[:, -1:]
         for j in range(K):
             hidden = hidden if j == 0 else draft.hidden(tokens[-1], caches[1])
@@ -409,7 +412,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
 
     def check(proposed, q):
         """Per row how many are kept, what was proposed, and one token more: (b, 2 + K)."""
-        caches[0].start(ahead, proposed.shape[1] if draft else 0)
+        caches[0].start(ahead, max(map(len, texts)) - 1, proposed.shape[1] if draft else 0)
         p = law(model, model.hidden(proposed, caches[0]))                                     # (b, 1 + K, v)
         count, extra = verify(proposed[:, 1:], p[:, :0] if q is None else q, p, generator)
         return torch.cat([count[:, None], proposed[:, 1:], extra[:, None]], dim=1)
@@ -420,11 +423,10 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
             feed(draft, caches[1], [text[:-2] for text in texts])
             unread = False
         if K not in halves:
-            first = Launched(lambda K=K: propose(K), fast, generator)
-            halves[K] = first, Launched(lambda first=first: check(*first.out), fast, generator)  # no cycle: a graph freed during a capture breaks it
+            # without a cycle of references, so that no graph is freed by the garbage collector while another is captured, which would break it
+            first = Launched(lambda K=K: propose(K), device, generator)
+            halves[K] = first, Launched(lambda first=first: check(*first.out), device, generator)
         now.copy_(torch.tensor([[len(text) - 1, text[-2] if len(text) > 1 else 0, text[-1]] for text in texts]).T)
-        for cache in caches[:1 + (K > 0)]:
-            cache.used = max(map(len, texts)) - 1
         times = [stamp(now.device)]
         for half in halves[K]:
             out = half()
@@ -442,7 +444,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
             if draft:
                 plan.count(n, K, min(n, len(new[i])))
         if K:
-            plan.time(*[seconds(*pair) for pair in zip(times, times[1:])], K, halves[K][0].calls > (2 if fast else 1))
+            plan.time(*[seconds(*pair) for pair in zip(times, times[1:])], K, halves[K][0].calls > (2 if device else 1))
         yield new
 
 

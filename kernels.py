@@ -24,7 +24,7 @@ In this file
     ssm_scan              the same result, differentiable and fast: Triton on CUDA, chunked PyTorch elsewhere
     conv_reference        the short causal convolution + SiLU in front of the scan, and causal_conv, its fast form
     gated_norm_reference  Mamba-2's gate and norm behind it, and gated_norm
-    linear, attend, replay   a model's layers for a few tokens a row, in decoding
+    linear, swiglu, rms_norm, attend, replay   a model's layers for a few tokens a row, in decoding
 
 How the scan is made fast. The recurrence is linear in h, so a sequence can be cut anywhere:
 
@@ -300,8 +300,10 @@ S6_TILE, S6_BLOCKS, S6_T = 256, 2048, 8
 SSD_BLOCKS, WALK_Y, WALK_STATES = 256, dict(num_warps=4, num_stages=2), dict(num_warps=4, num_stages=3)
 GRADIENT = dict(num_warps=4, num_stages=2)
 CONV_Y, CONV_GRADIENT = dict(T=32, U=8, BLOCK=128), dict(T=64, U=8, BLOCK=64)
-FEW, REPLAY = 16, (dict(T=4), dict(T=1, maxnreg=128))  # the second for 1,024 programs or more
-LINEAR = dict(BN=32, BK=256, num_warps=4, num_stages=4), dict(BN=64, BK=128, num_warps=4, num_stages=4)  # the second with a gate
+# Decoding: the most tokens a row (a tile of 16 in attend_kernel); keys in a piece, for few heads of all rows together and for 64 or more; tokens
+# prepared together in a replay, for few programs and for 1,024 or more; the linear layers, without a gate and with one.
+FEW, SPLIT, REPLAY = 16, (128, 512), (dict(T=4), dict(T=1, maxnreg=128))
+LINEAR = dict(BN=32, BK=256, num_warps=4, num_stages=4), dict(BN=64, BK=128, num_warps=4, num_stages=4)
 NORM_Y, NORM_GRADIENT = dict(T=16, ELEMENTS=2048), dict(T=64, ELEMENTS=1024)
 
 if triton is not None:
@@ -914,8 +916,9 @@ if triton is not None:
         if GRADIENT:
             tl.store(p_dw + i_bch * p + o_p, tl.sum(b_dw, axis=0, keep_dims=True), mask=o_p < p)
 
-    # Decoding: l ≤ FEW tokens a row, which follow what a cache holds. What a row computes does not depend on the other rows, nor on how many
-    # tokens come at once: the same products in the same order, so that reading five tokens gives the bits of reading them one by one.
+    # Decoding: l ≤ FEW tokens a row, which follow what a cache holds. What a row computes does not depend on what the other rows hold, nor
+    # on how many tokens come at once: the same products in the same order, so that reading five tokens gives the bits of reading them one by
+    # one. (A batch of another size may cut attention's keys in other pieces.)
 
     @triton.jit
     def rms_kernel(p_x, p_w, p_y, eps, d: tl.constexpr, BD: tl.constexpr):
@@ -929,8 +932,8 @@ if triton is not None:
     @triton.jit(do_not_specialize=["rows"])
     def linear_kernel(p_x, p_w, p_v, p_u, p_y, rows, s_x: tl.constexpr, n: tl.constexpr, k: tl.constexpr, GATE: tl.constexpr, ONTO: tl.constexpr,
                       PREC: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-        """y (rows, n) = x Wᵀ, or with GATE silu(x Wᵀ) ∘ x Vᵀ, or with ONTO u + x Wᵀ: BN columns for M rows. The weights stream past once."""
-        o_m, o_n, o_k = tl.program_id(0) * M + tl.arange(0, M)[None, :], tl.program_id(1) * BN + tl.arange(0, BN)[:, None], tl.arange(0, BK)
+        """y (rows, n) = x Wᵀ, or with GATE silu(x Wᵀ) ∘ x Vᵀ, or with ONTO u + x Wᵀ: BN columns for M rows. The weights stream past once for every 64 rows."""
+        o_m, o_n, o_k = (tl.program_id(0) * M + tl.arange(0, M)[None, :]).to(tl.int64), tl.program_id(1) * BN + tl.arange(0, BN)[:, None], tl.arange(0, BK)
         o_w = o_n.to(tl.int64) * k + o_k[None, :]
         b_y, b_v = tl.zeros((BN, M), tl.float32), tl.zeros((BN, M), tl.float32)
         for i_k in range(0, k, BK):
@@ -1090,7 +1093,7 @@ if triton is not None:
             b_xt, b_delta = tl.load(p_s + o_q), tl.load(p_s + BP + 2 * BN + o_d)
             b_new, b_y = (), tl.zeros((BP, NB), tl.float32)
             for k in tl.static_range(BN // NB):
-                b_hk = tl.fma(tl.exp2(b_delta * b_A[k]) + b_y * 0, b_h[k], b_delta * b_xt * tl.load(p_s + BP + k * NB + o_n))
+                b_hk = tl.fma(tl.broadcast_to(tl.exp2(b_delta * b_A[k]), (BP, NB)), b_h[k], b_delta * b_xt * tl.load(p_s + BP + k * NB + o_n))
                 b_y += b_hk * tl.load(p_s + BP + BN + k * NB + o_n)
                 if t + 1 == to:
                     tl.store(p_h + k * NB, b_hk, mask=m_p & (k * NB + o_n < n))
@@ -1423,8 +1426,10 @@ for f, schema in ((scan_forward, f"({SCAN}, bool keep) -> (Tensor, Tensor, Tenso
 
 
 def few(x, l):
-    """Whether l tokens a row of a model with weights like `x` go to decoding's kernels: no more than FEW, and nothing to differentiate."""
-    return l <= FEW and use_triton(x) and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether l tokens a row of a model with weights like `x` go to decoding's kernels: no more than FEW, nothing to differentiate, no
+    autocast (a kernel takes one type). Never by the number of rows: decoding and verification must take the same."""
+    return (l <= FEW and use_triton(x) and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+            and not torch.compiler.is_compiling())
 
 
 def rms_norm(x, weight, eps):
@@ -1433,17 +1438,17 @@ def rms_norm(x, weight, eps):
         return F.rms_norm(x, weight.shape, weight, eps)
     x, y = x.contiguous(), x.new_empty(x.shape)
     with torch.cuda.device_of(x):
-        planned(rms_plan, x, eps)(x, weight, y)
+        planned(rms_plan, x, weight, eps)(x, weight, y)
     return y
 
 
-def rms_plan(x, eps):
+def rms_plan(x, weight, eps):
     return Launch(rms_kernel, (x.shape[0] * x.shape[1],), (eps,), d=x.shape[2], BD=triton.next_power_of_2(x.shape[2]), num_warps=8)
 
 
 def stages(x, most, size):
     """How many stages of `size` bytes a loop can have in flight in shared memory, of the `most` that are best."""
-    return min(most, torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin // size) if x.is_cuda else most
+    return max(1, min(most, torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin // size)) if x.is_cuda else most
 
 
 def linear_plan(x, w, v, u):
@@ -1459,7 +1464,7 @@ def linear_rows(x, w, v=None, u=None):
     """The kernel on x (b, l, k): (b, l, n)."""
     (b, l, k), n = x.shape, w.shape[0]
     x, u, y = x.reshape(b * l, k), u if u is None else u.reshape(b * l, n).contiguous(), x.new_empty(b, l, n)
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x, w, v = x if x.stride(1) == 1 else x.contiguous(), w.contiguous(), v if v is None else v.contiguous()
     with torch.cuda.device_of(x):
         planned(linear_plan, x, w, v, u)(x, w, w if v is None else v, x if u is None else u, y)
     return y
@@ -1474,7 +1479,7 @@ def linear(x, weight, onto=None):
 
 def linears(x, *weights):
     """x (b, l, k) times the transpose of each weight (n, k): a list. Weights that lie one after the other in memory are read as one."""
-    if few(x, x.shape[1]) and all(a.data_ptr() + a.nbytes == b.data_ptr() and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    if few(x, x.shape[1]) and all(w.is_contiguous() for w in weights) and all(a.data_ptr() + a.nbytes == b.data_ptr() and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
                                   for a, b in zip(weights, weights[1:])):
         sizes = [len(w) for w in weights]
         return linear_rows(x, weights[0].as_strided((sum(sizes), x.shape[2]), (x.shape[2], 1))).split(sizes, dim=2)
@@ -1486,23 +1491,23 @@ def swiglu(x, gate, up):
     return linear_rows(x, gate, v=up) if few(x, x.shape[1]) else F.silu(F.linear(x, gate)) * F.linear(x, up)
 
 
-def attend_plan(q, k, v, keys, at):
-    """Pieces of SPLIT keys: enough of them to fill the chip, and their number no business of how many tokens come at once."""
+def attend_plan(q, k, v, keys, *others):
+    """Pieces of SPLIT keys: enough of them to fill the chip, and how many does not depend on how many tokens come at once."""
     (b, l, h, p), (g, size) = q.shape, keys.shape[1:3]
-    R, split = triton.next_power_of_2(h // g), 128 if b * g < 64 else 512
+    R, BH, split = triton.next_power_of_2(h // g), max(16, triton.next_power_of_2(p // 2)), SPLIT[b * g >= 64]
     splits, exact = cdiv(size, split), q.dtype == torch.float32
     meta = dict(s_q=q.stride(1), s_k=k.stride(1), s_v=v.stride(1), g=g, r=h // g, p=p, PREC="ieee" if exact else "tf32", R=R, SPLIT=split,
-                BH=max(16, triton.next_power_of_2(p // 2)), num_warps=4, num_stages=stages(q, 3, 2 * 64 * p * q.element_size()), BK=64)
-    return SimpleNamespace(splits=splits, pieces=Launch(attend_kernel, (b * g * cdiv(l, 16 // R), splits), (p**-0.5 * 1.4426950408889634, l, size), **meta),
+                BK=min(64, split), BH=BH, num_warps=4, num_stages=stages(q, 3, 2 * 64 * 2 * BH * q.element_size()))
+    return SimpleNamespace(splits=splits, pieces=Launch(attend_kernel, (b * g * cdiv(l, 16 // R), splits), (p**-0.5 * LOG2E.value, l, size), **meta),
                            y=Launch(gather_kernel, (b * l * h,), (l, splits), h=h, p=p, SPLIT=split, BP=triton.next_power_of_2(p), num_warps=2))
 
 
 def attend(q, k, v, cos, sin, keys, values, at):
     """Causal attention of l ≤ FEW new tokens over a cache that holds `at` (b,) tokens a row, to which they are added: q (b, l, h, p) and k
-    (b, l, g, p) before RoPE, v alike; cos, sin (b, 1, l, p / 2) in float32; keys, values (b, g, size, p). Returns y (b, l, h, p)."""
+    (b, l, g, p) before RoPE, v alike; cos, sin (b, 1, l, p / 2) in float32; keys, values (b, g, size, p). p ≤ 128, h/g ≤ 16. Returns y (b, l, h, p)."""
     (b, l, h, p), q, k, v = q.shape, *(one_by_one(t) for t in (q, k, v))
     with torch.cuda.device_of(q):
-        plan = planned(attend_plan, q, k, v, keys, at)
+        plan = planned(attend_plan, q, k, v, keys, values, cos, sin, at)
         lse, y = q.new_empty(b, l, h, plan.splits, dtype=torch.float32), q.new_empty(b, l, h, p)
         part = lse.new_empty(*lse.shape, p)
         plan.pieces(q, k, v, cos, sin, at, keys, values, lse, part)
@@ -1516,14 +1521,14 @@ def one_by_one(t):
     return t if even else t.contiguous()
 
 
-def replay_plan(x, B, C, dt, z, lx, lB, ldt, weight, A):
+def replay_plan(x, B, C, dt, z, lx, lB, lC, ldt, h_, at, base, to, weight, *others):
     (b, l, g, p), (h, n) = x.shape, C.shape[2:]
     BP, BN = min(64, triton.next_power_of_2(p)), triton.next_power_of_2(n)
     programs = b * h * cdiv(p, BP)
     return programs * lx.shape[1] * 2 * (BP + BN), Launch(
         replay_kernel, (programs,), (l, lx.shape[1]), s_x=x.stride(1), s_B=B.stride(1), s_C=C.stride(1), s_dt=dt.stride(1), s_z=z.stride(1),
         s_lx=lx.stride(1), s_lB=lB.stride(1), s_ldt=ldt.stride(1), h=h, p=p, n=n, rx=h // g, rb=h // B.shape[2], W=weight.shape[-1],
-        CHANNELS=A.dim() == 2, BP=BP, BN=BN, NB=min(BN, 32), num_warps=max(1, BP * BN // 2048), **REPLAY[programs >= 1024])
+        CHANNELS=dt.dim() == 4, BP=BP, BN=BN, NB=min(BN, 32), num_warps=max(1, BP * BN // 2048), **REPLAY[programs >= 1024])
 
 
 def replay(x, B, C, dt, z, log, conv, A_log, dt_bias, D, h, at, base, to):
@@ -1532,10 +1537,11 @@ def replay(x, B, C, dt, z, log, conv, A_log, dt_bias, D, h, at, base, to):
 
     x (b, l, g, p), B (b, l, g, n), C (b, l, h, n), dt (b, l, h) or (b, l, h, p), z (b, l, h, p), for Mamba-2, whose gate comes after, None: as the
     projections left them. log: x, B, C and dt of logged tokens, (b, size, …), size a power of 2, token t at t mod size. conv: a pair, weights and biases of
-    x, B and C; for Mamba of x alone. A_log (h,) or (h·p, n). p, n ≤ 128. Returns y (b, l, h, p)."""
-    x, B, C, z = one_by_one(x), one_by_one(B), one_by_one(C), x if z is None else one_by_one(z)
+    x, B and C, whose logs have one stride; for Mamba of x alone. A_log (h,) or (h·p, n). p, n ≤ 128. Returns y (b, l, h, p)."""
+    x, B, C, dt, z = one_by_one(x), one_by_one(B), one_by_one(C), dt.contiguous() if dt.dim() == 4 else dt, x if z is None else one_by_one(z)
     (lx, lB, lC, ldt), y, (weights, biases) = log, x.new_empty(*C.shape[:3], x.shape[3]), conv
     with torch.cuda.device_of(x):
-        room, plan = planned(replay_plan, x, B, C, dt, z, lx, lB, ldt, weights[0], A_log)
-        plan(x, B, C, dt, z, lx, lB, lC, ldt, h, at, base, to, *weights, *biases, A_log, dt_bias, D, h.new_empty(room), y)
+        tensors = x, B, C, dt, z, lx, lB, lC, ldt, h, at, base, to, *weights, *biases, A_log, dt_bias, D
+        room, plan = planned(replay_plan, *tensors)
+        plan(*tensors, h.new_empty(room), y)
     return y

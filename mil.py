@@ -453,10 +453,12 @@ class Cache:
         self.counts = l if lengths is None else self.lengths
         self.to.copy_(self.at + self.counts if self.direct else torch.where(self.at - self.base + new > self.log, self.at, self.base))
         self.pos = self.at[:, None] + after                                              # (b, l)
-        if not self.fused:  # in a Mamba layer's log: the most inputs of a row to replay, 0 if none is due; then the tokens (b, l), where
-            moving, self.row = torch.where(self.to > self.base, self.at - self.base, 0), torch.arange(b, device=self.device)[:, None]
-            self.due, self.moving, since = int(moving.max()), moving, torch.zeros_like(self.at) if self.direct else self.at - self.to
-            self.slot, self.end, self.real = since[:, None] + after, int(since.max()) + l, since + self.counts  # the longest row's end, each row's
+        if not self.fused:  # of a Mamba layer's log
+            self.row = torch.arange(b, device=self.device)[:, None]
+            self.moving = torch.where(self.to > self.base, self.at - self.base, 0)         # (b,) inputs to replay before the state moves
+            self.due = int(self.moving.max())
+            since = torch.zeros_like(self.at) if self.direct else self.at - self.to        # (b,) inputs logged after that
+            self.slot, self.real, self.end = since[:, None] + after, since + self.counts, int(since.max()) + l  # where the new come; each row's end; the last
         return self.pos
 
     def close(self):
@@ -470,9 +472,11 @@ class Cache:
             raise MilError(f"cache: {room} tokens could not be taken back: its log has {self.log} places")
         self.room = room
 
-    def start(self, at, room):
-        """A round begins: every row's cursor at `at` (b,), a tensor, back from where it was; then settle(room). Checks nothing: nothing waits."""
+    def start(self, at, used, room):
+        """A round begins: every row's cursor back to `at` (b,), a tensor, the largest of which is `used`; then settle(room). Does not check that
+        the log reaches that far, as `back` does, since that would wait for the device."""
         self.at.copy_(at)
+        self.used = used
         self.settle(room)
 
     def back(self, to):
@@ -522,7 +526,7 @@ class StateLog:
         convolution mixes in C), and is logged, `read` what it only reads with."""
         c, blank = self.cache, lambda t, l: t.new_zeros(t.shape[0], l, *t.shape[2:])
         if self.inputs is None:
-            size = 2 ** math.ceil(math.log2(2 * max(c.log, kernels.FEW) + self.window))
+            size = 2 ** math.ceil(math.log2(c.log + max(c.log, kernels.FEW) + self.window))  # the logged, the new, and what came before
             self.inputs = [blank(t, size) for t in written]
         if c.fused:
             return mixer.replay(*written, *read, self)
@@ -565,7 +569,7 @@ def interleaved_layers(n_layers, keep):
 
 def pack(model):
     """Puts the projections that read the same input one after the other in memory, where decoding reads them in one launch; values and
-    names stay. Returns the model."""
+    names stay (model.to undoes it). Returns the model."""
     for layer in model.layers:
         weights = [getattr(layer.mixer, name).weight for name in layer.mixer.READS]
         if len(weights) > 1:

@@ -310,12 +310,11 @@ def step_ms(model, cache, l):
     tokens, at, used = torch.zeros(len(cache.at), l, dtype=torch.long, device=DEVICE), cache.at.clone(), cache.used
 
     def step():
-        cache.used = used
         cache.base.copy_(at - l if cache.log else at)
-        cache.start(at, l if cache.log else 0)
+        cache.start(at, used, l if cache.log else 0)
         return model(tokens, cache)
     with torch.inference_mode():
-        run = generate.Launched(step, CUDA and cache.fusable(l))
+        run = generate.Launched(step, cache.device if CUDA and cache.fusable(l) else None)
         run(), run()
         return wall_ms(run)
 

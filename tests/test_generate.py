@@ -1,14 +1,16 @@
 """Tokenizers, the law a token is drawn from, decoding, and the command line."""
 import base64
 import dataclasses
+import gc
 import io
 import sys
+import weakref
 import zlib
 
 import pytest
 import tiktoken
 import torch
-from conftest import DEVICE, build, configs, random_tokens, run_script
+from conftest import DEVICE, build, configs, form, random_tokens, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -280,6 +282,31 @@ def test_the_draft_proposes_what_it_would_itself_write_after_the_text_so_far(con
                 if new[i]:
                     assert [proposed[i]] == whole(g.generate(draft, [text], K, 0))
                     texts[i] = text + new[i]
+
+
+@pytest.mark.parametrize("mixers", [["attention", "mamba2"], ["mamba"]], ids="-".join)
+def test_greedy_speculation_on_decodings_kernels_writes_the_plain_text(mixers):
+    """In bf16 and in CUDA graphs where there is CUDA."""
+    config = Config(v=60, d=24, n_layers=len(mixers), n_heads=2, n_kv_heads=1, head_dim=20, d_ff=28, d_state=20, context=40, mixers=mixers)
+    kind = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    target, draft = (build(config, kind, seed=i) for i in range(2))
+    prompts, stop, new = [[1, 2, 3, 4], [7]], [9], 40 if DEVICE == "cuda" else 6
+    with form("triton"):
+        want = whole(g.generate(target, prompts, new, 0, stop=stop))
+        for K, proposer in ((3, draft), (2, target)):
+            assert whole(g.generate(target, prompts, new, 0, stop=stop, draft=proposer, speculate=K)) == want
+
+
+def test_what_a_text_held_is_freed_with_it_and_not_in_the_middle_of_another(monkeypatch):
+    """A CUDA graph freed by the garbage collector while another is captured breaks the capture."""
+    made, make = [], g.Launched
+    monkeypatch.setattr(g, "Launched", lambda *args: made.append(weakref.ref(launched := make(*args))) or launched)
+    gc.disable()
+    try:
+        list(g.generate(build(Config(**MIXED)), [[1, 2]], 9, 0, draft=build(Config(**MIXED), seed=1), speculate=2))
+        assert len(made) == 2 and not any(ref() for ref in made)
+    finally:
+        gc.enable()
 
 
 def test_rows_of_a_speculative_batch_end_by_their_own_length_and_the_shorter_context():

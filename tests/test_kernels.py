@@ -1,4 +1,6 @@
 """The scan and the convolution: the definition is the formula, and every fast form is the definition."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -918,3 +920,9 @@ def test_a_row_of_a_linear_layer_has_the_same_bits_in_any_company():
         for rows in (x[:1, :1], x[3:5, :5], x[:3, :6], x[:7]):
             at = (slice(0, 1), slice(0, 1)) if rows.shape[1] == 1 else (slice(3, 5), slice(0, 5)) if rows.shape[1] == 5 else (slice(0, len(rows)), slice(0, rows.shape[1]))
             assert torch.equal(kernels.linear(rows, w), whole[at]) and torch.equal(kernels.swiglu(rows, w, w), gated[at])
+
+
+def test_a_loop_takes_no_more_shared_memory_than_the_device_has(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(shared_memory_per_block_optin=101376))
+    on_gpu = SimpleNamespace(is_cuda=True, device="cuda:0")
+    assert [kernels.stages(on_gpu, 4, size) for size in (10_000, 30_000, 50_000, 200_000)] == [4, 3, 2, 1]
