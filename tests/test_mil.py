@@ -272,13 +272,13 @@ def test_several_tokens_at_once_give_the_bits_of_one_by_one_also_after_some_were
         one, many = Cache(model, 1, 30), Cache(model, 1, 30, log=6)
         for cache in (one, many):
             model(tokens[:, :14], cache, [14])
-        want = torch.cat([model(tokens[:, i:i + 1], one) for i in range(14, 24)], dim=1)
-        for l, kept in ((5, 2), (6, 6), (3, 0), (1, 1), (5, 1)):
+        want = torch.cat([model(tokens[:, i:i + 1], one) for i in range(14, 18)], dim=1)
+        for l, kept in ((5, 2), (3, 0), (4, 2)):
             many.settle(l)
             got.append(model(tokens[:, at:at + l], many)[:, :kept])
             at += kept
             many.back([at])
-    assert at == 24 and torch.equal(torch.cat(got, dim=1), want)
+    assert at == 18 and torch.equal(torch.cat(got, dim=1), want)
 
 
 @pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
@@ -287,12 +287,12 @@ def test_a_large_batch_replays_in_another_way_with_the_same_bits(mixer, monkeypa
     for size in kernels.REPLAY:  # of few programs, and of many
         with torch.no_grad(), form("triton"):
             monkeypatch.setattr(kernels, "REPLAY", (size, size))
-            cache = Cache(model, 2, 40, log=6)
-            for i in range(3):
+            cache = Cache(model, 1, 40, log=6)
+            for i in range(2):
                 cache.settle(5)
-                got.append(model(random_tokens(model.config, 2, 5, i), cache))
-                cache.back([3 * i + 3] * 2)
-    assert all(torch.equal(a, b) for a, b in zip(got[:3], got[3:]))
+                got.append(model(random_tokens(model.config, 1, 5, i), cache))
+                cache.back([3 * i + 3])
+    assert all(torch.equal(a, b) for a, b in zip(got[:2], got[2:]))
 
 
 @pytest.mark.parametrize("mixer", mil.MIXERS)
