@@ -969,7 +969,7 @@ if triton is not None:
         if first < at + l:
             o_h, o_p, p_keys, p_values = tl.arange(0, BH), tl.arange(0, 2 * BH), p_keys + i_bg.to(tl.int64) * size * p, p_values + i_bg.to(tl.int64) * size * p
             o_i = tl.arange(0, 16)
-            if at + l > first and at < first + SPLIT:
+            if at < first + SPLIT:
                 m_i = (o_i < l) & (at + o_i >= first) & (at + o_i < first + SPLIT)
                 m, o_turn = m_i[:, None] & (o_h < half)[None, :], (i_b * l + o_i[:, None]) * half + o_h[None, :]
                 b_cos, b_sin = tl.load(p_cos + o_turn, mask=m, other=0.), tl.load(p_sin + o_turn, mask=m, other=0.)
@@ -1036,10 +1036,10 @@ if triton is not None:
                       p_s, p_y, l, SIZE, s_x: tl.constexpr, s_B: tl.constexpr, s_C: tl.constexpr, s_dt: tl.constexpr, s_z: tl.constexpr,
                       s_lx: tl.constexpr, s_lB: tl.constexpr, s_ldt: tl.constexpr, h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr,
                       rb: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, NB: tl.constexpr):
-        """BP channels of a head of a row: from the state at `base` through the logged inputs and the new ones, with y of the new; these go into the log, and
-        the state is written where it is to stand, at `to`, if it moves. What of the tokens reaches the state is worked out first, T at a
-        time, and left in p_s (x, B, C and Δ, as float32), while the state is on its way. It is held as blocks of NB columns of n, which is
-        few shuffles. CHANNELS: Mamba, a Δ per channel, the convolution on x only, y ∘ silu(z); else Mamba-2, the convolution on x, B and C."""
+        """BP channels of a head of a row: from the state at `base` through the logged inputs and the new ones, with y of the new; these go
+        into the log, and the state is written where it is to stand, at `to`, if it moves. What of the tokens reaches the state is worked
+        out first, T at a time, and left in p_s (x, B, C and Δ, as float32), while the state is on its way. The state is held as blocks of
+        NB columns, so that a sum over n takes few shuffles. l_ is a log, w_ and b_x, b_B, b_C weights and biases of the convolution. CHANNELS: Mamba, a Δ per channel, the convolution on x only, y ∘ silu(z); else Mamba-2, the convolution on x, B and C."""
         parts: tl.constexpr = (p + BP - 1) // BP
         i_b, i_h, i_p = (tl.program_id(0) // (h * parts)).to(tl.int64), tl.program_id(0) // parts % h, tl.program_id(0) % parts * BP
         at, base, to = tl.load(p_at + i_b).to(tl.int32), tl.load(p_base + i_b).to(tl.int32), tl.load(p_to + i_b).to(tl.int32)
@@ -1479,8 +1479,8 @@ def linear(x, weight, onto=None):
 
 def linears(x, *weights):
     """x (b, l, k) times the transpose of each weight (n, k): a list. Weights that lie one after the other in memory are read as one."""
-    if few(x, x.shape[1]) and all(w.is_contiguous() for w in weights) and all(a.data_ptr() + a.nbytes == b.data_ptr() and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-                                  for a, b in zip(weights, weights[1:])):
+    together = lambda a, b: a.data_ptr() + a.nbytes == b.data_ptr() and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()  # noqa: E731
+    if few(x, x.shape[1]) and all(w.is_contiguous() for w in weights) and all(map(together, weights, weights[1:])):
         sizes = [len(w) for w in weights]
         return linear_rows(x, weights[0].as_strided((sum(sizes), x.shape[2]), (x.shape[2], 1))).split(sizes, dim=2)
     return [linear(x, w) for w in weights]

@@ -917,9 +917,8 @@ def test_a_row_of_a_linear_layer_has_the_same_bits_in_any_company():
     x, w = torch.randn(10, 8, 520, device=DEVICE).to(kind), torch.randn(40, 520, device=DEVICE).to(kind)
     with form("triton"), torch.no_grad():
         whole, gated = kernels.linear(x, w), kernels.swiglu(x, w, w)
-        for rows in (x[:1, :1], x[3:5, :5], x[:3, :6], x[:7]):
-            at = (slice(0, 1), slice(0, 1)) if rows.shape[1] == 1 else (slice(3, 5), slice(0, 5)) if rows.shape[1] == 5 else (slice(0, len(rows)), slice(0, rows.shape[1]))
-            assert torch.equal(kernels.linear(rows, w), whole[at]) and torch.equal(kernels.swiglu(rows, w, w), gated[at])
+        for at in (slice(1), slice(1)), (slice(3, 5), slice(5)), (slice(3), slice(6)), (slice(7), slice(8)):
+            assert torch.equal(kernels.linear(x[at], w), whole[at]) and torch.equal(kernels.swiglu(x[at], w, w), gated[at])
 
 
 def test_a_loop_takes_no_more_shared_memory_than_the_device_has(monkeypatch):
