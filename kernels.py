@@ -302,7 +302,7 @@ GRADIENT = dict(num_warps=4, num_stages=2)
 CONV_Y, CONV_GRADIENT = dict(T=32, U=8, BLOCK=128), dict(T=64, U=8, BLOCK=64)
 # Decoding: the most tokens a row (a tile of 16 in attend_kernel); keys in a piece, for few heads of all rows together and for 64 or more; tokens
 # prepared together in a replay, for few programs and for 1,024 or more; the linear layers, without a gate and with one.
-FEW, SPLIT, REPLAY = 16, (128, 512), (dict(T=4), dict(T=1, maxnreg=128))
+FEW, SPLIT, REPLAY = 16, (128, 512), ((4, 128, {}), (1, 256, dict(maxnreg=128)))
 LINEAR = dict(BN=32, BK=256, num_warps=4, num_stages=4), dict(BN=64, BK=128, num_warps=4, num_stages=4)
 NORM_Y, NORM_GRADIENT = dict(T=16, ELEMENTS=2048), dict(T=64, ELEMENTS=1024)
 
@@ -1020,91 +1020,97 @@ if triton is not None:
         tl.store(p_y + i * p + o_p, b_y / b_sum, mask=o_p < p)
 
     @triton.jit
-    def conv_rows(p_log, p_new, o_c, p_w, o_w, p_bias, m, o_t, at, s_log: tl.constexpr, s_new: tl.constexpr, SIZE, W: tl.constexpr):
-        """silu(bias + Σ_k weight_k x_{t-W+1+k}) of the inputs o_c at the tokens o_t (T, 1), logged before `at`, new from there on; zeros before
-        the first."""
-        b = tl.load(p_bias + o_w, mask=m, other=0.).to(tl.float32)
-        for j in tl.static_range(W):
-            o_i = o_t - (W - 1) + j
-            b_log = tl.load(p_log + (o_i & (SIZE - 1)) * s_log + o_c, mask=m & (o_i >= 0) & (o_i < at), other=0.)
-            b_new = tl.load(p_new + (o_i - at) * s_new + o_c, mask=m & (o_i >= at), other=0.)
-            b += tl.load(p_w + o_w * W + j, mask=m, other=0.).to(tl.float32) * (b_log.to(tl.float32) + b_new.to(tl.float32))
-        return silu(b)
+    def inputs_of(p_log, s_log, p_new, s_new, o_t, o_c, m, at, SIZE):
+        """Columns o_c of the inputs of the tokens o_t: logged before `at`, new from there on; zeros before the first."""
+        b_log = tl.load(p_log + (o_t & (SIZE - 1)) * s_log + o_c, mask=m & (o_t >= 0) & (o_t < at), other=0.)
+        b_new = tl.load(p_new + (o_t - at) * s_new + o_c, mask=m & (o_t >= at), other=0.)
+        return b_log.to(tl.float32) + b_new.to(tl.float32)
+
+    @triton.jit
+    def into_log(p_log, s_log, p_new, s_new, o_i, o_c, m_c, at, l, SIZE, T: tl.constexpr):
+        for i in range(0, l, T):
+            m = (i + o_i < l) & m_c
+            tl.store(p_log + ((at + i + o_i) & (SIZE - 1)) * s_log + o_c, tl.load(p_new + (i + o_i) * s_new + o_c, mask=m), mask=m)
 
     @triton.jit(do_not_specialize=["l", "SIZE"])
-    def replay_kernel(p_x, p_B, p_C, p_dt, p_z, l_x, l_B, l_C, l_dt, p_h, p_at, p_base, p_to, w_x, w_B, w_C, b_x, b_B, b_C, p_A, p_bias, p_D,
-                      p_s, p_y, l, SIZE, s_x: tl.constexpr, s_B: tl.constexpr, s_C: tl.constexpr, s_dt: tl.constexpr, s_z: tl.constexpr,
-                      s_lx: tl.constexpr, s_lB: tl.constexpr, s_ldt: tl.constexpr, h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr,
-                      rb: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, NB: tl.constexpr):
-        """BP channels of a head of a row: from the state at `base` through the logged inputs and the new ones, with y of the new; these go
-        into the log, and the state is written where it is to stand, at `to`, if it moves. What of the tokens reaches the state is worked
-        out first, T at a time, and left in p_s (x, B, C and Δ, as float32), while the state is on its way. The state is held as blocks of
-        NB columns, so that a sum over n takes few shuffles. l_ is a log, w_ and b_x, b_B, b_C weights and biases of the convolution. CHANNELS: Mamba, a Δ per channel, the convolution on x only, y ∘ silu(z); else Mamba-2, the convolution on x, B and C."""
+    def prepare_kernel(p_x, p_dt, p_B, l_x, l_dt, l_B, p_at, p_base, p_w, p_b, p_bias, p_s, l, SIZE, s_x: tl.constexpr, s_dt: tl.constexpr, s_B: tl.constexpr,
+                       s_lx: tl.constexpr, H: tl.constexpr, G: tl.constexpr, X: tl.constexpr, r: tl.constexpr, p: tl.constexpr, W: tl.constexpr,
+                       T: tl.constexpr, BC: tl.constexpr):
+        """BC numbers of what each token from `base` on brings to the recurrence, in float32: a row of p_s is the X channels of the convolution,
+        the H steps Δ and, for Mamba, G numbers B. The new tokens' own go into the log (l_x, l_dt, l_B). r channels share an input (Mamba)."""
+        i_b, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        at, base, o_i = tl.load(p_at + i_b).to(tl.int32), tl.load(p_base + i_b).to(tl.int32), tl.arange(0, T)[:, None]
+        CX: tl.constexpr = (X + BC - 1) // BC
+        CH: tl.constexpr = CX + (H + BC - 1) // BC
+        ROW: tl.constexpr = X + H + G
+        p_s += i_b * SIZE * ROW
+        if i_c < CX:
+            o_c = i_c * BC + tl.arange(0, BC)[None, :]
+            m_c, o_x, p_x, l_x = o_c < X, o_c // (r * p) * p + o_c % p, p_x + i_b * l * s_x, l_x + i_b * SIZE * s_lx
+            for i in range(base, at + l, T):
+                o_t = i + o_i
+                m, b = (o_t < at + l) & m_c, tl.load(p_b + o_c, mask=m_c, other=0.).to(tl.float32)
+                for j in tl.static_range(W):
+                    b += tl.load(p_w + o_c * W + j, mask=m_c, other=0.).to(tl.float32) * inputs_of(l_x, s_lx, p_x, s_x, o_t - (W - 1) + j, o_x, m, at, SIZE)
+                tl.store(p_s + (o_t - base) * ROW + o_c, silu(b), mask=m)
+            into_log(l_x, s_lx, p_x, s_x, o_i, o_x, m_c, at, l, SIZE, T)
+        elif i_c < CH:
+            o_c = (i_c - CX) * BC + tl.arange(0, BC)[None, :]
+            m_c, p_dt, l_dt = o_c < H, p_dt + i_b * l * s_dt, l_dt + i_b * SIZE * H
+            for i in range(base, at + l, T):
+                m = (i + o_i < at + l) & m_c
+                b = inputs_of(l_dt, H, p_dt, s_dt, i + o_i, o_c, m, at, SIZE) + tl.load(p_bias + o_c, mask=m_c, other=0.).to(tl.float32)
+                tl.store(p_s + (i + o_i - base) * ROW + X + o_c, softplus(b), mask=m)
+            into_log(l_dt, H, p_dt, s_dt, o_i, o_c, m_c, at, l, SIZE, T)
+        else:
+            o_c = (i_c - CH) * BC + tl.arange(0, BC)[None, :]
+            m_c, p_B, l_B = o_c < G, p_B + i_b * l * s_B, l_B + i_b * SIZE * G
+            for i in range(base, at + l, T):
+                m = (i + o_i < at + l) & m_c
+                tl.store(p_s + (i + o_i - base) * ROW + X + H + o_c, inputs_of(l_B, G, p_B, s_B, i + o_i, o_c, m, at, SIZE), mask=m)
+            into_log(l_B, G, p_B, s_B, o_i, o_c, m_c, at, l, SIZE, T)
+
+    @triton.jit(do_not_specialize=["l", "SIZE"])
+    def replay_kernel(p_s, p_C, p_z, p_h, p_at, p_base, p_to, p_A, p_D, p_y, l, SIZE, s_C: tl.constexpr, s_z: tl.constexpr, ROW: tl.constexpr, o_B: tl.constexpr,
+                      o_C: tl.constexpr, o_dt: tl.constexpr, h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr, rb: tl.constexpr,
+                      CHANNELS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, NB: tl.constexpr):
+        """BP channels of a head of a row: from the state at `base` token by token through what prepare_kernel left in p_s, with y of the l new ones;
+        the state is written where it is to stand, before token `to`, if it moves. It is held as blocks of NB columns, so that a sum over n
+        takes few shuffles. CHANNELS: Mamba, a Δ per channel, C as it was projected, y ∘ silu(z); else Mamba-2."""
         parts: tl.constexpr = (p + BP - 1) // BP
         i_b, i_h, i_p = (tl.program_id(0) // (h * parts)).to(tl.int64), tl.program_id(0) // parts % h, tl.program_id(0) % parts * BP
-        at, base, to = tl.load(p_at + i_b).to(tl.int32), tl.load(p_base + i_b).to(tl.int32), tl.load(p_to + i_b).to(tl.int32)
-        ROW: tl.constexpr = 2 * BP + 2 * BN
-        o_q, o_n, o_d = tl.arange(0, BP)[:, None], tl.arange(0, NB)[None, :], tl.arange(0, BP if CHANNELS else 1)[:, None]
-        o_p = i_p + o_q
-        o_hp, o_hd, m_p = i_h * p + o_p, (i_h * p + i_p if CHANNELS else i_h) + o_d, o_p < p
-        m_d = i_p + o_d < p if CHANNELS else o_d < 1
-        p_h += (i_b * h + i_h) * (p * n) + o_p * n + o_n
+        o_q, o_n, o_d = i_p + tl.arange(0, BP)[:, None], tl.arange(0, NB)[None, :], (i_p if CHANNELS else 0) + tl.arange(0, BP if CHANNELS else 1)[:, None]
+        m_p, o_hp, o_hd = o_q < p, i_h * p + o_q, (i_h * p if CHANNELS else i_h) + o_d
+        m_d = o_d < p if CHANNELS else o_d < 1
+        p_h += (i_b * h + i_h) * (p * n) + o_q * n + o_n
         b_h, b_A = (), ()
         for k in tl.static_range(BN // NB):
-            m = m_p & (k * NB + o_n < n)
-            b_h = b_h + (tl.load(p_h + k * NB, mask=m, other=0.),)
-            b_Ak = tl.load(p_A + o_hd * n + k * NB + o_n, mask=m, other=0.) if CHANNELS else tl.load(p_A + o_hd)
+            b_h = b_h + (tl.load(p_h + k * NB, mask=m_p & (k * NB + o_n < n), other=0.),)
+            b_Ak = tl.load(p_A + o_hd * n + k * NB + o_n, mask=m_p & (k * NB + o_n < n), other=0.) if CHANNELS else tl.load(p_A + o_hd)
             b_A = b_A + (-tl.exp(b_Ak.to(tl.float32)) * LOG2E,)
+        at, base, to = tl.load(p_at + i_b).to(tl.int32), tl.load(p_base + i_b).to(tl.int32), tl.load(p_to + i_b).to(tl.int32)
         b_D = tl.load(p_D + o_hd, mask=m_d, other=0.).to(tl.float32)
-
-        l_x, l_B, l_C, l_dt = l_x + i_b * SIZE * s_lx, l_B + i_b * SIZE * s_lB, l_C + i_b * SIZE * s_lx, l_dt + i_b * SIZE * s_ldt
-        p_x, p_B, p_C, p_dt, p_z = p_x + i_b * l * s_x, p_B + i_b * l * s_B, p_C + i_b * l * s_C, p_dt + i_b * l * s_dt, p_z + i_b * l * s_z
-        p_s += tl.program_id(0).to(tl.int64) * (SIZE * ROW)
-        o_i, o_rp, o_rn, o_rd = tl.arange(0, T)[:, None], tl.arange(0, BP)[None, :], tl.arange(0, BN)[None, :], tl.arange(0, BP if CHANNELS else 1)[None, :]
-        o_x, o_B, o_C, o_dt = i_h // rx * p + i_p + o_rp, i_h // rb * n + o_rn, i_h * n + o_rn, (i_h * p + i_p if CHANNELS else i_h) + o_rd
-        m_x, m_n, m_dt = i_p + o_rp < p, o_rn < n, i_p + o_rd < p if CHANNELS else o_rd < 1
-        b_bias = tl.load(p_bias + o_dt, mask=m_dt, other=0.).to(tl.float32)
-        for i in range(base, at + l, T):
-            o_t = i + o_i
-            m_i, p_row, o_slot, m_new = o_t < at + l, p_s + (o_t - base) * ROW, o_t & (SIZE - 1), (o_t >= at) & (o_t < at + l)
-            b_dt = tl.load(l_dt + o_slot * s_ldt + o_dt, mask=m_i & (o_t < at) & m_dt, other=0.).to(tl.float32)
-            b_dt += tl.load(p_dt + (o_t - at) * s_dt + o_dt, mask=m_new & m_dt, other=0.).to(tl.float32)
-            b_xt = conv_rows(l_x, p_x, o_x, w_x, i_h * p + i_p + o_rp if CHANNELS else o_x, b_x, m_i & m_x, o_t, at, s_lx, s_x, SIZE, W)
-            if CHANNELS:
-                b_Bt = tl.load(l_B + o_slot * s_lB + o_B, mask=m_i & (o_t < at) & m_n, other=0.).to(tl.float32)
-                b_Bt += tl.load(p_B + (o_t - at) * s_B + o_B, mask=m_new & m_n, other=0.).to(tl.float32)
-                b_Ct = tl.load(p_C + (o_t - at) * s_C + o_C, mask=m_new & m_n, other=0.).to(tl.float32)
-            else:
-                b_Bt = conv_rows(l_B, p_B, o_B, w_B, o_B, b_B, m_i & m_n, o_t, at, s_lB, s_B, SIZE, W)
-                b_Ct = conv_rows(l_C, p_C, o_C, w_C, o_C, b_C, m_new & m_n, o_t, at, s_lx, s_C, SIZE, W)
-            tl.store(p_row + o_rp, b_xt, mask=m_i)
-            tl.store(p_row + BP + o_rn, b_Bt, mask=m_i)
-            tl.store(p_row + BP + BN + o_rn, b_Ct, mask=m_i)
-            tl.store(p_row + BP + 2 * BN + o_rd, softplus(b_dt + b_bias), mask=m_i)
-        tl.debug_barrier()
-        for i in range(0, l, T):  # into the log
-            m_i, o_new, o_slot = i + o_i < l, i + o_i, (at + i + o_i) & (SIZE - 1)
-            tl.store(l_x + o_slot * s_lx + o_x, tl.load(p_x + o_new * s_x + o_x, mask=m_i & m_x), mask=m_i & m_x)
-            tl.store(l_B + o_slot * s_lB + o_B, tl.load(p_B + o_new * s_B + o_B, mask=m_i & m_n), mask=m_i & m_n)
-            tl.store(l_dt + o_slot * s_ldt + o_dt, tl.load(p_dt + o_new * s_dt + o_dt, mask=m_i & m_dt), mask=m_i & m_dt)
-            if not CHANNELS:
-                tl.store(l_C + o_slot * s_lx + o_C, tl.load(p_C + o_new * s_C + o_C, mask=m_i & m_n), mask=m_i & m_n)
+        p_s, p_C, p_z, p_y = p_s + i_b * SIZE * ROW, p_C + i_b * l * s_C + i_h * n, p_z + i_b * l * s_z + o_hp, p_y + i_b * l * (h * p) + o_hp
+        p_sB, p_sC = p_s + o_B + i_h // rb * n, p_s + o_C + i_h * n
         for t in range(base, at + l):
-            b_xt, b_delta = tl.load(p_s + o_q), tl.load(p_s + BP + 2 * BN + o_d)
+            b_x = tl.load(p_s + i_h // rx * p + o_q, mask=m_p, other=0.)
+            b_delta = tl.load(p_s + o_dt + o_hd, mask=m_d, other=0.)
             b_new, b_y = (), tl.zeros((BP, NB), tl.float32)
             for k in tl.static_range(BN // NB):
-                b_hk = tl.fma(tl.broadcast_to(tl.exp2(b_delta * b_A[k]), (BP, NB)), b_h[k], b_delta * b_xt * tl.load(p_s + BP + k * NB + o_n))
-                b_y += b_hk * tl.load(p_s + BP + BN + k * NB + o_n)
+                m = k * NB + o_n < n
+                b_hk = tl.fma(tl.broadcast_to(tl.exp2(b_delta * b_A[k]), (BP, NB)), b_h[k], b_delta * b_x * tl.load(p_sB + k * NB + o_n, mask=m, other=0.))
+                b_C = tl.load(p_C + (t - at) * s_C + k * NB + o_n, mask=k * NB + o_n < tl.where(t >= at, n, 0), other=0.).to(tl.float32) if CHANNELS else tl.load(p_sC + k * NB + o_n, mask=m, other=0.)
+                b_y += b_hk * b_C
                 if t + 1 == to:
-                    tl.store(p_h + k * NB, b_hk, mask=m_p & (k * NB + o_n < n))
+                    tl.store(p_h + k * NB, b_hk, mask=m_p & m)
                 b_new = b_new + (b_hk,)
             b_h = b_new
             if t >= at:
-                b_v = tl.sum(b_y, axis=1, keep_dims=True) + b_D * b_xt
+                b_v = tl.sum(b_y, axis=1, keep_dims=True) + b_D * b_x
                 if CHANNELS:
-                    b_v *= silu(tl.load(p_z + (t - at) * s_z + o_hp, mask=m_p, other=0.).to(tl.float32))
-                tl.store(p_y + (i_b * l + t - at) * (h * p) + o_hp, b_v, mask=m_p)
-            p_s += ROW
+                    b_v *= silu(tl.load(p_z + (t - at) * s_z, mask=m_p, other=0.).to(tl.float32))
+                tl.store(p_y + (t - at) * (h * p), b_v, mask=m_p)
+            p_s, p_sB, p_sC = p_s + ROW, p_sB + ROW, p_sC + ROW
 
 # ---------------------------------------------------------------------------------------------------------------
 # The launches. Forward and backward of an operation are plain functions of tensors; they are registered with PyTorch as operators of
@@ -1516,32 +1522,37 @@ def attend(q, k, v, cos, sin, keys, values, at):
 
 
 def one_by_one(t):
-    """`t` (b, l, heads, w) with its tokens at one distance from each other throughout, and a token's numbers side by side."""
-    even = t.stride(3) == 1 and t.stride(2) == t.shape[3] and t.stride(0) == t.shape[1] * t.stride(1)
-    return t if even else t.contiguous()
+    """`t` (b, l, …) with its tokens at one distance from each other throughout, and a token's numbers side by side."""
+    return t if t.stride(0) == t.shape[1] * t.stride(1) and t[:1, :1].is_contiguous() else t.contiguous()
 
 
-def replay_plan(x, B, C, dt, z, lx, lB, lC, ldt, h_, at, base, to, weight, *others):
-    (b, l, g, p), (h, n) = x.shape, C.shape[2:]
-    BP, BN = min(64, triton.next_power_of_2(p)), triton.next_power_of_2(n)
-    programs = b * h * cdiv(p, BP)
-    return programs * lx.shape[1] * 2 * (BP + BN), Launch(
-        replay_kernel, (programs,), (l, lx.shape[1]), s_x=x.stride(1), s_B=B.stride(1), s_C=C.stride(1), s_dt=dt.stride(1), s_z=z.stride(1),
-        s_lx=lx.stride(1), s_lB=lB.stride(1), s_ldt=ldt.stride(1), h=h, p=p, n=n, rx=h // g, rb=h // B.shape[2], W=weight.shape[-1],
-        CHANNELS=dt.dim() == 4, BP=BP, BN=BN, NB=min(BN, 32), num_warps=max(1, BP * BN // 2048), **REPLAY[programs >= 1024])
+def replay_plan(x, dt, B, C, z, lx, ldt, lB, weight, h0, *others):
+    (b, l), (h, p, n), (channels, _, W), mamba = x.shape[:2], h0.shape[1:], weight.shape, dt.dim() == 4
+    g = x.shape[2] if mamba else (channels - h * n) // (p + n)                                # kv heads
+    H, G, BP, BN = ldt.stride(1), lB.stride(1) if mamba else 0, min(64, triton.next_power_of_2(p)), triton.next_power_of_2(n)
+    programs, size, row = b * h * cdiv(p, BP), lx.shape[1], channels + H + G
+    T, BC, more = REPLAY[programs >= 1024]
+    return SimpleNamespace(
+        room=(b, size, row), prepare=Launch(
+            prepare_kernel, (b, cdiv(channels, BC) + cdiv(H, BC) + cdiv(G, BC)), (l, size), s_x=x.stride(1), s_dt=dt.stride(1), s_B=B.stride(1), s_lx=lx.stride(1),
+            H=H, G=G, X=channels, r=h // g if mamba else 1, p=p, W=W, T=T, BC=BC, num_warps=4),
+        run=Launch(replay_kernel, (programs,), (l, size), s_C=C.stride(1), s_z=z.stride(1), ROW=row, o_B=channels + H if mamba else g * p, o_C=g * (p + n), o_dt=channels,
+                   h=h, p=p, n=n, rx=1 if mamba else h // g, rb=h // g, CHANNELS=mamba, BP=BP, BN=BN, NB=min(BN, 32), num_warps=max(1, BP * BN // 2048), **more))
 
 
-def replay(x, B, C, dt, z, log, conv, A_log, dt_bias, D, h, at, base, to):
+def replay(x, dt, B, C, z, log, weight, bias, A_log, dt_bias, D, h, at, base, to):
     """Convolution and scan of l ≤ FEW new tokens (section 4 of the paper), from the state h (b, h, p, n) before token `base` (b,) on,
     through the inputs logged since, up to `at` (b,), where the new ones begin; they are logged, and h moves before token `to` (b,).
 
-    x (b, l, g, p), B (b, l, g, n), C (b, l, h, n), dt (b, l, h) or (b, l, h, p), z (b, l, h, p), for Mamba-2, whose gate comes after, None: as the
-    projections left them. log: x, B, C and dt of logged tokens, (b, size, …), size a power of 2, token t at t mod size. conv: a pair, weights and biases of
-    x, B and C, whose logs have one stride; for Mamba of x alone. A_log (h,) or (h·p, n). p, n ≤ 128. Returns y (b, l, h, p)."""
-    x, B, C, dt, z = one_by_one(x), one_by_one(B), one_by_one(C), dt.contiguous() if dt.dim() == 4 else dt, x if z is None else one_by_one(z)
-    (lx, lB, lC, ldt), y, (weights, biases) = log, x.new_empty(*C.shape[:3], x.shape[3]), conv
+    Mamba: x (b, l, g, p), dt (b, l, h, p), B (b, l, g, n), C (b, l, h, n), z (b, l, h, p), A_log (h·p, n), as the projections left them. Mamba-2, whose
+    gate comes after: x (b, l, channels) is x, B and C together, dt (b, l, h), B, C and z None, A_log (h,). log: x, dt and B of earlier tokens,
+    (b, size, …), size a power of 2, token t at t mod size. weight (channels, 1, w), bias: the convolution's. p, n ≤ 128. Returns y (b, l, h, p)."""
+    x, dt, B, C, z = (x if t is None else one_by_one(t) for t in (x, dt, B, C, z))
+    (lx, ldt, *lB), y = log, x.new_empty(*x.shape[:2], *h.shape[1:3])
     with torch.cuda.device_of(x):
-        tensors = x, B, C, dt, z, lx, lB, lC, ldt, h, at, base, to, *weights, *biases, A_log, dt_bias, D
-        room, plan = planned(replay_plan, *tensors)
-        plan(*tensors, h.new_empty(room), y)
+        tensors = x, dt, B, C, z, lx, ldt, *(lB or [lx]), weight
+        plan = planned(replay_plan, *tensors, h, bias, A_log, dt_bias, D, at, base, to)
+        s = h.new_empty(plan.room)
+        plan.prepare(x, dt, B, lx, ldt, *(lB or [lx]), at, base, weight, bias, dt_bias, s)
+        plan.run(s, C, z, h, at, base, to, A_log, D, y)
     return y

@@ -223,8 +223,7 @@ class Mamba(nn.Module):
 
     def replay(self, x, dt, B, C, z, log):
         """The same by the kernel for decoding: y alone, the log written."""
-        (lx, ldt, lB), conv = log.inputs, ((self.conv1d.weight,) * 3, (self.conv1d.bias,) * 3)
-        return kernels.replay(x, B, C, dt, z, (lx, lB, lx, ldt), conv, self.A_log, self.dt_proj.bias, self.D, log.h, *log.places)
+        return kernels.replay(x, dt, B, C, z, log.inputs, self.conv1d.weight, self.conv1d.bias, self.A_log, self.dt_proj.bias, self.D, log.h, *log.places)
 
     def new_log(self, cache):
         c = self.config
@@ -290,10 +289,8 @@ class Mamba2(nn.Module):
 
     def replay(self, xBC, dt, z, log):
         """As Mamba's."""
-        (lxBC, ldt), parts = log.inputs, [t * self.config.head_dim for t in (*[self.config.n_kv_heads] * 2, self.config.n_heads)]
-        (x, B, C), logs = self.heads(xBC), (*self.heads(lxBC), ldt)
-        conv = self.conv1d.weight.split(parts), self.conv1d.bias.split(parts)
-        return self.gate(kernels.replay(x, B, C, dt, None, logs, conv, self.A_log, self.dt_bias, self.D, log.h, *log.places), z)
+        y = kernels.replay(xBC, dt, None, None, None, log.inputs, self.conv1d.weight, self.conv1d.bias, self.A_log, self.dt_bias, self.D, log.h, *log.places)
+        return self.gate(y, z)
 
     def new_log(self, cache):
         p, h = self.config.head_dim, self.config.n_heads
