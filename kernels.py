@@ -302,7 +302,7 @@ GRADIENT = dict(num_warps=4, num_stages=2)
 CONV_Y, CONV_GRADIENT = dict(T=32, U=8, BLOCK=128), dict(T=64, U=8, BLOCK=64)
 # Decoding: the most tokens a row (a tile of 16 in attend_kernel); keys in a piece, for few heads of all rows together and for 64 or more; tokens
 # prepared together in a replay, for few programs and for 1,024 or more; the linear layers, without a gate and with one.
-FEW, SPLIT, REPLAY = 16, (128, 512), ((4, 128, {}), (1, 256, dict(maxnreg=128)))
+FEW, SPLIT, REPLAY = 16, (128, 512), ((8, 64, 1024, {}), (1, 256, 2048, dict(maxnreg=128)))
 LINEAR = dict(BN=32, BK=256, num_warps=4, num_stages=4), dict(BN=64, BK=128, num_warps=4, num_stages=4)
 NORM_Y, NORM_GRADIENT = dict(T=16, ELEMENTS=2048), dict(T=64, ELEMENTS=1024)
 
@@ -1042,8 +1042,8 @@ if triton is not None:
         at, base, o_i = tl.load(p_at + i_b).to(tl.int32), tl.load(p_base + i_b).to(tl.int32), tl.arange(0, T)[:, None]
         CX: tl.constexpr = (X + BC - 1) // BC
         CH: tl.constexpr = CX + (H + BC - 1) // BC
-        ROW: tl.constexpr = X + H + G
-        p_s += i_b * SIZE * ROW
+        s_s: tl.constexpr = X + H + G
+        p_s += i_b * SIZE * s_s
         if i_c < CX:
             o_c = i_c * BC + tl.arange(0, BC)[None, :]
             m_c, o_x, p_x, l_x = o_c < X, o_c // (r * p) * p + o_c % p, p_x + i_b * l * s_x, l_x + i_b * SIZE * s_lx
@@ -1052,7 +1052,7 @@ if triton is not None:
                 m, b = (o_t < at + l) & m_c, tl.load(p_b + o_c, mask=m_c, other=0.).to(tl.float32)
                 for j in tl.static_range(W):
                     b += tl.load(p_w + o_c * W + j, mask=m_c, other=0.).to(tl.float32) * inputs_of(l_x, s_lx, p_x, s_x, o_t - (W - 1) + j, o_x, m, at, SIZE)
-                tl.store(p_s + (o_t - base) * ROW + o_c, silu(b), mask=m)
+                tl.store(p_s + (o_t - base) * s_s + o_c, silu(b), mask=m)
             into_log(l_x, s_lx, p_x, s_x, o_i, o_x, m_c, at, l, SIZE, T)
         elif i_c < CH:
             o_c = (i_c - CX) * BC + tl.arange(0, BC)[None, :]
@@ -1060,57 +1060,64 @@ if triton is not None:
             for i in range(base, at + l, T):
                 m = (i + o_i < at + l) & m_c
                 b = inputs_of(l_dt, H, p_dt, s_dt, i + o_i, o_c, m, at, SIZE) + tl.load(p_bias + o_c, mask=m_c, other=0.).to(tl.float32)
-                tl.store(p_s + (i + o_i - base) * ROW + X + o_c, softplus(b), mask=m)
+                tl.store(p_s + (i + o_i - base) * s_s + X + o_c, softplus(b), mask=m)
             into_log(l_dt, H, p_dt, s_dt, o_i, o_c, m_c, at, l, SIZE, T)
         else:
             o_c = (i_c - CH) * BC + tl.arange(0, BC)[None, :]
             m_c, p_B, l_B = o_c < G, p_B + i_b * l * s_B, l_B + i_b * SIZE * G
             for i in range(base, at + l, T):
                 m = (i + o_i < at + l) & m_c
-                tl.store(p_s + (i + o_i - base) * ROW + X + H + o_c, inputs_of(l_B, G, p_B, s_B, i + o_i, o_c, m, at, SIZE), mask=m)
+                tl.store(p_s + (i + o_i - base) * s_s + X + H + o_c, inputs_of(l_B, G, p_B, s_B, i + o_i, o_c, m, at, SIZE), mask=m)
             into_log(l_B, G, p_B, s_B, o_i, o_c, m_c, at, l, SIZE, T)
 
+    @triton.jit
+    def brought(p_s, o_x, m_x, o_d, m_d, n: tl.constexpr, o_B, BN: tl.constexpr, NB: tl.constexpr):
+        """x, Δ and B (in blocks of NB) of the token whose row p_s is."""
+        b_B, o_n = (), tl.arange(0, NB)[None, :]
+        for k in tl.static_range(BN // NB):
+            b_B = b_B + (tl.load(p_s + o_B + k * NB + o_n, mask=k * NB + o_n < n, other=0.),)
+        return tl.load(p_s + o_x, mask=m_x, other=0.), tl.load(p_s + o_d, mask=m_d, other=0.), b_B
+
     @triton.jit(do_not_specialize=["l", "SIZE"])
-    def replay_kernel(p_s, p_C, p_z, p_h, p_at, p_base, p_to, p_A, p_D, p_y, l, SIZE, s_C: tl.constexpr, s_z: tl.constexpr, ROW: tl.constexpr, o_B: tl.constexpr,
-                      o_C: tl.constexpr, o_dt: tl.constexpr, h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr, rb: tl.constexpr,
+    def replay_kernel(p_s, p_C, p_z, p_h, p_at, p_base, p_to, p_A, p_D, p_y, l, SIZE, s_s: tl.constexpr, s_C: tl.constexpr, s_z: tl.constexpr, o_dt: tl.constexpr,
+                      o_B: tl.constexpr, o_C: tl.constexpr, h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr, rb: tl.constexpr,
                       CHANNELS: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, NB: tl.constexpr):
-        """BP channels of a head of a row: from the state at `base` token by token through what prepare_kernel left in p_s, with y of the l new ones;
-        the state is written where it is to stand, before token `to`, if it moves. It is held as blocks of NB columns, so that a sum over n
-        takes few shuffles. CHANNELS: Mamba, a Δ per channel, C as it was projected, y ∘ silu(z); else Mamba-2."""
+        """BP channels of a head of a row: from the state at `base` token by token through what prepare_kernel left in p_s (a row more is read, for
+        nothing), with y of the l new ones; the state is written where it is to stand, before token `to`, if it moves. It is held as blocks of
+        NB columns, so that a sum over n takes few shuffles. CHANNELS: Mamba, a Δ per channel, C as projected, y ∘ silu(z); else Mamba-2."""
         parts: tl.constexpr = (p + BP - 1) // BP
         i_b, i_h, i_p = (tl.program_id(0) // (h * parts)).to(tl.int64), tl.program_id(0) // parts % h, tl.program_id(0) % parts * BP
-        o_q, o_n, o_d = i_p + tl.arange(0, BP)[:, None], tl.arange(0, NB)[None, :], (i_p if CHANNELS else 0) + tl.arange(0, BP if CHANNELS else 1)[:, None]
-        m_p, o_hp, o_hd = o_q < p, i_h * p + o_q, (i_h * p if CHANNELS else i_h) + o_d
-        m_d = o_d < p if CHANNELS else o_d < 1
-        p_h += (i_b * h + i_h) * (p * n) + o_q * n + o_n
-        b_h, b_A = (), ()
-        for k in tl.static_range(BN // NB):
-            b_h = b_h + (tl.load(p_h + k * NB, mask=m_p & (k * NB + o_n < n), other=0.),)
-            b_Ak = tl.load(p_A + o_hd * n + k * NB + o_n, mask=m_p & (k * NB + o_n < n), other=0.) if CHANNELS else tl.load(p_A + o_hd)
-            b_A = b_A + (-tl.exp(b_Ak.to(tl.float32)) * LOG2E,)
+        o_p, o_n, o_d = i_p + tl.arange(0, BP)[:, None], tl.arange(0, NB)[None, :], (i_p if CHANNELS else 0) + tl.arange(0, BP if CHANNELS else 1)[:, None]
+        m_p, m_d, o_hp, o_hd = o_p < p, o_d < (p if CHANNELS else 1), i_h * p + o_p, (i_h * p if CHANNELS else i_h) + o_d
+        p_s, p_h, p_C = p_s + i_b * SIZE * s_s, p_h + (i_b * h + i_h) * (p * n) + o_p * n + o_n, p_C + i_b * l * s_C + i_h * n
+        p_z, p_y, p_sC, o_x = p_z + i_b * l * s_z + o_hp, p_y + i_b * l * (h * p) + o_hp, p_s + o_C + i_h * n, i_h // rx * p + o_p
         at, base, to = tl.load(p_at + i_b).to(tl.int32), tl.load(p_base + i_b).to(tl.int32), tl.load(p_to + i_b).to(tl.int32)
-        b_D = tl.load(p_D + o_hd, mask=m_d, other=0.).to(tl.float32)
-        p_s, p_C, p_z, p_y = p_s + i_b * SIZE * ROW, p_C + i_b * l * s_C + i_h * n, p_z + i_b * l * s_z + o_hp, p_y + i_b * l * (h * p) + o_hp
-        p_sB, p_sC = p_s + o_B + i_h // rb * n, p_s + o_C + i_h * n
+        b_x, b_delta, b_B = brought(p_s, o_x, m_p, o_dt + o_hd, m_d, n, o_B + i_h // rb * n, BN, NB)
+        b_h, b_A, b_D = (), (), tl.load(p_D + o_hd, mask=m_d, other=0.).to(tl.float32)
+        for k in tl.static_range(BN // NB):
+            m = m_p & (k * NB + o_n < n)
+            b_h = b_h + (tl.load(p_h + k * NB, mask=m, other=0.),)
+            b_Ak = tl.load(p_A + o_hd * n + k * NB + o_n, mask=m, other=0.) if CHANNELS else tl.load(p_A + o_hd)
+            b_A = b_A + (-tl.exp(b_Ak.to(tl.float32)) * LOG2E,)
         for t in range(base, at + l):
-            b_x = tl.load(p_s + i_h // rx * p + o_q, mask=m_p, other=0.)
-            b_delta = tl.load(p_s + o_dt + o_hd, mask=m_d, other=0.)
-            b_new, b_y = (), tl.zeros((BP, NB), tl.float32)
+            b_new, b_C, b_y, b_v = (), (), tl.zeros((BP, NB), tl.float32), b_D * b_x
             for k in tl.static_range(BN // NB):
-                m = k * NB + o_n < n
-                b_hk = tl.fma(tl.broadcast_to(tl.exp2(b_delta * b_A[k]), (BP, NB)), b_h[k], b_delta * b_x * tl.load(p_sB + k * NB + o_n, mask=m, other=0.))
-                b_C = tl.load(p_C + (t - at) * s_C + k * NB + o_n, mask=k * NB + o_n < tl.where(t >= at, n, 0), other=0.).to(tl.float32) if CHANNELS else tl.load(p_sC + k * NB + o_n, mask=m, other=0.)
-                b_y += b_hk * b_C
+                m, p_Ck = k * NB + o_n < tl.where(t >= at, n, 0), p_C + (t - at) * s_C if CHANNELS else p_sC
+                b_C = b_C + (tl.load(p_Ck + k * NB + o_n, mask=m, other=0.).to(tl.float32),)
+            for k in tl.static_range(BN // NB):
+                b_hk = tl.fma(tl.broadcast_to(tl.exp2(b_delta * b_A[k]), (BP, NB)), b_h[k], b_delta * b_x * b_B[k])
                 if t + 1 == to:
-                    tl.store(p_h + k * NB, b_hk, mask=m_p & m)
+                    tl.store(p_h + k * NB, b_hk, mask=m_p & (k * NB + o_n < n))
                 b_new = b_new + (b_hk,)
-            b_h = b_new
+            p_s, p_sC, b_h = p_s + s_s, p_sC + s_s, b_new
+            b_x, b_delta, b_B = brought(p_s, o_x, m_p, o_dt + o_hd, m_d, n, o_B + i_h // rb * n, BN, NB)  # the next token's, while y is summed
             if t >= at:
-                b_v = tl.sum(b_y, axis=1, keep_dims=True) + b_D * b_x
+                for k in tl.static_range(BN // NB):
+                    b_y += b_h[k] * b_C[k]
+                b_v += tl.sum(b_y, axis=1, keep_dims=True)
                 if CHANNELS:
                     b_v *= silu(tl.load(p_z + (t - at) * s_z, mask=m_p, other=0.).to(tl.float32))
                 tl.store(p_y + (t - at) * (h * p), b_v, mask=m_p)
-            p_s, p_sB, p_sC = p_s + ROW, p_sB + ROW, p_sC + ROW
 
 # ---------------------------------------------------------------------------------------------------------------
 # The launches. Forward and backward of an operation are plain functions of tensors; they are registered with PyTorch as operators of
@@ -1529,15 +1536,16 @@ def one_by_one(t):
 def replay_plan(x, dt, B, C, z, lx, ldt, lB, weight, h0, *others):
     (b, l), (h, p, n), (channels, _, W), mamba = x.shape[:2], h0.shape[1:], weight.shape, dt.dim() == 4
     g = x.shape[2] if mamba else (channels - h * n) // (p + n)                                # kv heads
-    H, G, BP, BN = ldt.stride(1), lB.stride(1) if mamba else 0, min(64, triton.next_power_of_2(p)), triton.next_power_of_2(n)
-    programs, size, row = b * h * cdiv(p, BP), lx.shape[1], channels + H + G
-    T, BC, more = REPLAY[programs >= 1024]
+    H, G, BP, BN = ldt.stride(1), lB.stride(1) if mamba else 0, min(32, triton.next_power_of_2(p)), triton.next_power_of_2(n)
+    programs, size, s_s = b * h * cdiv(p, BP), lx.shape[1], channels + H + G
+    T, BC, warp, more = REPLAY[programs >= 2048]
     return SimpleNamespace(
-        room=(b, size, row), prepare=Launch(
-            prepare_kernel, (b, cdiv(channels, BC) + cdiv(H, BC) + cdiv(G, BC)), (l, size), s_x=x.stride(1), s_dt=dt.stride(1), s_B=B.stride(1), s_lx=lx.stride(1),
-            H=H, G=G, X=channels, r=h // g if mamba else 1, p=p, W=W, T=T, BC=BC, num_warps=4),
-        run=Launch(replay_kernel, (programs,), (l, size), s_C=C.stride(1), s_z=z.stride(1), ROW=row, o_B=channels + H if mamba else g * p, o_C=g * (p + n), o_dt=channels,
-                   h=h, p=p, n=n, rx=1 if mamba else h // g, rb=h // g, CHANNELS=mamba, BP=BP, BN=BN, NB=min(BN, 32), num_warps=max(1, BP * BN // 2048), **more))
+        room=(b, size, s_s),
+        prepare=Launch(prepare_kernel, (b, cdiv(channels, BC) + cdiv(H, BC) + cdiv(G, BC)), (l, size), s_x=x.stride(1), s_dt=dt.stride(1),
+                       s_B=B.stride(1), s_lx=lx.stride(1), H=H, G=G, X=channels, r=h // g if mamba else 1, p=p, W=W, T=T, BC=BC, num_warps=4),
+        run=Launch(replay_kernel, (programs,), (l, size), s_s=s_s, s_C=C.stride(1), s_z=z.stride(1), o_dt=channels, o_B=channels + H if mamba else g * p,
+                   o_C=g * (p + n), h=h, p=p, n=n, rx=1 if mamba else h // g, rb=h // g, CHANNELS=mamba, BP=BP, BN=BN, NB=min(BN, 32),
+                   num_warps=max(1, BP * BN // warp), **more))
 
 
 def replay(x, dt, B, C, z, log, weight, bias, A_log, dt_bias, D, h, at, base, to):
@@ -1546,7 +1554,7 @@ def replay(x, dt, B, C, z, log, weight, bias, A_log, dt_bias, D, h, at, base, to
 
     Mamba: x (b, l, g, p), dt (b, l, h, p), B (b, l, g, n), C (b, l, h, n), z (b, l, h, p), A_log (h·p, n), as the projections left them. Mamba-2, whose
     gate comes after: x (b, l, channels) is x, B and C together, dt (b, l, h), B, C and z None, A_log (h,). log: x, dt and B of earlier tokens,
-    (b, size, …), size a power of 2, token t at t mod size. weight (channels, 1, w), bias: the convolution's. p, n ≤ 128. Returns y (b, l, h, p)."""
+    (b, size, …), size a power of 2 and more than the tokens since `base`, token t at t mod size. weight (channels, 1, w), bias: the convolution's. p, n ≤ 128. Returns y (b, l, h, p)."""
     x, dt, B, C, z = (x if t is None else one_by_one(t) for t in (x, dt, B, C, z))
     (lx, ldt, *lB), y = log, x.new_empty(*x.shape[:2], *h.shape[1:3])
     with torch.cuda.device_of(x):
