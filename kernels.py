@@ -1102,8 +1102,8 @@ if triton is not None:
         for t in range(base, at + l):
             b_new, b_C, b_y, b_v = (), (), tl.zeros((BP, NB), tl.float32), b_D * b_x
             for k in tl.static_range(BN // NB):
-                m, p_Ck = k * NB + o_n < tl.where(t >= at, n, 0), p_C + (t - at) * s_C if CHANNELS else p_sC
-                b_C = b_C + (tl.load(p_Ck + k * NB + o_n, mask=m, other=0.).to(tl.float32),)
+                p_Ck = p_C + (t - at) * s_C if CHANNELS else p_sC
+                b_C = b_C + (tl.load(p_Ck + k * NB + o_n, mask=k * NB + o_n < tl.where(t >= at, n, 0), other=0.).to(tl.float32),)
             for k in tl.static_range(BN // NB):
                 b_hk = tl.fma(tl.broadcast_to(tl.exp2(b_delta * b_A[k]), (BP, NB)), b_h[k], b_delta * b_x * b_B[k])
                 if t + 1 == to:
