@@ -266,19 +266,35 @@ def verify(proposed, q, p, generator=None):
 
 
 def best_k(alpha, cost, most=8):
-    """The number of tokens to propose: the K in 1 … most with the most tokens in a unit of time, when each is accepted with probability
-    alpha (as if independently) and a draft's step costs `cost` of a target's pass (Leviathan et al., Theorem 3.8)."""
-    return max(range(1, most + 1), key=lambda K: sum(alpha**i for i in range(K + 1)) / (K * cost + 1))
+    """The number of tokens to propose: the K in 0 … most with the most tokens in a unit of time, when each is accepted with probability
+    alpha (as if independently) and adds `cost` of a plain step to a round (Leviathan et al., Theorem 3.8, where that is the draft's step)."""
+    return max(range(most + 1), key=lambda K: sum(alpha**i for i in range(K + 1)) / (K * cost + 1))
 
 
 class Speculation:
-    """How much to propose, and how it went. Always K tokens a round; or with K = 0 at first 4, then, after the 5th round and every 32 from
-    there, what best_k says to the rates and times since (the rounds in which a K is new, and slow, left out)."""
+    """How much to propose, and how it went. Always K tokens a round; or with K = 0 what best_k says to the rates and times measured."""
 
-    def __init__(self, K=0, most=8):
-        self.fixed, self.K, self.most, self.next = K > 0, K or min(4, most), K or most, 5
+    def __init__(self, K=0):
+        self.fixed, self.most, self.choices = K != 0, K or 8, iter([(K, math.inf)]) if K else self.choose()
+        self.K, self.due = next(self.choices)                          # what to propose, until so many rounds are over
         self.rounds = self.passes = self.proposed = self.accepted = 0  # passes: of the target, each row for itself
-        self.kept = self.rejected = self.draft = self.target = 0       # since the last choice
+        self.kept = self.rejected = 0                                  # since the last choice
+        self.took = {}                                                 # K: rounds, and the seconds of the draft and of the target in them
+
+    def choose(self):
+        """The K to propose and for how many rounds: first 4; the best for 8, as if a pass took the same for any K; 0, to see what it takes
+        without proposals; then the best for 32 at a time, until that is 0, and it does not pay to propose."""
+        yield 4, 5
+        yield max(1, self.best()), 8
+        yield 0, 4
+        while K := self.best():
+            yield K, 32
+
+    def best(self):
+        rounds, draft, target = self.took[self.tried]
+        plain = self.took[0][2] / self.took[0][0] if 0 in self.took else target / rounds
+        alpha, self.kept, self.rejected = self.kept / max(1, self.kept + self.rejected), 0, 0
+        return best_k(alpha, max(0, (draft + target) / rounds - plain) / self.tried / plain, self.most)
 
     def count(self, n, K, used):
         """A row kept n of K tokens, of which the text used `used` (a stop token cuts)."""
@@ -289,10 +305,11 @@ class Speculation:
         """A round is over: seconds of its halves, the draft's K steps and the target's pass; not `warm` while it is slow for being new."""
         self.rounds += 1
         if warm:
-            self.draft, self.target = self.draft + draft / K, self.target + target
-        if self.rounds >= self.next and not self.fixed and self.target:
-            self.K = best_k(self.kept / max(1, self.kept + self.rejected), self.draft / self.target, self.most)
-            self.next, self.kept, self.rejected, self.draft, self.target = self.next + 32, 0, 0, 0, 0
+            self.took[K] = [a + b for a, b in zip(self.took.get(K, (0, 0, 0)), (1, draft, target))]
+            self.tried = K or self.tried
+        if self.rounds >= self.due and K in self.took:
+            self.K, rounds = next(self.choices, (0, math.inf))
+            self.due = self.rounds + rounds
 
 
 def check_sampling(max_new_tokens, temperature, top_k, top_p, dash=""):
@@ -383,7 +400,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     if draft and draft.config.v != model.config.v:
         raise MilError(f"the draft's vocabulary is {draft.config.v}, the model's {model.config.v}: they must speak of the same tokens")
     plan = speculate if isinstance(speculate, Speculation) else Speculation(speculate)
-    if draft and not (1 <= plan.K and (plan.K < context or not plan.fixed)):
+    if draft and plan.fixed and not 1 <= plan.K < context:
         wanted = f"to {context - 1}, less than the context" if context < math.inf else "or more"
         raise MilError(f"speculate is {plan.K}, expected 1 {wanted}, or 0 to have it chosen")
     for token in stop:
@@ -395,7 +412,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     caches = [mil.Cache(m, len(texts), max(ends) + most, log=most + 1 if draft else 0) for m in (model, draft) if m]
     device = caches[0].device if caches[0].device.type == "cuda" and all(cache.fusable(most + 1) for cache in caches) else None
     ahead, before, last = now = torch.zeros(3, len(texts), dtype=torch.long, device=caches[0].device)  # per row len(text) - 1, text[-2], text[-1]
-    done, unread, halves = [False] * len(texts), True, {}
+    done, drafted, halves = [False] * len(texts), [0] * len(texts), {}                        # drafted: tokens of each text that the draft has read
     feed(model, caches[0], [text[:-1] for text in texts])  # the last token is left to the first round
 
     def propose(K):
@@ -412,16 +429,16 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
 
     def check(proposed, q):
         """Per row how many are kept, what was proposed, and one token more: (b, 2 + K)."""
-        caches[0].start(ahead, max(map(len, texts)) - 1, proposed.shape[1] if draft else 0)
+        caches[0].start(ahead, max(map(len, texts)) - 1, 0 if q is None else proposed.shape[1])
         p = law(model, model.hidden(proposed, caches[0]))                                     # (b, 1 + K, v)
         count, extra = verify(proposed[:, 1:], p[:, :0] if q is None else q, p, generator)
         return torch.cat([count[:, None], proposed[:, 1:], extra[:, None]], dim=1)
 
     while not all(done):
         K = min(plan.K, most) if min(map(len, texts)) > 1 else 0  # the draft reads two tokens
-        if K and unread:
-            feed(draft, caches[1], [text[:-2] for text in texts])
-            unread = False
+        if K and any(text[n:-2] for text, n in zip(texts, drafted)):  # a prompt, or what came without proposals
+            caches[1].start(torch.tensor(drafted), max(drafted), 0)
+            feed(draft, caches[1], [text[n:-2] for text, n in zip(texts, drafted)])
         if K not in halves:
             # without a cycle of references, so that no graph is freed by the garbage collector while another is captured, which would break it
             first = Launched(lambda K=K: propose(K), device, generator)
@@ -434,6 +451,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         rows, new = out.tolist(), [[] for _ in texts]
         for i in [i for i, d in enumerate(done) if not d]:
             n, *tokens = rows[i]
+            drafted[i] = len(texts[i]) + min(n, K - 1) if K else drafted[i]
             tokens = [*tokens[:n], tokens[-1]][:ends[i] - len(texts[i])]
             if -1 in tokens:
                 raise MilError(f"prompt {i + 1}: the model's logits are NaN after {len(texts[i]) + tokens.index(-1)} tokens")
@@ -443,7 +461,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
             done[i] = cut is not None or len(texts[i]) >= ends[i]
             if draft:
                 plan.count(n, K, min(n, len(new[i])))
-        if K:
+        if draft:
             plan.time(*[seconds(*pair) for pair in zip(times, times[1:])], K, halves[K][0].calls > (2 if device else 1))
         yield new
 

@@ -417,8 +417,8 @@ class Cache:
     state and reads its logged inputs again, up to the cursor, before the new ones (The Mamba in the Llama, section 4).
     When the next pass, or what `settle` asks room for, would not fit in a row's log, that row's inputs, up to its
     cursor, go into its state for good; so after settle(K + 1) no pass of K + 1 tokens or fewer moves a state past the
-    place to which `back` may want to return. A pass of more than `log` tokens (a prompt, and with log=0 every token)
-    goes into the state at once, and so does a first pass, unless `settle` said otherwise.
+    place to which `back` may want to return. A pass that `settle` did not announce, or of more than `log` tokens, goes
+    into the state at once.
 
     On a GPU a pass of a few tokens is made of kernels that read `at` and `base` where they lie (`fused`): nothing waits for
     the host, and the pass can be captured in a CUDA graph. Elsewhere PyTorch does the same with the mixers' own scan.
@@ -445,7 +445,7 @@ class Cache:
             raise MilError(f"cache: {l} more tokens do not fit: {self.used} of {self.size} places are used")
         after, new = torch.arange(l, device=self.device), max(l, self.room)
         self.fused = lengths is None and self.fusable(l)
-        self.direct, self.room, self.new = l > self.log or self.used == 0 and not self.room, 0, l
+        self.direct, self.room, self.new = l > self.log or not self.room, max(0, self.room - l), l
         self.lengths = None if lengths is None else torch.as_tensor(lengths, device=self.device)
         self.counts = l if lengths is None else self.lengths
         self.to.copy_(self.at + self.counts if self.direct else torch.where(self.at - self.base + new > self.log, self.at, self.base))

@@ -28,9 +28,10 @@ replayed, which leaves out Python and the launches. – is what is not installed
 8. The kernel of a Mamba-2 layer in a step: one new token of each row, the state written or not, after so many tokens of the log.
 9. Exactness: greedy speculative decoding beside greedy plain decoding, random models of every pairing of stacks, K from 1 to 8, batches of
    1 to 4 rows of unequal length: tokens compared and tokens that differ. In float64; on CUDA in bf16, in which the kernels work.
-10. Speculative over plain decoding, greedy, wall clock from the fourth round on (in the first a GPU's kernels are compiled, in the second
-   captured), eight prompts of this file's text: tokens/s, the share of the draft's tokens that is kept, tokens per pass, whether the text
-   is the plain one, and how many of its windows of eight tokens are distinct: a text that repeats itself is easy to propose.
+10. Speculative over plain decoding, greedy and at temperature 1, wall clock from the fourth round on (in the first a GPU's kernels are
+   compiled, in the second captured), eight prompts of this file's text: tokens/s, the share of the draft's tokens that is kept, tokens per
+   pass, whether the greedy text is the plain one, and how many of the windows of eight tokens are distinct: a text that repeats itself is
+   easy to propose.
 """
 import dataclasses
 import importlib
@@ -388,27 +389,27 @@ def speculation(target, draft):
     text = generate.encode(encoding, Path(__file__).read_text())  # not part of any training text of ours
     prompts, rows = [text[i:i + 64] for i in range(0, 1600, 200)], []
     print(f"\n{f'10. {sum(w.numel() for w in model.parameters()) / 1e6:.1f} M parameters':<38}{'tokens/s':>10}{'÷ plain':>10}{'kept':>8}{'a pass':>8}{'text':>9}{'fresh':>8}")
-    for batch in (1, 8):
-        for K in (None, 2, 4, 6, 0):
-            texts, seconds, timed, passes, accepted, proposed = [], 0, 0, 0, 0, 0
-            for first in range(0, 8, batch):
-                plan, new = generate.Speculation(K or 0), [[] for _ in range(batch)]
-                for i, row in enumerate(generate.generate(model, prompts[first:first + batch], NEW, 0, draft=None if K is None else small, speculate=plan)):
-                    new = [a + b for a, b in zip(new, row)]
-                    if i == 2:
-                        before, began = sum(map(len, new)), now()
-                seconds, timed, texts = seconds + now() - began, timed + sum(map(len, new)) - before, texts + new
-                passes, accepted, proposed = passes + plan.passes, accepted + plan.accepted, proposed + plan.proposed
-            windows = [tuple(new[i:i + 8]) for new in texts for i in range(len(new) - 7)]
-            row = dict(batch=batch, K=K, tokens_s=timed / seconds, fresh=len(set(windows)) / len(windows))
-            if K is None:
-                plain = row["tokens_s"], texts
-            else:
-                row.update(kept=accepted / proposed, per_pass=sum(map(len, texts)) / passes, same=texts == plain[1])
-            rows.append(row)
-            name = "plain" if K is None else f"K = {K}" if K else f"K chosen ({plan.K})"
-            more = f"{'':>25}" if K is None else f"{row['kept']:>8.0%}{row['per_pass']:>8.2f}{'same' if row['same'] else 'DIFFERS':>9}"
-            print(f"{f'batch {batch}, {name}':<38}{row['tokens_s']:>10.1f}{row['tokens_s'] / plain[0]:>10.2f}{more}{row['fresh']:>8.0%}", flush=True)
+    for batch, temperature, K in [(b, t, K) for b in (1, 8) for t, Ks in ((0, (None, 2, 4, 6, 0)), (1, (None, 0))) for K in Ks]:
+        texts, seconds, timed, passes, accepted, proposed = [], 0, 0, 0, 0, 0
+        for first in range(0, 8, batch):
+            plan, new, dice = generate.Speculation(K or 0), [[] for _ in range(batch)], torch.Generator(DEVICE).manual_seed(first)
+            for i, row in enumerate(generate.generate(model, prompts[first:first + batch], NEW, temperature, generator=dice,
+                                                      draft=None if K is None else small, speculate=plan)):
+                new = [a + b for a, b in zip(new, row)]
+                if i == 2:
+                    before, began = sum(map(len, new)), now()
+            seconds, timed, texts = seconds + now() - began, timed + sum(map(len, new)) - before, texts + new
+            passes, accepted, proposed = passes + plan.passes, accepted + plan.accepted, proposed + plan.proposed
+        windows = [tuple(new[i:i + 8]) for new in texts for i in range(len(new) - 7)]
+        row = dict(batch=batch, temperature=temperature, K=K, tokens_s=timed / seconds, fresh=len(set(windows)) / len(windows))
+        if K is None:
+            plain = row["tokens_s"], texts
+        else:
+            row.update(kept=accepted / proposed, per_pass=sum(map(len, texts)) / passes, same=None if temperature else texts == plain[1])
+        rows.append(row)
+        name = f"batch {batch}, {'sampled' if temperature else 'greedy'}, {'plain' if K is None else f'K = {K}' if K else f'K chosen ({plan.K})'}"
+        more = f"{'':>25}" if K is None else f"{row['kept']:>8.0%}{row['per_pass']:>8.2f}{ {True: 'same', False: 'DIFFERS', None: '–'}[row['same']]:>9}"
+        print(f"{name:<38}{row['tokens_s']:>10.1f}{row['tokens_s'] / plain[0]:>10.2f}{more}{row['fresh']:>8.0%}", flush=True)
     return rows
 
 

@@ -321,9 +321,9 @@ def test_rows_of_a_speculative_batch_end_by_their_own_length_and_the_shorter_con
 
 
 def test_the_best_k_rises_with_acceptance_and_falls_with_the_drafts_cost():
-    assert g.best_k(0.0, 0.1) == 1 and g.best_k(1.0, 0.1) == 8 and g.best_k(0.8, 0.9) == 1
+    assert g.best_k(0.0, 0.1) == 0 and g.best_k(1.0, 0.1) == 8 and g.best_k(0.8, 0.7) == 1 and g.best_k(0.8, 0.9) == 0
     rate = lambda a, c, K: sum(a**i for i in range(K + 1)) / (K * c + 1)  # noqa: E731
-    assert all(rate(0.8, 0.1, g.best_k(0.8, 0.1)) >= rate(0.8, 0.1, K) for K in range(1, 9))
+    assert all(rate(0.8, 0.1, g.best_k(0.8, 0.1)) >= rate(0.8, 0.1, K) for K in range(9))
 
 
 def test_k_is_chosen_from_what_was_kept_and_what_it_took():
@@ -333,10 +333,27 @@ def test_k_is_chosen_from_what_was_kept_and_what_it_took():
         plan.count(4, 4, 4)
         plan.time(0.04 if i else 99.0, 0.1, 4, i > 0)  # 0.1 of a pass for each token, all kept; the first round does not count
     assert plan.K == 8
+    for K, kept, draft, target, rounds in ((8, 6, 0.08, 0.1, 8), (0, 0, 0, 0.05, 4)):  # six of eight kept; without proposals half the time
+        for _ in range(rounds):
+            assert plan.K == K
+            plan.count(kept, K, kept)
+            plan.time(draft, target, K, True)
+    assert plan.K == g.best_k(6 / 7, (0.08 + 0.1 - 0.05) / 8 / 0.05) > 0
     for _ in range(32):
-        plan.count(0, 8, 0)
-        plan.time(0.08, 0.1, 8, True)
-    assert plan.K == 1 and (plan.passes, plan.accepted, plan.proposed) == (37, 20, 5 * 4 + 32 * 8)
+        plan.count(0, plan.K, 0)
+        plan.time(0.01 * plan.K, 0.1, plan.K, True)
+    assert plan.K == 0 and (plan.rounds, plan.passes, plan.accepted) == (49, 49, 20 + 48)  # nothing kept: it does not pay
+
+
+def test_after_rounds_without_proposals_the_draft_reads_what_it_missed():
+    model, draft = build(Config(**MIXED)), build(Config(**MIXED))
+    want, plan = whole(g.generate(model, [[5, 6], [7, 8, 9]], 40, temperature=0)), g.Speculation()
+    plan.choices, plan.due = iter([(3, 2), (0, 3), (2, 3), (0, 1), (4, 99)]), 1
+    assert whole(g.generate(model, [[5, 6], [7, 8, 9]], 40, temperature=0, draft=draft, speculate=plan)) == want
+    assert plan.accepted == plan.proposed > 0  # the draft is the model, so it agrees where it read the same
+
+
+def test_speculation_with_a_chosen_k_gives_the_plain_text():
     model = build(Config(**MIXED))
     want = whole(g.generate(model, [[5, 6]], 40, temperature=0))
     assert whole(g.generate(model, [[5, 6]], 40, temperature=0, draft=build(Config(**MIXED), seed=3))) == want

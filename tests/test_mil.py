@@ -222,6 +222,7 @@ def test_the_cache_goes_back_no_further_than_its_log_reaches():
         cache = Cache(model, 1, 40, log=3)
         with torch.no_grad():
             model(random_tokens(model.config, 1, 5), cache)
+            cache.settle(2)
             model(random_tokens(model.config, 1, 2), cache)
         cache.back([first])
         if first:
