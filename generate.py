@@ -277,13 +277,14 @@ class Speculation:
     def __init__(self, K=0):
         self.fixed, self.most, self.choices = K != 0, K or 8, iter([(K, math.inf)]) if K else self.choose()
         self.K, self.due = next(self.choices)                          # what to propose, until so many rounds are over
+        self.over = False                                              # the draft is of no more use
         self.rounds = self.passes = self.proposed = self.accepted = 0  # passes: of the target, each row for itself
         self.kept = self.rejected = 0                                  # since the last choice
-        self.took = {}                                                 # K: rounds, and the seconds of the draft and of the target in them
+        self.took, self.spent, self.first = {}, 0, math.inf            # K: rounds, seconds of the draft, of the target; all; of a K's first
 
     def choose(self):
-        """The K to propose and for how many rounds: first 4; the best for 8, as if a pass took the same for any K; 0, to see what it takes
-        without proposals; then the best for 32 at a time, until that is 0, and it does not pay to propose."""
+        """The K to propose and for how many rounds at least: first 4; then the best, as if a pass took the same for any K; 0, to see what it
+        takes without proposals; then the best again and again, until that is 0: it does not pay to propose."""
         yield 4, 5
         yield max(1, self.best()), 8
         yield 0, 4
@@ -302,13 +303,17 @@ class Speculation:
         self.kept, self.rejected = self.kept + n, self.rejected + (n < K)
 
     def time(self, draft, target, K, warm):
-        """A round is over: seconds of its halves, the draft's K steps and the target's pass; not `warm` while it is slow for being new."""
+        """A round is over: seconds of its halves, the draft's K steps and the target's pass; not `warm` while it is slow for being new (on a
+        GPU two rounds are). Another K is not begun before ten times what that costs has been spent."""
         self.rounds += 1
-        if warm:
-            self.took[K] = [a + b for a, b in zip(self.took.get(K, (0, 0, 0)), (1, draft, target))]
-            self.tried = K or self.tried
-        if self.rounds >= self.due and K in self.took:
-            self.K, rounds = next(self.choices, (0, math.inf))
+        if not warm:
+            self.first = min(self.first, draft + target)
+            return
+        n, *took = self.took[K] = [a + b for a, b in zip(self.took.get(K, (0, 0, 0)), (1, draft, target))]
+        self.tried, self.spent = K or self.tried, self.spent + draft + target
+        if self.rounds >= self.due and (K == 0 or self.spent >= 20 * (self.first - sum(took) / n)):
+            choice = next(self.choices, None)
+            self.over, (self.K, rounds) = choice is None, choice or (0, math.inf)
             self.due = self.rounds + rounds
 
 
@@ -380,6 +385,12 @@ class Launched:
         return self.out
 
 
+def log_places(model, rows, K=0):
+    """How many tokens the log of the model's cache takes: those of a round; without a draft those between two times that the states are
+    written, which is worth it where large ones are what a step waits for (measured on an H200)."""
+    return K + 1 if K else 3 if rows >= 16 and "mamba2" in model.config.mixers else 0
+
+
 @torch.inference_mode()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(), generator=None, draft=None, speculate=0):
     """Continue each of `prompts` (lists of token ids of any lengths); every round yields a list of new ids per row.
@@ -409,16 +420,17 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     law = lambda model, hidden: token_law(model.logits(hidden), temperature, top_k, top_p)  # noqa: E731
     texts, ends = [list(prompt) for prompt in prompts], [min(len(prompt) + max_new_tokens, context) for prompt in prompts]
     most = int(min(plan.most, context - 1)) if draft else 0                                   # the largest K
-    caches = [mil.Cache(m, len(texts), max(ends) + most, log=most + 1 if draft else 0) for m in (model, draft) if m]
+    caches = [mil.Cache(m, len(texts), max(ends) + most, log=log_places(m, len(texts), most)) for m in (model, draft) if m]
     device = caches[0].device if caches[0].device.type == "cuda" and all(cache.fusable(most + 1) for cache in caches) else None
     ahead, before, last = now = torch.zeros(3, len(texts), dtype=torch.long, device=caches[0].device)  # per row len(text) - 1, text[-2], text[-1]
-    done, drafted, halves = [False] * len(texts), [0] * len(texts), {}                        # drafted: tokens of each text that the draft has read
+    done, unread, halves = [False] * len(texts), True, {}
     feed(model, caches[0], [text[:-1] for text in texts])  # the last token is left to the first round
 
-    def propose(K):
-        """The last token and the draft's K, and the laws they are from: (b, 1 + K), (b, K, v). It reads two, as it never read its own last."""
+    def propose(K, follow):
+        """The last token and the draft's K, and the laws they are from: (b, 1 + K), (b, K, v). To `follow` the text the draft reads two tokens,
+        since it never read its own last."""
         tokens, q = [last[:, None]], []
-        if K:
+        if follow:
             caches[1].start(ahead - 1, max(map(len, texts)) - 2, K + 1)
             hidden = draft.hidden(torch.stack([before, last], dim=1), caches[1])[:, -1:]
         for j in range(K):
@@ -435,23 +447,23 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         return torch.cat([count[:, None], proposed[:, 1:], extra[:, None]], dim=1)
 
     while not all(done):
-        K = min(plan.K, most) if min(map(len, texts)) > 1 else 0  # the draft reads two tokens
-        if K and any(text[n:-2] for text, n in zip(texts, drafted)):  # a prompt, or what came without proposals
-            caches[1].start(torch.tensor(drafted), max(drafted), 0)
-            feed(draft, caches[1], [text[n:-2] for text, n in zip(texts, drafted)])
-        if K not in halves:
+        follow = bool(draft) and not plan.over and min(map(len, texts)) > 1
+        K = min(plan.K, most) if follow else 0
+        if follow and unread:
+            feed(draft, caches[1], [text[:-2] for text in texts])
+            unread = False
+        if (K, follow) not in halves:
             # without a cycle of references, so that no graph is freed by the garbage collector while another is captured, which would break it
-            first = Launched(lambda K=K: propose(K), device, generator)
-            halves[K] = first, Launched(lambda first=first: check(*first.out), device, generator)
+            first = Launched(lambda how=(K, follow): propose(*how), device, generator)
+            halves[K, follow] = first, Launched(lambda first=first: check(*first.out), device, generator)
         now.copy_(torch.tensor([[len(text) - 1, text[-2] if len(text) > 1 else 0, text[-1]] for text in texts]).T)
         times = [stamp(now.device)]
-        for half in halves[K]:
+        for half in halves[K, follow]:
             out = half()
             times.append(stamp(now.device))
         rows, new = out.tolist(), [[] for _ in texts]
         for i in [i for i, d in enumerate(done) if not d]:
             n, *tokens = rows[i]
-            drafted[i] = len(texts[i]) + min(n, K - 1) if K else drafted[i]
             tokens = [*tokens[:n], tokens[-1]][:ends[i] - len(texts[i])]
             if -1 in tokens:
                 raise MilError(f"prompt {i + 1}: the model's logits are NaN after {len(texts[i]) + tokens.index(-1)} tokens")
@@ -462,7 +474,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
             if draft:
                 plan.count(n, K, min(n, len(new[i])))
         if draft:
-            plan.time(*[seconds(*pair) for pair in zip(times, times[1:])], K, halves[K][0].calls > (2 if device else 1))
+            plan.time(*[seconds(*pair) for pair in zip(times, times[1:])], K, halves[K, follow][0].calls > (2 if device else 1))
         yield new
 
 

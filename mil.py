@@ -386,7 +386,7 @@ class Hybrid(nn.Module):
         """
         b, l = tokens.shape
         pos = torch.arange(l, device=tokens.device).expand(b, l) if cache is None else cache.open(b, l, lengths)
-        u, angles = self.embed_tokens(tokens), rope_angles(self.config, pos)
+        u, angles = self.embed_tokens(tokens), rope_angles(self.config, pos) if cache is None else cache.angles
         for i, layer in enumerate(self.layers):
             u = layer(u, angles, None if cache is None else cache.logs[i])
         if cache is not None:
@@ -417,8 +417,8 @@ class Cache:
     state and reads its logged inputs again, up to the cursor, before the new ones (The Mamba in the Llama, section 4).
     When the next pass, or what `settle` asks room for, would not fit in a row's log, that row's inputs, up to its
     cursor, go into its state for good; so after settle(K + 1) no pass of K + 1 tokens or fewer moves a state past the
-    place to which `back` may want to return. A pass that `settle` did not announce, or of more than `log` tokens, goes
-    into the state at once.
+    place to which `back` may want to return. A pass of more than `log` tokens goes into the state at once, and so does
+    one that `settle` did not announce, except on a GPU, which writes the state when the log is full.
 
     On a GPU a pass of a few tokens is made of kernels that read `at` and `base` where they lie (`fused`): nothing waits for
     the host, and the pass can be captured in a CUDA graph. Elsewhere PyTorch does the same with the mixers' own scan.
@@ -430,6 +430,7 @@ class Cache:
         # per row: the cursor; the token before which the states stand; and before which they are to stand after this pass
         self.at, self.base, self.to = torch.zeros(3, batch, dtype=torch.long, device=self.device)
         self.used = 0  # no row holds more tokens
+        self.turns = rope_angles(c, torch.arange(size, device=self.device)[None]) if "attention" in c.mixers else ()  # of all positions
         self.small = max(c.head_dim, c.d_state) <= 128 and c.n_heads // c.n_kv_heads <= 16  # what the kernels hold in registers
         self.logs = [layer.mixer.new_log(self) for layer in model.layers]
 
@@ -445,11 +446,12 @@ class Cache:
             raise MilError(f"cache: {l} more tokens do not fit: {self.used} of {self.size} places are used")
         after, new = torch.arange(l, device=self.device), max(l, self.room)
         self.fused = lengths is None and self.fusable(l)
-        self.direct, self.room, self.new = l > self.log or not self.room, max(0, self.room - l), l
+        self.direct, self.room, self.new = l > self.log or not (self.room or self.fused), max(0, self.room - l), l
         self.lengths = None if lengths is None else torch.as_tensor(lengths, device=self.device)
         self.counts = l if lengths is None else self.lengths
-        self.to.copy_(self.at + self.counts if self.direct else torch.where(self.at - self.base + new > self.log, self.at, self.base))
+        self.to.copy_(self.at + self.counts if self.direct else torch.where(self.at - self.base > self.log - new, self.at, self.base))
         self.pos = self.at[:, None] + after                                              # (b, l)
+        self.angles = [t[0, 0, self.pos][:, None] for t in self.turns]                  # (b, 1, l, p / 2)
         if not self.fused:  # of a Mamba layer's log
             self.row = torch.arange(b, device=self.device)[:, None]
             self.moving = torch.where(self.to > self.base, self.at - self.base, 0)         # (b,) inputs to replay before the state moves

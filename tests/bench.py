@@ -306,18 +306,20 @@ def cache_bytes(cache, length):
 
 
 def step_ms(model, cache, l):
-    """The median time of a pass of l tokens a row and their logits, each from the same place: the cursor is put back. With a log it is as
-    after a round that kept l tokens: their inputs go into the states before the new ones are read."""
+    """The median time of a pass of l tokens a row and their logits, each from the same place: the cursor is put back. A verification (l > 1) is
+    as after a round that kept l tokens, whose inputs go into the states before the new ones are read; of single tokens it is the mean of
+    as many as come from one writing of the states to the next."""
     tokens, at, used = torch.zeros(len(cache.at), l, dtype=torch.long, device=DEVICE), cache.at.clone(), cache.used
+    logged, passes = (l, 1) if l > 1 else (0, cache.log + 1)
 
-    def step():
-        cache.base.copy_(at - l if cache.log else at)
-        cache.start(at, used, l if cache.log else 0)
-        return model(tokens, cache)
+    def steps():
+        cache.base.copy_(at - logged)
+        cache.start(at, used, logged)
+        return [model(tokens, cache) for _ in range(passes)]
     with torch.inference_mode():
-        run = generate.Launched(step, cache.device if CUDA and cache.fusable(l) else None)
+        run = generate.Launched(steps, cache.device if CUDA and cache.fusable(l) else None)
         run(), run()
-        return wall_ms(run)
+        return wall_ms(run) / passes
 
 
 def decoding(limits):
@@ -335,7 +337,7 @@ def decoding(limits):
     print(f"\n{f'7. a step, batch {batch} at {far} tokens':<38}{'ms':>10}{'÷ attention':>13}{'cache, MiB a row':>18}")
     for mixers in STACKS[:3]:
         model = random_model(stacked(dataclasses.replace(DECODER, context=far + 16), mixers))
-        cache = filled(model, batch, far)
+        cache = filled(model, batch, far, generate.log_places(model, batch))
         rows.append(dict(mixers=mixers, batch=batch, length=far, ms=step_ms(model, cache, 1), bytes_per_row=cache_bytes(cache, far) / batch))
         ratio = rows[-1]["ms"] / next(r["ms"] for r in rows if r.get("length") == far)
         print(f"{' + '.join(mixers):<38}{rows[-1]['ms']:>10.3f}{ratio:>13.2f}{rows[-1]['bytes_per_row'] / 2**20:>18.2f}", flush=True)

@@ -331,7 +331,7 @@ def test_k_is_chosen_from_what_was_kept_and_what_it_took():
     for i in range(5):
         assert plan.K == 4
         plan.count(4, 4, 4)
-        plan.time(0.04 if i else 99.0, 0.1, 4, i > 0)  # 0.1 of a pass for each token, all kept; the first round does not count
+        plan.time(0.04 if i else 0.06, 0.1, 4, i > 0)  # 0.1 of a pass for each token, all kept; the first round does not count
     assert plan.K == 8
     for K, kept, draft, target, rounds in ((8, 6, 0.08, 0.1, 8), (0, 0, 0, 0.05, 4)):  # six of eight kept; without proposals half the time
         for _ in range(rounds):
@@ -345,7 +345,18 @@ def test_k_is_chosen_from_what_was_kept_and_what_it_took():
     assert plan.K == 0 and (plan.rounds, plan.passes, plan.accepted) == (49, 49, 20 + 48)  # nothing kept: it does not pay
 
 
-def test_after_rounds_without_proposals_the_draft_reads_what_it_missed():
+def test_another_k_waits_until_ten_times_what_its_first_rounds_cost_is_spent():
+    plan, rounds = g.Speculation(), 0
+    plan.time(90.0, 9.0, 4, False)  # compiles
+    plan.time(0.5, 0.625, 4, False)  # captures: a second more than a round of 1/8 s, so that another K costs two
+    while plan.K == 4:
+        plan.count(4, 4, 4)
+        plan.time(0.0625, 0.0625, 4, True)
+        rounds += 1
+    assert rounds == 20 * 8
+
+
+def test_after_rounds_without_proposals_the_draft_has_read_everything():
     model, draft = build(Config(**MIXED)), build(Config(**MIXED))
     want, plan = whole(g.generate(model, [[5, 6], [7, 8, 9]], 40, temperature=0)), g.Speculation()
     plan.choices, plan.due = iter([(3, 2), (0, 3), (2, 3), (0, 1), (4, 99)]), 1
