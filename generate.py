@@ -277,14 +277,16 @@ class Speculation:
     def __init__(self, K=0):
         self.fixed, self.most, self.choices = K != 0, K or 8, iter([(K, math.inf)]) if K else self.choose()
         self.K, self.due = next(self.choices)                          # what to propose, until so many rounds are over
+        self.tried = self.K                                            # the last that was not 0
         self.over = False                                              # the draft is of no more use
         self.rounds = self.passes = self.proposed = self.accepted = 0  # passes: of the target, each row for itself
         self.kept = self.rejected = 0                                  # since the last choice
-        self.took, self.spent, self.first = {}, 0, math.inf            # K: rounds, seconds of the draft, of the target; all; of a K's first
+        self.took = {}                                                 # K: its warm rounds, and the draft's and the target's seconds in them
+        self.spent, self.cold = 0, math.inf                            # seconds since the last choice; of the shortest round with a new K
 
     def choose(self):
-        """The K to propose and for how many rounds at least: first 4; then the best, as if a pass took the same for any K; 0, to see what it
-        takes without proposals; then the best again and again, until that is 0: it does not pay to propose."""
+        """The K to propose and for how many rounds at least: first 4; then the best above 0, as if a pass took the same for any K; 0, to see
+        what it takes without proposals; then the best again and again, until that is 0: it does not pay to propose."""
         yield 4, 5
         yield max(1, self.best()), 8
         yield 0, 4
@@ -303,18 +305,19 @@ class Speculation:
         self.kept, self.rejected = self.kept + n, self.rejected + (n < K)
 
     def time(self, draft, target, K, warm):
-        """A round is over: seconds of its halves, the draft's K steps and the target's pass; not `warm` while it is slow for being new (on a
-        GPU two rounds are). Another K is not begun before ten times what that costs has been spent."""
+        """A round is over: seconds of its halves, the draft's K steps and the target's pass; not `warm` while it is slow for being new. Another
+        K is not begun before 20 times what such a round takes more than others has been spent: on a GPU, where two rounds are new and a
+        graph is captured, a short text keeps its first K."""
         self.rounds += 1
         if not warm:
-            self.first = min(self.first, draft + target)
+            self.cold = min(self.cold, draft + target) if K else self.cold
             return
         n, *took = self.took[K] = [a + b for a, b in zip(self.took.get(K, (0, 0, 0)), (1, draft, target))]
         self.tried, self.spent = K or self.tried, self.spent + draft + target
-        if self.rounds >= self.due and (K == 0 or self.spent >= 20 * (self.first - sum(took) / n)):
+        if self.rounds >= self.due and (K == 0 or self.spent >= 20 * (self.cold - sum(took) / n)):
             choice = next(self.choices, None)
             self.over, (self.K, rounds) = choice is None, choice or (0, math.inf)
-            self.due = self.rounds + rounds
+            self.due, self.spent = self.rounds + rounds, 0
 
 
 def check_sampling(max_new_tokens, temperature, top_k, top_p, dash=""):
@@ -386,8 +389,8 @@ class Launched:
 
 
 def log_places(model, rows, K=0):
-    """How many tokens the log of the model's cache takes: those of a round; without a draft those between two times that the states are
-    written, which is worth it where large ones are what a step waits for (measured on an H200)."""
+    """How many tokens the log of the model's cache takes: those of a round; without a draft 3, so that kernels write the states with every
+    4th token, where large states are what a step waits for (Mamba-2's in a batch: 3 to 6 % less on an H200), else none."""
     return K + 1 if K else 3 if rows >= 16 and "mamba2" in model.config.mixers else 0
 
 
@@ -399,8 +402,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     them in one pass, keeps the longest part it agrees with and adds one token; the law of the text is the model's own, whatever the draft
     (`verify`). `speculate` is K, 0 to have it chosen by what is accepted and what it costs, or a Speculation. Without a draft K is 0 and a
     round is one token, as is a first round with a prompt of one (the draft reads two). Neither model ever undoes anything: each cache moves
-    its cursor back (mil.Cache). On CUDA each half of a round, the draft's and the model's, is one launch (Launched), up to K = 15 and heads
-    of 128, and not in float64.
+    its cursor back (mil.Cache). On CUDA each half of a round, the draft's and the model's, is one launch (Launched), up to K = 15,
+    heads of 128 and 16 query heads a kv head, and not in float64.
 
     A row that is finished (it drew one of `stop`, which is yielded, or filled the context, or has max_new_tokens) yields [] from then on;
     the generator ends with the last row. Rows do not see each other. MilError for prompts and settings that cannot work, and for NaN.
@@ -419,8 +422,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
             raise MilError(f"stop token {token} is outside the vocabulary of {model.config.v}")
     law = lambda model, hidden: token_law(model.logits(hidden), temperature, top_k, top_p)  # noqa: E731
     texts, ends = [list(prompt) for prompt in prompts], [min(len(prompt) + max_new_tokens, context) for prompt in prompts]
-    most = int(min(plan.most, context - 1)) if draft else 0                                   # the largest K
-    caches = [mil.Cache(m, len(texts), max(ends) + most, log=log_places(m, len(texts), most)) for m in (model, draft) if m]
+    plan.most = int(min(plan.most, context - 1))                                              # the largest K
+    most = plan.most if draft else 0
+    caches = [mil.Cache(m, len(texts), max(ends) + most, log=log_places(m, len(texts), most), lazy=not draft) for m in (model, draft) if m]
     device = caches[0].device if caches[0].device.type == "cuda" and all(cache.fusable(most + 1) for cache in caches) else None
     ahead, before, last = now = torch.zeros(3, len(texts), dtype=torch.long, device=caches[0].device)  # per row len(text) - 1, text[-2], text[-1]
     done, unread, halves = [False] * len(texts), True, {}
@@ -431,7 +435,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         since it never read its own last."""
         tokens, q = [last[:, None]], []
         if follow:
-            caches[1].start(ahead - 1, max(map(len, texts)) - 2, K + 1)
+            caches[1].start(ahead - 1, max(map(len, texts)) - 2, max(2, K + 1))
             hidden = draft.hidden(torch.stack([before, last], dim=1), caches[1])[:, -1:]
         for j in range(K):
             hidden = hidden if j == 0 else draft.hidden(tokens[-1], caches[1])
@@ -465,10 +469,10 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         for i in [i for i, d in enumerate(done) if not d]:
             n, *tokens = rows[i]
             tokens = [*tokens[:n], tokens[-1]][:ends[i] - len(texts[i])]
-            if -1 in tokens:
-                raise MilError(f"prompt {i + 1}: the model's logits are NaN after {len(texts[i]) + tokens.index(-1)} tokens")
             cut = next((j + 1 for j, token in enumerate(tokens) if token in stop), None)
             new[i] = tokens[:cut]
+            if -1 in new[i]:
+                raise MilError(f"prompt {i + 1}: the model's logits are NaN after {len(texts[i]) + new[i].index(-1)} tokens")
             texts[i] = texts[i] + new[i]
             done[i] = cut is not None or len(texts[i]) >= ends[i]
             if draft:
@@ -573,7 +577,7 @@ def main(argv):
         print(tail if single else f"=== {i + 1} of {len(texts)}\n{whole[i]}{tail}")
     end = f", up to the context of {context}" if full else ""
     if draft:
-        end = f", {plan.accepted / max(1, plan.proposed):.0%} of the draft's tokens kept, {count / plan.passes:.2f} tokens a pass of the model (K = {plan.K}){end}"
+        end = f", {plan.accepted / max(1, plan.proposed):.0%} of the draft's tokens kept, {count / plan.passes:.2f} tokens a pass of the model ({'given up' if plan.over else f'K = {plan.K}'}){end}"
     print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s{end}", file=sys.stderr)
 
 

@@ -222,7 +222,7 @@ class Mamba(nn.Module):
         return y, window, h
 
     def replay(self, x, dt, B, C, z, log):
-        """The same by the kernel for decoding: y alone, the log written."""
+        """The same by the kernels for decoding: y alone, the log written."""
         return kernels.replay(x, dt, B, C, z, log.inputs, self.conv1d.weight, self.conv1d.bias, self.A_log, self.dt_proj.bias, self.D, log.h, *log.places)
 
     def new_log(self, cache):
@@ -406,7 +406,7 @@ class Hybrid(nn.Module):
 
 
 class Cache:
-    """`Cache(model, batch, size, log=0)`: room for `size` tokens a row. After settle(n), n ≤ log, the next n can be taken back.
+    """`Cache(model, batch, size, log=0, lazy=False)`: room for `size` tokens a row. After settle(n), n ≤ log, the next n can be taken back.
 
         a row's tokens   The mamba in the llama sat on | the hat         |  the cursor: what follows it means nothing
         attention        k v k v k v k v k v k v k v   | k v k v         a key and a value a token
@@ -418,14 +418,14 @@ class Cache:
     When the next pass, or what `settle` asks room for, would not fit in a row's log, that row's inputs, up to its
     cursor, go into its state for good; so after settle(K + 1) no pass of K + 1 tokens or fewer moves a state past the
     place to which `back` may want to return. A pass of more than `log` tokens goes into the state at once, and so does
-    one that `settle` did not announce, except on a GPU, which writes the state when the log is full.
+    one that `settle` did not announce; with lazy=True the kernels log that one too, and write the state every log + 1 tokens.
 
     On a GPU a pass of a few tokens is made of kernels that read `at` and `base` where they lie (`fused`): nothing waits for
     the host, and the pass can be captured in a CUDA graph. Elsewhere PyTorch does the same with the mixers' own scan.
     """
 
-    def __init__(self, model, batch, size, log=0):
-        c, self.weight = model.config, model.embed_tokens.weight
+    def __init__(self, model, batch, size, log=0, lazy=False):
+        c, self.weight, self.lazy = model.config, model.embed_tokens.weight, lazy
         self.size, self.log, self.device, self.room = size, log, self.weight.device, 0
         # per row: the cursor; the token before which the states stand; and before which they are to stand after this pass
         self.at, self.base, self.to = torch.zeros(3, batch, dtype=torch.long, device=self.device)
@@ -444,12 +444,13 @@ class Cache:
             raise MilError(f"cache: {b} rows of tokens for a cache of {len(self.at)} rows")
         if self.used + l > self.size:
             raise MilError(f"cache: {l} more tokens do not fit: {self.used} of {self.size} places are used")
-        after, new = torch.arange(l, device=self.device), max(l, self.room)
+        after, announced, need = torch.arange(l, device=self.device), self.room > 0, max(l, self.room)
         self.fused = lengths is None and self.fusable(l)
-        self.direct, self.room, self.new = l > self.log or not (self.room or self.fused), max(0, self.room - l), l
+        self.direct, self.room, self.new = l > self.log or not (announced or self.lazy and self.fused), max(0, self.room - l), l
         self.lengths = None if lengths is None else torch.as_tensor(lengths, device=self.device)
         self.counts = l if lengths is None else self.lengths
-        self.to.copy_(self.at + self.counts if self.direct else torch.where(self.at - self.base > self.log - new, self.at, self.base))
+        full, done = self.at - self.base > self.log - need, self.at if announced else self.at + self.counts
+        self.to.copy_(self.at + self.counts if self.direct else torch.where(full, done, self.base))
         self.pos = self.at[:, None] + after                                              # (b, l)
         self.angles = [t[0, 0, self.pos][:, None] for t in self.turns]                  # (b, 1, l, p / 2)
         if not self.fused:  # of a Mamba layer's log
@@ -473,7 +474,8 @@ class Cache:
 
     def start(self, at, used, room):
         """A round begins: every row's cursor back to `at` (b,), a tensor, the largest of which is `used`; then settle(room). Does not check that
-        the log reaches that far, as `back` does, since that would wait for the device."""
+        the log reaches that far, as `back` does, since that would wait for the device; what a row gives that stands before its state (in
+        `generate` one that is finished) means nothing."""
         self.at.copy_(at)
         self.used = used
         self.settle(room)
@@ -525,7 +527,7 @@ class StateLog:
         convolution mixes in C), and is logged, `read` what it only reads with."""
         c, blank = self.cache, lambda t, l: t.new_zeros(t.shape[0], l, *t.shape[2:])
         if self.inputs is None:
-            size = 2 ** math.ceil(math.log2(c.log + max(c.log, kernels.FEW) + self.window))  # the logged, the new, and what came before
+            size = 2 ** math.ceil(math.log2(c.log + max(c.log, kernels.FEW) + max(1, self.window)))  # the logged, the new, and what came before
             self.inputs = [blank(t, size) for t in written]
         if c.fused:
             return mixer.replay(*written, *read, self)

@@ -358,10 +358,11 @@ def test_another_k_waits_until_ten_times_what_its_first_rounds_cost_is_spent():
 
 def test_after_rounds_without_proposals_the_draft_has_read_everything():
     model, draft = build(Config(**MIXED)), build(Config(**MIXED))
-    want, plan = whole(g.generate(model, [[5, 6], [7, 8, 9]], 40, temperature=0)), g.Speculation()
-    plan.choices, plan.due = iter([(3, 2), (0, 3), (2, 3), (0, 1), (4, 99)]), 1
-    assert whole(g.generate(model, [[5, 6], [7, 8, 9]], 40, temperature=0, draft=draft, speculate=plan)) == want
-    assert plan.accepted == plan.proposed > 0  # the draft is the model, so it agrees where it read the same
+    want, plan, rounds = whole(g.generate(model, [[5, 6], [7, 8, 9]], 40, temperature=0)), g.Speculation(), []
+    for i, new in enumerate(g.generate(model, [[5, 6], [7, 8, 9]], 40, temperature=0, draft=draft, speculate=plan)):
+        rounds.append(new)
+        plan.K, plan.due = (3, 0, 0, 0, 2, 0)[i % 6], 99
+    assert whole(rounds) == want and plan.rejected == 0 < plan.accepted  # the draft is the model, so it agrees where it read the same
 
 
 def test_speculation_with_a_chosen_k_gives_the_plain_text():

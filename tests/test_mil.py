@@ -282,6 +282,22 @@ def test_several_tokens_at_once_give_the_bits_of_one_by_one_also_after_some_were
     assert at == 18 and torch.equal(torch.cat(got, dim=1), want)
 
 
+def test_a_lazy_cache_writes_its_states_every_few_tokens_and_gives_the_same_bits():
+    model = build(Config(**{**WIDE, "n_layers": 2, "mixers": ["mamba", "mamba2"]}), torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+    tokens, bases = random_tokens(model.config, 2, 12), []
+    with torch.no_grad(), form("triton"):
+        eager, lazy = Cache(model, 2, 30), Cache(model, 2, 30, log=3, lazy=True)
+        for cache in (eager, lazy):
+            model(tokens[:, :5], cache, [5, 4])
+        for i in range(5, 11):
+            assert torch.equal(model(tokens[:, i:i + 1], lazy), model(tokens[:, i:i + 1], eager))
+            bases.append(lazy.base.tolist())
+    assert bases == [[5, 4]] * 3 + [[9, 8]] * 3 and lazy.at.tolist() == [11, 10] == eager.base.tolist()
+    with torch.no_grad(), form("torch"):
+        model(tokens[:, 11:], lazy)
+    assert lazy.base.tolist() == [12, 11]  # PyTorch, for which that would be more work, does without
+
+
 @pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
 def test_a_large_batch_replays_in_another_way_with_the_same_bits(mixer, monkeypatch):
     model, got = build(Config(**{**WIDE, "n_layers": 1, "mixers": [mixer]}), torch.float32), []
