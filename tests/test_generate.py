@@ -345,6 +345,19 @@ def test_k_is_chosen_from_what_was_kept_and_what_it_took():
     assert plan.K == 0 and (plan.rounds, plan.passes, plan.accepted) == (49, 49, 20 + 48)  # nothing kept: it does not pay
 
 
+def test_a_stop_token_inside_a_round_cuts_what_counts_as_accepted():
+    model = build(Config(**MIXED))
+    text = whole(g.generate(model, [[5, 6]], 8, temperature=0))[0]
+    plan, at = g.Speculation(3), next(i for i, token in enumerate(text[1:], 1) if token not in text[:i] and i % 4 < 3)
+    got = whole(g.generate(model, [[5, 6]], 8, temperature=0, stop=[text[at]], draft=model, speculate=plan))[0]
+    assert got == text[:at + 1] and plan.accepted == at // 4 * 3 + at % 4 + 1 < plan.proposed
+
+
+def test_states_are_written_every_fourth_token_where_that_is_less_work():
+    mamba, mamba2 = (build(Config(**{**MIXED, "mixers": [mixer] * MIXED["n_layers"]})) for mixer in ("mamba", "mamba2"))
+    assert [g.log_places(mamba2, 15), g.log_places(mamba2, 16), g.log_places(mamba, 16), g.log_places(mamba2, 16, K=4)] == [0, 3, 0, 5]
+
+
 def test_another_k_waits_until_ten_times_what_its_first_rounds_cost_is_spent():
     plan, rounds = g.Speculation(), 0
     plan.time(90.0, 9.0, 4, False)  # compiles

@@ -282,6 +282,50 @@ def test_several_tokens_at_once_give_the_bits_of_one_by_one_also_after_some_were
     assert at == 18 and torch.equal(torch.cat(got, dim=1), want)
 
 
+@pytest.mark.parametrize("split, n", [((128, 512), 100), ((16, 16), 270)])
+def test_attention_adds_up_blocks_of_a_piece_and_more_than_sixteen_pieces(split, n, monkeypatch):
+    """In a packed model, whose q, k and v are slices of one projection."""
+    monkeypatch.setattr(kernels, "SPLIT", split)
+    config, got = Config(**{**WIDE, "n_layers": 1, "n_heads": 2, "mixers": ["attention"], "context": 320}), []
+    model = mil.pack(build(config, torch.float32))
+    for kind in ("torch", "triton"):
+        cache = Cache(model, 1, n + 2)
+        with torch.no_grad(), form("torch"):
+            model(random_tokens(config, 1, n), cache)
+        with torch.no_grad(), form(kind):
+            got.append(model(random_tokens(config, 1, 2, 1), cache))
+    assert_close(got[1], got[0], 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["torch", "triton"])
+def test_the_host_knows_how_many_places_are_used(kind):
+    model = build(Config(**{**WIDE, "n_layers": 1, "mixers": ["attention"]}), torch.float32)
+    cache = Cache(model, 1, 8, log=3)
+    with torch.no_grad(), form(kind):
+        for _ in range(4):
+            cache.settle(3)
+            model(random_tokens(model.config, 1, 3), cache)
+            cache.back([0])
+        for _ in range(2):
+            model(random_tokens(model.config, 1, 3), cache)
+        assert cache.used == 6
+        with pytest.raises(MilError, match="3 more tokens do not fit: 6 of 8 places are used"):
+            model(random_tokens(model.config, 1, 3), cache)
+
+
+@pytest.mark.parametrize("mixer", ["attention", "mamba2"])
+def test_what_settle_announces_can_be_taken_back_pass_by_pass(mixer):
+    model = build(Config(**{**SMALL, "n_layers": 1, "mixers": [mixer]}))
+    cache = Cache(model, 1, 40, log=5)
+    for i in range(5):
+        at = int(cache.at)
+        cache.settle(5)
+        with torch.no_grad():
+            for token in random_tokens(model.config, 1, 5, i).split(1, dim=1):
+                model(token, cache)
+        cache.back([at + i % 3])
+
+
 def test_a_lazy_cache_writes_its_states_every_few_tokens_and_gives_the_same_bits():
     model = build(Config(**{**WIDE, "n_layers": 2, "mixers": ["mamba", "mamba2"]}), torch.bfloat16 if DEVICE == "cuda" else torch.float32)
     tokens, bases = random_tokens(model.config, 2, 12), []
