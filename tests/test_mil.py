@@ -331,6 +331,7 @@ def test_a_lazy_cache_writes_its_states_every_few_tokens_and_gives_the_same_bits
     tokens, bases = random_tokens(model.config, 2, 12), []
     with torch.no_grad(), form("triton"):
         eager, lazy = Cache(model, 2, 30), Cache(model, 2, 30, log=3, lazy=True)
+        assert eager.fusable(kernels.FEW) and not eager.fusable(kernels.FEW + 1)
         for cache in (eager, lazy):
             model(tokens[:, :5], cache, [5, 4])
         for i in range(5, 11):
