@@ -577,7 +577,7 @@ def main(argv):
         print(tail if single else f"=== {i + 1} of {len(texts)}\n{whole[i]}{tail}")
     end = f", up to the context of {context}" if full else ""
     if draft:
-        end = f", {plan.accepted / max(1, plan.proposed):.0%} of the draft's tokens kept, {count / plan.passes:.2f} tokens a pass of the model ({'given up' if plan.over else f'K = {plan.K}'}){end}"
+        end = f", {plan.accepted / max(1, plan.proposed):.0%} of the draft's tokens kept, {count / plan.passes:.2f} tokens a pass of the model ({'the draft does not pay here and was left' if plan.over else f'K = {plan.K}'}){end}"
     print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s{end}", file=sys.stderr)
 
 

@@ -35,6 +35,7 @@ def form(name):
         patch.setattr(kernels, "PLANS", {})
         patch.setattr(kernels, "INTERPRET", name == "triton" and DEVICE == "cpu")
         if kernels.INTERPRET:  # what it costs is programs and tokens, not their width
+            patch.setattr(kernels, "REPLAY", tuple((T, 4 * BC, *more) for T, BC, *more in kernels.REPLAY))
             patch.setattr(kernels, "S6_TILE", kernels.S6_TILE if kernels.S6_TILE < 256 else 2**14)
         yield
 
