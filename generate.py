@@ -390,7 +390,7 @@ class Launched:
 
 def log_places(model, rows, K=0):
     """How many tokens the log of the model's cache takes: those of a round; without a draft 3, so that kernels write the states with every
-    4th token, where large states are what a step waits for (Mamba-2's in a batch: 3 to 6 % less on an H200), else none."""
+    4th token, where large states are what a step waits for (Mamba-2's in a batch: table 8 of tests/bench.py), else none."""
     return K + 1 if K else 3 if rows >= 16 and "mamba2" in model.config.mixers else 0
 
 

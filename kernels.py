@@ -63,8 +63,8 @@ Decoding is bound by the memory: each weight is used for a few rows only, so wha
 no gap between kernels, whose launches a CUDA graph makes. The recurrence is the token by token one: `replay`, on the state and a log.
 
 Names in the kernels: s6_ is Mamba, ssd_ Mamba-2; b_ a block in registers, p_ or ptr a pointer, o_ offsets, m_ a mask, i_ an index, s_
-a stride (s_xl: of x over l), c a number of segments, s the tokens in one (p_s, b_s: the running sum of Δ A LOG2E within a tile; in decoding what is prepared for a replay, and scores), T
-tokens taken together, BP and BN blocks of p and n, N2 = ⌈n/2⌉, rx and rb the query heads that share a head of x and of B, h0 the
+a stride (s_xl: of x over l), c a number of segments, s the tokens in one (p_s, b_s: the running sum of Δ A LOG2E within a tile; in
+decoding what is prepared for a replay, and scores), T tokens taken together, BP and BN blocks of p and n, N2 = ⌈n/2⌉, rx and rb the query heads that share a head of x and of B, h0 the
 starting state; in the convolution W its width, r (R, a power of 2) the query heads of a kv head and U tokens together. What has n
 columns is for Mamba a pair of blocks, the even columns and the odd. `o < tl.where(m, n, 0)` is m & (o < n), one compare.
 """
@@ -300,8 +300,9 @@ S6_TILE, S6_BLOCKS, S6_T = 256, 2048, 8
 SSD_BLOCKS, WALK_Y, WALK_STATES = 256, dict(num_warps=4, num_stages=2), dict(num_warps=4, num_stages=3)
 GRADIENT = dict(num_warps=4, num_stages=2)
 CONV_Y, CONV_GRADIENT = dict(T=32, U=8, BLOCK=128), dict(T=64, U=8, BLOCK=64)
-# Decoding: the most tokens a row (a tile of 16 in attend_kernel); keys in a piece, for few heads of all rows together and for 64 or more; a replay of
-# few programs and of 2,048 or more: tokens and columns prepared together, the numbers of a state a warp holds, options; the linear layers, without a gate and with one.
+# Decoding: the most tokens a row (a tile of 16 in attend_kernel); keys in a piece, for few heads of all rows together and for 64 or more;
+# a replay of few programs and of 2,048 or more: tokens and columns prepared together, the numbers of a state a warp holds, options; the
+# linear layers, without a gate and with one.
 FEW, SPLIT, REPLAY = 16, (128, 512), ((8, 64, 1024, {}), (1, 256, 2048, dict(maxnreg=128)))
 LINEAR = dict(BN=32, BK=256, num_warps=4, num_stages=4), dict(BN=64, BK=128, num_warps=4, num_stages=4)
 NORM_Y, NORM_GRADIENT = dict(T=16, ELEMENTS=2048), dict(T=64, ELEMENTS=1024)
@@ -1554,7 +1555,8 @@ def replay(x, dt, B, C, z, log, weight, bias, A_log, dt_bias, D, h, at, base, to
 
     Mamba: x (b, l, g, p), dt (b, l, h, p), B (b, l, g, n), C (b, l, h, n), z (b, l, h, p), A_log (h·p, n), as the projections left them. Mamba-2, whose
     gate comes after: x (b, l, channels) is x, B and C together, dt (b, l, h), B, C and z None, A_log (h,). log: x, dt and B of earlier tokens,
-    (b, size, …), size a power of 2 and at least the logged, the new and max(1, w - 1) more, token t at t mod size. weight (channels, 1, w), bias: the convolution's. p, n ≤ 128. Returns y (b, l, h, p)."""
+    (b, size, …), size a power of 2 and at least the logged, the new and max(1, w - 1) more, token t at t mod size. weight (channels, 1, w),
+    bias: the convolution's. p, n ≤ 128. Returns y (b, l, h, p)."""
     x, dt, B, C, z = (x if t is None else one_by_one(t) for t in (x, dt, B, C, z))
     (lx, ldt, *lB), y = log, x.new_empty(*x.shape[:2], *h.shape[1:3])
     with torch.cuda.device_of(x):

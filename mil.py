@@ -449,8 +449,8 @@ class Cache:
         self.direct, self.room, self.new = l > self.log or not (announced or self.lazy and self.fused), max(0, self.room - l), l
         self.lengths = None if lengths is None else torch.as_tensor(lengths, device=self.device)
         self.counts = l if lengths is None else self.lengths
-        full, done = self.at - self.base > self.log - need, self.at if announced else self.at + self.counts
-        self.to.copy_(self.at + self.counts if self.direct else torch.where(full, done, self.base))
+        end = self.at if announced and not self.direct else self.at + self.counts  # where a state that moves is to stand
+        self.to.copy_(end if self.direct else torch.where(self.at - self.base > self.log - need, end, self.base))
         self.pos = self.at[:, None] + after                                              # (b, l)
         self.angles = [t[0, 0, self.pos][:, None] for t in self.turns]                  # (b, 1, l, p / 2)
         if not self.fused:  # of a Mamba layer's log

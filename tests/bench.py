@@ -25,7 +25,7 @@ replayed, which leaves out Python and the launches. – is what is not installed
    the cache, read once at the bandwidth of a copy (on a CPU, whose caches hold so small a model, it says little). Beside it the pass
    that verifies K = 4 proposed tokens, the replay of the round before it included, over that step.
 7. Decoding at a long context in a batch, of stacks with less and less attention, and the bytes of their caches a row.
-8. The kernel of a Mamba-2 layer in a step: one new token of each row, the state written or not, after so many tokens of the log.
+8. The replay of a Mamba-2 layer in a step, its two kernels: one new token of each row, the state written or not, after so many tokens of the log.
 9. Exactness: greedy speculative decoding beside greedy plain decoding, random models of every pairing of stacks, K from 1 to 8, batches of
    1 to 4 rows of unequal length: tokens compared and tokens that differ. In float64; on CUDA in bf16, in which the kernels work.
 10. Speculative over plain decoding, greedy and at temperature 1, wall clock from the fourth round on (in the first a GPU's kernels are
