@@ -15,17 +15,20 @@ b batch, l length, d width, h query heads, g kv heads, p channels per head, n st
 v vocabulary. In attention p is head_dim and n = p.
 
 In this file, top to bottom: Config; the mixers Attention, Mamba and Mamba2; Hybrid, the stack; Cache, what decoding
-remembers; replace_attention and keep_layers; save and load.
+remembers; replace_attention and keep_layers; checkpoints, ours and the world's.
 """
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
 import pickle
 import re
 import secrets
+import sys
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,7 +61,8 @@ class Config:
     context: int = 8192            # longest sequence attention has been trained for
     mixers: list = field(default_factory=list)  # [] : attention everywhere, a Llama
     rope_theta: float = 500000.0
-    rope_scaling: dict | None = None  # Llama 3.1's, a dict of ROPE_SCALING
+    rope_scaling: dict | None = None  # a dict of ROPE_SCALING, Llama 3.1's; or of its "factor" alone: positions divided by it
+    attention_bias: bool = False   # whether attention's four projections have biases
     norm_eps: float = 1e-5
     tied: bool = False             # the output head is the embedding
     d_state: int = 16              # Mamba only: state and head size n = p; Mamba-2 has n = p = head_dim
@@ -87,9 +91,10 @@ class Config:
         for i, mixer in enumerate(self.mixers):
             if mixer not in MIXERS:
                 raise MilError(f"config: layer {i} has the mixer {mixer!r}, expected one of {', '.join(MIXERS)}")
-        lacking = [key for key in ROPE_SCALING if self.rope_scaling and key not in self.rope_scaling]
-        if lacking:
-            raise MilError(f"config: rope_scaling lacks {', '.join(lacking)}; expected {', '.join(ROPE_SCALING)} (Llama 3.1's)")
+        if self.rope_scaling is not None and (sorted(self.rope_scaling) not in (sorted(ROPE_SCALING), ["factor"])
+                                              or not all(isinstance(x, (int, float)) and x > 0 for x in self.rope_scaling.values())):
+            raise MilError(f"config: rope_scaling is {self.rope_scaling}, expected numbers above 0 for {', '.join(ROPE_SCALING)} (Llama 3.1's), "
+                           f"or for factor alone (linear)")
         if "mamba" in self.mixers and self.n_kv_heads * self.head_dim % self.d_state:
             raise MilError(f"config: d_state {self.d_state} does not divide the kv width {self.n_kv_heads * self.head_dim} "
                            f"(n_kv_heads × head_dim), so Mamba's heads cannot be cut from attention's")
@@ -102,15 +107,15 @@ class Config:
 
 
 def rope_angles(config, pos):
-    """cos and sin (b, 1, l, head_dim / 2) of the positions pos (b, l) × frequency, in float32, with Llama-3.1's scaling
-    when configured."""
+    """cos and sin (b, 1, l, head_dim / 2) of the positions pos (b, l) × frequency, in float32, with linear or Llama 3.1's
+    scaling when configured."""
     half = config.head_dim // 2
     freq = config.rope_theta ** (-torch.arange(half, device=pos.device, dtype=torch.float32) / half)
-    if config.rope_scaling:  # slow turns are stretched by `factor`, fast ones kept, a smooth ramp in between
-        r = config.rope_scaling
+    r, ramp = config.rope_scaling or {"factor": 1}, torch.zeros_like(freq)
+    if len(r) > 1:  # slow turns are stretched by `factor`, fast ones kept, a smooth ramp in between
         turns = r["original_max_position_embeddings"] * freq / (2 * math.pi)
         ramp = (turns - r["low_freq_factor"]) / (r["high_freq_factor"] - r["low_freq_factor"])
-        freq = torch.lerp(freq / r["factor"], freq, ramp.clamp(0, 1))
+    freq = torch.lerp(freq / r["factor"], freq, ramp.clamp(0, 1))
     angle = pos[:, None, :, None].float() * freq
     return angle.cos(), angle.sin()
 
@@ -123,7 +128,12 @@ def rope(t, cos, sin):
 
 def read(mixer, v):
     """The mixer's projections of v (b, l, d): a list of (b, l, width)."""
-    return linears(v, *[getattr(mixer, name).weight for name in mixer.READS])
+    parts = [getattr(mixer, name) for name in mixer.READS]
+    return [biased(t, part) for t, part in zip(linears(v, *[part.weight for part in parts]), parts)]
+
+
+def biased(t, part):
+    return t if part.bias is None else t + part.bias.to(t.dtype)
 
 
 class Attention(nn.Module):
@@ -133,10 +143,10 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, wide, narrow = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.d, wide, bias=False)
-        self.k_proj = nn.Linear(config.d, narrow, bias=False)
-        self.v_proj = nn.Linear(config.d, narrow, bias=False)
-        self.o_proj = nn.Linear(wide, config.d, bias=False)
+        self.q_proj = nn.Linear(config.d, wide, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.d, narrow, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.d, narrow, bias=config.attention_bias)
+        self.o_proj = nn.Linear(wide, config.d, bias=config.attention_bias)
 
     def forward(self, v, angles, log=None, u=None):
         q, k, v = (t.unflatten(2, (-1, self.config.head_dim)) for t in read(self, v))             # (b, l, heads, p)
@@ -147,7 +157,7 @@ class Attention(nn.Module):
             if log is not None:
                 k, v, mask = log.extend(k, v)                     # (b, g, all so far, p), mask (b, 1, l, all so far) or None
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
-        return linear(y.flatten(2), self.o_proj.weight, u)
+        return biased(linear(y.flatten(2), self.o_proj.weight, u), self.o_proj)
 
     def new_log(self, cache):
         return AttentionLog(cache, self.config, self.q_proj.weight.dtype)
@@ -582,8 +592,8 @@ def pack(model):
 def replace_attention(model, layers, mixer="mamba2", init="attention", share=False):
     """A student: `model` with attention replaced by `mixer` in `layers`, everything else kept.
 
-    init="attention" copies the layer's projections (W_q -> C, W_k -> B, W_v -> x, W_o -> out), "random" does not. New
-    projections keep PyTorch's own initial values, as in the authors' code. The
+    init="attention" copies the layer's projections (W_q -> C, W_k -> B, W_v -> x, W_o -> out; biases, where there are any,
+    stay behind), "random" does not. New projections keep PyTorch's own initial values, as in the authors' code. The
     model itself is untouched, and may be a student already: layers converted before keep what they learned. With
     share=True the kept parts are the model's own tensors, not copies. Raises MilError for a layer out of range, listed
     twice, or holding no attention.
@@ -635,14 +645,20 @@ def keep_layers(model, layers):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Checkpoints: a directory with config.json and the file of weights it names. Renaming config.json into place is the
-# one moment at which a new checkpoint replaces an old one.
+# Checkpoints: a folder of ours, or one downloaded. read_config says what is in it, Weights reads its tensors one by one
+# under our names, load puts them in a model. Of ours, renaming config.json into place is the one moment at which a new
+# checkpoint replaces an old one.
+
+
+def stays_wide(name):
+    """Whether this parameter makes up Δ or A, and is never kept in less than float32: a decay near 1 does not survive fewer bits."""
+    return name.endswith(("A_log", "D", "dt_bias", "dt_proj.bias"))
 
 
 def cast(model, dtype):
-    """Convert to `dtype`, but leave in float32 what makes up Δ and A: a decay near 1 does not survive fewer bits."""
+    """Convert to `dtype`, but leave in float32 what makes up Δ and A."""
     for name, w in model.named_parameters():
-        if dtype == torch.float64 or not name.endswith(("A_log", "D", "dt_bias", "dt_proj.bias")):
+        if dtype == torch.float64 or not stays_wide(name):
             w.data = w.data.to(dtype)
     return model
 
@@ -663,6 +679,10 @@ def write_whole(path, write):
             temporary.unlink(missing_ok=True)
 
 
+def write_json(path, about):
+    write_whole(path, lambda f: f.write(json.dumps(about, indent=1).encode()))
+
+
 def make_directory(path):
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -679,63 +699,331 @@ def save(model, directory, **notes):
         old = json.loads(path.read_text())["weights"]
     except (OSError, ValueError, KeyError, TypeError):
         old = None  # nothing, or nothing of ours
-    weights = {k: w.detach().cpu() for k, w in model.state_dict().items() if not (model.config.tied and k == "lm_head.weight")}
+    weights = {k: w.detach().cpu() for k, w in model.named_parameters()}  # a tied head is no parameter of its own
     write_whole(directory / name, lambda f: torch.save(weights, f))
-    about = {**notes, "format": "mil", "config": dataclasses.asdict(model.config), "weights": name}
     try:
-        write_whole(path, lambda f: f.write(json.dumps(about, indent=1).encode()))
+        write_json(path, {**notes, "format": "mil", "config": dataclasses.asdict(model.config), "weights": name})
         name = old  # from here on it is the old file that no config.json names
     finally:
         if isinstance(name, str) and Path(name).name == name:
             (directory / name).unlink(missing_ok=True)
 
 
+class Said(dict):
+    """What a JSON file says; `take` gives a key's value and keeps in mind that it was understood."""
+
+    def __init__(self, path):
+        self.path, self.taken = path, set()
+        try:
+            super().__init__(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as e:
+            raise MilError(f"{path}: cannot be read as a JSON object: {e}") from e
+
+    def take(self, key, *default):
+        """The key's value; the default when it is missing or null. MilError when there is none."""
+        self.taken.add(key)
+        if self.get(key) is None and not default:
+            raise MilError(f"{self.path}: lacks {key}")
+        return default[0] if self.get(key) is None else self[key]
+
+    def expect(self, key, *allowed):
+        """MilError unless the key's value, if it is there, is among these."""
+        if self.take(key, allowed[0]) not in allowed:
+            raise MilError(f"{self.path}: {key} is {self[key]!r}, expected {' or '.join(map(repr, allowed))}")
+
+    def others(self, harmless=""):
+        """The keys that were not understood and say something."""
+        return sorted(key for key, value in self.items() if key not in self.taken and key not in harmless.split() and value)
+
+
 def read_config(directory):
-    """config.json of a checkpoint directory as a dict, its "config" entry a Config. MilError when it is no checkpoint."""
-    path = Path(directory) / "config.json"
+    """What a checkpoint folder says of its model: "config" a Config, "format" (mil, hf, mambainllama or meta), "weights" a list of
+    files, "tokenizer" a name or a file of the folder, "remarks" lines for the reader; and the notes of `save`. MilError when it is
+    no checkpoint."""
+    directory = Path(directory)
     try:
-        about = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise MilError(f"{directory}: no checkpoint here: expected a directory with a config.json") from None
-    except (OSError, ValueError) as e:
-        raise MilError(f"{path}: cannot be read as JSON: {e}") from e
-    if not isinstance(about, dict) or about.get("format") != "mil" or not isinstance(about.get("config"), dict) \
-            or not isinstance(about.get("weights"), str):
-        raise MilError(f'{path}: not a checkpoint of this project: expected "format": "mil", a "config" and "weights"')
-    unknown = about["config"].keys() - {f.name for f in dataclasses.fields(Config)}
-    if unknown:
-        raise MilError(f"{path}: the config has {', '.join(sorted(unknown))}, which this version does not know")
+        names = os.listdir(directory)
+    except OSError as e:  # not there, a file, a circle of links …
+        raise MilError(f"{directory}: no checkpoint here: {e.strerror}; expected a folder with a config.json or, of Meta's, a params.json") from e
+    if "config.json" not in names and "params.json" not in names:
+        raise MilError(f"{directory}: no checkpoint here: expected a config.json or, of Meta's, a params.json")
+    if "config.json" not in names:
+        return meta_config(directory, Said(directory / "params.json"))
+    said = Said(directory / "config.json")
+    return hf_config(directory, said) if "model_type" in said or "architectures" in said else mil_config(said)
+
+
+def make_config(path, **entries):
     try:
-        about["config"] = Config(**about["config"])
+        return Config(**entries)
     except (MilError, TypeError) as e:
         raise MilError(f"{path}: {e}") from e
-    return about
 
 
-def load(directory, device=None, dtype=None):
-    """The model saved in `directory`, on `device` (CPU) and in `dtype` (the file's), in eval mode.
+def mil_config(about):
+    """Of a folder that `save` wrote."""
+    if about.get("format") != "mil" or not isinstance(about.get("config"), dict) or not isinstance(about.get("weights"), str):
+        raise MilError(f'{about.path}: not a checkpoint: expected "format": "mil", a "config" and "weights", or a "model_type" (Hugging Face\'s)')
+    unknown = about["config"].keys() - {f.name for f in dataclasses.fields(Config)}
+    if unknown:
+        raise MilError(f"{about.path}: the config has {', '.join(sorted(unknown))}, which this version does not know")
+    return {**about, "config": make_config(about.path, **about["config"]), "weights": [about["weights"]], "remarks": []}
 
-    Reads weights only, no code (torch.load with weights_only=True), memory-mapped. MilError says what does not fit.
-    """
-    about = read_config(directory)
-    path = Path(directory) / about["weights"]
+
+HARMLESS = """architectures transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id initializer_range
+    attention_dropout pretraining_tp _name_or_path name_or_path _attn_implementation_autoset max_window_layers"""  # no matter for what we do
+
+
+def hf_config(directory, said):
+    """Of a Hugging Face Llama or Mistral; with a mamba_config.json, of one of the released hybrids (repository jxiw/MambaInLlama)."""
+    path, remarks = said.path, []
+    said.expect("model_type", "llama", "mistral")
+    for architecture in said.take("architectures", []):
+        if not architecture.endswith("ForCausalLM"):
+            raise MilError(f"{path}: the architecture is {architecture}, expected a …ForCausalLM")
+    if said.take("quantization_config", None):
+        raise MilError(f"{path}: quantization_config: the weights are quantised; expected the model in float32, float16 or bfloat16")
+    said.expect("hidden_act", "silu")
+    said.expect("mlp_bias", False)
+    rope = {**said.take("rope_scaling", {}), **said.take("rope_parameters", {})}       # rope_parameters: since transformers 5
+    kind, theta = rope.pop("rope_type", rope.pop("type", "default")), rope.pop("rope_theta", said.take("rope_theta", 10000.0))
+    if kind not in ("default", "linear", "llama3"):
+        raise MilError(f"{path}: RoPE is scaled by {kind!r}, expected 'default', 'linear' or 'llama3'")
+    h, d, context = said.take("num_attention_heads"), said.take("hidden_size"), said.take("max_position_embeddings", 2048)
+    window = said.take("sliding_window", 4096 if "sliding_window" not in said else None) if said["model_type"] == "mistral" else None
+    if window and window < context:
+        remarks.append(f"{path}: attention slides over {window} tokens; that is taken as the context, for up to there it is all the same")
+    sizes = dict(v=said.take("vocab_size"), d=d, n_layers=said.take("num_hidden_layers"), n_heads=h, n_kv_heads=said.take("num_key_value_heads", h),
+                 head_dim=said.take("head_dim", 0), d_ff=said.take("intermediate_size"), context=min(context, window or context), rope_theta=theta,
+                 rope_scaling=None if kind == "default" else rope, norm_eps=said.take("rms_norm_eps", 1e-6), tied=said.take("tie_word_embeddings", False),
+                 attention_bias=said.take("attention_bias", False))
+    config = make_config(path, **sizes)
+    tokenizer = said.take("mil_tokenizer", next((name for name in ("tokenizer.json", "tokenizer.model") if (directory / name).exists()), None))
+    hybrid = directory / "mamba_config.json"
+    if hybrid.exists():
+        config = hybrid_config(Said(hybrid), sizes, config, remarks)
+    if said.others(HARMLESS):
+        remarks.append(f"{path}: not understood, and left out: {', '.join(said.others(HARMLESS))}")
+    return {"config": config, "format": "mambainllama" if hybrid.exists() else "hf", "weights": hf_files(directory), "tokenizer": tokenizer, "remarks": remarks}
+
+
+def hybrid_config(said, sizes, config, remarks):
+    """The Config of a released hybrid, whose Llama part is `sizes`."""
+    for key, value in dict(d_model=config.d, n_layer=config.n_layers, d_xb=config.n_kv_heads * config.head_dim, d_inner=config.n_heads * config.head_dim,
+                           intermediate_size=config.d_ff, vocab_size=config.v, rms_norm_eps=config.norm_eps, hidden_act="silu").items():
+        said.expect(key, value)
+    keep, ssm = said.take("attn_layers"), {"expand": 1, **said.take("ssm_cfg", {})}
+    mamba2 = "ngroups" in ssm
+    n = ssm.pop("d_state", 128 if mamba2 else 16)
+    known = {"expand": 1, "repeat_kv_before_conv": not mamba2, **({"ngroups": config.n_heads} if mamba2 else {})}
+    odd = [f"{key} {value!r}" for key, value in ssm.items() if key != "d_conv" and known.get(key) != value]
+    if odd or mamba2 and n != config.head_dim:
+        raise MilError(f"{said.path}: ssm_cfg has {', '.join(odd) or f'd_state {n}'}, expected d_state, d_conv and {known}; in Mamba-2 d_state = head_dim = {config.head_dim}")
+    if said.others():
+        remarks.append(f"{said.path}: not understood, and left out: {', '.join(said.others())}")
+    mixers = ["attention" if i in keep else "mamba2" if mamba2 else "mamba" for i in range(config.n_layers)]
+    return make_config(said.path, **sizes, mixers=mixers, d_conv=ssm.get("d_conv", 4), **({} if mamba2 else {"d_state": n}))
+
+
+def hf_files(directory):
+    """The files of weights of a Hugging Face folder."""
+    for kind in ("model.safetensors", "pytorch_model.bin"):
+        index = directory / f"{kind}.index.json"
+        if index.exists():
+            files = sorted(set(Said(index).take("weight_map").values()))
+            for file in files:
+                if Path(file).name != file or not (directory / file).exists():
+                    raise MilError(f"{index}: names {file}, which is not in this folder: is the download complete?")
+            return files
+        if (directory / kind).exists():
+            return [kind]
+    raise MilError(f"{directory}: no weights: expected model.safetensors or pytorch_model.bin, or the index of their shards")
+
+
+def meta_config(directory, said):
+    """Of Meta's own files. Their params.json leaves out the context, and the factor by which RoPE is scaled: 32 in Llama 3.2's
+    1B and 3B, 8 in what is larger (meta-llama/llama-models, issue 241)."""
+    files = sorted(f.name for f in directory.glob("consolidated.*.pth"))
+    if not files or files != [f"consolidated.{i:02d}.pth" for i in range(len(files))]:
+        raise MilError(f"{directory}: the weights are {', '.join(files) or 'missing'}, expected consolidated.00.pth, or it and all that follow")
+    tensors = open_tensors(directory / files[0])
+    d, h, v = said.take("dim"), said.take("n_heads"), said.take("vocab_size", -1)
+    if v == -1 and "tok_embeddings.weight" in tensors:
+        rows, columns = tensors["tok_embeddings.weight"]().shape
+        v = rows * len(files) if columns == d else rows                                # cut by words, in Llama 2 by columns
+    d_ff, multiple = int(said.take("ffn_dim_multiplier", 1) * int(8 * d / 3)), said.take("multiple_of", 256)
+    theta, scaled = said.take("rope_theta", 10000.0), said.take("use_scaled_rope", False)
+    factor = said.take("rope_scaling_factor", 8 if d >= 4096 else 32)
+    context = 131072 if scaled else 8192 if theta >= 500000 else 4096
+    config = make_config(said.path, v=v, d=d, n_layers=said.take("n_layers"), n_heads=h, n_kv_heads=said.take("n_kv_heads", h), context=context,
+                         d_ff=-(-d_ff // multiple) * multiple, norm_eps=said.take("norm_eps", 1e-5), rope_theta=float(theta), tied="output.weight" not in tensors,
+                         rope_scaling=dict(zip(ROPE_SCALING, (factor, 1.0, 4.0, 8192))) if scaled else None)
+    if said.take("quantization_args", None) or said.take("lora_args", None):
+        raise MilError(f"{said.path}: quantization_args or lora_args: expected the weights in float32, float16 or bfloat16 and whole")
+    remarks = [f"{said.path}: says nothing of the context, taken as {context}" + f", nor of RoPE's factor, taken as {factor}" * scaled]
+    if said.others("max_batch_size max_seq_len"):
+        remarks.append(f"{said.path}: not understood, and left out: {', '.join(said.others('max_batch_size max_seq_len'))}")
+    return {"config": config, "format": "meta", "weights": files, "tokenizer": "tokenizer.model", "remarks": remarks}
+
+
+def open_tensors(path):
+    """The tensors of one file, each a function that reads it: {name: read}. The file is mapped into memory, not read; no code in it
+    is run (weights_only)."""
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+            file = safe_open(path, "pt")
+            return {name: functools.partial(file.get_tensor, name) for name in file.keys()}
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # what torch < 1.6 wrote is no zip
+        return {name: functools.partial(weights.get, name) for name in (weights if isinstance(weights, dict) else ())}
+    except ImportError:
+        raise MilError(f"{path}: to read it, install safetensors: pip install safetensors") from None
     except FileNotFoundError:
         raise MilError(f"{path}: not found, though config.json names it; the checkpoint is incomplete") from None
     except pickle.UnpicklingError as e:
         raise MilError(f"{path}: refused: it holds something other than tensors, which could run code") from e
-    except (RuntimeError, OSError, EOFError, ValueError) as e:
+    except Exception as e:  # RuntimeError, OSError, EOFError, SafetensorError … as the damage has it
         raise MilError(f"{path}: not a whole file of weights: truncated or damaged") from e
+
+
+META = {"embed_tokens": "tok_embeddings", "lm_head": "output", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+        "mixer.q_proj": "attention.wq", "mixer.k_proj": "attention.wk", "mixer.v_proj": "attention.wv", "mixer.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3"}
+
+
+def name_in(format, name, mixers):
+    """What a file of this format calls our tensor `name`."""
+    if format == "mil":
+        return name
+    if format == "meta":
+        return re.sub("|".join(map(re.escape, META)), lambda m: META[m[0]], name)
+    mixer = lambda m: f"{m[1]}.{'self_attn' if mixers[int(m[2])] == 'attention' else 'mamba'}."  # noqa: E731
+    return ("" if name.startswith("lm_head") else "model.") + re.sub(r"(layers\.(\d+))\.mixer\.", mixer, name)
+
+
+class Weights:
+    """The tensors of a checkpoint folder under our names, each read when it is asked for."""
+
+    def __init__(self, directory, about):
+        self.about, self.tensors, self.taken = about, {}, set()
+        for self.path in (Path(directory) / file for file in about["weights"]):
+            for name, read in open_tensors(self.path).items():
+                self.tensors.setdefault(name, []).append((self.path, read))
+
+    def take(self, name, shape):
+        """Our tensor `name`, which has this shape. Of Meta's model-parallel shards each holds a part along one axis, the one in
+        which it falls short, or a copy."""
+        config, theirs = self.about["config"], name_in(self.about["format"], name, self.about["config"].mixers)
+        self.taken.add(theirs)
+        path, parts = self.tensors.get(theirs, [(self.path,)])[0][0], [read() for _, read in self.tensors.get(theirs, [])]
+        if not parts or not torch.is_tensor(parts[0]) or not parts[0].is_floating_point() or parts[0].element_size() < 2:
+            found = "missing" if not parts else getattr(parts[0], "dtype", "no tensor")
+            raise MilError(f"{path}: {theirs} is {found}, expected {tuple(shape)} in float32, float16 or bfloat16")
+        axis = next((i for i, (part, all_) in enumerate(zip(parts[0].shape, shape)) if part != all_), None)
+        w = parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, axis)
+        if w.shape != shape:
+            shards = f" in {len(parts)} shards" if len(parts) > 1 else ""
+            raise MilError(f"{path}: {theirs} is {tuple(w.shape)}{shards}, expected {tuple(shape)} by the configuration")
+        if self.about["format"] == "meta" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            w = w.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)  # pairs (0, 1), (2, 3) … to (i, i + head_dim / 2)
+        return w
+
+    def check_rest(self):
+        """MilError if there are tensors nobody asked for."""
+        tied = [name_in(self.about["format"], "lm_head.weight", [])] * self.about["config"].tied
+        for name in sorted(self.tensors.keys() - self.taken - set(tied)):
+            if not name.endswith(("rotary_emb.inv_freq", "rope.freqs")):  # RoPE's frequencies, which follow from the configuration
+                raise MilError(f"{self.tensors[name][0][0]}: holds {name}, expected no such tensor by the configuration")
+
+
+def load(directory, device=None, dtype=None):
+    """The model in the folder `directory`, ours, Hugging Face's, Meta's or the authors' (read_config), in eval mode, on `device` (CPU)
+    and in `dtype` (the file's); what makes up Δ and A is float32 or more. Tensors go to the device one by one. MilError says what does not fit."""
+    about = read_config(directory)
+    weights = Weights(directory, about)
     with torch.device("meta"):
         model = Hybrid(about["config"])
-    want = {k: tuple(w.shape) for k, w in model.state_dict().items() if not (model.config.tied and k == "lm_head.weight")}
-    have = {k: tuple(w.shape) if torch.is_tensor(w) and w.is_floating_point() else "not a float tensor"
-            for k, w in weights.items()} if isinstance(weights, dict) else {}
-    for k in sorted(want.keys() | have.keys()):
-        if want.get(k) != have.get(k):
-            raise MilError(f"{path}: {k} is {have.get(k, 'missing')}, expected {want.get(k, 'no such tensor')} by config.json")
-    model.load_state_dict(weights, strict=False, assign=True)
+    for name, w in list(model.named_parameters()):  # of a tied pair, the embedding
+        read = weights.take(name, w.shape)
+        kind = torch.promote_types(dtype or read.dtype, torch.float32) if stays_wide(name) else dtype or read.dtype
+        place, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(place), leaf, nn.Parameter(read.to(device or "cpu", kind)))
+    weights.check_rest()
     model.tie()
-    model = model if dtype is None else cast(model, dtype)
-    return model.to(device or "cpu").eval()
+    return model.eval()
+
+
+def export(source, target, format):
+    """Write the checkpoint folder `source`, of any format, to the folder `target`: as "mil"; "hf", for a pure Llama; or
+    "mambainllama", the authors' layout, for a hybrid of attention and one kind of Mamba. Tokenizer files go along."""
+    if format not in ("hf", "mambainllama", "mil"):
+        raise MilError(f"--format is {format}, expected hf, mambainllama or mil")
+    source, target, about = Path(source), Path(target), read_config(source)
+    model, kinds, c = load(source), set(about["config"].mixers) - {"attention"}, about["config"]
+    if format != "mil" and len(kinds) != (format == "mambainllama") or "none" in kinds and format != "mil":
+        raise MilError(f"{source}: holds {', '.join(sorted(set(c.mixers)))}; --format hf is for attention only, mambainllama for one kind of Mamba, with or without it")
+    if target.exists() and any(target.iterdir()):
+        raise MilError(f"{target}: is not empty; give a new folder")
+    make_directory(target)
+    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "generation_config.json"):
+        if (source / name).exists():
+            write_whole(target / name, lambda f: f.write((source / name).read_bytes()))
+    if format == "mil":
+        return save(model, target, tokenizer=about["tokenizer"])
+    rope = None if not c.rope_scaling else {"rope_type": "llama3" if len(c.rope_scaling) > 1 else "linear", **c.rope_scaling}
+    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+    files = write_safetensors({name_in(format, name, c.mixers): w for name, w in model.named_parameters()}, target)
+    if kinds:
+        ssm = {"expand": 1, "d_conv": c.d_conv, **({"ngroups": c.n_heads, "d_state": c.head_dim} if kinds == {"mamba2"} else {"d_state": c.d_state})}
+        write_json(target / "mamba_config.json", dict(
+            d_model=c.d, ssm_cfg=ssm, rms_norm_eps=c.norm_eps, vocab_size=c.v, d_inner=c.n_heads * c.head_dim, d_xb=c.n_kv_heads * c.head_dim,
+            intermediate_size=c.d_ff, hidden_act="silu", n_layer=c.n_layers, attn_layers=[i for i, mixer in enumerate(c.mixers) if mixer == "attention"]))
+    write_json(target / "config.json", dict(
+        architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=c.v, hidden_size=c.d, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+        num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, intermediate_size=c.d_ff, max_position_embeddings=c.context, rms_norm_eps=c.norm_eps,
+        rope_theta=c.rope_theta, rope_scaling=rope, tie_word_embeddings=c.tied, attention_bias=c.attention_bias, hidden_act="silu", torch_dtype=dtype,
+        **({"mil_tokenizer": about["tokenizer"]} if about["tokenizer"] and not (target / about["tokenizer"]).exists() else {})))
+    return files
+
+
+def write_safetensors(weights, directory, most=4 * 2**30):
+    """Tensors in files of at most `most` bytes (or one tensor), with Hugging Face's index when there are several."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise MilError("to write Hugging Face's layout, install safetensors: pip install safetensors") from None
+    shards, room = [{}], most
+    for name, w in weights.items():
+        if shards[-1] and w.nbytes > room:
+            shards.append({})
+            room = most
+        shards[-1][name] = w.detach().contiguous()
+        room -= w.nbytes
+    names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards):
+        write_whole(directory / name, lambda f, shard=shard: save_file(shard, f.name, {"format": "pt"}))
+    if len(shards) > 1:
+        write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": sum(w.nbytes for w in weights.values())},
+                                                                "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}})
+    return names
+
+
+def main(argv):
+    import argparse
+    parser = argparse.ArgumentParser(prog="mil.py", description="Write a checkpoint in another layout.")
+    parser.add_argument("command", choices=["export"])
+    parser.add_argument("source", help="a checkpoint folder: ours, Hugging Face's, Meta's or the authors' hybrids'")
+    parser.add_argument("target", help="the folder to make")
+    parser.add_argument("--format", default="hf", help="hf: Hugging Face's, for a pure Llama (default); mambainllama: the authors' layout, for a hybrid; mil: ours")
+    s = parser.parse_args(argv)
+    for line in read_config(s.source)["remarks"]:
+        print(f"note: {line}", file=sys.stderr)
+    export(s.source, s.target, s.format)
+    print(f"{s.target}: written as {s.format}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except MilError as e:
+        sys.exit(f"error: {e}")
