@@ -24,8 +24,11 @@ import base64
 import codecs
 import dataclasses
 import difflib
+import functools
 import math
 import os
+import re
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -60,7 +63,7 @@ def parse_flags(settings, argv, description):
     """
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(settings):
-        kind = {} if f.type is list else {"type": f.type, "metavar": f.type.__name__}
+        kind = {} if f.type in (list, bool) else {"type": f.type, "metavar": f.type.__name__}
         default = "" if f.default in ("", dataclasses.MISSING) or "default" in f.metadata["help"] else f" (default {f.default})"
         parser.add_argument("--" + f.name, default=None, help=f.metadata["help"].replace("%", "%%") + default, **kind, **f.metadata["parse"])
     known, unknown = parser.parse_known_args(argv)
@@ -107,7 +110,10 @@ def pick_device(name):
 
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                   r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-STOPS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|endofprompt|>")
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGITS_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"  # every digit first cut out, then GPT-2's
+BEGINS = ("<|begin_of_text|>", "<s>")
+STOPS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|endofprompt|>", "<|im_end|>", "</s>")
 
 
 def is_named(tokenizer):
@@ -117,15 +123,15 @@ def is_named(tokenizer):
 
 def load_tokenizer(name):
     """A tiktoken.Encoding: "bytes" (built in: 256 bytes and an end of text), the name of one of tiktoken's own encodings,
-    which tiktoken downloads on first use, or the path of a Llama-3 tokenizer.model."""
+    which tiktoken downloads on first use, or the path of a Llama-3 tokenizer.model or of a Hugging Face tokenizer.json."""
     if name == "bytes":
         return tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
                                  special_tokens={"<|endoftext|>": 256})
     if not is_named(name):
         if os.path.exists(name):
-            return read_llama3_tokenizer(Path(name))
-        raise MilError(f"tokenizer {name}: neither a file nor a known encoding; expected bytes, the path of a Llama-3 "
-                       f"tokenizer.model, or one of {', '.join(tiktoken.list_encoding_names())}")
+            return read_hf_tokenizer(Path(name)) if name.endswith(".json") else read_llama3_tokenizer(Path(name))
+        raise MilError(f"tokenizer {name}: neither a file nor a known encoding; expected bytes, the path of a Llama-3 tokenizer.model or "
+                       f"of a Hugging Face tokenizer.json, or one of {', '.join(tiktoken.list_encoding_names())}")
     try:
         return tiktoken.get_encoding(name)
     except Exception as e:  # whatever the download library raises
@@ -144,8 +150,8 @@ def read_llama3_tokenizer(path):
     except OSError as e:
         raise MilError(f"tokenizer {path}: cannot be read: {e.strerror}") from e
     except ValueError:
-        raise MilError(f"tokenizer {path}: line {i} is not `base64 rank`; expected a Llama-3 tokenizer.model "
-                       f"(a sentencepiece file, as of Llama 2, is something else)") from None
+        raise MilError(f"tokenizer {path}: line {i} is not `base64 rank`, as in Llama 3's; a sentencepiece model is read as tokenizer.json: with "
+                       f"transformers, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes one") from None
     if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([i]) not in ranks for i in range(256)):
         raise MilError(f"tokenizer {path}: {len(ranks)} tokens whose ranks are not 0 … {len(ranks) - 1}, or that lack "
                        f"some of the 256 single bytes; is the file whole?")
@@ -154,6 +160,139 @@ def read_llama3_tokenizer(path):
                reserved[4], "<|eot_id|>", *reserved[5:]]
     return tiktoken.Encoding(path.name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks,
                              special_tokens={token: len(ranks) + i for i, token in enumerate(special)})
+
+
+class Pieces(tiktoken.Encoding):
+    """tiktoken's merging under numbers that are not the order of merging. pieces: {bytes: the numbers that stand for them}, in that
+    order; spare: {number: bytes} of what no text is encoded to; special: {text: number}, of which those in `plain` are found in any
+    text. prefix, of sentencepiece's kind only: when a text is given a space to begin with; "first": not after a control token."""
+
+    def __init__(self, name, pattern, pieces, spare, special, plain=(), prefix=""):
+        super().__init__(name, pat_str=pattern, mergeable_ranks={piece: rank for rank, piece in enumerate(pieces)}, special_tokens={})
+        self._special_tokens, self.numbers, self.plain, self.prefix = special, list(pieces.values()), set(plain), prefix
+        self.bytes = {**spare, **{number[0]: piece for piece, number in pieces.items() if len(number) == 1}, **{i: t.encode() for t, i in special.items()}}
+        self.max_token_value = max(self.bytes)
+
+    def encode(self, text, *, allowed_special=frozenset(), disallowed_special=(), start=True):
+        """Numbers of a text in which the special tokens named (or "all") are found. start: it follows no other text."""
+        allowed = self.plain | set(self._special_tokens if allowed_special == "all" else allowed_special)
+        parts = re.split(f"({'|'.join(map(re.escape, sorted(allowed, key=len, reverse=True)))})", text) if allowed else [text]
+        return [number for i, part in enumerate(parts) for number in ([self._special_tokens[part]] if i % 2 else self.merge(part, start or i > 0, i == 0))]
+
+    def merge(self, text, start, first):
+        if self.prefix:
+            text = text.replace("▁", " ")
+            bare = not text.startswith(" ")
+            text = " " * bool(text and start and {"always": True, "unless spaced": bare, "first": bare and first, "never": False}[self.prefix]) + text
+        return [number for rank in super().encode_ordinary(text) for number in self.numbers[rank]]
+
+    def encode_ordinary(self, text, start=True):
+        return self.encode(text, start=start)
+
+    def encode_single_token(self, text):
+        return self._special_tokens[text] if text in self._special_tokens else self.numbers[super().encode_single_token(text)][0]
+
+    def decode_single_token_bytes(self, token):
+        return self.bytes[token]
+
+    def decode_bytes(self, tokens):
+        return b"".join(self.bytes[token] for token in tokens)
+
+    def decode(self, tokens, errors="replace"):
+        return self.decode_bytes(tokens).decode("utf-8", errors)
+
+
+def read_hf_tokenizer(path):
+    """Hugging Face's tokenizer.json, as an encoding: byte-level BPE (Llama 3, SmolLM2, the GPT-2 family) and sentencepiece's BPE with
+    byte fallback (Llama 2, TinyLlama, Mistral, Zephyr). MilError for any other kind, named."""
+    said, kind = mil.Said(path), lambda part: part["type"] if isinstance(part, dict) and "type" in part else str(part)
+    model, normalizer, splitter, added = said.take("model"), said.take("normalizer", None), said.take("pre_tokenizer", None), said.take("added_tokens", [])
+
+    def refuse(what, found, wanted):
+        return MilError(f"tokenizer {path}: {what} is {found}, expected {wanted}")
+
+    if kind(model) != "BPE":
+        raise refuse("the model", kind(model), "BPE")
+    try:
+        vocab, merges = model["vocab"], [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        special = {token["content"]: token["id"] for token in added}
+        plain = [token["content"] for token in added if not token["special"]]
+        steps, norms = ([] if whole is None else whole.get(parts, [whole]) for whole, parts in ((splitter, "pretokenizers"), (normalizer, "normalizers")))
+        if model.get("byte_fallback"):
+            prefix, pattern = sentencepiece_splits(steps, norms, kind, refuse)
+            to_bytes = lambda token: token.replace("▁", " ").encode()  # noqa: E731
+            pieces = {bytes([i]): [vocab.get("▁" if i == 32 else chr(i) if i < 128 else "", vocab[f"<0x{i:02X}>"])] for i in range(256)}
+            for char in (token for token in vocab if len(token) == 1 and len(to_bytes(token)) > 1):  # put together before anything else
+                data = char.encode()
+                for l in range(2, len(data)):
+                    pieces.setdefault(data[:l], [vocab[f"<0x{i:02X}>"] for i in data[:l]])
+                pieces[data] = [vocab[char]]
+            spare = {vocab[f"<0x{i:02X}>"]: bytes([i]) for i in range(256)}
+        else:
+            prefix, pattern = "", byte_level_pattern(steps, norms, kind, refuse)
+            shown = [chr(i) if 33 <= i <= 126 or 161 <= i <= 172 or i >= 174 else "" for i in range(256)]  # GPT-2 shows bytes as characters
+            spaces = iter(range(256, 512))
+            shown = [char or chr(next(spaces)) for char in shown]
+            byte = {char: i for i, char in enumerate(shown)}
+            to_bytes = lambda token: bytes(byte[char] for char in token)  # noqa: E731
+            unknown = [special.get(model.get("unk_token"), vocab.get(model.get("unk_token")))] if model.get("unk_token") else []
+            pieces, spare = {bytes([i]): [vocab[char]] if char in vocab else unknown for i, char in enumerate(shown)}, {}  # SmolLM2 lacks 21 bytes
+        for a, b in merges:
+            pieces.setdefault(to_bytes(a + b), [vocab[a + b]])
+        used = {numbers[0] for numbers in pieces.values() if len(numbers) == 1} | set(special.values())
+        rest = {number: to_bytes(token) for token, number in vocab.items() if number not in used and number not in spare}
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise MilError(f"tokenizer {path}: not a whole BPE of bytes: {type(e).__name__} {e}") from None
+    if rest and model.get("ignore_merges"):
+        raise refuse("a token", f"{next(iter(rest.values()))!r}, which no merge makes", "every token to be a byte or the result of a merge")
+    if any(re.search(rb"[^ ] ", piece) for piece in pieces) and prefix and pattern == SPACED:
+        pattern = r"(?s:.+)"  # pieces that reach over the end of a word: the text is not cut
+    try:
+        encoding = Pieces(path.name, pattern, pieces, {**rest, **spare}, special, plain, prefix)
+    except ValueError as e:
+        raise refuse("the pattern that splits text", f"{pattern!r}", f"a regular expression ({e})") from e
+    beside = path.with_name("tokenizer_config.json")
+    if beside.exists():
+        encoding.template = str(mil.Said(beside).take("chat_template", ""))
+    return encoding
+
+
+SPACED = r" *[^ ]+| +"  # words with the spaces before them; no piece of sentencepiece's BPE has a space after something else
+
+
+def byte_level_pattern(steps, norms, kind, refuse):
+    """The pattern that does in one what a byte-level tokenizer's steps do one after the other."""
+    if norms:
+        raise refuse("the normalizer", kind(norms[0]), "none")
+    *before, last = steps or [None]
+    if kind(last) != "ByteLevel" or last.get("add_prefix_space"):
+        raise refuse("the last pre_tokenizer", kind(last) + " with add_prefix_space" * (kind(last) == "ByteLevel"), "ByteLevel without add_prefix_space")
+    if not last.get("use_regex", True) and [kind(step) for step in before] == ["Split"] and before[0]["behavior"] == "Isolated" and not before[0].get("invert"):
+        return before[0]["pattern"]["Regex"] + r"|(?s:.)"
+    if last.get("use_regex", True) and not before:
+        return GPT2_PATTERN
+    if last.get("use_regex", True) and [kind(step) for step in before] == ["Digits"] and before[0]["individual_digits"]:
+        return DIGITS_PATTERN
+    raise refuse("the pre_tokenizer", " + ".join(map(kind, steps)), "ByteLevel; Digits (individual), ByteLevel; or Split (a Regex, Isolated), ByteLevel")
+
+
+def sentencepiece_splits(steps, norms, kind, refuse):
+    """(prefix, pattern) of a sentencepiece-style tokenizer."""
+    prefix = "always" if norms and kind(norms[0]) == "Prepend" and norms[0]["prepend"] == "▁" else "never"
+    for norm in norms[prefix == "always":]:
+        if kind(norm) != "Replace" or (norm["pattern"], norm["content"]) != ({"String": " "}, "▁"):
+            raise refuse("the normalizer", kind(norm), "Prepend ▁ and Replace space by ▁, or none")
+    if not steps:
+        return prefix, SPACED
+    if [kind(step) for step in steps] != ["Metaspace"] or steps[0].get("replacement") != "▁" or norms:
+        raise refuse("the pre_tokenizer", " + ".join(map(kind, steps)) + " after a normalizer" * bool(norms), "none, or Metaspace alone")
+    scheme = steps[0].get("prepend_scheme", "always" if steps[0].get("add_prefix_space", True) else "never")
+    return {"always": "unless spaced"}.get(scheme, scheme), r" [^ ]*|[^ ]+" if steps[0].get("split", True) else SPACED
+
+
+def begin_tokens(encoding):
+    """The id that begins a text, in a list; or none."""
+    return [encoding.encode_single_token(t) for t in BEGINS if t in encoding.special_tokens_set][:1]
 
 
 def stop_tokens(encoding):
@@ -167,22 +306,29 @@ def token_bytes(encoding, token):
         data = encoding.decode_single_token_bytes(token)
     except KeyError:  # a model's vocabulary may be rounded up past the tokenizer's, and an encoding may have gaps
         return b""
-    return b"" if data.decode("utf-8", "replace") in encoding.special_tokens_set else data
+    text = data.decode("utf-8", "replace")
+    return b"" if text in encoding._special_tokens and text not in getattr(encoding, "plain", ()) else data
+
+
+def vocabulary(encoding):
+    """What tells two encodings apart: the special tokens, and every token's bytes."""
+    return encoding._special_tokens, [token_bytes(encoding, i) for i in range(encoding.n_vocab)]
 
 
 def encode(encoding, text):
     """Token ids of `text`, after the begin token where the encoding has one. Special tokens in it are plain text."""
-    begin = "<|begin_of_text|>"
-    begin = [encoding.encode_single_token(begin)] if begin in encoding.special_tokens_set else []
-    return begin + encoding.encode_ordinary(text)
+    return begin_tokens(encoding) + encoding.encode_ordinary(text)
 
 
 def save_with_tokenizer(model, directory, tokenizer, **notes):
     """mil.save, and the tokenizer: its name in config.json, or its file beside it."""
     if not is_named(tokenizer):
-        data, tokenizer = Path(tokenizer).read_bytes(), "tokenizer.model"
+        path, tokenizer = Path(tokenizer), "tokenizer.json" if tokenizer.endswith(".json") else "tokenizer.model"
         mil.make_directory(directory)
-        mil.write_whole(Path(directory) / tokenizer, lambda f: f.write(data))
+        for name, file in ((tokenizer, path), ("tokenizer_config.json", path.with_name("tokenizer_config.json"))):
+            data = file.read_bytes() if file.exists() else b""
+            if data:
+                mil.write_whole(Path(directory) / name, lambda f, data=data: f.write(data))
     mil.save(model, directory, tokenizer=tokenizer, **notes)
 
 
@@ -190,8 +336,8 @@ def tokenizer_of(directory):
     """What to give load_tokenizer for the checkpoint in `directory`."""
     name = mil.read_config(directory).get("tokenizer")
     if not isinstance(name, str):
-        raise MilError(f'{directory}/config.json: names no tokenizer; expected "tokenizer": "bytes", a tiktoken name or '
-                       f'"tokenizer.model" (mil.save(model, directory, tokenizer=…) writes it)')
+        raise MilError(f'{directory}: no tokenizer: expected a tokenizer.json or tokenizer.model, or in a config.json of ours "tokenizer": "bytes" or a '
+                       f'tiktoken name (mil.save(model, directory, tokenizer=…) writes it)')
     return name if is_named(name) else str(Path(directory) / name)
 
 
@@ -202,7 +348,63 @@ def load_with_tokenizer(directory, device=None, dtype=None):
     model = mil.load(directory, device, dtype)
     if encoding.n_vocab > model.config.v:
         raise MilError(f"{directory}: the tokenizer {name} has {encoding.n_vocab} tokens, the model only {model.config.v}")
+    notes = [f"{directory}: the tokenizer {name} has {encoding.n_vocab} tokens, the model {model.config.v}; the rest is never meant"] * (encoding.n_vocab < model.config.v)
+    for line in mil.read_config(directory)["remarks"] + notes:
+        print(f"note: {line}", file=sys.stderr)
     return mil.pack(model), encoding
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Conversations: what a turn looks like as text. Control tokens stand only where the format has them: in what somebody says they are text.
+
+FORMATS = {  # name: what gives it away, in a chat template or among the special tokens; before what is said; after it; between turns
+    "llama3": ("<|start_header_id|>", "<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", ""),
+    "chatml": ("<|im_start|>", "<|im_start|>{role}\n", "<|im_end|>", "\n"),
+    "zephyr": ("<|user|>", "<|{role}|>\n", "</s>", "\n"),
+    "plain": ("", "{role}:\n", "", "\n"),  # of any other; the assistant's turns end with the token that ends a text
+}
+
+
+def chat_format(encoding):
+    """The name of the encoding's format in FORMATS."""
+    signs = getattr(encoding, "template", "") or " ".join(encoding.special_tokens_set)
+    return next(name for name, (sign, *_) in FORMATS.items() if sign in signs)
+
+
+class Conversation:
+    """Token ids of a conversation, begun with `begin_tokens`, and for each whether the assistant says it (`own`: what a model learns)."""
+
+    def __init__(self, encoding, messages=()):
+        """messages: dicts of "role" and "content", as in a .jsonl of chat."""
+        self.encoding, self.ids, self.own = encoding, begin_tokens(encoding), [False] * len(begin_tokens(encoding))
+        _, self.header, self.end, self.between = FORMATS[chat_format(encoding)]
+        self.control = set(encoding._special_tokens.values())
+        for message in messages:
+            self.open(message["role"])
+            self.close(message["content"].strip(), message["role"] == "assistant")
+
+    def add(self, text, own=False, control=False):
+        """Text that follows; with control=True the special tokens in it are special."""
+        more = {"allowed_special": "all"} if control else {"allowed_special": getattr(self.encoding, "plain", set()), "disallowed_special": ()}
+        if isinstance(self.encoding, Pieces):  # whose texts begin with a space: after a control token, or at the very beginning
+            after = self.ids[-1:] == [] or self.ids[-1] in self.control
+            more["start"] = after and (self.encoding.prefix != "first" or self.ids == begin_tokens(self.encoding))
+        new = self.encoding.encode(text, **more)
+        self.extend(new, own)
+
+    def extend(self, ids, own):
+        self.ids, self.own = self.ids + ids, self.own + [own] * len(ids)
+
+    def open(self, role):
+        """A turn of this role begins."""
+        self.add(self.header.format(role=role), control=True)
+
+    def close(self, text="", own=False):
+        """What is said in this turn, or the rest of it; and its end."""
+        self.add(text, own)
+        end = stop_tokens(self.encoding)[:1] * own if not self.end else [self.encoding.encode_single_token(self.end)]
+        self.extend(end, own)
+        self.add(self.between, control=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -394,9 +596,9 @@ def log_places(model, rows, K=0):
     return K + 1 if K else 3 if rows >= 16 and "mamba2" in model.config.mixers else 0
 
 
-@torch.inference_mode()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(), generator=None, draft=None, speculate=0):
-    """Continue each of `prompts` (lists of token ids of any lengths); every round yields a list of new ids per row.
+class Decoder:
+    """Continues texts, a batch of `rows` with room for `size` tokens each, by one law, and keeps what it has read: `decode` may be called
+    again with the same texts, longer, and reads what is new; with others it begins anew.
 
     With a `draft`, another model over the same tokens, a round is speculative: the draft proposes K tokens, one by one; the model reads
     them in one pass, keeps the longest part it agrees with and adds one token; the law of the text is the model's own, whatever the draft
@@ -404,82 +606,117 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     round is one token, as is a first round with a prompt of one (the draft reads two). Neither model ever undoes anything: each cache moves
     its cursor back (mil.Cache). On CUDA each half of a round, the draft's and the model's, is one launch (Launched), up to K = 15,
     heads of 128 and 16 query heads a kv head, and not in float64.
-
-    A row that is finished (it drew one of `stop`, which is yielded, or filled the context, or has max_new_tokens) yields [] from then on;
-    the generator ends with the last row. Rows do not see each other. MilError for prompts and settings that cannot work, and for NaN.
     """
-    context, whose = min(((longest_text(m), name) for m, name in ((model, "model"), (draft, "draft")) if m), key=lambda pair: pair[0])
-    check_sampling(max_new_tokens, temperature, top_k, top_p)
-    check_prompts(prompts, model.config.v, context, whose)
-    if draft and draft.config.v != model.config.v:
-        raise MilError(f"the draft's vocabulary is {draft.config.v}, the model's {model.config.v}: they must speak of the same tokens")
-    plan = speculate if isinstance(speculate, Speculation) else Speculation(speculate)
-    if draft and plan.fixed and not 1 <= plan.K < context:
-        wanted = f"to {context - 1}, less than the context" if context < math.inf else "or more"
-        raise MilError(f"speculate is {plan.K}, expected 1 {wanted}, or 0 to have it chosen")
-    for token in stop:
-        if not 0 <= token < model.config.v:
-            raise MilError(f"stop token {token} is outside the vocabulary of {model.config.v}")
-    law = lambda model, hidden: token_law(model.logits(hidden), temperature, top_k, top_p)  # noqa: E731
-    texts, ends = [list(prompt) for prompt in prompts], [min(len(prompt) + max_new_tokens, context) for prompt in prompts]
-    plan.most = int(min(plan.most, context - 1))                                              # the largest K
-    most = plan.most if draft else 0
-    caches = [mil.Cache(m, len(texts), max(ends) + most, log=log_places(m, len(texts), most), lazy=not draft) for m in (model, draft) if m]
-    device = caches[0].device if caches[0].device.type == "cuda" and all(cache.fusable(most + 1) for cache in caches) else None
-    ahead, before, last = now = torch.zeros(3, len(texts), dtype=torch.long, device=caches[0].device)  # per row len(text) - 1, text[-2], text[-1]
-    done, unread, halves = [False] * len(texts), True, {}
-    feed(model, caches[0], [text[:-1] for text in texts])  # the last token is left to the first round
 
-    def propose(K, follow):
-        """The last token and the draft's K, and the laws they are from: (b, 1 + K), (b, K, v). To `follow` the text the draft reads two tokens,
-        since it never read its own last."""
-        tokens, q = [last[:, None]], []
-        if follow:
-            caches[1].start(ahead - 1, max(map(len, texts)) - 2, max(2, K + 1))
-            hidden = draft.hidden(torch.stack([before, last], dim=1), caches[1])[:, -1:]
-        for j in range(K):
-            hidden = hidden if j == 0 else draft.hidden(tokens[-1], caches[1])
-            q.append(law(draft, hidden))                                                      # (b, 1, v)
-            tokens.append(draw(q[-1], generator).clamp(min=0))                                # (b, 1)
-        return torch.cat(tokens, dim=1), torch.cat(q, dim=1) if K else None
+    @torch.inference_mode()
+    def __init__(self, model, rows, size, temperature=1.0, top_k=0, top_p=1.0, generator=None, draft=None, speculate=0):
+        self.context, self.whose = min(((longest_text(m), name) for m, name in ((model, "model"), (draft, "draft")) if m), key=lambda pair: pair[0])
+        check_sampling(1, temperature, top_k, top_p)
+        if draft and draft.config.v != model.config.v:
+            raise MilError(f"the draft's vocabulary is {draft.config.v}, the model's {model.config.v}: they must speak of the same tokens")
+        plan = speculate if isinstance(speculate, Speculation) else Speculation(speculate)
+        if draft and plan.fixed and not 1 <= plan.K < self.context:
+            wanted = f"to {self.context - 1}, less than the context" if self.context < math.inf else "or more"
+            raise MilError(f"speculate is {plan.K}, expected 1 {wanted}, or 0 to have it chosen")
+        self.context, plan.most = int(min(self.context, size)), int(min(plan.most, self.context - 1))
+        most, self.models = plan.most if draft else 0, [m for m in (model, draft) if m]
+        caches = [mil.Cache(m, rows, self.context + most, log=log_places(m, rows, most), lazy=not draft) for m in self.models]
+        texts, law = [[] for _ in range(rows)], lambda model, hidden: token_law(model.logits(hidden), temperature, top_k, top_p)
+        ahead, before, last = now = torch.zeros(3, rows, dtype=torch.long, device=caches[0].device)  # per row len(text) - 1, text[-2], text[-1]
 
-    def check(proposed, q):
-        """Per row how many are kept, what was proposed, and one token more: (b, 2 + K)."""
-        caches[0].start(ahead, max(map(len, texts)) - 1, 0 if q is None else proposed.shape[1])
-        p = law(model, model.hidden(proposed, caches[0]))                                     # (b, 1 + K, v)
-        count, extra = verify(proposed[:, 1:], p[:, :0] if q is None else q, p, generator)
-        return torch.cat([count[:, None], proposed[:, 1:], extra[:, None]], dim=1)
+        def propose(K, follow):
+            """The last token and the draft's K, and the laws they are from: (b, 1 + K), (b, K, v). To `follow` the text the draft reads two tokens,
+            since it never read its own last."""
+            tokens, q = [last[:, None]], []
+            if follow:
+                caches[1].start(ahead - 1, max(map(len, texts)) - 2, max(2, K + 1))
+                hidden = draft.hidden(torch.stack([before, last], dim=1), caches[1])[:, -1:]
+            for j in range(K):
+                hidden = hidden if j == 0 else draft.hidden(tokens[-1], caches[1])
+                q.append(law(draft, hidden))                                                  # (b, 1, v)
+                tokens.append(draw(q[-1], generator).clamp(min=0))                            # (b, 1)
+            return torch.cat(tokens, dim=1), torch.cat(q, dim=1) if K else None
 
-    while not all(done):
-        follow = bool(draft) and not plan.over and min(map(len, texts)) > 1
-        K = min(plan.K, most) if follow else 0
-        if follow and unread:
-            feed(draft, caches[1], [text[:-2] for text in texts])
-            unread = False
-        if (K, follow) not in halves:
-            # without a cycle of references, so that no graph is freed by the garbage collector while another is captured, which would break it
-            first = Launched(lambda how=(K, follow): propose(*how), device, generator)
-            halves[K, follow] = first, Launched(lambda first=first: check(*first.out), device, generator)
-        now.copy_(torch.tensor([[len(text) - 1, text[-2] if len(text) > 1 else 0, text[-1]] for text in texts]).T)
-        times = [stamp(now.device)]
-        for half in halves[K, follow]:
-            out = half()
-            times.append(stamp(now.device))
-        rows, new = out.tolist(), [[] for _ in texts]
-        for i in [i for i, d in enumerate(done) if not d]:
-            n, *tokens = rows[i]
-            tokens = [*tokens[:n], tokens[-1]][:ends[i] - len(texts[i])]
-            cut = next((j + 1 for j, token in enumerate(tokens) if token in stop), None)
-            new[i] = tokens[:cut]
-            if -1 in new[i]:
-                raise MilError(f"prompt {i + 1}: the model's logits are NaN after {len(texts[i]) + new[i].index(-1)} tokens")
-            texts[i] = texts[i] + new[i]
-            done[i] = cut is not None or len(texts[i]) >= ends[i]
+        def check(proposed, q):
+            """Per row how many are kept, what was proposed, and one token more: (b, 2 + K)."""
+            caches[0].start(ahead, max(map(len, texts)) - 1, 0 if q is None else proposed.shape[1])
+            p = law(model, model.hidden(proposed, caches[0]))                                 # (b, 1 + K, v)
+            count, extra = verify(proposed[:, 1:], p[:, :0] if q is None else q, p, generator)
+            return torch.cat([count[:, None], proposed[:, 1:], extra[:, None]], dim=1)
+
+        self.draft, self.plan, self.most, self.caches, self.texts, self.now, self.generator = draft, plan, most, caches, texts, now, generator
+        self.propose, self.check, self.halves = propose, check, {}
+        self.read = [[0] * rows for _ in caches]                                              # of each text, how many tokens a cache has read
+        self.device = caches[0].device if caches[0].device.type == "cuda" and all(cache.fusable(most + 1) for cache in caches) else None
+
+    def catch_up(self, which, left):
+        """The model (0) or the draft (1) reads what is new in the texts, but for the last `left` tokens."""
+        cache, read = self.caches[which], self.read[which]
+        cache.start(torch.tensor(read), max(read), 0)
+        feed(self.models[which], cache, [text[n:len(text) - left] for n, text in zip(read, self.texts)])
+
+    @torch.inference_mode()
+    def decode(self, prompts, max_new_tokens, stop=()):
+        """Continue each of `prompts`, one a row (lists of token ids of any lengths); every round yields a list of new ids per row.
+
+        A row that is finished (it drew one of `stop`, which is yielded, or filled the context, or has max_new_tokens) yields [] from then on;
+        the generator ends with the last row. Rows do not see each other. MilError for prompts that cannot be continued, and for NaN.
+        """
+        check_sampling(max_new_tokens, 1, 0, 1)
+        v = self.models[0].config.v
+        check_prompts(prompts, v, self.context, self.whose)
+        for token in stop:
+            if not 0 <= token < v:
+                raise MilError(f"stop token {token} is outside the vocabulary of {v}")
+        if any(text[:n] != prompt[:n] or n > max(0, len(prompt) - left)
+               for left, read in enumerate(self.read, 1) for n, text, prompt in zip(read, self.texts, prompts)):
+            self.read = [[0] * len(prompts) for _ in self.caches]
+            for cache in self.caches:
+                cache.clear()
+        texts, draft, plan, device, halves = self.texts, self.draft, self.plan, self.device, self.halves
+        texts[:] = [list(prompt) for prompt in prompts]
+        ends = [min(len(prompt) + max_new_tokens, self.context) for prompt in prompts]
+        done, unread = [False] * len(texts), True
+        self.catch_up(0, 1)  # the last token is left to the first round
+        while not all(done):
+            follow = bool(draft) and not plan.over and min(map(len, texts)) > 1
+            K = min(plan.K, self.most) if follow else 0
+            if follow and unread:
+                self.catch_up(1, 2)
+                unread = False
+            if (K, follow) not in halves:
+                # nothing here refers back to the Decoder: freed late, by the garbage collector, a graph would break the capture of another
+                first = Launched(functools.partial(self.propose, K, follow), device, self.generator)
+                halves[K, follow] = first, Launched(lambda check=self.check, first=first: check(*first.out), device, self.generator)
+            self.now.copy_(torch.tensor([[len(text) - 1, text[-2] if len(text) > 1 else 0, text[-1]] for text in texts]).T)
+            times = [stamp(self.now.device)]
+            for half in halves[K, follow]:
+                out = half()
+                times.append(stamp(self.now.device))
+            rows, new = out.tolist(), [[] for _ in texts]
+            for i in [i for i, d in enumerate(done) if not d]:
+                n, *tokens = rows[i]
+                tokens = [*tokens[:n], tokens[-1]][:ends[i] - len(texts[i])]
+                cut = next((j + 1 for j, token in enumerate(tokens) if token in stop), None)
+                new[i] = tokens[:cut]
+                if -1 in new[i]:
+                    raise MilError(f"prompt {i + 1}: the model's logits are NaN after {len(texts[i]) + new[i].index(-1)} tokens")
+                texts[i] += new[i]
+                done[i] = cut is not None or len(texts[i]) >= ends[i]
+                if draft:
+                    plan.count(n, K, min(n, len(new[i])))
+            for which, left in [(0, 1), (1, 2)][:1 + follow]:
+                self.read[which] = [len(text) - left for text in texts]
             if draft:
-                plan.count(n, K, min(n, len(new[i])))
-        if draft:
-            plan.time(*[seconds(*pair) for pair in zip(times, times[1:])], K, halves[K, follow][0].calls > (2 if device else 1))
-        yield new
+                plan.time(*[seconds(*pair) for pair in zip(times, times[1:])], K, halves[K, follow][0].calls > (2 if device else 1))
+            yield new
+
+
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(), generator=None, draft=None, speculate=0):
+    """Continue each of `prompts`: what a new Decoder's `decode` yields. MilError for settings and prompts that cannot work."""
+    check_sampling(max_new_tokens, temperature, top_k, top_p)
+    size = max(map(len, prompts), default=0) + max_new_tokens
+    yield from Decoder(model, len(prompts), size, temperature, top_k, top_p, generator, draft, speculate).decode(prompts, max_new_tokens, stop)
 
 
 class TextStream:
@@ -504,6 +741,9 @@ class Settings:
     model: str = flag("out/student", "checkpoint directory, as train_distill.py writes it")
     draft: str = flag("", "checkpoint of a smaller model over the same tokens, to decode speculatively: text of the same law, sooner")
     speculate: int = flag(0, "how many tokens the draft proposes at a time; 0: chosen by what is kept and what it costs")
+    chat: bool = flag(False, "a conversation in the terminal: Ctrl-C stops a reply, /reset forgets, /quit ends", action="store_true")
+    system: str = flag("", "with --chat: what the model is told beforehand")
+    context: int = flag(8192, "with --chat: tokens a conversation has room for, at most the model's context")
     prompt: list = flag([], "the text to continue; - reads standard input; given several times, a batch", action="append", metavar="text")
     max_new_tokens: int = flag(256, "stop after this many tokens")
     temperature: float = flag(0.8, "0 takes the likeliest token, 1 samples the model as it is, more is wilder")
@@ -523,8 +763,12 @@ def check_settings(s):
     if s.speculate < 0 or s.speculate and not s.draft:
         raise MilError(f"--speculate is {s.speculate}, expected 1 or more, or 0 to have it chosen" if s.draft else
                        "--speculate needs a --draft: the checkpoint of the model that proposes")
-    if not s.prompt:
-        raise MilError("--prompt is missing: give the text to continue, or - to read it from standard input")
+    if s.context < 2:
+        raise MilError(f"--context is {s.context}, expected at least 2")
+    if s.chat and s.prompt or s.system and not s.chat:
+        raise MilError("--chat asks for what you say itself: leave --prompt out" if s.chat else "--system goes with --chat")
+    if not s.prompt and not s.chat:
+        raise MilError("--prompt is missing: give the text to continue, or - to read it from standard input; or --chat")
 
 
 def read_prompt(text, number):
@@ -542,9 +786,63 @@ def load_draft(s, model, encoding, device):
     draft, other = load_with_tokenizer(s.draft, device, getattr(torch, s.dtype) if s.dtype else None)
     if draft.config.v != model.config.v:
         raise MilError(f"--draft {s.draft} has a vocabulary of {draft.config.v}, {s.model} one of {model.config.v}: a draft must speak the same tokens")
-    if (encoding._mergeable_ranks, encoding._special_tokens) != (other._mergeable_ranks, other._special_tokens):
+    if vocabulary(encoding) != vocabulary(other):
         raise MilError(f"--draft {s.draft} has the tokenizer {tokenizer_of(s.draft)}, {s.model} has {tokenizer_of(s.model)}: their tokens differ")
     return draft
+
+
+def chat(s, model, encoding, draft):
+    """Lines from standard input, replies on standard output. What was said before is in the decoder's cache; a turn reads only what is new."""
+    context = int(min(s.context, longest_text(model), longest_text(draft or model)))
+    decoder = Decoder(model, 1, context, s.temperature, s.top_k, s.top_p, torch.Generator(model.lm_head.weight.device).manual_seed(s.seed),
+                      draft, Speculation(s.speculate))
+    stop, begin = stop_tokens(encoding), [{"role": "system", "content": s.system}] * bool(s.system)
+    talk, asked = Conversation(encoding, begin), [False]
+    print(f"{s.model}, the format is {chat_format(encoding)}, room for {context} tokens; /reset forgets, /quit or Ctrl-D ends", file=sys.stderr)
+
+    def stop_reply(*_):  # not in the middle of a pass, which would leave the cache half written
+        if asked[0]:
+            raise KeyboardInterrupt
+        asked[0] = True
+
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print("\n(/quit or Ctrl-D ends)", file=sys.stderr)
+            continue
+        if line == "/quit":
+            return
+        if line == "/reset":
+            talk = Conversation(encoding, begin)
+        if not line or line == "/reset":
+            continue
+        mark = len(talk.ids)
+        talk.open("user")
+        talk.close(line)
+        talk.open("assistant")
+        if len(talk.ids) >= context:
+            talk.ids, talk.own = talk.ids[:mark], talk.own[:mark]
+            print(f"(no room: {mark} of {context} tokens are taken; say less, or /reset)", file=sys.stderr)
+            continue
+        stream, count, began, asked[0] = TextStream(encoding), 0, time.perf_counter(), False
+        before = signal.signal(signal.SIGINT, stop_reply)
+        try:
+            for (new,) in decoder.decode([talk.ids], s.max_new_tokens, stop):
+                count += len(new)
+                said = [token for token in new if token not in stop]
+                talk.extend(said, own=True)
+                print("".join(map(stream.feed, said)), end="", flush=True)
+                if asked[0]:
+                    break
+        finally:
+            signal.signal(signal.SIGINT, before)
+        print(stream.finish() + " …" * asked[0])
+        seconds = time.perf_counter() - began
+        print(f"({count} tokens, {count / seconds:.1f} tokens/s; {len(talk.ids)} of {context} taken)", file=sys.stderr)
+        talk.close(own=True)
 
 
 def main(argv):
@@ -552,6 +850,8 @@ def main(argv):
     check_settings(s)
     device = pick_device(s.device)
     model, encoding = load_with_tokenizer(s.model, device, getattr(torch, s.dtype) if s.dtype else None)
+    if s.chat:
+        return chat(s, model, encoding, load_draft(s, model, encoding, device) if s.draft else None)
     texts = [read_prompt(text, i + 1) for i, text in enumerate(s.prompt)]
     prompts = [encode(encoding, text) for text in texts]
     stop, streams = stop_tokens(encoding), [TextStream(encoding) for _ in texts]

@@ -490,6 +490,12 @@ class Cache:
         self.used = used
         self.settle(room)
 
+    def clear(self):
+        """Forget everything."""
+        for t in (self.at, self.base, self.to, *[t for log in self.logs if isinstance(log, StateLog) for t in (log.h, *(log.inputs or ()))]):
+            t.zero_()
+        self.used = self.room = 0
+
     def back(self, to):
         """Move each row's cursor back to `to`, a number of tokens per row. MilError where the log does not reach."""
         for row, (at, base, new) in enumerate(zip(self.at.tolist(), self.base.tolist(), to, strict=True)):

@@ -40,8 +40,8 @@ import torch
 import torch.nn.functional as F
 
 import mil
-from generate import (TextStream, encode, flag, generate, load_tokenizer, load_with_tokenizer, parse_flags, pick_device,
-                      run_command, save_with_tokenizer, stop_tokens, token_bytes, tokenizer_of)
+from generate import (Conversation, TextStream, chat_format, encode, flag, generate, load_tokenizer, load_with_tokenizer, parse_flags, pick_device,
+                      run_command, save_with_tokenizer, stop_tokens, token_bytes, tokenizer_of, vocabulary)
 from mil import MilError
 
 
@@ -86,7 +86,8 @@ class Settings:
     batch: int = sized("batch", "sequences in a step; less noise, more time")
     teacher_steps: int = sized("teacher_steps", "training steps of the teacher; a better teacher gives a better student")
     stage1_steps: int = sized("stage1_steps", "steps of stage 1, all replacement steps together: the new mixers learn")
-    stage2_steps: int = sized("stage2_steps", "steps of stage 2: everything learns")
+    stage2_steps: int = flag(-1, f"steps of stage 2: everything learns; 0: no stage 2 (default {PRESETS['cpu']['stage2_steps']} on cpu, "
+                                 f"{PRESETS['cuda']['stage2_steps']} on cuda)")
     teacher_lr: float = flag(3e-3, "peak learning rate of the teacher; small models bear large rates")
     stage1_lr: float = flag(3e-3, "stage 1; the paper's 8e-5 is for 8B parameters")
     stage2_lr: float = flag(1e-3, "stage 2; the paper's 2e-5 is for 8B parameters")
@@ -124,9 +125,10 @@ def complete(s, device, teacher_config=None):
     if s.d and not s.d_ff:
         s.d_ff = math.ceil(s.d * 8 / 3 / 128) * 128
     for name, value in preset.items():
-        if getattr(s, name) < 0:
-            raise MilError(f"--{name} is {getattr(s, name)}, expected 1 or more (0: the default of the device)")
-        setattr(s, name, getattr(s, name) or value)
+        unset = -1 if name == "stage2_steps" else 0
+        if getattr(s, name) < unset:
+            raise MilError(f"--{name} is {getattr(s, name)}, expected {unset + 1} or more ({unset}: the default of the device)")
+        setattr(s, name, value if getattr(s, name) == unset else getattr(s, name))
     if teacher_config is not None and s.context > teacher_config.context:
         raise MilError(f"--context is {s.context}, but the teacher in {s.teacher} was trained for {teacher_config.context}")
     s.dtype = s.dtype or ("bfloat16" if device.type == "cuda" else "float32")
@@ -192,16 +194,30 @@ def find_files(paths, out):
     return files
 
 
-def jsonl_text(record):
-    """The text of one .jsonl record, or None when it has none of the known shapes."""
+def jsonl_document(record):
+    """What one .jsonl record holds: text, a list of messages, or (prompt, completion). None when it has none of these shapes."""
     if isinstance(record.get("text"), str):
         return record["text"]
     messages = record.get("messages")
-    if isinstance(messages, list) and messages and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
-        return "\n".join(f"{m.get('role', 'user')}: {m['content']}" for m in messages)
+    if isinstance(messages, list) and messages and all(isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str) for m in messages):
+        return messages
     if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
-        return record["prompt"] + record["completion"]
+        return record["prompt"], record["completion"]
     return None
+
+
+def document_tokens(encoding, document):
+    """Token ids of a document, as a list; of what is not to be learned, messages other than the assistant's and prompts, ~id, below 0."""
+    end = stop_tokens(encoding)[:1]
+    if isinstance(document, str):
+        return encode(encoding, document) + end
+    if isinstance(document, tuple):
+        talk = Conversation(encoding)
+        talk.add(document[0])
+        talk.add(document[1], own=True)
+        return [i if own else ~i for i, own in zip(talk.ids + end, talk.own + [True] * len(end))]
+    talk = Conversation(encoding, document)
+    return [i if own else ~i for i, own in zip(talk.ids, talk.own)]
 
 
 def read_documents(file, named):
@@ -227,7 +243,7 @@ def read_documents(file, named):
             record = json.loads(line)
         except ValueError as e:
             raise MilError(f"--data {file}: line {i} is not JSON: {e}") from None
-        document = jsonl_text(record) if isinstance(record, dict) else None
+        document = jsonl_document(record) if isinstance(record, dict) else None
         if document is None:
             keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
             raise MilError(f"--data {file}: line {i} has {keys or 'no keys'}; expected text, messages (a list of role and "
@@ -238,7 +254,7 @@ def read_documents(file, named):
 
 @dataclass
 class Corpus:
-    train: np.ndarray     # token ids, memory-mapped
+    train: np.ndarray     # token ids, memory-mapped; ~id, below 0, where a token is read but not to be learned
     val: np.ndarray
     key: str              # what it was made from
     about: str            # a line for the reader
@@ -251,18 +267,17 @@ def load_corpus(s, encoding, tokenizer):
     """
     files = find_files(s.data, s.out) if s.data else standard_library()
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
-    key = hashlib.sha256(json.dumps([stats, tokenizer, encoding.n_vocab, len(encoding._mergeable_ranks)]).encode()).hexdigest()[:16]
-    kind = np.uint16 if encoding.n_vocab <= 2**16 else np.uint32
+    key = hashlib.sha256(json.dumps([stats, tokenizer, encoding.n_vocab, chat_format(encoding)]).encode()).hexdigest()[:16]
+    kind = np.int16 if encoding.n_vocab <= 2**15 else np.int32
     paths = [Path(s.out) / "data" / f"{key}.{part}.bin" for part in ("train", "val")]
     if not all(p.exists() for p in paths):
-        end = stop_tokens(encoding)[:1]
         named = set(map(Path, s.data))
         documents = [d for f in files for d in read_documents(f, f in named)]
         if not documents:
             raise MilError(f"--data {' '.join(s.data) or '(the standard library)'}: no text found, the files are empty or not UTF-8")
         parts = [[], []]
         for i, document in enumerate(documents):
-            ids = np.array(encode(encoding, document) + end, dtype=kind)
+            ids = np.array(document_tokens(encoding, document), dtype=kind)
             if len(documents) >= 10:
                 parts[i % 20 == 9].append(ids)
             else:
@@ -279,15 +294,18 @@ def load_corpus(s, encoding, tokenizer):
         if len(part) < rows * s.context + 1:
             raise MilError(f"--data: {len(part)} {name} tokens, but {rows} of --context {s.context} need "
                            f"{rows * s.context + 1}: give more text, or lower --context{' or --batch' * (rows > 1)}")
-    about = f"{len(files)} files, {len(train):,} training and {len(val):,} validation tokens ({tokenizer})"
+        if not (part[:] >= 0).any():
+            raise MilError(f"--data: nothing to learn in the {name} part: no message is the assistant's, and there is no other text")
+    learned = f", {np.mean(train[:] >= 0):.0%} of them to be learned" * bool((train[:] < 0).any())
+    about = f"{len(files)} files, {len(train):,} training{learned}, and {len(val):,} validation tokens ({tokenizer})"
     return Corpus(train, val, key, about)
 
 
 def to_device(rows, device):
-    """A list of numpy rows of l + 1 tokens -> inputs and targets (b, l)."""
+    """A list of numpy rows of l + 1 tokens -> inputs and targets (b, l); a target is -100 where nothing is to be learned."""
     block = torch.from_numpy(np.stack(rows).astype(np.int64))
     block = block.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else block.to(device)
-    return block[:, :-1], block[:, 1:]
+    return torch.where(block < 0, ~block, block)[:, :-1], block.masked_fill(block < 0, -100)[:, 1:]
 
 
 def random_batches(data, s, device, seed):
@@ -317,9 +335,11 @@ def kl_per_token(student_logits, teacher_logits):
 
 
 def distillation_loss(student_logits, teacher_logits, targets, alpha, beta):
-    """α·CE + β·KL, a mean over predicted tokens (Eq. 2). The teacher's logits may be None when β is 0."""
-    loss = alpha * F.cross_entropy(student_logits.float().flatten(0, 1), targets.flatten())
-    return loss + beta * kl_per_token(student_logits, teacher_logits).mean() if beta else loss
+    """α·CE + β·KL, a mean over predicted tokens (Eq. 2), those with a target of 0 or more. The teacher's logits may be None when β is 0."""
+    learned = targets >= 0
+    loss = alpha * F.cross_entropy(student_logits.float().flatten(0, 1), targets.flatten(), reduction="sum")  # leaves out -100
+    loss = loss + beta * (kl_per_token(student_logits, teacher_logits) * learned).sum() if beta else loss
+    return loss / learned.sum().clamp(min=1)
 
 
 def compute_in(s, device):
@@ -336,10 +356,12 @@ def evaluate(model, teacher, corpus, encoding, s, device):
         with compute_in(s, device):
             logits, wanted = model(x).float(), teacher(x).float()
         ce = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
-        agree = (logits.argmax(-1) == wanted.argmax(-1)).sum()
-        count = torch.tensor(y.numel(), device=device)
-        total += torch.stack([ce, kl_per_token(logits, wanted).sum(), agree, sizes[y].sum(), count]).double()
+        learned = y >= 0
+        agree = ((logits.argmax(-1) == wanted.argmax(-1)) & learned).sum()
+        kl = (kl_per_token(logits, wanted) * learned).sum()
+        total += torch.stack([ce, kl, agree, sizes[y[learned]].sum(), learned.sum()]).double()
     ce, kl, agree, size, count = total.tolist()
+    count = max(count, 1)
     return {"loss": ce / count, "perplexity": math.exp(min(ce / count, 700)), "bits_per_byte": ce / math.log(2) / max(size, 1),
             "kl": kl / count, "agreement": agree / count}
 
@@ -413,6 +435,27 @@ def fit(name, model, train, steps, lr, batches, loss_of, s, device, journal, kep
     return {"seconds": seconds, "tokens_per_second": steps * s.batch * s.context / seconds}
 
 
+def memory_needed(s, config, teacher_bytes):
+    """About how many bytes the run takes at most, by part. teacher_bytes: of a ready teacher's weights, 0 if it is to be trained. Of the
+    student: weights in float32; in bfloat16 arithmetic their copies; gradients and AdamW's two moments of what trains. Per token read,
+    activations, fitted to what runs on an H200 took: 15 numbers a channel and 4 a channel of the MLP in each layer, 6 float32 a word of the vocabulary."""
+    layers = chosen_layers(s) if s.student_layers else range(config.n_layers)
+    mixers = [config.mixers[i] for i in layers]
+    for i in mil.interleaved_layers(len(mixers), s.keep):
+        mixers[i] = s.mixer
+    short = 2 if s.dtype == "bfloat16" else 4
+    with torch.device("meta"):
+        student = mil.Hybrid(dataclasses.replace(config, n_layers=len(mixers), mixers=mixers))
+        teacher = sum(w.numel() for w in mil.Hybrid(config).parameters())
+    every, new = (sum(w.numel() for w in part.parameters()) for part in (
+        student, torch.nn.ModuleList(layer.mixer for layer in student.layers if layer.mixer.READS and isinstance(layer.mixer, mil.CLASSES[s.mixer]))))
+    active = lambda layers: s.batch * s.context * (layers * short * (15 * config.d + 4 * config.d_ff) + 24 * config.v)  # noqa: E731
+    trained = every if s.stage2_steps or s.student_layers else new
+    parts = {"teacher": teacher_bytes or 4 * teacher, "student": every * (4 + 2 * (short == 2)), "gradients and AdamW": 12 * trained, "activations": active(len(mixers))}
+    alone = {} if teacher_bytes else {"teacher": teacher * (4 + 2 * (short == 2)), "gradients and AdamW": 12 * teacher, "activations": active(config.n_layers)}
+    return max(parts, alone, key=lambda parts: sum(parts.values()))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The stages
 
@@ -477,11 +520,12 @@ def distill(s, teacher, corpus, encoding, tokenizer, device, journal, rows):
     torch.manual_seed(s.seed + 1)
     if s.student_layers:  # a small student is not yet a model: all of it has to learn
         small = mil.keep_layers(teacher, chosen_layers(s))
-        steps, student, count = [], mil.replace_attention(small, mil.interleaved_layers(len(small.layers), s.keep), s.mixer, s.init), count + s.stage1_steps
+        student = mil.replace_attention(mil.cast(small, torch.float32), mil.interleaved_layers(len(small.layers), s.keep), s.mixer, s.init)
+        steps, count = [], count + s.stage1_steps
         report("student, not trained", student, {})
     else:
-        steps, student = replacement_steps(s, teacher.config), mil.replace_attention(teacher, [], s.mixer)
-        report("student, not trained", mil.replace_attention(teacher, sum(steps, []), s.mixer, s.init), {})
+        steps, student = replacement_steps(s, teacher.config), mil.cast(mil.replace_attention(teacher, [], s.mixer), torch.float32)
+        report("student, not trained", mil.replace_attention(teacher, sum(steps, []), s.mixer, s.init, share=True), {})
     for i, layers in enumerate(steps):
         student = mil.replace_attention(student, layers, s.mixer, s.init)
         replaced = [j for j, mixer in enumerate(student.config.mixers) if mixer == s.mixer]
@@ -493,6 +537,8 @@ def distill(s, teacher, corpus, encoding, tokenizer, device, journal, rows):
         report(name, student, speed)
         save_with_tokenizer(student, place, tokenizer, stage=name)
         kept = f"The last good checkpoint is {place}, after {name}"
+    if not count:
+        return student
     speed = fit("stage 2, all parameters", student, list(student.parameters()), count, s.stage2_lr,
                 random_batches(corpus.train, s, device, [s.seed, 2]), loss_of(student), s, device, journal, kept)
     report("stage 2, all parameters", student, speed)
@@ -540,9 +586,9 @@ def main(argv):
     mil.make_directory(s.out)
     teacher = None
     if s.teacher:
-        teacher, encoding = load_with_tokenizer(s.teacher, device, torch.float32)
+        teacher, encoding = load_with_tokenizer(s.teacher, device, None if s.dtype == "bfloat16" else torch.float32)  # in its own type: it only reads
         name = tokenizer_of(s.teacher)
-        if s.tokenizer and load_tokenizer(s.tokenizer)._mergeable_ranks != encoding._mergeable_ranks:
+        if s.tokenizer and vocabulary(load_tokenizer(s.tokenizer)) != vocabulary(encoding):
             raise MilError(f"--tokenizer {s.tokenizer} is not the one the teacher in {s.teacher} was trained with ({name}); leave it out")
         s.tokenizer = name
     else:
@@ -554,6 +600,11 @@ def main(argv):
         raise MilError(f"--out {s.out}: cannot be written: {e.strerror}") from e
     journal.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} train_distill.py {shlex.join(argv)}\n")
     with journal:
+        config = teacher.config if teacher else mil.Config(v=encoding.n_vocab, context=s.context, **{name: getattr(s, name) for name in SIZES})
+        parts = memory_needed(s, config, sum(w.nbytes for w in teacher.parameters()) if teacher else 0)
+        there = f", of {torch.cuda.get_device_properties(device).total_memory / 2**30:.1f} there are" if device.type == "cuda" else ""
+        show(f"memory: about {sum(parts.values()) / 2**30:.2g} GiB{there} ({', '.join(f'{part} {size / 2**30:.2g}' for part, size in parts.items())}); "
+             f"--batch, --context and --stage2_steps 0 lower it")
         corpus = load_corpus(s, encoding, s.tokenizer)
         show(f"data: {corpus.about}")
         speed = {}

@@ -212,7 +212,7 @@ def test_jsonl_of_every_shape_becomes_documents(tmp_path):
     records = [{"text": "plain"}, {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]},
                {"prompt": "one ", "completion": "two"}]
     (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps(r) for r in records))
-    assert t.read_documents(tmp_path / "a.jsonl", True) == ["plain", "user: hi\nassistant: yo", "one two"]
+    assert t.read_documents(tmp_path / "a.jsonl", True) == ["plain", records[1]["messages"], ("one ", "two")]
     (tmp_path / "b.jsonl").write_bytes('\ufeff{"text": "a\u2028b"}'.encode())  # a byte-order mark, and a line end that is none in JSON
     assert t.read_documents(tmp_path / "b.jsonl", True) == ["a\u2028b"]
 
