@@ -237,8 +237,15 @@ def read_hf_tokenizer(path):
             to_bytes = lambda token: bytes(byte[char] for char in token)  # noqa: E731
             unknown = [special.get(model.get("unk_token"), vocab.get(model.get("unk_token")))] if model.get("unk_token") else []
             pieces, spare = {bytes([i]): [vocab[char]] if char in vocab else unknown for i, char in enumerate(shown)}, {}  # SmolLM2 lacks 21 bytes
-        for a, b in merges:
-            pieces.setdefault(to_bytes(a + b), [vocab[a + b]])
+        ranks = {}
+        for rank, (a, b) in enumerate(merges, 1):
+            ranks.setdefault(a + b, rank)
+        of = lambda part: 0 if len(part) == 1 else ranks.get(part, math.inf)  # noqa: E731
+        lost = ranks.keys() - {a + b for a, b in merges if max(of(a), of(b)) < ranks[a + b]}
+        if lost:  # tiktoken would put together what the merges cannot
+            raise refuse("a merge", f"the one of {min(lost)}, before those that make its parts", "an order that was learned")
+        for token in ranks:
+            pieces.setdefault(to_bytes(token), [vocab[token]])
         used = {numbers[0] for numbers in pieces.values() if len(numbers) == 1} | set(special.values())
         rest = {number: to_bytes(token) for token, number in vocab.items() if number not in used and number not in spare}
     except (KeyError, TypeError, ValueError, AttributeError) as e:
@@ -268,12 +275,14 @@ def byte_level_pattern(steps, norms, kind, refuse):
     if kind(last) != "ByteLevel" or last.get("add_prefix_space"):
         raise refuse("the last pre_tokenizer", kind(last) + " with add_prefix_space" * (kind(last) == "ByteLevel"), "ByteLevel without add_prefix_space")
     if not last.get("use_regex", True) and [kind(step) for step in before] == ["Split"] and before[0]["behavior"] == "Isolated" and not before[0].get("invert"):
-        return before[0]["pattern"]["Regex"] + r"|(?s:.)"
+        found = before[0]["pattern"]["Regex"]
+        return f"{found}|(?:(?!{found})(?s:.))+"  # what lies between is kept
     if last.get("use_regex", True) and not before:
         return GPT2_PATTERN
     if last.get("use_regex", True) and [kind(step) for step in before] == ["Digits"] and before[0]["individual_digits"]:
         return DIGITS_PATTERN
-    raise refuse("the pre_tokenizer", " + ".join(map(kind, steps)), "ByteLevel; Digits (individual), ByteLevel; or Split (a Regex, Isolated), ByteLevel")
+    found = [f"{kind(step)} ({step['behavior']})" if "behavior" in step else kind(step) for step in steps]
+    raise refuse("the pre_tokenizer", " + ".join(found), "ByteLevel; Digits (individual), ByteLevel; or Split (a Regex, Isolated), ByteLevel")
 
 
 def sentencepiece_splits(steps, norms, kind, refuse):

@@ -725,12 +725,15 @@ class Said(dict):
         except (OSError, ValueError, TypeError) as e:
             raise MilError(f"{path}: cannot be read as a JSON object: {e}") from e
 
-    def take(self, key, *default):
-        """The key's value; the default when it is missing or null. MilError when there is none."""
+    def take(self, key, *default, kind=None):
+        """The key's value; the default when it is missing or null. MilError when there is none, or it is not of the default's `kind`."""
         self.taken.add(key)
-        if self.get(key) is None and not default:
+        value, kind = self.get(key), kind or (type(default[0]) if default and default[0] is not None else object)
+        if value is None and not default:
             raise MilError(f"{self.path}: lacks {key}")
-        return default[0] if self.get(key) is None else self[key]
+        if value is not None and not isinstance(value, (int, float) if kind is float else kind):
+            raise MilError(f"{self.path}: {key} is {value!r}, expected {dict(list='a list', dict='an object', int='a whole number', float='a number').get(kind.__name__, kind.__name__)}")
+        return default[0] if value is None else value
 
     def expect(self, key, *allowed):
         """MilError unless the key's value, if it is there, is among these."""
@@ -785,7 +788,7 @@ def hf_config(directory, said):
     path, remarks = said.path, []
     said.expect("model_type", "llama", "mistral")
     for architecture in said.take("architectures", []):
-        if not architecture.endswith("ForCausalLM"):
+        if not str(architecture).endswith("ForCausalLM"):
             raise MilError(f"{path}: the architecture is {architecture}, expected a …ForCausalLM")
     if said.take("quantization_config", None):
         raise MilError(f"{path}: quantization_config: the weights are quantised; expected the model in float32, float16 or bfloat16")
@@ -796,7 +799,7 @@ def hf_config(directory, said):
     if kind not in ("default", "linear", "llama3"):
         raise MilError(f"{path}: RoPE is scaled by {kind!r}, expected 'default', 'linear' or 'llama3'")
     h, d, context = said.take("num_attention_heads"), said.take("hidden_size"), said.take("max_position_embeddings", 2048)
-    window = said.take("sliding_window", 4096 if "sliding_window" not in said else None) if said["model_type"] == "mistral" else None
+    window = said.take("sliding_window", 4096 if "sliding_window" not in said else None, kind=int) if said["model_type"] == "mistral" else None
     if window and window < context:
         remarks.append(f"{path}: attention slides over {window} tokens; that is taken as the context, for up to there it is all the same")
     sizes = dict(v=said.take("vocab_size"), d=d, n_layers=said.take("num_hidden_layers"), n_heads=h, n_kv_heads=said.take("num_key_value_heads", h),
@@ -823,6 +826,8 @@ def hybrid_config(said, sizes, config, remarks):
     n = ssm.pop("d_state", 128 if mamba2 else 16)
     known = {"expand": 1, "repeat_kv_before_conv": not mamba2, **({"ngroups": config.n_heads} if mamba2 else {})}
     odd = [f"{key} {value!r}" for key, value in ssm.items() if key != "d_conv" and known.get(key) != value]
+    if not isinstance(keep, list) or not set(keep) <= set(range(config.n_layers)):
+        raise MilError(f"{said.path}: attn_layers is {keep}, expected a list of some of 0 to {config.n_layers - 1}")
     if odd or mamba2 and n != config.head_dim:
         raise MilError(f"{said.path}: ssm_cfg has {', '.join(odd) or f'd_state {n}'}, expected d_state, d_conv and {known}; in Mamba-2 d_state = head_dim = {config.head_dim}")
     if said.others():
@@ -836,11 +841,12 @@ def hf_files(directory):
     for kind in ("model.safetensors", "pytorch_model.bin"):
         index = directory / f"{kind}.index.json"
         if index.exists():
-            files = sorted(set(Said(index).take("weight_map").values()))
+            files = list(Said(index).take("weight_map", kind=dict).values())
             for file in files:
-                if Path(file).name != file or not (directory / file).exists():
+                if not isinstance(file, str) or Path(file).name != file or not (directory / file).exists():
                     raise MilError(f"{index}: names {file}, which is not in this folder: is the download complete?")
-            return files
+            if files:
+                return sorted(set(files))
         if (directory / kind).exists():
             return [kind]
     raise MilError(f"{directory}: no weights: expected model.safetensors or pytorch_model.bin, or the index of their shards")
@@ -853,16 +859,16 @@ def meta_config(directory, said):
     if not files or files != [f"consolidated.{i:02d}.pth" for i in range(len(files))]:
         raise MilError(f"{directory}: the weights are {', '.join(files) or 'missing'}, expected consolidated.00.pth, or it and all that follow")
     tensors = open_tensors(directory / files[0])
-    d, h, v = said.take("dim"), said.take("n_heads"), said.take("vocab_size", -1)
+    d, h, v = said.take("dim", kind=int), said.take("n_heads"), said.take("vocab_size", -1)
     if v == -1 and "tok_embeddings.weight" in tensors:
         rows, columns = tensors["tok_embeddings.weight"]().shape
         v = rows * len(files) if columns == d else rows                                # cut by words, in Llama 2 by columns
-    d_ff, multiple = int(said.take("ffn_dim_multiplier", 1) * int(8 * d / 3)), said.take("multiple_of", 256)
+    d_ff, multiple = int(said.take("ffn_dim_multiplier", 1.0) * int(8 * d / 3)), said.take("multiple_of", 256)
     theta, scaled = said.take("rope_theta", 10000.0), said.take("use_scaled_rope", False)
     factor = said.take("rope_scaling_factor", 8 if d >= 4096 else 32)
     context = 131072 if scaled else 8192 if theta >= 500000 else 4096
     config = make_config(said.path, v=v, d=d, n_layers=said.take("n_layers"), n_heads=h, n_kv_heads=said.take("n_kv_heads", h), context=context,
-                         d_ff=-(-d_ff // multiple) * multiple, norm_eps=said.take("norm_eps", 1e-5), rope_theta=float(theta), tied="output.weight" not in tensors,
+                         d_ff=-(-d_ff // max(1, multiple)) * multiple, norm_eps=said.take("norm_eps", 1e-5), rope_theta=float(theta), tied="output.weight" not in tensors,
                          rope_scaling=dict(zip(ROPE_SCALING, (factor, 1.0, 4.0, 8192))) if scaled else None)
     if said.take("quantization_args", None) or said.take("lora_args", None):
         raise MilError(f"{said.path}: quantization_args or lora_args: expected the weights in float32, float16 or bfloat16 and whole")
@@ -872,18 +878,26 @@ def meta_config(directory, said):
     return {"config": config, "format": "meta", "weights": files, "tokenizer": "tokenizer.model", "remarks": remarks}
 
 
+def safetensors_for(path):
+    """The package, an optional extra."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise MilError(f"{path}: to read or write it, install safetensors: pip install safetensors") from None
+    return safetensors
+
+
 def open_tensors(path):
     """The tensors of one file, each a function that reads it: {name: read}. The file is mapped into memory, not read; no code in it
     is run (weights_only)."""
     try:
         if path.suffix == ".safetensors":
-            from safetensors import safe_open
-            file = safe_open(path, "pt")
+            file = safetensors_for(path).safe_open(path, "pt")
             return {name: functools.partial(file.get_tensor, name) for name in file.keys()}
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # what torch < 1.6 wrote is no zip
         return {name: functools.partial(weights.get, name) for name in (weights if isinstance(weights, dict) else ())}
-    except ImportError:
-        raise MilError(f"{path}: to read it, install safetensors: pip install safetensors") from None
+    except MilError:
+        raise
     except FileNotFoundError:
         raise MilError(f"{path}: not found, though config.json names it; the checkpoint is incomplete") from None
     except pickle.UnpicklingError as e:
@@ -970,6 +984,8 @@ def export(source, target, format):
         raise MilError(f"{source}: holds {', '.join(sorted(set(c.mixers)))}; --format hf is for attention only, mambainllama for one kind of Mamba, with or without it")
     if target.exists() and any(target.iterdir()):
         raise MilError(f"{target}: is not empty; give a new folder")
+    if format != "mil":
+        safetensors_for(target)
     make_directory(target)
     for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "generation_config.json"):
         if (source / name).exists():
@@ -994,10 +1010,6 @@ def export(source, target, format):
 
 def write_safetensors(weights, directory, most=4 * 2**30):
     """Tensors in files of at most `most` bytes (or one tensor), with Hugging Face's index when there are several."""
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise MilError("to write Hugging Face's layout, install safetensors: pip install safetensors") from None
     shards, room = [{}], most
     for name, w in weights.items():
         if shards[-1] and w.nbytes > room:
@@ -1007,7 +1019,7 @@ def write_safetensors(weights, directory, most=4 * 2**30):
         room -= w.nbytes
     names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards):
-        write_whole(directory / name, lambda f, shard=shard: save_file(shard, f.name, {"format": "pt"}))
+        write_whole(directory / name, lambda f, shard=shard: safetensors_for(directory).torch.save_file(shard, f.name, {"format": "pt"}))
     if len(shards) > 1:
         write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": sum(w.nbytes for w in weights.values())},
                                                                 "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}})
