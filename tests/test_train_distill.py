@@ -399,3 +399,68 @@ def test_a_teacher_of_any_other_setting_is_not_reused(tmp_path, change, capsys):
             t.get_teacher(settings, t.Corpus(data, data, "key", ""), encoding, "bytes", torch.device(DEVICE), log)
     said = capsys.readouterr().out
     assert said.count("reused from") == 1 and said.count("training a new one") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is learned of a conversation
+
+
+def test_only_what_the_assistant_says_and_completions_are_learned():
+    encoding, messages = g.load_tokenizer("bytes"), [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}] * 2
+    ids = np.array(t.document_tokens(encoding, messages))
+    assert bytes(np.where(ids < 0, ~ids, ids)[np.where(ids < 0, ~ids, ids) < 256].astype(np.uint8)) == b"user:\n2+2?\nassistant:\n4\n" * 2
+    assert ids[ids >= 0].tolist() == [*b"4", 256] * 2 and np.where(ids < 0, ~ids, ids).tolist() == g.Conversation(encoding, messages).ids
+    assert t.document_tokens(encoding, ("ab", "cd")) == [~97, ~98, 99, 100, 256] and t.document_tokens(encoding, "ab") == [97, 98, 256]
+
+
+@given(st.integers(0, 99), st.sampled_from([(1.0, 0.0), (0.0, 1.0), (0.7, 0.2)]))
+def test_the_loss_is_a_mean_over_the_tokens_to_be_learned(seed, weights):
+    torch.manual_seed(seed)
+    student, teacher, block = torch.randn(2, 5, 7).double(), torch.randn(2, 5, 7).double(), torch.randint(-7, 7, (2, 6)).numpy()
+    x, y = t.to_device(list(block), torch.device("cpu"))
+    assert (x >= 0).all() and [(i if i >= 0 else -100) for i in block[:, 1:].flatten()] == y.flatten().tolist()
+    p, q = (z.float().double().log_softmax(-1) for z in (student, teacher))
+    each = [weights[0] * -p[i, j, y[i, j]] + weights[1] * (q[i, j].exp() * (q[i, j] - p[i, j])).sum() for i in range(2) for j in range(5) if y[i, j] >= 0]
+    assert_close(t.distillation_loss(student, teacher, y, *weights), sum(each) / max(1, len(each)) + torch.zeros(()), 1e-5, noise=1e-7)
+
+
+def test_evaluation_leaves_out_what_is_not_to_be_learned(tmp_path):
+    s, encoding, model, ids = small_settings(tmp_path), g.load_tokenizer("bytes"), tiny_teacher(), np.random.default_rng(0).integers(0, 256, 17)
+    masked = np.where(np.arange(17) % 3 == 0, ids, ~ids)
+    got = t.evaluate(model, tiny_teacher(), t.Corpus(masked, masked, "", ""), encoding, s, torch.device(DEVICE))
+    logp = model(torch.tensor(ids[None, :-1], device=DEVICE)).log_softmax(-1)[0]
+    assert got["loss"] == pytest.approx(-sum(logp[i - 1, ids[i]].item() for i in range(3, 17, 3)) / 5, rel=1e-4)
+
+
+def test_a_corpus_in_which_nothing_is_to_be_learned_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": "x" * 99}]}) for _ in range(40)))
+    with pytest.raises(MilError, match="nothing to learn in the training part"):
+        t.load_corpus(small_settings(tmp_path, data=[str(tmp_path / "a.jsonl")]), g.load_tokenizer("bytes"), "bytes")
+
+
+def test_a_teacher_from_elsewhere_is_distilled_on_conversations_and_its_student_brings_the_tokenizer(tmp_path):
+    from test_tokenizers import FILES
+    v = 1 + max(token["id"] for token in FILES["smollm2"]["added_tokens"] + [dict(id=i) for i in FILES["smollm2"]["model"]["vocab"].values()])
+    teacher = build(Config(v=v, d=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, context=64, tied=True), torch.float32)
+    mil.save(teacher.bfloat16(), tmp_path / "ours", tokenizer="tokenizer.json")
+    mil.export(tmp_path / "ours", tmp_path / "theirs", "hf")
+    (tmp_path / "theirs" / "tokenizer.json").write_text(json.dumps(FILES["smollm2"]))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": f"the {i}?"}, {"role": "assistant", "content": f"then {i}"}]}) for i in range(90)))
+    done = run_script("train_distill.py", "--teacher", tmp_path / "theirs", "--data", tmp_path / "a.jsonl", "--out", tmp_path / "o", "--context", "32", "--batch", "4", "--stage1_steps", "2",
+                      "--stage2_steps", "0", "--eval_sequences", "4", "--device", DEVICE, "--dtype", "float32", "--prompt", "the")
+    assert done.returncode == 0 and "of them to be learned" in done.stdout and "memory: about" in done.stdout and "stage 2" not in done.stdout, done.stderr + done.stdout
+    student, encoding = g.load_with_tokenizer(tmp_path / "o" / "student", DEVICE)
+    assert student.config.mixers == ["mamba2", "attention"] and g.chat_format(encoding) == "chatml" and student.embed_tokens.weight.dtype == torch.float32
+    assert torch.equal(student.embed_tokens.weight.cpu(), teacher.embed_tokens.weight.cpu().float())
+
+
+def test_the_memory_said_beforehand_counts_weights_gradients_and_moments(tmp_path):
+    config, s = Config(v=1000, d=64, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=100, context=16), small_settings(tmp_path, n_layers=4, keep=0.5, batch=2, context=16)
+    count = lambda mixers: sum(w.numel() for w in mil.Hybrid(dataclasses.replace(config, mixers=mixers)).parameters())  # noqa: E731
+    every, new = count(["mamba2", "attention"] * 2), sum(w.numel() for w in mil.Mamba2(config).parameters()) * 2
+    for steps, trained in ((5, every), (0, new)):
+        s.stage2_steps, s.mixer, s.dtype = steps, "mamba2", "bfloat16"
+        parts = t.memory_needed(s, config, 77)
+        assert (parts["teacher"], parts["student"], parts["gradients and AdamW"]) == (77, 6 * every, 12 * trained) and parts["activations"] > 0
+    s.batch = 4
+    assert t.memory_needed(s, config, 77)["activations"] == 2 * parts["activations"]
