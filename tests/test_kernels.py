@@ -81,7 +81,7 @@ def check_against_definition(which, dtype, inputs):
 @DECAYS
 def test_scan_equals_the_definition_in_value_and_every_gradient(which, decay):
     slow = DEVICE == "cpu" and which == "triton"
-    @settings(max_examples=(6 if decay == "mamba" else 12) if slow else 5 if which == "triton" else 40)  # on CUDA every shape compiles
+    @settings(max_examples=(4 if decay == "mamba" else 12) if slow else 5 if which == "triton" else 40)  # on CUDA every shape compiles
     @given(st.integers(1, 2), SHORT if slow and decay == "mamba" else LENGTHS, HEADS, SIZES, st.sampled_from(["", "D", "z", "b", "h", "Dzbh"]),
            st.sampled_from(["contiguous", "sliced", "transposed"]), st.integers(0, 2**31))
     def check(b, l, heads, size, options, layout, seed):
@@ -90,13 +90,13 @@ def test_scan_equals_the_definition_in_value_and_every_gradient(which, decay):
 
 
 @DECAYS
-@pytest.mark.parametrize("l, c", [(35, 3), (17, 2)])
-def test_the_walks_may_cut_a_sequence_into_segments(monkeypatch, decay, l, c):
+@pytest.mark.parametrize("b, l, c", [(1, 35, 3), (2, 17, 2)])
+def test_the_walks_may_cut_a_sequence_into_segments(monkeypatch, decay, b, l, c):
     """Also into segments that end past the sequence or lie past it whole: 35 tokens in tiles of 8, 32 or 64 and 3 segments. And
     Mamba's channels into blocks: 5 into three of 2."""
     monkeypatch.setattr(kernels, "segments", lambda *_: c)
     monkeypatch.setattr(kernels, "S6_TILE", 8)
-    check_against_definition("triton", torch.float32, scan_inputs(decay, 2, l, (2, 2, 1), (5, 3), 7, torch.float32))
+    check_against_definition("triton", torch.float32, scan_inputs(decay, b, l, (2, 2, 1), (5, 3), 7, torch.float32))
 
 
 @FORMS
@@ -110,7 +110,7 @@ def test_scan_takes_every_type(which, decay, dtype):
 @DECAYS
 def test_scan_survives_extreme_steps_and_decays(which, decay):
     for shift, A in ((-30.0, -1.0), (30.0, -1.0), (0.0, -1e-4), (0.0, -1e4), (30.0, -1e4)):
-        inputs = scan_inputs(decay, 1, 35, (2, 1, 2), (4, 3), 5, torch.float32, "D")
+        inputs = scan_inputs(decay, 1, 19 if decay == "mamba" else 35, (2, 1, 2), (4, 3), 5, torch.float32, "D")
         inputs["dt"] = inputs["dt"] + shift
         inputs["A"] = torch.full_like(inputs["A"], A)
         check_against_definition(which, torch.float32, inputs)
@@ -735,12 +735,12 @@ def test_a_long_sequence_is_its_two_parts(decay):
 
 
 @DECAYS
-@pytest.mark.parametrize("heads", [(4, 2, 1), (4, 1, 2)])
-def test_segments_are_joined_in_order_also_where_query_heads_share_kv_heads(monkeypatch, decay, heads):
+@pytest.mark.parametrize("b, heads", [(2, (4, 2, 1)), (1, (4, 1, 2))])
+def test_segments_are_joined_in_order_also_where_query_heads_share_kv_heads(monkeypatch, decay, b, heads):
     """Three segments with tokens in each, 8, 8 and 3 of them or (in tiles of 32) 64, 64 and 12, of slices of a wider projection."""
     monkeypatch.setattr(kernels, "segments", lambda *_: 3)
     l = 19 if decay == "mamba" else 140
-    inputs = scan_inputs(decay, 2, l, heads, (5, 3), 7, torch.float32, layout="sliced")
+    inputs = scan_inputs(decay, b, l, heads, (5, 3), 7, torch.float32, layout="sliced")
     inputs["A"] = inputs["A"] / 100  # what a segment hands on is still there two segments on
     check_against_definition("triton", torch.float32, inputs)
 
