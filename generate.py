@@ -4,6 +4,7 @@
     python generate.py --model out/teacher --prompt - < file.py          the prompt from standard input
     python generate.py --prompt "import " --prompt "class " --temperature 0
     python generate.py --draft out/draft/student --prompt "def "         speculatively: the same law, sooner
+    python generate.py --model Llama-3.2-1B-Instruct --chat              a conversation with a downloaded model
 
 One decoding step feeds the newest token through `Hybrid` with its Cache and draws the next token from
 
@@ -16,8 +17,8 @@ With a draft, whose law is q, a step is a round (section 4 of arXiv 2408.15237; 
     keep     x_1, x_2, … while u < p(x_i) / q(x_i), u uniform; then one token more, from max(p - q, 0) in place of the
              first rejected, or from p after the last
 
-In this file, top to bottom: command lines from dataclasses (train_distill.py uses it too); tokenizers; the law a token
-is drawn from; the keeping of proposals; `generate`, the loop; the command.
+In this file, top to bottom: command lines from dataclasses (train_distill.py uses it too); tokenizers; conversations; the
+law a token is drawn from; the keeping of proposals; `Decoder`, the loop; the command.
 """
 import argparse
 import base64
@@ -747,7 +748,7 @@ class TextStream:
 
 @dataclass
 class Settings:
-    model: str = flag("out/student", "checkpoint directory, as train_distill.py writes it")
+    model: str = flag("out/student", "checkpoint directory: as train_distill.py writes it, Hugging Face's, Meta's, or one of the paper's hybrids")
     draft: str = flag("", "checkpoint of a smaller model over the same tokens, to decode speculatively: text of the same law, sooner")
     speculate: int = flag(0, "how many tokens the draft proposes at a time; 0: chosen by what is kept and what it costs")
     chat: bool = flag(False, "a conversation in the terminal: Ctrl-C stops a reply, /reset forgets, /quit ends", action="store_true")

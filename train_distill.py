@@ -2,7 +2,7 @@
 
     python train_distill.py                                  all of it, on the sources of Python's standard library
     python train_distill.py --data notes/ --keep 0.25        your text; keep a quarter of the attention layers
-    python train_distill.py --teacher DIR --data chat.jsonl  your teacher
+    python train_distill.py --teacher DIR --data chat.jsonl  your teacher: ours, or a folder from Hugging Face or Meta
     python train_distill.py --teacher out/teacher --student_layers 0,3 --keep 1 --out out/draft     a draft for it (generate.py)
 
     corpus -> teacher -> student: attention replaced by Mamba, in steps -> stage 1 -> stage 2 -> table, sample
@@ -66,8 +66,8 @@ class Settings:
     out: str = flag("out", "where teacher/, student/, results.json and log.txt go")
     data: list = flag([], "text files, folders, or .jsonl (text, messages, or prompt and completion); empty: Python's standard library",
                       nargs="+", action="extend", metavar="path")
-    tokenizer: str = flag("", "bytes, a Llama-3 tokenizer.model, or a tiktoken name; empty: the teacher's, or bytes")
-    teacher: str = flag("", "checkpoint of a ready teacher; empty: train one, or reuse the one in --out")
+    tokenizer: str = flag("", "bytes, a Llama-3 tokenizer.model, a tokenizer.json, or a tiktoken name; empty: the teacher's, or bytes")
+    teacher: str = flag("", "checkpoint of a ready teacher, ours, Hugging Face's or Meta's; empty: train one, or reuse the one in --out")
     mixer: str = flag("mamba2", "what replaces attention: mamba, mamba2, or none (the paper's ablation)")
     keep: float = flag(0.5, "share of attention layers that stay; the paper finds 0.5 close to the teacher, 0 possible")
     replace_steps: int = flag(0, "replace attention in this many steps: the paper's stepwise beats all at once (default 2, or 1 for one layer)")
@@ -627,8 +627,9 @@ def main(argv):
         mil.write_whole(Path(s.out) / "results.json", lambda f: f.write(json.dumps(results, indent=1).encode()))
     show(f"\n{'teacher':<58} │ student")
     show(side_by_side(sample(teacher, encoding, s, device), sample(student, encoding, s, device)))
+    models = f"--model {s.teacher} --draft {s.out}/student" if s.student_layers and s.teacher else f"--model {s.out}/student"
     show(f"\nstudent: {s.out}/student   table: {s.out}/results.json\n"
-         f"try: python generate.py --model {s.out}/student --prompt {shlex.quote(s.prompt)}")
+         f"try: python generate.py {models} --prompt {shlex.quote(s.prompt)}")
 
 
 if __name__ == "__main__":
