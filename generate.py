@@ -23,6 +23,7 @@ law a token is drawn from; the keeping of proposals; `Decoder`, the loop; the co
 import argparse
 import base64
 import codecs
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -83,6 +84,8 @@ def run_command(main):
         main(sys.argv[1:])
     except MilError as e:
         sys.exit(f"error: {e}")
+    except torch.OutOfMemoryError as e:
+        sys.exit(f"error: the GPU's memory is full: {str(e).splitlines()[0]}")
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
@@ -129,6 +132,8 @@ def load_tokenizer(name):
         return tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
                                  special_tokens={"<|endoftext|>": 256})
     if not is_named(name):
+        if os.path.isdir(name):
+            raise MilError(f"tokenizer {name}: a folder; give the tokenizer.json or tokenizer.model in it")
         if os.path.exists(name):
             return read_hf_tokenizer(Path(name)) if name.endswith(".json") else read_llama3_tokenizer(Path(name))
         raise MilError(f"tokenizer {name}: neither a file nor a known encoding; expected bytes, the path of a Llama-3 tokenizer.model or "
@@ -166,13 +171,15 @@ def read_llama3_tokenizer(path):
 class Pieces(tiktoken.Encoding):
     """tiktoken's merging under numbers that are not the order of merging. pieces: {bytes: the numbers that stand for them}, in that
     order; spare: {number: bytes} of what no text is encoded to; special: {text: number}, of which those in `plain` are found in any
-    text. prefix, of sentencepiece's kind only: when a text is given a space to begin with; "first": not after a control token."""
+    text. space: when a text is begun with a space, as sentencepiece does: "" (byte-level: it is not sentencepiece's), "never", "always",
+    "unless spaced" (it begins with one), or "first", the same but not after a control token."""
 
-    def __init__(self, name, pattern, pieces, spare, special, plain=(), prefix=""):
+    def __init__(self, name, pattern, pieces, spare, special, plain=(), space=""):
         super().__init__(name, pat_str=pattern, mergeable_ranks={piece: rank for rank, piece in enumerate(pieces)}, special_tokens={})
-        self._special_tokens, self.numbers, self.plain, self.prefix = special, list(pieces.values()), set(plain), prefix
-        self.bytes = {**spare, **{number[0]: piece for piece, number in pieces.items() if len(number) == 1}, **{i: t.encode() for t, i in special.items()}}
-        self.max_token_value = max(self.bytes)
+        self._special_tokens, self.numbers, self.plain, self.space = special, list(pieces.values()), set(plain), space
+        alone = {numbers[0]: piece for piece, numbers in pieces.items() if len(numbers) == 1}
+        self.data = {**spare, **alone, **{number: text.encode() for text, number in special.items()}}
+        self.max_token_value = max(self.data)
 
     def encode(self, text, *, allowed_special=frozenset(), disallowed_special=(), start=True):
         """Numbers of a text in which the special tokens named (or "all") are found. start: it follows no other text."""
@@ -181,10 +188,11 @@ class Pieces(tiktoken.Encoding):
         return [number for i, part in enumerate(parts) for number in ([self._special_tokens[part]] if i % 2 else self.merge(part, start or i > 0, i == 0))]
 
     def merge(self, text, start, first):
-        if self.prefix:
+        if self.space:
             text = text.replace("▁", " ")
-            bare = not text.startswith(" ")
-            text = " " * bool(text and start and {"always": True, "unless spaced": bare, "first": bare and first, "never": False}[self.prefix]) + text
+            spaced = self.space != "always" and text.startswith(" ")
+            if text and start and not spaced and self.space != "never" and (first or self.space != "first"):
+                text = " " + text
         return [number for rank in super().encode_ordinary(text) for number in self.numbers[rank]]
 
     def encode_ordinary(self, text, start=True):
@@ -194,10 +202,10 @@ class Pieces(tiktoken.Encoding):
         return self._special_tokens[text] if text in self._special_tokens else self.numbers[super().encode_single_token(text)][0]
 
     def decode_single_token_bytes(self, token):
-        return self.bytes[token]
+        return self.data[token]
 
     def decode_bytes(self, tokens):
-        return b"".join(self.bytes[token] for token in tokens)
+        return b"".join(self.data[token] for token in tokens)
 
     def decode(self, tokens, errors="replace"):
         return self.decode_bytes(tokens).decode("utf-8", errors)
@@ -205,109 +213,144 @@ class Pieces(tiktoken.Encoding):
 
 def read_hf_tokenizer(path):
     """Hugging Face's tokenizer.json, as an encoding: byte-level BPE (Llama 3, SmolLM2, the GPT-2 family) and sentencepiece's BPE with
-    byte fallback (Llama 2, TinyLlama, Mistral, Zephyr). MilError for any other kind, named."""
-    said, kind = mil.Said(path), lambda part: part["type"] if isinstance(part, dict) and "type" in part else str(part)
-    model, normalizer, splitter, added = said.take("model"), said.take("normalizer", None), said.take("pre_tokenizer", None), said.take("added_tokens", [])
+    byte fallback (Llama 2, TinyLlama, Mistral, Zephyr), learned from text: what two pieces make is a piece whenever it is in the
+    vocabulary. MilError for any other kind, named."""
+    said = mil.Said(path)
+    model, added = said.take("model", kind=dict), said.take("added_tokens", [])
 
     def refuse(what, found, wanted):
-        return MilError(f"tokenizer {path}: {what} is {found}, expected {wanted}")
+        return MilError(f"tokenizer {path}: {what} is {str(found)[:99]}, expected {wanted}")
 
-    if kind(model) != "BPE":
-        raise refuse("the model", kind(model), "BPE")
+    if model.get("type", "BPE") != "BPE" or "merges" not in model:  # GPT-2's own names no type
+        raise refuse("the model", model.get("type", "BPE") + " without merges" * ("merges" not in model), "BPE")
     try:
+        odd = [f"{name} of {token['content']!r}" for token in added if not token["special"]
+               for name in ("lstrip", "rstrip", "single_word", *["normalized"] * bool(said.get("normalizer"))) if token.get(name)]
+        odd += [name for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout") if model.get(name)]
+        if odd:
+            raise refuse(odd[0], "set", "not to be")
+        special, plain = {token["content"]: token["id"] for token in added}, [token["content"] for token in added if not token["special"]]
         vocab, merges = model["vocab"], [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        special = {token["content"]: token["id"] for token in added}
-        plain = [token["content"] for token in added if not token["special"]]
-        steps, norms = ([] if whole is None else whole.get(parts, [whole]) for whole, parts in ((splitter, "pretokenizers"), (normalizer, "normalizers")))
-        if model.get("byte_fallback"):
-            prefix, pattern = sentencepiece_splits(steps, norms, kind, refuse)
-            to_bytes = lambda token: token.replace("▁", " ").encode()  # noqa: E731
-            pieces = {bytes([i]): [vocab.get("▁" if i == 32 else chr(i) if i < 128 else "", vocab[f"<0x{i:02X}>"])] for i in range(256)}
-            for char in (token for token in vocab if len(token) == 1 and len(to_bytes(token)) > 1):  # put together before anything else
-                data = char.encode()
-                for l in range(2, len(data)):
-                    pieces.setdefault(data[:l], [vocab[f"<0x{i:02X}>"] for i in data[:l]])
-                pieces[data] = [vocab[char]]
-            spare = {vocab[f"<0x{i:02X}>"]: bytes([i]) for i in range(256)}
-        else:
-            prefix, pattern = "", byte_level_pattern(steps, norms, kind, refuse)
-            shown = [chr(i) if 33 <= i <= 126 or 161 <= i <= 172 or i >= 174 else "" for i in range(256)]  # GPT-2 shows bytes as characters
-            spaces = iter(range(256, 512))
-            shown = [char or chr(next(spaces)) for char in shown]
-            byte = {char: i for i, char in enumerate(shown)}
-            to_bytes = lambda token: bytes(byte[char] for char in token)  # noqa: E731
-            unknown = [special.get(model.get("unk_token"), vocab.get(model.get("unk_token")))] if model.get("unk_token") else []
-            pieces, spare = {bytes([i]): [vocab[char]] if char in vocab else unknown for i, char in enumerate(shown)}, {}  # SmolLM2 lacks 21 bytes
+        steps, norms = ([] if whole is None else whole.get(parts, [whole]) for whole, parts in
+                        ((said.get("pre_tokenizer"), "pretokenizers"), (said.get("normalizer"), "normalizers")))
+        pieces, spare, to_bytes, pattern, space = (sentencepiece if model.get("byte_fallback") else byte_level)(
+            vocab, special.get(model.get("unk_token")), steps, norms, refuse)
         ranks = {}
         for rank, (a, b) in enumerate(merges, 1):
             ranks.setdefault(a + b, rank)
         of = lambda part: 0 if len(part) == 1 else ranks.get(part, math.inf)  # noqa: E731
         lost = ranks.keys() - {a + b for a, b in merges if max(of(a), of(b)) < ranks[a + b]}
-        if lost:  # tiktoken would put together what the merges cannot
+        if lost:
             raise refuse("a merge", f"the one of {min(lost)}, before those that make its parts", "an order that was learned")
         for token in ranks:
             pieces.setdefault(to_bytes(token), [vocab[token]])
-        used = {numbers[0] for numbers in pieces.values() if len(numbers) == 1} | set(special.values())
-        rest = {number: to_bytes(token) for token, number in vocab.items() if number not in used and number not in spare}
+        used = {numbers[0] for numbers in pieces.values() if len(numbers) == 1} | set(special.values()) | set(spare)
+        rest = {number: to_bytes(token) for token, number in vocab.items() if number not in used}
+        if rest and model.get("ignore_merges"):
+            raise refuse("a token", f"{next(iter(rest.values()))!r}, which no merge makes", "every token to be a byte or the result of a merge")
+        if pattern == WORDS and any(re.search(rb"[^ ] ", piece) for piece in pieces):
+            pattern = r"(?s:.+)"
+        try:
+            encoding = Pieces(path.name, pattern, pieces, {**rest, **spare}, special, plain, space)
+        except ValueError as e:
+            raise refuse("the pattern that splits text", pattern, f"a regular expression ({e})") from e
+        posts = (said.get("post_processor") or {}).get("processors", [said.get("post_processor") or {}])
+        encoding.begin = next(([special[part["SpecialToken"]["id"]] for part in post["single"][:1] if "SpecialToken" in part]
+                               for post in posts if post.get("type") == "TemplateProcessing"), None)
+    except MilError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise MilError(f"tokenizer {path}: not a whole BPE of bytes: {type(e).__name__} {e}") from None
-    if rest and model.get("ignore_merges"):
-        raise refuse("a token", f"{next(iter(rest.values()))!r}, which no merge makes", "every token to be a byte or the result of a merge")
-    if any(re.search(rb"[^ ] ", piece) for piece in pieces) and prefix and pattern == SPACED:
-        pattern = r"(?s:.+)"  # pieces that reach over the end of a word: the text is not cut
-    try:
-        encoding = Pieces(path.name, pattern, pieces, {**rest, **spare}, special, plain, prefix)
-    except ValueError as e:
-        raise refuse("the pattern that splits text", f"{pattern!r}", f"a regular expression ({e})") from e
-    beside = path.with_name("tokenizer_config.json")
-    if beside.exists():
-        encoding.template = str(mil.Said(beside).take("chat_template", ""))
+        raise MilError(f"tokenizer {path}: not a whole BPE of bytes: {type(e).__name__} {str(e)[:200]}") from None
+    about_texts(encoding, path)
     return encoding
 
 
-SPACED = r" *[^ ]+| +"  # words with the spaces before them; no piece of sentencepiece's BPE has a space after something else
+WORDS = r" *[^ ]+| +"  # with the spaces before them: no piece that sentencepiece learns has a space after something else
 
 
-def byte_level_pattern(steps, norms, kind, refuse):
-    """The pattern that does in one what a byte-level tokenizer's steps do one after the other."""
+def kind_of(part):
+    """What a part of a tokenizer.json calls itself."""
+    return f"{part['type']} ({part['behavior']})" if "behavior" in part else str(part["type"])
+
+
+def byte_level(vocab, unknown, steps, norms, refuse):
+    """Of a byte-level BPE: pieces and spare as in Pieces, how a token of `vocab` is written as bytes, the pattern that does in one
+    what the steps of splitting do one after the other, and Pieces' space."""
+    shown, more = [chr(i) if 33 <= i <= 126 or 161 <= i <= 172 or i >= 174 else "" for i in range(256)], iter(range(256, 512))
+    shown = [char or chr(next(more)) for char in shown]                                       # GPT-2 shows bytes as characters
+    byte = {char: i for i, char in enumerate(shown)}
+    lacking = [i for i, char in enumerate(shown) if char not in vocab and (32 <= i < 127 or i in b"\t\n\r")]
+    if lacking:  # SmolLM2 lacks 21 bytes, but of those that hardly any text has
+        raise refuse("the vocabulary", f"without the byte {bytes(lacking[:1])!r}", "all bytes of plain text")
+    pieces = {bytes([i]): [vocab[char]] if char in vocab else [] if unknown is None else [unknown] for i, char in enumerate(shown)}
     if norms:
-        raise refuse("the normalizer", kind(norms[0]), "none")
-    *before, last = steps or [None]
-    if kind(last) != "ByteLevel" or last.get("add_prefix_space"):
-        raise refuse("the last pre_tokenizer", kind(last) + " with add_prefix_space" * (kind(last) == "ByteLevel"), "ByteLevel without add_prefix_space")
-    if not last.get("use_regex", True) and [kind(step) for step in before] == ["Split"] and before[0]["behavior"] == "Isolated" and not before[0].get("invert"):
-        found = before[0]["pattern"]["Regex"]
-        return f"{found}|(?:(?!{found})(?s:.))+"  # what lies between is kept
-    if last.get("use_regex", True) and not before:
-        return GPT2_PATTERN
-    if last.get("use_regex", True) and [kind(step) for step in before] == ["Digits"] and before[0]["individual_digits"]:
-        return DIGITS_PATTERN
-    found = [f"{kind(step)} ({step['behavior']})" if "behavior" in step else kind(step) for step in steps]
-    raise refuse("the pre_tokenizer", " + ".join(found), "ByteLevel; Digits (individual), ByteLevel; or Split (a Regex, Isolated), ByteLevel")
+        raise refuse("the normalizer", kind_of(norms[0]), "none")
+    kinds, last = [kind_of(step) for step in steps], steps[-1] if steps else {}
+    cut = last.get("use_regex", True)
+    if kinds[-1:] != ["ByteLevel"] or last.get("add_prefix_space"):
+        raise refuse("the last pre_tokenizer", (kinds or ["none"])[-1] + " with add_prefix_space" * bool(kinds), "ByteLevel without add_prefix_space")
+    if kinds == ["Split (Isolated)", "ByteLevel"] and not cut and not steps[0].get("invert"):
+        found = steps[0]["pattern"]["Regex"]
+        pattern = f"{found}|(?:(?!{found})(?s:.))+"                                           # what lies between is kept
+    elif cut and len(kinds) == 1:
+        pattern = GPT2_PATTERN
+    elif cut and kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
+        pattern = DIGITS_PATTERN
+    else:
+        raise refuse("the pre_tokenizer", " + ".join(kinds), "ByteLevel; Digits (individual), ByteLevel; or Split (by a Regex, Isolated), ByteLevel")
+    return pieces, {}, lambda token: bytes(byte[char] for char in token), pattern, ""
 
 
-def sentencepiece_splits(steps, norms, kind, refuse):
-    """(prefix, pattern) of a sentencepiece-style tokenizer."""
-    prefix = "always" if norms and kind(norms[0]) == "Prepend" and norms[0]["prepend"] == "▁" else "never"
-    for norm in norms[prefix == "always":]:
-        if kind(norm) != "Replace" or (norm["pattern"], norm["content"]) != ({"String": " "}, "▁"):
-            raise refuse("the normalizer", kind(norm), "Prepend ▁ and Replace space by ▁, or none")
-    if not steps:
-        return prefix, SPACED
-    if [kind(step) for step in steps] != ["Metaspace"] or steps[0].get("replacement") != "▁" or norms:
-        raise refuse("the pre_tokenizer", " + ".join(map(kind, steps)) + " after a normalizer" * bool(norms), "none, or Metaspace alone")
-    scheme = steps[0].get("prepend_scheme", "always" if steps[0].get("add_prefix_space", True) else "never")
-    return {"always": "unless spaced"}.get(scheme, scheme), r" [^ ]*|[^ ]+" if steps[0].get("split", True) else SPACED
+def sentencepiece(vocab, unknown, steps, norms, refuse):
+    """The same of sentencepiece's BPE. Its characters are put together from bytes before anything else; of those it does not know
+    the bytes stay."""
+    one = [vocab[f"<0x{i:02X}>"] for i in range(256)]
+    pieces = {bytes([i]): [vocab.get("▁" if i == 32 else chr(i), one[i]) if i < 128 else one[i]] for i in range(256)}
+    for char, data in ((char, char.encode()) for char in vocab if len(char) == 1 and char != "▁" and ord(char) > 127):
+        for l in range(2, len(data)):
+            pieces.setdefault(data[:l], [one[i] for i in data[:l]])
+        pieces[data] = [vocab[char]]
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    if not steps and norms in ([replace], [{"type": "Prepend", "prepend": "▁"}, replace]):
+        space, pattern = "always" if len(norms) == 2 else "never", WORDS
+    elif [kind_of(step) for step in steps] == ["Metaspace"] and not norms and steps[0].get("replacement") == "▁":
+        scheme = steps[0].get("prepend_scheme", "always" if steps[0].get("add_prefix_space", True) else "never")
+        if scheme not in ("always", "first", "never"):
+            raise refuse("prepend_scheme", scheme, "always, first or never")
+        space = "unless spaced" if scheme == "always" else scheme
+        pattern = r" [^ ]*|[^ ]+" if steps[0].get("split", True) else WORDS
+    else:
+        found = [kind_of(part) for part in (*norms, *steps)]
+        raise refuse("the way to the pieces", " + ".join(found) or "none", "Prepend ▁, Replace space by ▁; or the latter alone; or Metaspace alone")
+    return pieces, {number: bytes([i]) for i, number in enumerate(one)}, lambda token: token.replace("▁", " ").encode(), pattern, space
+
+
+def about_texts(encoding, path):
+    """What the files beside a tokenizer.json say of it: the chat template, the token that ends a text, whether one begins it."""
+    beside, template = path.with_name("tokenizer_config.json"), path.with_name("chat_template.jinja")
+    said = mil.Said(beside) if beside.exists() else {}
+    encoding.template = said.get("chat_template") or ""
+    if isinstance(encoding.template, list):  # of several by name, one is the default
+        encoding.template = next((t.get("template", "") for t in encoding.template if isinstance(t, dict) and t.get("name") == "default"), "")
+    if template.exists():
+        encoding.template = template.read_text(encoding="utf-8", errors="replace")
+    end = said.get("eos_token")
+    end = end.get("content") if isinstance(end, dict) else end
+    encoding.ends = [encoding._special_tokens[end]] if isinstance(end, str) and end in encoding._special_tokens else []
+    if said.get("add_bos_token") is False:
+        encoding.begin = []
 
 
 def begin_tokens(encoding):
-    """The id that begins a text, in a list; or none."""
-    return [encoding.encode_single_token(t) for t in BEGINS if t in encoding.special_tokens_set][:1]
+    """The id that begins a text, in a list; or none. As its file says, else by its name."""
+    named = [encoding.encode_single_token(t) for t in BEGINS if t in encoding.special_tokens_set][:1]
+    return named if getattr(encoding, "begin", None) is None else encoding.begin
 
 
 def stop_tokens(encoding):
-    """The ids that end a text, the one that ends a document first."""
-    return [encoding.encode_single_token(t) for t in STOPS if t in encoding.special_tokens_set]
+    """The ids that end a text, in the order of STOPS: what ends a document first, where the encoding has both."""
+    named = [encoding.encode_single_token(t) for t in STOPS if t in encoding.special_tokens_set]
+    return named + [i for i in getattr(encoding, "ends", []) if i not in named]
 
 
 def token_bytes(encoding, token):
@@ -335,11 +378,15 @@ def save_with_tokenizer(model, directory, tokenizer, **notes):
     if not is_named(tokenizer):
         path, tokenizer = Path(tokenizer), "tokenizer.json" if tokenizer.endswith(".json") else "tokenizer.model"
         mil.make_directory(directory)
-        for name, file in ((tokenizer, path), ("tokenizer_config.json", path.with_name("tokenizer_config.json"))):
-            data = file.read_bytes() if file.exists() else b""
-            if data:
-                mil.write_whole(Path(directory) / name, lambda f, data=data: f.write(data))
-    mil.save(model, directory, tokenizer=tokenizer, **notes)
+        if not path.exists():
+            raise MilError(f"tokenizer {path}: it was there, and is not any more")
+        beside = [path.with_name(name) for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")]
+        for name, file in [(tokenizer, path), *((file.name, file) for file in beside if file.exists())]:
+            data = file.read_bytes()
+            mil.write_whole(Path(directory) / name, lambda f, data=data: f.write(data))
+    encoding = load_tokenizer(tokenizer if is_named(tokenizer) else str(Path(directory) / tokenizer))
+    ids = {"bos_token_id": (begin_tokens(encoding) or [None])[0], "eos_token_id": stop_tokens(encoding) or None}
+    mil.save(model, directory, tokenizer=tokenizer, **{"ids": ids, **notes})
 
 
 def tokenizer_of(directory):
@@ -358,7 +405,10 @@ def load_with_tokenizer(directory, device=None, dtype=None):
     model = mil.load(directory, device, dtype)
     if encoding.n_vocab > model.config.v:
         raise MilError(f"{directory}: the tokenizer {name} has {encoding.n_vocab} tokens, the model only {model.config.v}")
-    notes = [f"{directory}: the tokenizer {name} has {encoding.n_vocab} tokens, the model {model.config.v}; the rest is never meant"] * (encoding.n_vocab < model.config.v)
+    notes = [f"{directory}: the tokenizer {name} has {encoding.n_vocab} tokens, the model {model.config.v}: those from {encoding.n_vocab} on stand for nothing"]
+    notes = notes * (encoding.n_vocab < model.config.v) + [f"{directory}: no token is known to end a text"] * (not stop_tokens(encoding))
+    if getattr(encoding, "template", "") and chat_format(encoding) == "plain":
+        notes.append(f"{directory}: its chat template is none of {', '.join(list(FORMATS)[:-1])}: conversations are written plainly")
     for line in mil.read_config(directory)["remarks"] + notes:
         print(f"note: {line}", file=sys.stderr)
     return mil.pack(model), encoding
@@ -386,7 +436,8 @@ class Conversation:
 
     def __init__(self, encoding, messages=()):
         """messages: dicts of "role" and "content", as in a .jsonl of chat."""
-        self.encoding, self.ids, self.own = encoding, begin_tokens(encoding), [False] * len(begin_tokens(encoding))
+        self.encoding, self.begin = encoding, begin_tokens(encoding)
+        self.ids, self.own = list(self.begin), [False] * len(self.begin)
         _, self.header, self.end, self.between = FORMATS[chat_format(encoding)]
         self.control = set(encoding._special_tokens.values())
         for message in messages:
@@ -397,16 +448,19 @@ class Conversation:
         """Text that follows; with control=True the special tokens in it are special."""
         more = {"allowed_special": "all"} if control else {"allowed_special": getattr(self.encoding, "plain", set()), "disallowed_special": ()}
         if isinstance(self.encoding, Pieces):  # whose texts begin with a space: after a control token, or at the very beginning
-            after = self.ids[-1:] == [] or self.ids[-1] in self.control
-            more["start"] = after and (self.encoding.prefix != "first" or self.ids == begin_tokens(self.encoding))
+            after = not self.ids or self.ids[-1] in self.control
+            more["start"] = after and (self.encoding.space != "first" or self.ids == self.begin)
         new = self.encoding.encode(text, **more)
         self.extend(new, own)
 
     def extend(self, ids, own):
-        self.ids, self.own = self.ids + ids, self.own + [own] * len(ids)
+        self.ids += ids
+        self.own += [own] * len(ids)
 
     def open(self, role):
-        """A turn of this role begins."""
+        """A turn of this role begins. MilError for a role that is no word: it stands among control tokens."""
+        if not role.isidentifier():
+            raise MilError(f"a message has the role {role!r}, expected a word such as user")
         self.add(self.header.format(role=role), control=True)
 
     def close(self, text="", own=False):
@@ -608,7 +662,7 @@ def log_places(model, rows, K=0):
 
 class Decoder:
     """Continues texts, a batch of `rows` with room for `size` tokens each, by one law, and keeps what it has read: `decode` may be called
-    again with the same texts, longer, and reads what is new; with others it begins anew.
+    again with the same texts, longer, and reads what is new. With others, or when one row had finished before another, it begins anew.
 
     With a `draft`, another model over the same tokens, a round is speculative: the draft proposes K tokens, one by one; the model reads
     them in one pass, keeps the longest part it agrees with and adds one token; the law of the text is the model's own, whatever the draft
@@ -656,7 +710,7 @@ class Decoder:
 
         self.draft, self.plan, self.most, self.caches, self.texts, self.now, self.generator = draft, plan, most, caches, texts, now, generator
         self.propose, self.check, self.halves = propose, check, {}
-        self.read = [[0] * rows for _ in caches]                                              # of each text, how many tokens a cache has read
+        self.read, self.torn = [[0] * rows for _ in caches], False                            # of each text, how many tokens a cache has read
         self.device = caches[0].device if caches[0].device.type == "cuda" and all(cache.fusable(most + 1) for cache in caches) else None
 
     def catch_up(self, which, left):
@@ -673,14 +727,16 @@ class Decoder:
         the generator ends with the last row. Rows do not see each other. MilError for prompts that cannot be continued, and for NaN.
         """
         check_sampling(max_new_tokens, 1, 0, 1)
+        if prompts and len(prompts) != len(self.texts):
+            raise MilError(f"{len(prompts)} prompts for a decoder of {len(self.texts)} rows")
         v = self.models[0].config.v
         check_prompts(prompts, v, self.context, self.whose)
         for token in stop:
             if not 0 <= token < v:
                 raise MilError(f"stop token {token} is outside the vocabulary of {v}")
-        if any(text[:n] != prompt[:n] or n > max(0, len(prompt) - left)
-               for left, read in enumerate(self.read, 1) for n, text, prompt in zip(read, self.texts, prompts)):
-            self.read = [[0] * len(prompts) for _ in self.caches]
+        if self.torn or any(text[:n] != prompt[:n] or n > max(0, len(prompt) - left)
+                            for left, read in enumerate(self.read, 1) for n, text, prompt in zip(read, self.texts, prompts)):
+            self.read, self.torn = [[0] * len(prompts) for _ in self.caches], False
             for cache in self.caches:
                 cache.clear()
         texts, draft, plan, device, halves = self.texts, self.draft, self.plan, self.device, self.halves
@@ -703,7 +759,7 @@ class Decoder:
             for half in halves[K, follow]:
                 out = half()
                 times.append(stamp(self.now.device))
-            rows, new = out.tolist(), [[] for _ in texts]
+            rows, new, self.torn = out.tolist(), [[] for _ in texts], self.torn or any(done)  # a finished row's states are not its text's any more
             for i in [i for i, d in enumerate(done) if not d]:
                 n, *tokens = rows[i]
                 tokens = [*tokens[:n], tokens[-1]][:ends[i] - len(texts[i])]
@@ -753,7 +809,7 @@ class Settings:
     speculate: int = flag(0, "how many tokens the draft proposes at a time; 0: chosen by what is kept and what it costs")
     chat: bool = flag(False, "a conversation in the terminal: Ctrl-C stops a reply, /reset forgets, /quit ends", action="store_true")
     system: str = flag("", "with --chat: what the model is told beforehand")
-    context: int = flag(8192, "with --chat: tokens a conversation has room for, at most the model's context")
+    context: int = flag(0, "with --chat: tokens a conversation has room for, at most the model's context (default 8192)")
     prompt: list = flag([], "the text to continue; - reads standard input; given several times, a batch", action="append", metavar="text")
     max_new_tokens: int = flag(256, "stop after this many tokens")
     temperature: float = flag(0.8, "0 takes the likeliest token, 1 samples the model as it is, more is wilder")
@@ -773,10 +829,12 @@ def check_settings(s):
     if s.speculate < 0 or s.speculate and not s.draft:
         raise MilError(f"--speculate is {s.speculate}, expected 1 or more, or 0 to have it chosen" if s.draft else
                        "--speculate needs a --draft: the checkpoint of the model that proposes")
-    if s.context < 2:
+    if s.context < 2 and s.context != 0:
         raise MilError(f"--context is {s.context}, expected at least 2")
-    if s.chat and s.prompt or s.system and not s.chat:
-        raise MilError("--chat asks for what you say itself: leave --prompt out" if s.chat else "--system goes with --chat")
+    if s.chat and s.prompt:
+        raise MilError("--chat asks for what you say itself: leave --prompt out")
+    if (s.system or s.context) and not s.chat:
+        raise MilError(f"--{'system' if s.system else 'context'} goes with --chat")
     if not s.prompt and not s.chat:
         raise MilError("--prompt is missing: give the text to continue, or - to read it from standard input; or --chat")
 
@@ -803,17 +861,19 @@ def load_draft(s, model, encoding, device):
 
 def chat(s, model, encoding, draft):
     """Lines from standard input, replies on standard output. What was said before is in the decoder's cache; a turn reads only what is new."""
-    context = int(min(s.context, longest_text(model), longest_text(draft or model)))
+    context = int(min(s.context or 8192, longest_text(model), longest_text(draft or model)))
     decoder = Decoder(model, 1, context, s.temperature, s.top_k, s.top_p, torch.Generator(model.lm_head.weight.device).manual_seed(s.seed),
                       draft, Speculation(s.speculate))
     stop, begin = stop_tokens(encoding), [{"role": "system", "content": s.system}] * bool(s.system)
-    talk, asked = Conversation(encoding, begin), [False]
+    talk, heard = Conversation(encoding, begin), False
+    sys.stdin.reconfigure(errors="replace")
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (input() then edits a line and remembers those before)
     print(f"{s.model}, the format is {chat_format(encoding)}, room for {context} tokens; /reset forgets, /quit or Ctrl-D ends", file=sys.stderr)
 
     def stop_reply(*_):  # not in the middle of a pass, which would leave the cache half written
-        if asked[0]:
-            raise KeyboardInterrupt
-        asked[0] = True
+        nonlocal heard
+        heard = True
 
     while True:
         try:
@@ -837,7 +897,7 @@ def chat(s, model, encoding, draft):
             talk.ids, talk.own = talk.ids[:mark], talk.own[:mark]
             print(f"(no room: {mark} of {context} tokens are taken; say less, or /reset)", file=sys.stderr)
             continue
-        stream, count, began, asked[0] = TextStream(encoding), 0, time.perf_counter(), False
+        stream, count, began, heard = TextStream(encoding), 0, time.perf_counter(), False
         before = signal.signal(signal.SIGINT, stop_reply)
         try:
             for (new,) in decoder.decode([talk.ids], s.max_new_tokens, stop):
@@ -845,13 +905,14 @@ def chat(s, model, encoding, draft):
                 said = [token for token in new if token not in stop]
                 talk.extend(said, own=True)
                 print("".join(map(stream.feed, said)), end="", flush=True)
-                if asked[0]:
+                if heard:
                     break
         finally:
             signal.signal(signal.SIGINT, before)
-        print(stream.finish() + " …" * asked[0])
-        seconds = time.perf_counter() - began
-        print(f"({count} tokens, {count / seconds:.1f} tokens/s; {len(talk.ids)} of {context} taken)", file=sys.stderr)
+        cut = not heard and new[-1] not in stop
+        print(stream.finish() + " …" * (heard or cut))
+        why = f", cut at --max_new_tokens {s.max_new_tokens} or for want of room" * cut
+        print(f"({count} tokens{why}, {count / (time.perf_counter() - began):.1f} tokens/s; {len(talk.ids)} of {context} taken)", file=sys.stderr)
         talk.close(own=True)
 
 

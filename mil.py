@@ -95,6 +95,8 @@ class Config:
                                               or not all(isinstance(x, (int, float)) and x > 0 for x in self.rope_scaling.values())):
             raise MilError(f"config: rope_scaling is {self.rope_scaling}, expected numbers above 0 for {', '.join(ROPE_SCALING)} (Llama 3.1's), "
                            f"or for factor alone (linear)")
+        if len(self.rope_scaling or ()) > 1 and self.rope_scaling["low_freq_factor"] >= self.rope_scaling["high_freq_factor"]:
+            raise MilError(f"config: rope_scaling is {self.rope_scaling}, expected its low_freq_factor below its high_freq_factor")
         if "mamba" in self.mixers and self.n_kv_heads * self.head_dim % self.d_state:
             raise MilError(f"config: d_state {self.d_state} does not divide the kv width {self.n_kv_heads * self.head_dim} "
                            f"(n_kv_heads × head_dim), so Mamba's heads cannot be cut from attention's")
@@ -702,7 +704,7 @@ def save(model, directory, **notes):
     make_directory(directory)
     name, path = f"weights-{secrets.token_hex(4)}.pt", directory / "config.json"
     try:
-        old = json.loads(path.read_text())["weights"]
+        old = json.loads(path.read_text(encoding="utf-8"))["weights"]
     except (OSError, ValueError, KeyError, TypeError):
         old = None  # nothing, or nothing of ours
     weights = {k: w.detach().cpu() for k, w in model.named_parameters()}  # a tied head is no parameter of its own
@@ -721,7 +723,7 @@ class Said(dict):
     def __init__(self, path):
         self.path, self.taken = path, set()
         try:
-            super().__init__(json.loads(path.read_text()))
+            super().__init__(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as e:
             raise MilError(f"{path}: cannot be read as a JSON object: {e}") from e
 
@@ -732,7 +734,8 @@ class Said(dict):
         if value is None and not default:
             raise MilError(f"{self.path}: lacks {key}")
         if value is not None and not isinstance(value, (int, float) if kind is float else kind):
-            raise MilError(f"{self.path}: {key} is {value!r}, expected {dict(list='a list', dict='an object', int='a whole number', float='a number').get(kind.__name__, kind.__name__)}")
+            wanted = {list: "a list", dict: "an object", int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
+            raise MilError(f"{self.path}: {key} is {value!r:.99}, expected {wanted}")
         return default[0] if value is None else value
 
     def expect(self, key, *allowed):
@@ -741,8 +744,9 @@ class Said(dict):
             raise MilError(f"{self.path}: {key} is {self[key]!r}, expected {' or '.join(map(repr, allowed))}")
 
     def others(self, harmless=""):
-        """The keys that were not understood and say something."""
-        return sorted(key for key, value in self.items() if key not in self.taken and key not in harmless.split() and value)
+        """The keys that were not understood, but for those that are null, false or empty."""
+        return sorted(key for key, value in self.items() if key not in self.taken and key not in harmless.split()
+                      and value is not None and value is not False and value not in ("", [], {}))
 
 
 def read_config(directory):
@@ -753,7 +757,8 @@ def read_config(directory):
     try:
         names = os.listdir(directory)
     except OSError as e:  # not there, a file, a circle of links …
-        raise MilError(f"{directory}: no checkpoint here: {e.strerror}; expected a folder with a config.json or, of Meta's, a params.json") from e
+        hub = f"; the model of that name at huggingface.co must be downloaded first: hf download {directory} --local-dir FOLDER" if str(directory).count("/") == 1 else ""
+        raise MilError(f"{directory}: no checkpoint here: {e.strerror}; expected a folder with a config.json or, of Meta's, a params.json{hub}") from e
     if "config.json" not in names and "params.json" not in names:
         raise MilError(f"{directory}: no checkpoint here: expected a config.json or, of Meta's, a params.json")
     if "config.json" not in names:
@@ -776,17 +781,20 @@ def mil_config(about):
     unknown = about["config"].keys() - {f.name for f in dataclasses.fields(Config)}
     if unknown:
         raise MilError(f"{about.path}: the config has {', '.join(sorted(unknown))}, which this version does not know")
-    return {**about, "config": make_config(about.path, **about["config"]), "weights": [about["weights"]], "remarks": []}
+    return {"tokenizer": None, **about, "config": make_config(about.path, **about["config"]), "weights": [about["weights"]], "remarks": []}
 
 
 HARMLESS = """architectures transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id initializer_range
-    attention_dropout pretraining_tp _name_or_path name_or_path _attn_implementation_autoset max_window_layers"""  # no matter for what we do
+    attention_dropout pretraining_tp _name_or_path name_or_path _attn_implementation_autoset is_llama_config transformers.js_config
+    rope_interleaved"""  # no matter for what is computed here
+IDS = "bos_token_id", "eos_token_id", "pad_token_id"  # passed on when a checkpoint is exported
 
 
 def hf_config(directory, said):
     """Of a Hugging Face Llama or Mistral; with a mamba_config.json, of one of the released hybrids (repository jxiw/MambaInLlama)."""
     path, remarks = said.path, []
-    said.expect("model_type", "llama", "mistral")
+    if said.take("model_type") not in ("llama", "mistral"):
+        raise MilError(f"{path}: model_type is {said['model_type']!r}, expected 'llama' or 'mistral'")
     for architecture in said.take("architectures", []):
         if not str(architecture).endswith("ForCausalLM"):
             raise MilError(f"{path}: the architecture is {architecture}, expected a …ForCausalLM")
@@ -795,16 +803,20 @@ def hf_config(directory, said):
     said.expect("hidden_act", "silu")
     said.expect("mlp_bias", False)
     rope = {**said.take("rope_scaling", {}), **said.take("rope_parameters", {})}       # rope_parameters: since transformers 5
-    kind, theta = rope.pop("rope_type", rope.pop("type", "default")), rope.pop("rope_theta", said.take("rope_theta", 10000.0))
-    if kind not in ("default", "linear", "llama3"):
-        raise MilError(f"{path}: RoPE is scaled by {kind!r}, expected 'default', 'linear' or 'llama3'")
+    scaling, theta = rope.pop("rope_type", rope.pop("type", "default")), rope.pop("rope_theta", said.take("rope_theta", 10000.0))
+    known = {"default": (), "linear": ("factor",), "llama3": ROPE_SCALING}
+    if scaling not in list(known) or not rope.keys() >= set(known[scaling]):
+        raise MilError(f"{path}: RoPE is scaled by {scaling!r} with {', '.join(rope) or 'nothing'}, expected default, linear (factor) or llama3 ({', '.join(ROPE_SCALING)})")
+    if rope.keys() - set(known[scaling]):
+        remarks.append(f"{path}: of RoPE's scaling not understood, and left out: {', '.join(sorted(rope.keys() - set(known[scaling])))}")
+    rope = {key: rope[key] for key in known[scaling]}
     h, d, context = said.take("num_attention_heads"), said.take("hidden_size"), said.take("max_position_embeddings", 2048)
     window = said.take("sliding_window", 4096 if "sliding_window" not in said else None, kind=int) if said["model_type"] == "mistral" else None
     if window and window < context:
         remarks.append(f"{path}: attention slides over {window} tokens; that is taken as the context, for up to there it is all the same")
     sizes = dict(v=said.take("vocab_size"), d=d, n_layers=said.take("num_hidden_layers"), n_heads=h, n_kv_heads=said.take("num_key_value_heads", h),
                  head_dim=said.take("head_dim", 0), d_ff=said.take("intermediate_size"), context=min(context, window or context), rope_theta=theta,
-                 rope_scaling=None if kind == "default" else rope, norm_eps=said.take("rms_norm_eps", 1e-6), tied=said.take("tie_word_embeddings", False),
+                 rope_scaling=rope or None, norm_eps=said.take("rms_norm_eps", 1e-6), tied=said.take("tie_word_embeddings", False),
                  attention_bias=said.take("attention_bias", False))
     config = make_config(path, **sizes)
     tokenizer = said.take("mil_tokenizer", next((name for name in ("tokenizer.json", "tokenizer.model") if (directory / name).exists()), None))
@@ -813,7 +825,8 @@ def hf_config(directory, said):
         config = hybrid_config(Said(hybrid), sizes, config, remarks)
     if said.others(HARMLESS):
         remarks.append(f"{path}: not understood, and left out: {', '.join(said.others(HARMLESS))}")
-    return {"config": config, "format": "mambainllama" if hybrid.exists() else "hf", "weights": hf_files(directory), "tokenizer": tokenizer, "remarks": remarks}
+    return {"config": config, "format": "mambainllama" if hybrid.exists() else "hf", "weights": hf_files(directory), "tokenizer": tokenizer, "remarks": remarks,
+            "ids": {key: said[key] for key in IDS if key in said}, "name": said.get("_name_or_path")}
 
 
 def hybrid_config(said, sizes, config, remarks):
@@ -895,15 +908,25 @@ def open_tensors(path):
             file = safetensors_for(path).safe_open(path, "pt")
             return {name: functools.partial(file.get_tensor, name) for name in file.keys()}
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # what torch < 1.6 wrote is no zip
-        return {name: functools.partial(weights.get, name) for name in (weights if isinstance(weights, dict) else ())}
+        if not isinstance(weights, dict):
+            raise MilError(f"{path}: holds a {type(weights).__name__}, expected tensors by their names")
+        return {name: functools.partial(weights.get, name) for name in weights}
     except MilError:
         raise
     except FileNotFoundError:
-        raise MilError(f"{path}: not found, though config.json names it; the checkpoint is incomplete") from None
-    except pickle.UnpicklingError as e:
+        raise MilError(f"{path}: not found; the checkpoint is incomplete") from None
+    except Exception as e:  # as the damage has it
+        return refuse_file(path, e)
+
+
+def refuse_file(path, e):
+    """Why a file of weights could not be opened."""
+    with contextlib.suppress(OSError), open(path, "rb") as f:
+        if f.read(24) == b"version https://git-lfs.":
+            raise MilError(f"{path}: a pointer of Git LFS and not the weights themselves: git lfs pull brings them") from None
+    if isinstance(e, pickle.UnpicklingError):
         raise MilError(f"{path}: refused: it holds something other than tensors, which could run code") from e
-    except Exception as e:  # RuntimeError, OSError, EOFError, SafetensorError … as the damage has it
-        raise MilError(f"{path}: not a whole file of weights: truncated or damaged") from e
+    raise MilError(f"{path}: not a whole file of weights: truncated or damaged") from e
 
 
 META = {"embed_tokens": "tok_embeddings", "lm_head": "output", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
@@ -925,10 +948,12 @@ class Weights:
     """The tensors of a checkpoint folder under our names, each read when it is asked for."""
 
     def __init__(self, directory, about):
-        self.about, self.tensors, self.taken = about, {}, set()
-        for self.path in (Path(directory) / file for file in about["weights"]):
-            for name, read in open_tensors(self.path).items():
-                self.tensors.setdefault(name, []).append((self.path, read))
+        self.path, self.about, self.tensors, self.taken = Path(directory), about, {}, set()
+        for path in (self.path / file for file in about["weights"]):
+            for name, read in open_tensors(path).items():
+                if name in self.tensors and about["format"] != "meta":
+                    raise MilError(f"{path}: holds {name}, and so does {self.tensors[name][0][0]}")
+                self.tensors.setdefault(name, []).append((path, read))
 
     def take(self, name, shape):
         """Our tensor `name`, which has this shape. Of Meta's model-parallel shards each holds a part along one axis, the one in
@@ -973,39 +998,48 @@ def load(directory, device=None, dtype=None):
     return model.eval()
 
 
-def export(source, target, format):
-    """Write the checkpoint folder `source`, of any format, to the folder `target`: as "mil"; "hf", for a pure Llama; or
-    "mambainllama", the authors' layout, for a hybrid of attention and one kind of Mamba. Tokenizer files go along."""
-    if format not in ("hf", "mambainllama", "mil"):
-        raise MilError(f"--format is {format}, expected hf, mambainllama or mil")
+def export(source, target, format, dtype=None):
+    """Write the checkpoint folder `source`, of any format, to the folder `target`: as "mil"; "hf", for a pure Llama; or "mambainllama",
+    the authors' layout, for a hybrid of attention and one kind of Mamba. In `dtype`, or the file's. Tokenizer files go along."""
     source, target, about = Path(source), Path(target), read_config(source)
-    model, kinds, c = load(source), set(about["config"].mixers) - {"attention"}, about["config"]
-    if format != "mil" and len(kinds) != (format == "mambainllama") or "none" in kinds and format != "mil":
-        raise MilError(f"{source}: holds {', '.join(sorted(set(c.mixers)))}; --format hf is for attention only, mambainllama for one kind of Mamba, with or without it")
-    if target.exists() and any(target.iterdir()):
-        raise MilError(f"{target}: is not empty; give a new folder")
+    c, kinds = about["config"], set(about["config"].mixers) - {"attention"}
+    fits = {"mil": True, "hf": not kinds, "mambainllama": len(kinds) == 1 and "none" not in kinds}
+    if format not in fits:
+        raise MilError(f"--format is {format}, expected hf, mambainllama or mil")
+    if not fits[format]:
+        raise MilError(f"{source}: holds {', '.join(sorted(set(c.mixers)))}; --format hf is for attention alone, mambainllama for one kind of Mamba, with or without it")
     if format != "mil":
         safetensors_for(target)
+    model = load(source, dtype=dtype)
     make_directory(target)
-    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "generation_config.json"):
+    if any(target.iterdir()):
+        raise MilError(f"{target}: is not empty; give a new folder")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model", "special_tokens_map.json", "generation_config.json"):
         if (source / name).exists():
-            write_whole(target / name, lambda f: f.write((source / name).read_bytes()))
+            data = (source / name).read_bytes()
+            write_whole(target / name, lambda f, data=data: f.write(data))
     if format == "mil":
-        return save(model, target, tokenizer=about["tokenizer"])
-    rope = None if not c.rope_scaling else {"rope_type": "llama3" if len(c.rope_scaling) > 1 else "linear", **c.rope_scaling}
-    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-    files = write_safetensors({name_in(format, name, c.mixers): w for name, w in model.named_parameters()}, target)
+        return save(model, target, tokenizer=about["tokenizer"], ids=about.get("ids", {}))
+    weights = {name_in(format, name, c.mixers): w for name, w in model.named_parameters()}
+    if kinds and c.tied:
+        weights["lm_head.weight"] = model.lm_head.weight.clone()                              # the authors' loader wants one
+    write_safetensors(weights, target)
     if kinds:
         ssm = {"expand": 1, "d_conv": c.d_conv, **({"ngroups": c.n_heads, "d_state": c.head_dim} if kinds == {"mamba2"} else {"d_state": c.d_state})}
         write_json(target / "mamba_config.json", dict(
             d_model=c.d, ssm_cfg=ssm, rms_norm_eps=c.norm_eps, vocab_size=c.v, d_inner=c.n_heads * c.head_dim, d_xb=c.n_kv_heads * c.head_dim,
             intermediate_size=c.d_ff, hidden_act="silu", n_layer=c.n_layers, attn_layers=[i for i, mixer in enumerate(c.mixers) if mixer == "attention"]))
-    write_json(target / "config.json", dict(
+    said = dict(
+        _name_or_path=about.get("name") or str(target.resolve()),                             # where the authors' loader looks for the Llama around it
         architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=c.v, hidden_size=c.d, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
         num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, intermediate_size=c.d_ff, max_position_embeddings=c.context, rms_norm_eps=c.norm_eps,
-        rope_theta=c.rope_theta, rope_scaling=rope, tie_word_embeddings=c.tied, attention_bias=c.attention_bias, hidden_act="silu", torch_dtype=dtype,
-        **({"mil_tokenizer": about["tokenizer"]} if about["tokenizer"] and not (target / about["tokenizer"]).exists() else {})))
-    return files
+        rope_theta=c.rope_theta, tie_word_embeddings=c.tied, attention_bias=c.attention_bias, hidden_act="silu",
+        torch_dtype=str(model.embed_tokens.weight.dtype).removeprefix("torch."), **{**dict.fromkeys(IDS), **about.get("ids", {})})
+    if c.rope_scaling:
+        said["rope_scaling"] = {"rope_type": "llama3" if len(c.rope_scaling) > 1 else "linear", **c.rope_scaling}
+    if about["tokenizer"] and not (target / about["tokenizer"]).exists():
+        said["mil_tokenizer"] = about["tokenizer"]                                            # bytes, or one of tiktoken's
+    write_json(target / "config.json", said)
 
 
 def write_safetensors(weights, directory, most=4 * 2**30):
@@ -1023,7 +1057,6 @@ def write_safetensors(weights, directory, most=4 * 2**30):
     if len(shards) > 1:
         write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": sum(w.nbytes for w in weights.values())},
                                                                 "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}})
-    return names
 
 
 def main(argv):
@@ -1033,10 +1066,11 @@ def main(argv):
     parser.add_argument("source", help="a checkpoint folder: ours, Hugging Face's, Meta's or the authors' hybrids'")
     parser.add_argument("target", help="the folder to make")
     parser.add_argument("--format", default="hf", help="hf: Hugging Face's, for a pure Llama (default); mambainllama: the authors' layout, for a hybrid; mil: ours")
+    parser.add_argument("--dtype", default="", choices=["", "float32", "bfloat16", "float16"], help="of the weights; empty: as they are")
     s = parser.parse_args(argv)
     for line in read_config(s.source)["remarks"]:
         print(f"note: {line}", file=sys.stderr)
-    export(s.source, s.target, s.format)
+    export(s.source, s.target, s.format, getattr(torch, s.dtype) if s.dtype else None)
     print(f"{s.target}: written as {s.format}")
 
 

@@ -114,7 +114,7 @@ def chosen_layers(s):
 
 def complete(s, device, teacher_config=None):
     """Fill what was left at 0 and refuse what makes no sense, naming the flag."""
-    preset = PRESETS[device.type if device.type in PRESETS else "cuda"]
+    preset = PRESETS[device.type]
     if teacher_config is not None:
         for name in SIZES:
             if getattr(s, name) not in (0, getattr(teacher_config, name)):
@@ -195,15 +195,13 @@ def find_files(paths, out):
 
 
 def jsonl_document(record):
-    """What one .jsonl record holds: text, a list of messages, or (prompt, completion). None when it has none of these shapes."""
-    if isinstance(record.get("text"), str):
-        return record["text"]
+    """What one .jsonl record holds: a list of messages, (prompt, completion), or text. None when it has none of these shapes."""
     messages = record.get("messages")
     if isinstance(messages, list) and messages and all(isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str) for m in messages):
         return messages
     if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
         return record["prompt"], record["completion"]
-    return None
+    return record["text"] if isinstance(record.get("text"), str) else None
 
 
 def document_tokens(encoding, document):
@@ -248,6 +246,8 @@ def read_documents(file, named):
             keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
             raise MilError(f"--data {file}: line {i} has {keys or 'no keys'}; expected text, messages (a list of role and "
                            f"content, both text), or prompt and completion, all of them text")
+        for role in {m["role"] for m in document} - {"system", "user", "assistant", "tool"} if isinstance(document, list) else ():
+            raise MilError(f"--data {file}: line {i} has a message of the role {role!r}, expected system, user, assistant or tool")
         documents.append(document)
     return documents
 
@@ -267,7 +267,7 @@ def load_corpus(s, encoding, tokenizer):
     """
     files = find_files(s.data, s.out) if s.data else standard_library()
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
-    key = hashlib.sha256(json.dumps([stats, tokenizer, encoding.n_vocab, chat_format(encoding)]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([stats, tokenizer, repr(vocabulary(encoding)), chat_format(encoding)]).encode()).hexdigest()[:16]
     kind = np.int16 if encoding.n_vocab <= 2**15 else np.int32
     paths = [Path(s.out) / "data" / f"{key}.{part}.bin" for part in ("train", "val")]
     if not all(p.exists() for p in paths):
@@ -436,24 +436,36 @@ def fit(name, model, train, steps, lr, batches, loss_of, s, device, journal, kep
 
 
 def memory_needed(s, config, teacher_bytes):
-    """About how many bytes the run takes at most, by part. teacher_bytes: of a ready teacher's weights, 0 if it is to be trained. Of the
-    student: weights in float32; in bfloat16 arithmetic their copies; gradients and AdamW's two moments of what trains. Per token read,
-    activations, fitted to what runs on an H200 took: 15 numbers a channel and 4 a channel of the MLP in each layer, 6 float32 a word of the vocabulary."""
+    """About how many bytes the run takes at most, by part. teacher_bytes: of a ready teacher's weights, 0 if they are read as float32, None
+    if it is yet to be trained. Of the student: weights in float32; in bfloat16 arithmetic their copies; gradients and AdamW's two moments
+    of what trains. Per token of a step, what the backward pass needs, by what runs on an H200 took: 15 numbers a channel and 4 a channel
+    of the MLP in each layer, and 6 in float32 a word of the vocabulary."""
     layers = chosen_layers(s) if s.student_layers else range(config.n_layers)
     mixers = [config.mixers[i] for i in layers]
     for i in mil.interleaved_layers(len(mixers), s.keep):
         mixers[i] = s.mixer
-    short = 2 if s.dtype == "bfloat16" else 4
     with torch.device("meta"):
-        student = mil.Hybrid(dataclasses.replace(config, n_layers=len(mixers), mixers=mixers))
-        teacher = sum(w.numel() for w in mil.Hybrid(config).parameters())
-    every, new = (sum(w.numel() for w in part.parameters()) for part in (
-        student, torch.nn.ModuleList(layer.mixer for layer in student.layers if layer.mixer.READS and isinstance(layer.mixer, mil.CLASSES[s.mixer]))))
-    active = lambda layers: s.batch * s.context * (layers * short * (15 * config.d + 4 * config.d_ff) + 24 * config.v)  # noqa: E731
-    trained = every if s.stage2_steps or s.student_layers else new
-    parts = {"teacher": teacher_bytes or 4 * teacher, "student": every * (4 + 2 * (short == 2)), "gradients and AdamW": 12 * trained, "activations": active(len(mixers))}
-    alone = {} if teacher_bytes else {"teacher": teacher * (4 + 2 * (short == 2)), "gradients and AdamW": 12 * teacher, "activations": active(config.n_layers)}
-    return max(parts, alone, key=lambda parts: sum(parts.values()))
+        teacher, student = mil.Hybrid(config), mil.Hybrid(dataclasses.replace(config, n_layers=len(mixers), mixers=mixers))
+    size = lambda *modules: sum(w.numel() for module in modules for w in module.parameters())  # noqa: E731
+    short = 2 if s.dtype == "bfloat16" else 4
+
+    def parts(model, trained, before):
+        tokens, depth = s.batch * s.context, len(model.layers)
+        return {"teacher": before, "student": size(model) * (6 if short == 2 else 4), "gradients and AdamW": 12 * trained,
+                "activations": tokens * (depth * short * (15 * config.d + 4 * config.d_ff) + 24 * config.v)}
+
+    new = size(*[layer.mixer for layer, mixer in zip(student.layers, mixers) if mixer == s.mixer])
+    learn = parts(student, size(student) if s.stage2_steps or s.student_layers else new, teacher_bytes or 4 * size(teacher))
+    return learn if teacher_bytes is not None else max(learn, parts(teacher, size(teacher), 0), key=lambda parts: sum(parts.values()))
+
+
+def memory_line(s, config, teacher_bytes, device):
+    """What `memory_needed` says, beside what there is."""
+    parts = memory_needed(s, config, teacher_bytes)
+    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    more = "; MORE THAN THERE IS" if sum(parts.values()) > there else ""
+    return (f"memory: about {sum(parts.values()) / 2**30:.1f} GiB of {there / 2**30:.1f} ({', '.join(f'{part} {size / 2**30:.1f}' for part, size in parts.items())})"
+            f"{more}; --batch, --context and --stage2_steps 0 lower it")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -586,6 +598,8 @@ def main(argv):
     mil.make_directory(s.out)
     teacher = None
     if s.teacher:
+        read = sum((Path(s.teacher) / file).stat().st_size for file in about["weights"]) if s.dtype == "bfloat16" else 0
+        show(memory_line(s, about["config"], read, device))
         teacher, encoding = load_with_tokenizer(s.teacher, device, None if s.dtype == "bfloat16" else torch.float32)  # in its own type: it only reads
         name = tokenizer_of(s.teacher)
         if s.tokenizer and vocabulary(load_tokenizer(s.tokenizer)) != vocabulary(encoding):
@@ -594,17 +608,13 @@ def main(argv):
     else:
         s.tokenizer = s.tokenizer or "bytes"
         encoding = load_tokenizer(s.tokenizer)
+        show(memory_line(s, mil.Config(v=encoding.n_vocab, context=s.context, **{name: getattr(s, name) for name in SIZES}), None, device))
     try:
         journal = open(Path(s.out) / "log.txt", "a")
     except OSError as e:
         raise MilError(f"--out {s.out}: cannot be written: {e.strerror}") from e
     journal.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} train_distill.py {shlex.join(argv)}\n")
     with journal:
-        config = teacher.config if teacher else mil.Config(v=encoding.n_vocab, context=s.context, **{name: getattr(s, name) for name in SIZES})
-        parts = memory_needed(s, config, sum(w.nbytes for w in teacher.parameters()) if teacher else 0)
-        there = f", of {torch.cuda.get_device_properties(device).total_memory / 2**30:.1f} there are" if device.type == "cuda" else ""
-        show(f"memory: about {sum(parts.values()) / 2**30:.2g} GiB{there} ({', '.join(f'{part} {size / 2**30:.2g}' for part, size in parts.items())}); "
-             f"--batch, --context and --stage2_steps 0 lower it")
         corpus = load_corpus(s, encoding, s.tokenizer)
         show(f"data: {corpus.about}")
         speed = {}

@@ -12,7 +12,7 @@ from conftest import DEVICE, build, configs, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_generate import MIXED, llama3_file, whole
-from test_tokenizers import FILES, changed, reference
+from test_tokenizers import FILES, reference
 
 import generate as g
 import mil
@@ -38,8 +38,7 @@ def encoding_of(folder, kind):
 def test_a_conversation_has_the_tokens_that_its_whole_text_has(tmp_path, kind):
     encoding, text = encoding_of(tmp_path, kind), "".join(FORMATS[kind][1].format(m["role"], m["content"].strip()) for m in SAID)
     tokens = [{**token, "special": False} for token in FILES[kind]["added_tokens"]]   # found in the text, as its template's are
-    begin = [1] if "<s>" in FILES[kind]["model"]["vocab"] else []
-    assert g.chat_format(encoding) == FORMATS[kind][0] and g.Conversation(encoding, SAID).ids == begin + reference(changed(FILES[kind], added_tokens=tokens), text)
+    assert g.chat_format(encoding) == FORMATS[kind][0] and g.Conversation(encoding, SAID).ids == reference({**FILES[kind], "added_tokens": tokens}, text)
 
 
 def test_llama3s_conversation_has_its_headers_and_ends(tmp_path):
@@ -154,7 +153,7 @@ def test_the_command_talks_keeps_what_was_said_and_forgets_when_told(talker):
         reply = [i for i in whole(g.generate(model, [talk.ids], 5, 0, stop=[256]))[0] if i != 256]
         talk.extend(reply, True)
         talk.close(own=True)
-        replies.append(bytes(reply).decode(errors="replace") + "\n")
+        replies.append(bytes(reply).decode(errors="replace") + " …\n")  # cut at five tokens
     assert done.returncode == 0 and done.stdout == "".join(replies + replies[:1]).replace("\r\n", "\n").replace("\r", "\n"), done.stderr
     assert "the format is plain" in done.stderr and done.stderr.count("tokens/s") == 3 and "/quit or Ctrl-D ends" in done.stderr
 
@@ -183,7 +182,8 @@ def test_a_conversation_out_of_room_says_so_and_goes_on(talker):
 
 
 @pytest.mark.parametrize("argv, match", [(["--chat", "--prompt", "a"], "--chat asks for what you say itself"), (["--prompt", "a", "--system", "b"], "--system goes with --chat"),
-                                         (["--chat", "--context", "1"], "--context is 1, expected at least 2"), ([], "--prompt is missing.*or --chat")])
+                                         (["--chat", "--context", "1"], "--context is 1, expected at least 2"), (["--prompt", "a", "--context", "9"], "--context goes with --chat"),
+                                         ([], "--prompt is missing.*or --chat")])
 def test_flags_that_do_not_go_together_are_refused(talker, argv, match):
     with pytest.raises(MilError, match=match):
         g.main(["--model", str(talker), *argv])

@@ -544,7 +544,7 @@ class Evil:
     (lambda d: next(d.glob("*.pt")).write_bytes(next(d.glob("*.pt")).read_bytes()[:-2000]), "truncated or damaged"),
     (lambda d: torch.save({"a": Evil()}, next(d.glob("*.pt"))), "could run code"),
     (lambda d: next(d.glob("*.pt")).write_bytes(pickle.dumps(Evil())), "could run code|damaged"),
-    (lambda d: torch.save([1, 2], next(d.glob("*.pt"))), "missing"),
+    (lambda d: torch.save([1, 2], next(d.glob("*.pt"))), "holds a list, expected tensors"),
     (lambda d: torch.save({"lm_head.weight": 1}, next(d.glob("*.pt"))), "missing|no tensor"),
     (lambda d: torch.save({k: w.int() for k, w in torch.load(next(d.glob("*.pt"))).items()}, next(d.glob("*.pt"))), "is torch.int32, expected"),
 ], ids=["no config", "bad json", "other json", "unknown key", "other shape", "no weights", "truncated", "code", "plain pickle", "a list", "numbers", "integers"])
