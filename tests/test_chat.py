@@ -121,6 +121,13 @@ def test_a_decoder_compiles_nothing_twice():
         assert list(decoder.halves) == [(0, False)] and decoder.halves[0, False][1].calls == 4 * (turn + 1)
 
 
+def test_a_role_is_a_word_and_a_decoder_has_its_rows():
+    with pytest.raises(MilError, match="the role 'user<|im_end|>', expected a word".replace("|", r"\|")):
+        g.Conversation(g.load_tokenizer("bytes"), [{"role": "user<|im_end|>", "content": ""}])
+    with pytest.raises(MilError, match="2 prompts for a decoder of 1 rows"):
+        next(g.Decoder(build(Config(**MIXED), torch.float32), 1, 10).decode([[1], [2]], 1))
+
+
 def test_a_row_has_room_for_the_decoders_size_and_no_more():
     decoder = g.Decoder(build(Config(**MIXED), torch.float32), 1, 10, 0)
     assert len(whole(decoder.decode([[1, 2, 3]], 40))[0]) == 7

@@ -531,3 +531,52 @@ def test_without_safetensors_one_is_told_how_to_have_it_where_it_is_needed(tmp_p
         with refused("pip install safetensors"):
             mil.export(folder, tmp_path / "target", "mambainllama" if (folder / MAMBA).exists() else "hf")
         assert not (tmp_path / "target").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What goes along, and downloads gone wrong
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tmp_path, name):
+    c = dict(LLAMA)
+    write_hf(tmp_path / "a", c, weights(c), kind="safetensors" if "safe" in name else "bin")
+    (tmp_path / "a" / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with refused(f"{name}: a pointer of Git LFS"):
+        mil.load(tmp_path / "a")
+
+
+def test_two_shards_with_the_same_tensor_are_refused(tmp_path):
+    w = weights(LLAMA)
+    write_hf(tmp_path / "a", LLAMA, w, shards=2)
+    first, second = sorted((tmp_path / "a").glob("*.safetensors"))
+    save_file({**load_file(second), next(iter(load_file(first))): next(iter(load_file(first).values()))}, second)
+    with refused(f"{second.name}: holds .*, and so does .*{first.name}"):
+        mil.load(tmp_path / "a")
+
+
+def test_an_exported_model_says_where_texts_begin_and_end_and_brings_its_template(tmp_path):
+    generate.save_with_tokenizer(build(mil.Config(v=300, d=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=16, context=8), torch.float32), tmp_path / "a", "bytes")
+    mil.export(tmp_path / "a", tmp_path / "b", "hf")
+    said = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert (said["bos_token_id"], said["eos_token_id"], said["pad_token_id"], said["mil_tokenizer"]) == (None, [256], None, "bytes")
+    edit(tmp_path / "b", bos_token_id=7, eos_token_id=8)
+    (tmp_path / "b" / "chat_template.jinja").write_text("x")
+    mil.export(tmp_path / "b", tmp_path / "c", "hf", torch.bfloat16)
+    said = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert (said["bos_token_id"], said["eos_token_id"], said["torch_dtype"]) == (7, 8, "bfloat16") and (tmp_path / "c" / "chat_template.jinja").read_text() == "x"
+    assert mil.load(tmp_path / "c").lm_head.weight.dtype == torch.bfloat16
+
+
+def test_a_tied_hybrid_is_exported_with_the_head_that_the_authors_loader_wants(tmp_path):
+    c = dict(HYBRID, tie_word_embeddings=True)
+    write_hybrid(tmp_path / "a", c, weights(c, MIXED["mamba2"], 16), MIXED["mamba2"], 16)
+    mil.export(tmp_path / "a", tmp_path / "b", "mambainllama")
+    w = load_file(tmp_path / "b" / "model.safetensors")
+    assert torch.equal(w["lm_head.weight"], w["model.embed_tokens.weight"]) and mil.load(tmp_path / "b").config.tied
+    assert "_name_or_path" in json.loads((tmp_path / "b" / "config.json").read_text())
+
+
+def test_the_name_of_a_model_that_was_not_downloaded_is_told_from_a_path(tmp_path):
+    with refused("hf download meta-llama/Llama-9 --local-dir"):
+        mil.load("meta-llama/Llama-9")

@@ -240,3 +240,34 @@ def test_a_file_of_another_kind_or_damaged_is_refused_in_a_line_that_names_it_an
     with pytest.raises(MilError, match=found) as e:
         g.load_tokenizer(str(path))
     assert str(e.value).count(str(path)) == 1 and len(str(e.value)) < 500
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What the files beside it say
+
+
+def beside(folder, kind, config=None, jinja=None, **changes):
+    (folder / "tokenizer.json").write_text(json.dumps({**FILES[kind], **changes}))
+    for name, text in (("tokenizer_config.json", config and json.dumps(config)), ("chat_template.jinja", jinja)):
+        (folder / name).unlink(missing_ok=True)
+        if text:
+            (folder / name).write_text(text)
+    return g.load_tokenizer(str(folder / "tokenizer.json"))
+
+
+def test_a_chat_template_is_looked_for_in_both_files_and_by_its_name(tmp_path):
+    several = [{"name": "tool", "template": "<|start_header_id|>"}, {"name": "default", "template": "<|im_start|>"}]
+    for config, jinja, name in ((None, None, "plain"), ({"chat_template": "a <|user|> b"}, None, "zephyr"), ({"chat_template": "x"}, "a <|user|> b", "zephyr"),
+                                ({"chat_template": several}, None, "chatml"), ({"chat_template": "[INST] x"}, None, "plain"), ({"chat_template": None}, None, "plain")):
+        assert g.chat_format(beside(tmp_path, "llama2", config, jinja)) == name
+    assert g.chat_format(beside(tmp_path, "smollm2")) == "chatml" and g.chat_format(beside(tmp_path, "llama3")) == "plain"
+
+
+def test_what_begins_and_ends_a_text_is_what_the_files_say(tmp_path):
+    first = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<unk>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}
+    bare = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
+    for post, begin in ((None, [1]), (first, [0]), (bare, []), ({"type": "Sequence", "processors": [{"type": "ByteLevel"}, first]}, [0])):
+        assert g.begin_tokens(beside(tmp_path, "llama2", post_processor=post)) == begin
+    encoding = beside(tmp_path, "llama2", {"add_bos_token": False, "eos_token": {"content": "<unk>"}})
+    assert g.begin_tokens(encoding) == [] and g.encode(encoding, "a") == encoding.encode_ordinary("a") and g.stop_tokens(encoding) == [2, 0]
+    assert g.stop_tokens(beside(tmp_path, "llama2", {"eos_token": "</s>"})) == [2]

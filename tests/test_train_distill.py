@@ -464,3 +464,12 @@ def test_the_memory_said_beforehand_counts_weights_gradients_and_moments(tmp_pat
         assert (parts["teacher"], parts["student"], parts["gradients and AdamW"]) == (77, 6 * every, 12 * trained) and parts["activations"] > 0
     s.batch = 4
     assert t.memory_needed(s, config, 77)["activations"] == 2 * parts["activations"]
+    assert "MORE THAN THERE IS" not in t.memory_line(s, config, 77, torch.device("cpu")) and "MORE THAN THERE IS" in t.memory_line(s, config, 2**60, torch.device("cpu"))
+
+
+def test_a_role_nobody_knows_and_messages_beside_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x", "messages": [{"role": "user", "content": "y"}]}))
+    assert t.read_documents(tmp_path / "a.jsonl", True) == [[{"role": "user", "content": "y"}]]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"role": "gpt", "content": "y"}]}))
+    with pytest.raises(MilError, match="line 1 has a message of the role 'gpt', expected system, user, assistant or tool"):
+        t.read_documents(tmp_path / "a.jsonl", True)
