@@ -564,7 +564,7 @@ def test_a_directory_that_cannot_be_written_is_said(tmp_path):
 
 
 def test_config_round_trips_through_json():
-    config = Config(**SMALL, mixers=["mamba2", "attention", "none", "mamba"], rope_scaling=dict.fromkeys(mil.ROPE_SCALING, 1.0))
+    config = Config(**SMALL, mixers=["mamba2", "attention", "none", "mamba"], rope_scaling=dict(zip(mil.ROPE_SCALING, (8.0, 1.0, 4.0, 8192))))
     assert Config(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
