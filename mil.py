@@ -971,7 +971,7 @@ class Weights:
             raise MilError(f"{path}: {theirs} is {tuple(w.shape)}{shards}, expected {tuple(shape)} by the configuration")
         if self.about["format"] == "meta" and name.endswith(("q_proj.weight", "k_proj.weight")):
             w = w.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)  # pairs (0, 1), (2, 3) … to (i, i + head_dim / 2)
-        return w
+        return w * 2 if self.about["format"] == "mambainllama" and name.endswith("dt_proj.bias") else w  # their layer adds it twice
 
     def check_rest(self):
         """MilError if there are tensors nobody asked for."""
@@ -1020,7 +1020,7 @@ def export(source, target, format, dtype=None):
             write_whole(target / name, lambda f, data=data: f.write(data))
     if format == "mil":
         return save(model, target, tokenizer=about["tokenizer"], ids=about.get("ids", {}))
-    weights = {name_in(format, name, c.mixers): w for name, w in model.named_parameters()}
+    weights = {name_in(format, name, c.mixers): w / 2 if name.endswith("dt_proj.bias") else w for name, w in model.named_parameters()}  # added twice there
     if kinds and c.tied:
         weights["lm_head.weight"] = model.lm_head.weight.clone()                              # the authors' loader wants one
     write_safetensors(weights, target)

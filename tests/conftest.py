@@ -9,6 +9,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined: before kernels.py is imported
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start: tensors this small only wait for a second thread
+    torch.set_num_threads(1)
 
 import pytest
 from hypothesis import HealthCheck, settings

@@ -32,7 +32,8 @@ META = {"model.embed_tokens": "tok_embeddings", "lm_head": "output", "model.": "
         "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
 INDEX, MAMBA = "model.safetensors.index.json", "mamba_config.json"
 WIDE = ("A_log", ".D", "dt_bias", "dt_proj.bias")  # may be held in more bits than the file's
-TURNS = 1e-5  # what RoPE's angles in float32 leave
+TURNS = 1e-4  # RoPE turns by angles in float32: 1e-6 as a rule, more where a state magnifies it
+TWICE = 2     # the authors' Mamba adds dt_proj's bias in dt_proj, and again in the scan: their files hold half of what stands in Δ
 TOKENS = torch.randint(20, (2, 12), generator=torch.Generator().manual_seed(0))
 
 SHAPES = {  # d width, h heads, w query channels, n key channels, r rank of Δ, c channels of Mamba-2's convolution, i all it reads, s state, f MLP
@@ -56,7 +57,16 @@ def weights(c, mixers=(), d_state=4, dtype=torch.float32, seed=0):
         bias = SHAPES["bias"] if c.get("attention_bias") and mixer == "attention" else {}
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in (SHAPES[mixer] | bias | SHAPES["rest"]).items()}
     random, shapes = torch.Generator().manual_seed(seed), {name: [size[letter] for letter in shape] for name, shape in shapes.items()}
-    return {k: (torch.randn(s, generator=random, dtype=torch.float64) * 0.4 + k.endswith(("norm.weight", ".D"))).to(dtype) for k, s in shapes.items()}
+    return {k: (torch.randn(s, generator=random, dtype=torch.float64) * 0.3 + k.endswith(("norm.weight", ".D"))).to(dtype) for k, s in shapes.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """At these sizes threads gain nothing, and where cores are shared they wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -115,7 +125,7 @@ def mamba(v, at, c, turn):
     n, read = at("mamba.A_log").shape[1], lambda name: v @ at(f"mamba.{name}.weight").T
     cut, fan = lambda t: t.unflatten(-1, (-1, n)), lambda t: t.repeat_interleave(c["num_attention_heads"] // c["num_key_value_heads"], -2)
     x = cut(convolve(fan(cut(read("in_proj_x"))).flatten(-2), at))
-    dt = cut(F.softplus(read("dt_proj_down") @ at("mamba.dt_proj.weight").T + at("mamba.dt_proj.bias")))
+    dt = cut(F.softplus(read("dt_proj_down") @ at("mamba.dt_proj.weight").T + TWICE * at("mamba.dt_proj.bias")))
     y = recur(x, dt, -at("mamba.A_log").exp().unflatten(0, (-1, n)), fan(cut(read("B_proj"))), cut(read("C_proj")), cut(at("mamba.D")))
     return (y.flatten(-2) * F.silu(read("in_proj_z"))) @ at("mamba.out_proj.weight").T
 
@@ -247,7 +257,7 @@ def loaded(folder, kind=None):
 
 def assert_holds(model, w):
     """The model has the tensors w, all of them and nothing else, to the bit and the type."""
-    want = {k.removeprefix("model.").replace(".self_attn.", ".mixer.").replace(".mamba.", ".mixer."): t for k, t in w.items()}
+    want = {k.removeprefix("model.").replace(".self_attn.", ".mixer.").replace(".mamba.", ".mixer."): t * (TWICE if "dt_proj.bias" in k else 1) for k, t in w.items()}
     have = {k: t for k, t in model.state_dict().items() if k in want or not model.config.tied}
     assert have.keys() == want.keys() and (model.lm_head.weight is model.embed_tokens.weight) == model.config.tied
     for k, t in want.items():
@@ -332,7 +342,17 @@ def test_a_model_of_any_format_is_the_same_to_the_bit_when_loaded_and_when_expor
         assert_holds(mil.load(tmp_path / target), w)
         assert mil.read_config(tmp_path / target)["config"] == config and mil.read_config(tmp_path / target)["format"] == kind
         files = {k: t for file in (tmp_path / target).glob("*.safetensors") for k, t in load_file(file).items()}
-        assert files.keys() == (set() if kind == "mil" else w.keys()) and all(t.dtype == w[k].dtype or k.endswith(WIDE) for k, t in files.items())
+        assert files.keys() == (set() if kind == "mil" else w.keys())
+        assert all(torch.equal(t.double(), w[k].double()) and (t.dtype == w[k].dtype or k.endswith(WIDE)) for k, t in files.items())
+
+
+@pytest.mark.parametrize("scaling", [None, LINEAR, RAMP])
+def test_an_exported_config_json_says_what_the_first_said(tmp_path, scaling):
+    c = dict(LLAMA, rope_scaling=scaling, attention_bias=True, head_dim=6)
+    mil.export(write_hf(tmp_path / "source", c, weights(c)), tmp_path / "target", "hf")
+    after = json.loads((tmp_path / "target" / "config.json").read_text())
+    idle = {"mlp_bias", "attention_dropout", "pretraining_tp", "use_cache", "initializer_range", "transformers_version"}
+    assert {k: after.get(k) for k in c.keys() - idle} == {k: c[k] for k in c.keys() - idle}
 
 
 @pytest.mark.parametrize("base", MIXED)
@@ -393,6 +413,16 @@ def test_a_llama_exported_as_a_hybrid_is_itself_or_refused(tmp_path):
         assert_holds(mil.load(tmp_path / "target"), w)
 
 
+def test_export_leaves_what_it_finds_in_its_place_as_it_is(tmp_path):
+    folder, w = make(tmp_path / "source")
+    (tmp_path / "file").write_text("precious")
+    for target in ("file", "source", "file/under"):
+        with refused(str(tmp_path / target)):
+            mil.export(folder, tmp_path / target, "hf")
+    assert (tmp_path / "file").read_text() == "precious"
+    assert_holds(mil.load(folder), w)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Bad input
 
@@ -439,6 +469,8 @@ BAD = {
     "another RoPE": ("hf", lambda d: edit(d, rope_scaling={"type": "yarn", "factor": 2.0}), "config.json.*yarn"),
     "another RoPE, newly spelt": ("hf", lambda d: edit(d, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "dynamic"),
     "a scaling without its factor": ("hf", lambda d: edit(d, rope_scaling={"rope_type": "linear"}), "factor"),
+    "a ramp without its ends": ("hf", lambda d: edit(d, rope_scaling={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor"),
+    "biases in the MLP": ("hf", lambda d: edit(d, mlp_bias=True), "mlp_bias"),
     "quantised": ("hf", lambda d: edit(d, quantization_config={"quant_method": "gptq", "bits": 4}), "quantization_config|gptq"),
     "no width": ("hf", lambda d: edit(d, drop=["hidden_size"]), "config.json.*hidden_size"),
     "a list": ("hf", lambda d: (d / "config.json").write_text("[1]"), "config.json"),
