@@ -60,15 +60,6 @@ def weights(c, mixers=(), d_state=4, dtype=torch.float32, seed=0):
     return {k: (torch.randn(s, generator=random, dtype=torch.float64) * 0.3 + k.endswith(("norm.weight", ".D"))).to(dtype) for k, s in shapes.items()}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """At these sizes threads gain nothing, and where cores are shared they wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The second implementation
 
