@@ -1,6 +1,8 @@
 """Conversations: how they are written, a decoder that keeps what it has read, and the command in the terminal."""
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEVICE, build, configs, run_script
+from conftest import DEVICE, assert_close, build, configs, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_generate import MIXED, llama3_file, whole
-from test_tokenizers import FILES, reference
+from test_tokenizers import FILES, beside, reference
 
 import generate as g
 import mil
@@ -194,3 +196,77 @@ def test_a_conversation_out_of_room_says_so_and_goes_on(talker):
 def test_flags_that_do_not_go_together_are_refused(talker, argv, match):
     with pytest.raises(MilError, match=match):
         g.main(["--model", str(talker), *argv])
+
+
+def said_to(monkeypatch, *lines):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("".join(line + "\n" for line in lines).encode())))
+
+
+def test_the_next_turn_reads_what_was_shown_with_one_end_whether_it_stopped_was_stopped_or_was_cut(monkeypatch, capsys):
+    read = []
+
+    class Scripted:
+        def __init__(self, *_):
+            pass
+
+        def decode(self, prompts, most, stop):
+            read.append(list(prompts[0]))
+            yield [[*b"h"]]
+            if len(read) == 1:
+                yield [[*b"i", 256]]   # a round of a draft
+            elif len(read) == 2:
+                signal.raise_signal(signal.SIGINT)
+                yield [[*b"o"]]
+                yield [[*b"not any more"]]
+
+    monkeypatch.setattr(g, "Decoder", Scripted)
+    said_to(monkeypatch, "a", "b", "c", "d")
+    g.chat(g.Settings(chat=True), build(Config(**MIXED, mixers=["mamba2"] * 4), torch.float32), g.load_tokenizer("bytes"), None)
+    talk = [b"user:\na\nassistant:\nhi", b"\nuser:\nb\nassistant:\nho", b"\nuser:\nc\nassistant:\nh", b"\nuser:\nd\nassistant:\n"]
+    out = capsys.readouterr()
+    assert read[-1] == [*talk[0], 256, *talk[1], 256, *talk[2], 256, *talk[3]]
+    assert out.out == "hi\nho …\nh …\nh …\n" and out.err.count("cut at --max_new_tokens") == 2 and "(3 tokens, " in out.err
+
+
+def test_a_conversation_has_no_more_room_than_its_draft(monkeypatch, capsys):
+    said_to(monkeypatch, "x" * 60, "hi")
+    g.chat(g.Settings(chat=True, max_new_tokens=3), build(Config(**MIXED, mixers=["mamba2"] * 4), torch.float32), g.load_tokenizer("bytes"), build(Config(**MIXED), torch.float32))
+    err = capsys.readouterr().err
+    assert "room for 48 tokens" in err and "no room: 0 of 48 tokens" in err and err.count("tokens/s") == 1
+
+
+def test_a_row_that_finished_before_another_is_read_anew():
+    model = build(Config(**MIXED, mixers=["mamba", "mamba2", "attention", "mamba2"]))
+    texts, decoder = [[1, 2, 3], [4, 5]], g.Decoder(model, 2, 40, 0)
+    want = whole(g.generate(model, texts, 7, 0))
+    stop = [next(i for i in want[0][:4] if i not in want[1])]
+    got = whole(decoder.decode(texts, 7, stop))
+    assert len(got[0]) < len(got[1]) == 7
+    texts = [text + new + [9] for text, new in zip(texts, got)]
+    assert whole(decoder.decode(texts, 7)) == whole(g.generate(model, texts, 7, 0))
+
+
+def test_a_student_brings_the_template_of_its_teacher_and_what_is_odd_is_noted(tmp_path, capsys):
+    (tmp_path / "t").mkdir()
+    v = len(FILES["llama2"]["model"]["vocab"]) + 40
+    for config, jinja, name in (({"chat_template": "<|user|>", "add_bos_token": False}, None, "zephyr"), (None, "<|im_start|>", "chatml"), ({"chat_template": "[INST]"}, None, "plain")):
+        shutil.rmtree(tmp_path / "m", ignore_errors=True)
+        beside(tmp_path / "t", "llama2", config, jinja)
+        g.save_with_tokenizer(build(Config(**{**MIXED, "v": v}), torch.float32), tmp_path / "m", str(tmp_path / "t" / "tokenizer.json"))
+        encoding, err = g.load_with_tokenizer(tmp_path / "m")[1], capsys.readouterr().err
+        assert g.chat_format(encoding) == name and g.begin_tokens(encoding) == ([] if name == "zephyr" else [1])
+        assert ("chat template is none of" in err) == (name == "plain") and "stand for nothing" in err and "no token is known to end" not in err
+    beside(tmp_path / "m", "gpt2", added_tokens=[])
+    g.load_with_tokenizer(tmp_path / "m")
+    assert "no token is known to end a text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+def test_a_cleared_cache_is_a_new_one(mixer):
+    model = build(Config(**MIXED, mixers=[mixer] * 4))
+    decoder = g.Decoder(model, 1, 40, 0)
+    whole(decoder.decode([[7, 1, 2, 3, 9, 8]], 33))   # the ring of inputs is full
+    tokens = torch.tensor([[4, 5]], device=decoder.caches[0].device)
+    with torch.inference_mode():
+        decoder.caches[0].clear()
+        assert_close(model.hidden(tokens, decoder.caches[0]), model.hidden(tokens, mil.Cache(model, 1, 40)), 1e-12)

@@ -13,6 +13,7 @@ from conftest import DEVICE, assert_close, build, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_generate import llama3_file
 
 import generate
 import mil
@@ -603,3 +604,54 @@ def test_a_tied_hybrid_is_exported_with_the_head_that_the_authors_loader_wants(t
 def test_the_name_of_a_model_that_was_not_downloaded_is_told_from_a_path(tmp_path):
     with refused("hf download meta-llama/Llama-9 --local-dir"):
         mil.load("meta-llama/Llama-9")
+
+
+def test_shards_hold_at_most_what_is_asked_and_every_tensor_once(tmp_path):
+    w = {str(i): torch.full([n], float(i)) for i, n in enumerate([3, 1, 2, 2, 5, 1, 3, 1])}
+    mil.write_safetensors(w, tmp_path, 16)
+    index = json.loads((tmp_path / INDEX).read_text())
+    files = {file.name: load_file(file) for file in sorted(tmp_path.glob("*.safetensors"))}
+    assert list(files) == [f"model-{i + 1:05}-of-00005.safetensors" for i in range(5)] and sorted(k for file in files.values() for k in file) == sorted(w)
+    assert [list(file) for file in files.values()] == [["0", "1"], ["2", "3"], ["4"], ["5", "6"], ["7"]]   # a tensor may be larger than a file
+    assert all(torch.equal(files[index["weight_map"][k]][k], w[k]) for k in w) and index["metadata"]["total_size"] == 72
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+def test_a_convolution_of_another_width_goes_there_and_back(tmp_path, mixer):
+    config = mil.Config(v=11, d=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24, d_state=4, d_conv=3, mixers=["attention", mixer])
+    model = build(config, torch.float32)
+    mil.save(model, tmp_path / "a")
+    mil.export(tmp_path / "a", tmp_path / "b", "mambainllama")
+    assert mil.read_config(tmp_path / "b")["config"].d_conv == 3
+    assert all(torch.equal(w, model.state_dict()[k].cpu()) for k, w in mil.load(tmp_path / "b").state_dict().items())
+
+
+def test_mistrals_window_is_4096_where_its_file_says_nothing(tmp_path):
+    write_hf(tmp_path / "x", dict(MISTRAL, max_position_embeddings=32768), weights(MISTRAL))
+    assert mil.read_config(tmp_path / "x")["config"].context == 32768        # null: none
+    edit(tmp_path / "x", drop=["sliding_window"])
+    assert mil.read_config(tmp_path / "x")["config"].context == 4096 and len(mil.read_config(tmp_path / "x")["remarks"]) == 1
+
+
+@pytest.mark.parametrize("params, context", [(dict(rope_theta=None), 4096), (dict(rope_theta=500000.0), 8192), (dict(rope_theta=500000.0, use_scaled_rope=True), 131072)])
+def test_metas_context_follows_from_its_rope(tmp_path, params, context):
+    write_meta(tmp_path / "x", LLAMA, weights(LLAMA), **params)
+    about = mil.read_config(tmp_path / "x")
+    assert about["config"].context == context and f"taken as {context}" in about["remarks"][0]
+
+
+def test_the_ids_of_begin_and_end_survive_the_way_through_our_layout(tmp_path):
+    make(tmp_path / "a")
+    edit(tmp_path / "a", bos_token_id=7, eos_token_id=[8, 9])
+    mil.export(tmp_path / "a", tmp_path / "b", "mil")
+    mil.export(tmp_path / "b", tmp_path / "c", "hf")
+    said = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert (said["bos_token_id"], said["eos_token_id"]) == (7, [8, 9])
+
+
+def test_a_model_saved_with_a_llama3_tokenizer_has_its_begin_and_both_its_ends(tmp_path):
+    model = build(mil.Config(v=520, d=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=16, context=8), torch.float32)
+    generate.save_with_tokenizer(model, tmp_path / "a", str(llama3_file(tmp_path / "t.model")))
+    mil.export(tmp_path / "a", tmp_path / "b", "hf")
+    said = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert (said["bos_token_id"], said["eos_token_id"]) == (261, [262, 270])

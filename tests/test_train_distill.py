@@ -19,6 +19,7 @@ import mil
 import train_distill as t
 from mil import Config, MilError
 from test_generate import llama3_file
+from test_tokenizers import FILES, beside
 
 TINY = ["--n_layers", "4", "--d", "32", "--n_heads", "4", "--n_kv_heads", "2", "--d_ff", "64", "--context", "64", "--batch", "8", "--teacher_steps", "60",
         "--stage1_steps", "20", "--stage2_steps", "10", "--eval_sequences", "16", "--device", DEVICE, "--dtype", "float32"]
@@ -439,7 +440,6 @@ def test_a_corpus_in_which_nothing_is_to_be_learned_is_refused(tmp_path):
 
 
 def test_a_teacher_from_elsewhere_is_distilled_on_conversations_and_its_student_brings_the_tokenizer(tmp_path):
-    from test_tokenizers import FILES
     v = 1 + max(token["id"] for token in FILES["smollm2"]["added_tokens"] + [dict(id=i) for i in FILES["smollm2"]["model"]["vocab"].values()])
     teacher = build(Config(v=v, d=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48, context=64, tied=True), torch.float32)
     mil.save(teacher.bfloat16(), tmp_path / "ours", tokenizer="tokenizer.json")
@@ -473,3 +473,40 @@ def test_a_role_nobody_knows_and_messages_beside_text(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"role": "gpt", "content": "y"}]}))
     with pytest.raises(MilError, match="line 1 has a message of the role 'gpt', expected system, user, assistant or tool"):
         t.read_documents(tmp_path / "a.jsonl", True)
+
+
+def test_another_chat_template_is_another_corpus(tmp_path):
+    messages = [{"role": "user", "content": "the other"}, {"role": "assistant", "content": "hello"}] * 30
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))
+    s = small_settings(tmp_path / "out", data=[str(tmp_path / "a.jsonl")])
+    for template in ("x", "<|user|>"):   # the files' names, sizes and times and the vocabulary stay
+        encoding = beside(tmp_path, "llama2", {"chat_template": template})
+        assert t.load_corpus(s, encoding, "t").train[:40].tolist() == t.document_tokens(encoding, messages)[:40]
+
+
+def test_evaluation_leaves_out_of_every_number_what_is_not_to_be_learned(tmp_path):
+    s, encoding, device, ids = small_settings(tmp_path), g.load_tokenizer("bytes"), torch.device(DEVICE), np.random.default_rng(0).integers(0, 256, 17)
+    masked, (model, teacher) = np.where(np.arange(17) % 3 == 0, ids, ~ids), (tiny_teacher(1), tiny_teacher(2))
+    got = t.evaluate(model, teacher, t.Corpus(masked, masked, "", ""), encoding, s, device)
+    with torch.no_grad():
+        q, p = (m(torch.tensor(ids[None, :-1], device=DEVICE)).log_softmax(-1)[0, 2::3] for m in (model, teacher))
+    assert got["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+    assert got["bits_per_byte"] == pytest.approx(got["loss"] / np.log(2))   # every token is a byte
+    assert t.evaluate(model, model, t.Corpus(masked, masked, "", ""), encoding, s, device)["agreement"] == 1
+
+
+@pytest.mark.parametrize("last", [2**15 - 1, 2**15, 40000])
+def test_tokens_at_the_limits_of_16_bits_are_stored_whole_and_as_not_to_be_learned(tmp_path, last):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a\n" * 300, "completion": "b" * 300}) + "\n")
+    ranks = {**{bytes([i]): i for i in range(256) if i != 10}, b"\n": last - 1}
+    encoding = tiktoken.Encoding("large", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": last})
+    got = t.load_corpus(small_settings(tmp_path / "out", data=[str(tmp_path / "a.jsonl")]), encoding, "large")
+    assert got.val[-1] == last and got.train[1] == ~(last - 1)
+
+
+def test_the_memory_of_a_student_of_some_layers_counts_all_of_it_as_trained(tmp_path):
+    config = Config(v=1000, d=64, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=100, context=16)
+    s = small_settings(tmp_path, n_layers=4, student_layers="0,3", keep=0.5, stage2_steps=0)   # the steps of stage 1 are its own
+    every = sum(w.numel() for w in mil.Hybrid(dataclasses.replace(config, n_layers=2, mixers=["mamba2", "attention"])).parameters())
+    parts = t.memory_needed(s, config, 77)
+    assert (parts["student"], parts["gradients and AdamW"]) == (4 * every, 12 * every)   # in float32 there are no copies
