@@ -156,6 +156,7 @@ def read_llama3_tokenizer(path):
     except OSError as e:
         raise MilError(f"tokenizer {path}: cannot be read: {e.strerror}") from e
     except ValueError:
+        mil.refuse_pointer(path)
         raise MilError(f"tokenizer {path}: line {i} is not `base64 rank`, as in Llama 3's; a sentencepiece model is read as tokenizer.json: with "
                        f"transformers, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes one") from None
     if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([i]) not in ranks for i in range(256)):
@@ -417,11 +418,11 @@ def load_with_tokenizer(directory, device=None, dtype=None):
 # ---------------------------------------------------------------------------------------------------------------
 # Conversations: what a turn looks like as text. Control tokens stand only where the format has them: in what somebody says they are text.
 
-FORMATS = {  # name: what gives it away, in a chat template or among the special tokens; before what is said; after it; between turns
-    "llama3": ("<|start_header_id|>", "<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", ""),
-    "chatml": ("<|im_start|>", "<|im_start|>{role}\n", "<|im_end|>", "\n"),
-    "zephyr": ("<|user|>", "<|{role}|>\n", "</s>", "\n"),
-    "plain": ("", "{role}:\n", "", "\n"),  # of any other; the assistant's turns end with the token that ends a text
+FORMATS = {  # name: what gives it away, in a chat template or among the special tokens; before what is said; after it; between turns; trimmed?
+    "llama3": ("<|start_header_id|>", "<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "", True),
+    "chatml": ("<|im_start|>", "<|im_start|>{role}\n", "<|im_end|>", "\n", False),
+    "zephyr": ("<|user|>", "<|{role}|>\n", "</s>", "\n", False),
+    "plain": ("", "{role}:\n", "", "\n", False),  # of any other; the assistant's turns end with the token that ends a text
 }
 
 
@@ -438,11 +439,11 @@ class Conversation:
         """messages: dicts of "role" and "content", as in a .jsonl of chat."""
         self.encoding, self.begin = encoding, begin_tokens(encoding)
         self.ids, self.own = list(self.begin), [False] * len(self.begin)
-        _, self.header, self.end, self.between = FORMATS[chat_format(encoding)]
+        _, self.header, self.end, self.between, trimmed = FORMATS[chat_format(encoding)]
         self.control = set(encoding._special_tokens.values())
         for message in messages:
             self.open(message["role"])
-            self.close(message["content"].strip(), message["role"] == "assistant")
+            self.close(message["content"].strip() if trimmed else message["content"], message["role"] == "assistant")
 
     def add(self, text, own=False, control=False):
         """Text that follows; with control=True the special tokens in it are special."""
@@ -832,7 +833,7 @@ def check_settings(s):
     if s.context < 2 and s.context != 0:
         raise MilError(f"--context is {s.context}, expected at least 2")
     if s.chat and s.prompt:
-        raise MilError("--chat asks for what you say itself: leave --prompt out")
+        raise MilError("--chat reads what you say from the terminal: leave --prompt out")
     if (s.system or s.context) and not s.chat:
         raise MilError(f"--{'system' if s.system else 'context'} goes with --chat")
     if not s.prompt and not s.chat:
@@ -866,6 +867,8 @@ def chat(s, model, encoding, draft):
                       draft, Speculation(s.speculate))
     stop, begin = stop_tokens(encoding), [{"role": "system", "content": s.system}] * bool(s.system)
     talk, heard = Conversation(encoding, begin), False
+    if len(talk.ids) >= context:
+        raise MilError(f"--system has {len(talk.ids)} tokens, but a conversation has room for {context}")
     sys.stdin.reconfigure(errors="replace")
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (input() then edits a line and remembers those before)
@@ -887,15 +890,17 @@ def chat(s, model, encoding, draft):
             return
         if line == "/reset":
             talk = Conversation(encoding, begin)
-        if not line or line == "/reset":
+        elif re.fullmatch(r"/\w+", line):
+            print("(/reset forgets, /quit ends; there is nothing else)", file=sys.stderr)
+        if not line or re.fullmatch(r"/\w+", line):
             continue
         mark = len(talk.ids)
         talk.open("user")
         talk.close(line)
         talk.open("assistant")
         if len(talk.ids) >= context:
+            print(f"(no room: {mark} of {context} tokens are taken, this takes {len(talk.ids) - mark}; say less, or /reset)", file=sys.stderr)
             talk.ids, talk.own = talk.ids[:mark], talk.own[:mark]
-            print(f"(no room: {mark} of {context} tokens are taken; say less, or /reset)", file=sys.stderr)
             continue
         stream, count, began, heard = TextStream(encoding), 0, time.perf_counter(), False
         before = signal.signal(signal.SIGINT, stop_reply)
@@ -911,7 +916,7 @@ def chat(s, model, encoding, draft):
             signal.signal(signal.SIGINT, before)
         cut = not heard and new[-1] not in stop
         print(stream.finish() + " …" * (heard or cut))
-        why = f", cut at --max_new_tokens {s.max_new_tokens} or for want of room" * cut
+        why = (", cut for want of room" if len(talk.ids) >= context else f", cut at --max_new_tokens {s.max_new_tokens}") * cut
         print(f"({count} tokens{why}, {count / (time.perf_counter() - began):.1f} tokens/s; {len(talk.ids)} of {context} taken)", file=sys.stderr)
         talk.close(own=True)
 
@@ -920,6 +925,8 @@ def main(argv):
     s = parse_flags(Settings, argv, __doc__)
     check_settings(s)
     device = pick_device(s.device)
+    if s.model == Settings.model and not os.path.exists(s.model):
+        raise MilError(f"{s.model}: not there yet: python train_distill.py makes it; or give --model")
     model, encoding = load_with_tokenizer(s.model, device, getattr(torch, s.dtype) if s.dtype else None)
     if s.chat:
         return chat(s, model, encoding, load_draft(s, model, encoding, device) if s.draft else None)

@@ -725,6 +725,7 @@ class Said(dict):
         try:
             super().__init__(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as e:
+            refuse_pointer(path)
             raise MilError(f"{path}: cannot be read as a JSON object: {e}") from e
 
     def take(self, key, *default, kind=None):
@@ -757,10 +758,12 @@ def read_config(directory):
     try:
         names = os.listdir(directory)
     except OSError as e:  # not there, a file, a circle of links …
-        hub = f"; the model of that name at huggingface.co must be downloaded first: hf download {directory} --local-dir FOLDER" if str(directory).count("/") == 1 else ""
+        hub = not directory.is_absolute() and len(directory.parts) == 2 and not directory.parent.exists() and directory.parts[0] != "out"
+        hub = f"; if that is a model at huggingface.co, download it: hf download {directory} --local-dir FOLDER" * hub
         raise MilError(f"{directory}: no checkpoint here: {e.strerror}; expected a folder with a config.json or, of Meta's, a params.json{hub}") from e
     if "config.json" not in names and "params.json" not in names:
-        raise MilError(f"{directory}: no checkpoint here: expected a config.json or, of Meta's, a params.json")
+        found = "an adapter (LoRA), " * ("adapter_config.json" in names) + "GGUF, " * any(name.endswith(".gguf") for name in names)
+        raise MilError(f"{directory}: no checkpoint here: {found and f'found {found}'}expected a config.json or, of Meta's, a params.json")
     if "config.json" not in names:
         return meta_config(directory, Said(directory / "params.json"))
     said = Said(directory / "config.json")
@@ -919,11 +922,16 @@ def open_tensors(path):
         return refuse_file(path, e)
 
 
-def refuse_file(path, e):
-    """Why a file of weights could not be opened."""
+def refuse_pointer(path):
+    """MilError if the file only says where the real one is."""
     with contextlib.suppress(OSError), open(path, "rb") as f:
         if f.read(24) == b"version https://git-lfs.":
-            raise MilError(f"{path}: a pointer of Git LFS and not the weights themselves: git lfs pull brings them") from None
+            raise MilError(f"{path}: a pointer of Git LFS and not the file itself: git lfs pull brings it") from None
+
+
+def refuse_file(path, e):
+    """Why a file of weights could not be opened."""
+    refuse_pointer(path)
     if isinstance(e, pickle.UnpicklingError):
         raise MilError(f"{path}: refused: it holds something other than tensors, which could run code") from e
     raise MilError(f"{path}: not a whole file of weights: truncated or damaged") from e
@@ -1010,10 +1018,10 @@ def export(source, target, format, dtype=None):
         raise MilError(f"{source}: holds {', '.join(sorted(set(c.mixers)))}; --format hf is for attention alone, mambainllama for one kind of Mamba, with or without it")
     if format != "mil":
         safetensors_for(target)
+    if target.is_dir() and any(target.iterdir()):
+        raise MilError(f"{target}: is not empty; give a new folder")
     model = load(source, dtype=dtype)
     make_directory(target)
-    if any(target.iterdir()):
-        raise MilError(f"{target}: is not empty; give a new folder")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model", "special_tokens_map.json", "generation_config.json"):
         if (source / name).exists():
             data = (source / name).read_bytes()
@@ -1044,6 +1052,10 @@ def export(source, target, format, dtype=None):
 
 def write_safetensors(weights, directory, most=4 * 2**30):
     """Tensors in files of at most `most` bytes (or one tensor), with Hugging Face's index when there are several."""
+    def save_file(shard, f):
+        safetensors_for(directory).torch.save_file(shard, f.name, {"format": "pt"})
+        os.chmod(f.name, os.fstat(f.fileno()).st_mode)  # it makes a file that only its owner reads
+
     shards, room = [{}], most
     for name, w in weights.items():
         if shards[-1] and w.nbytes > room:
@@ -1053,7 +1065,7 @@ def write_safetensors(weights, directory, most=4 * 2**30):
         room -= w.nbytes
     names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards):
-        write_whole(directory / name, lambda f, shard=shard: safetensors_for(directory).torch.save_file(shard, f.name, {"format": "pt"}))
+        write_whole(directory / name, lambda f, shard=shard: save_file(shard, f))
     if len(shards) > 1:
         write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": sum(w.nbytes for w in weights.values())},
                                                                 "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}})

@@ -231,6 +231,8 @@ def read_documents(file, named):
         if named:
             raise MilError(f"--data {file}: not UTF-8 text (byte {e.start})") from None
         return []
+    if file.suffix == ".json" and text.lstrip().startswith("[") and '"messages"' in text[:9999]:
+        raise MilError(f"--data {file}: a list in one piece; expected one record a line, in a file named .jsonl")
     if file.suffix != ".jsonl":
         return [text] if text.strip() else []
     documents = []
@@ -637,9 +639,10 @@ def main(argv):
         mil.write_whole(Path(s.out) / "results.json", lambda f: f.write(json.dumps(results, indent=1).encode()))
     show(f"\n{'teacher':<58} │ student")
     show(side_by_side(sample(teacher, encoding, s, device), sample(student, encoding, s, device)))
+    more = "--chat" if (corpus.train[:10**6] < 0).any() else f"--prompt {shlex.quote(s.prompt)}"
     models = f"--model {s.teacher} --draft {s.out}/student" if s.student_layers and s.teacher else f"--model {s.out}/student"
     show(f"\nstudent: {s.out}/student   table: {s.out}/results.json\n"
-         f"try: python generate.py {models} --prompt {shlex.quote(s.prompt)}")
+         f"try: python generate.py {models} {more}")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def encoding_of(folder, kind):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_conversation_has_the_tokens_that_its_whole_text_has(tmp_path, kind):
-    encoding, text = encoding_of(tmp_path, kind), "".join(FORMATS[kind][1].format(m["role"], m["content"].strip()) for m in SAID)
+    encoding, text = encoding_of(tmp_path, kind), "".join(FORMATS[kind][1].format(m["role"], m["content"]) for m in SAID)
     tokens = [{**token, "special": False} for token in FILES[kind]["added_tokens"]]   # found in the text, as its template's are
     assert g.chat_format(encoding) == FORMATS[kind][0] and g.Conversation(encoding, SAID).ids == reference({**FILES[kind], "added_tokens": tokens}, text)
 
@@ -55,7 +55,7 @@ def test_llama3s_conversation_has_its_headers_and_ends(tmp_path):
 
 def test_without_a_format_turns_have_plain_headers_and_the_assistants_end():
     talk = g.Conversation(g.load_tokenizer("bytes"), SAID[1:3])
-    assert talk.ids == [*b"user:\nhello the 12?\nassistant:\nthen other: 10", 256, *b"\n"]
+    assert talk.ids == [*b"user:\n hello the 12? \nassistant:\nthen other: 10", 256, *b"\n"]
     assert [i for i, own in zip(talk.ids, talk.own) if own] == [*b"then other: 10", 256]
 
 
@@ -187,10 +187,10 @@ def test_ctrl_c_stops_a_reply_and_not_the_program(talker):
 
 def test_a_conversation_out_of_room_says_so_and_goes_on(talker):
     done = run_script("generate.py", "--model", talker, "--chat", "--max_new_tokens", "3", "--context", "40", "--device", DEVICE, stdin=f"{'x' * 60}\nhi\n")
-    assert done.returncode == 0 and "no room: 0 of 40 tokens are taken; say less, or /reset" in done.stderr and done.stderr.count("tokens/s") == 1
+    assert done.returncode == 0 and "no room: 0 of 40 tokens are taken, this takes 78; say less, or /reset" in done.stderr and done.stderr.count("tokens/s") == 1
 
 
-@pytest.mark.parametrize("argv, match", [(["--chat", "--prompt", "a"], "--chat asks for what you say itself"), (["--prompt", "a", "--system", "b"], "--system goes with --chat"),
+@pytest.mark.parametrize("argv, match", [(["--chat", "--prompt", "a"], "--chat reads what you say from the terminal"), (["--prompt", "a", "--system", "b"], "--system goes with --chat"),
                                          (["--chat", "--context", "1"], "--context is 1, expected at least 2"), (["--prompt", "a", "--context", "9"], "--context goes with --chat"),
                                          ([], "--prompt is missing.*or --chat")])
 def test_flags_that_do_not_go_together_are_refused(talker, argv, match):
@@ -270,3 +270,12 @@ def test_a_cleared_cache_is_a_new_one(mixer):
     with torch.inference_mode():
         decoder.caches[0].clear()
         assert_close(model.hidden(tokens, decoder.caches[0]), model.hidden(tokens, mil.Cache(model, 1, 40)), 1e-12)
+
+
+def test_a_system_prompt_without_room_and_a_command_that_is_none(monkeypatch, capsys, talker):
+    model, encoding = mil.load(talker, DEVICE), g.load_tokenizer("bytes")
+    with pytest.raises(MilError, match="--system has 68 tokens, but a conversation has room for 40"):
+        g.chat(g.Settings(chat=True, system="x" * 59, context=40), model, encoding, None)
+    said_to(monkeypatch, "/help", "/RESET")
+    g.chat(g.Settings(chat=True), model, encoding, None)
+    assert capsys.readouterr().err.count("there is nothing else") == 2

@@ -566,7 +566,7 @@ def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tmp_path, name):
     c = dict(LLAMA)
     write_hf(tmp_path / "a", c, weights(c), kind="safetensors" if "safe" in name else "bin")
     (tmp_path / "a" / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with refused(f"{name}: a pointer of Git LFS"):
+    with refused(f"{name}: a pointer of Git LFS and not the file itself"):
         mil.load(tmp_path / "a")
 
 
@@ -601,9 +601,24 @@ def test_a_tied_hybrid_is_exported_with_the_head_that_the_authors_loader_wants(t
     assert "_name_or_path" in json.loads((tmp_path / "b" / "config.json").read_text())
 
 
-def test_the_name_of_a_model_that_was_not_downloaded_is_told_from_a_path(tmp_path):
+def test_the_name_of_a_model_that_was_not_downloaded_is_told_from_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with refused("hf download meta-llama/Llama-9 --local-dir"):
         mil.load("meta-llama/Llama-9")
+    (tmp_path / "a").mkdir()
+    for path in ("a/b", "out/student", "./x", str(tmp_path / "y")):
+        with pytest.raises(mil.MilError, match="no checkpoint here") as e:
+            mil.load(path)
+        assert "hf download" not in str(e.value)
+    (tmp_path / "a" / "m.gguf").write_text("")
+    with refused("found GGUF, expected a config.json"):
+        mil.load("a")
+
+
+def test_exported_files_can_be_read_by_others(tmp_path):
+    folder, _ = make(tmp_path / "a")
+    mil.export(tmp_path / "a", tmp_path / "b", "hf")
+    assert len({(tmp_path / "b" / name).stat().st_mode for name in ("config.json", "model.safetensors")}) == 1
 
 
 def test_shards_hold_at_most_what_is_asked_and_every_tensor_once(tmp_path):

@@ -467,6 +467,12 @@ def test_the_memory_said_beforehand_counts_weights_gradients_and_moments(tmp_pat
     assert "MORE THAN THERE IS" not in t.memory_line(s, config, 77, torch.device("cpu")) and "MORE THAN THERE IS" in t.memory_line(s, config, 2**60, torch.device("cpu"))
 
 
+def test_a_list_of_conversations_in_one_piece_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"messages": [{"role": "user", "content": "y"}]}]))
+    with pytest.raises(MilError, match="a.json: a list in one piece; expected one record a line"):
+        t.read_documents(tmp_path / "a.json", True)
+
+
 def test_a_role_nobody_knows_and_messages_beside_text(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x", "messages": [{"role": "user", "content": "y"}]}))
     assert t.read_documents(tmp_path / "a.jsonl", True) == [[{"role": "user", "content": "y"}]]
