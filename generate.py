@@ -85,7 +85,7 @@ def run_command(main):
     except MilError as e:
         sys.exit(f"error: {e}")
     except torch.OutOfMemoryError as e:
-        sys.exit(f"error: the GPU's memory is full: {str(e).splitlines()[0]}")
+        sys.exit(f"error: the GPU's memory is full (a smaller --batch or --context, or a smaller model, takes less): {str(e).splitlines()[0]}")
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
@@ -888,11 +888,12 @@ def chat(s, model, encoding, draft):
             continue
         if line == "/quit":
             return
+        command = re.fullmatch(r"/\w+", line)
         if line == "/reset":
             talk = Conversation(encoding, begin)
-        elif re.fullmatch(r"/\w+", line):
+        elif command:
             print("(/reset forgets, /quit ends; there is nothing else)", file=sys.stderr)
-        if not line or re.fullmatch(r"/\w+", line):
+        if command or not line:
             continue
         mark = len(talk.ids)
         talk.open("user")

@@ -787,9 +787,8 @@ def mil_config(about):
     return {"tokenizer": None, **about, "config": make_config(about.path, **about["config"]), "weights": [about["weights"]], "remarks": []}
 
 
-HARMLESS = """architectures transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id initializer_range
-    attention_dropout pretraining_tp _name_or_path name_or_path _attn_implementation_autoset is_llama_config transformers.js_config
-    rope_interleaved"""  # no matter for what is computed here
+HARMLESS = """transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id initializer_range
+    attention_dropout pretraining_tp _name_or_path name_or_path _attn_implementation_autoset is_llama_config transformers.js_config"""  # no matter for what is computed here
 IDS = "bos_token_id", "eos_token_id", "pad_token_id"  # passed on when a checkpoint is exported
 
 

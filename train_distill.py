@@ -209,12 +209,11 @@ def document_tokens(encoding, document):
     end = stop_tokens(encoding)[:1]
     if isinstance(document, str):
         return encode(encoding, document) + end
+    talk = Conversation(encoding, document if isinstance(document, list) else ())
     if isinstance(document, tuple):
-        talk = Conversation(encoding)
         talk.add(document[0])
         talk.add(document[1], own=True)
-        return [i if own else ~i for i, own in zip(talk.ids + end, talk.own + [True] * len(end))]
-    talk = Conversation(encoding, document)
+        talk.extend(end, own=True)
     return [i if own else ~i for i, own in zip(talk.ids, talk.own)]
 
 

@@ -616,7 +616,7 @@ def test_the_name_of_a_model_that_was_not_downloaded_is_told_from_a_path(tmp_pat
 
 
 def test_exported_files_can_be_read_by_others(tmp_path):
-    folder, _ = make(tmp_path / "a")
+    make(tmp_path / "a")
     mil.export(tmp_path / "a", tmp_path / "b", "hf")
     assert len({(tmp_path / "b" / name).stat().st_mode for name in ("config.json", "model.safetensors")}) == 1
 
