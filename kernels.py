@@ -25,6 +25,8 @@ In this file
     conv_reference        the short causal convolution + SiLU in front of the scan, and causal_conv, its fast form
     gated_norm_reference  Mamba-2's gate and norm behind it, and gated_norm
     linear, swiglu, rms_norm, attend, replay   a model's layers for a few tokens a row, in decoding
+    norm_linears, linear, mlp, rotate          the layers in training, which keep for the backward what they were given and little else
+    token_losses                               cross-entropy and KL to a teacher of every token, and their gradient
 
 How the scan is made fast. The recurrence is linear in h, so a sequence can be cut anywhere:
 
@@ -917,6 +919,127 @@ if triton is not None:
         if GRADIENT:
             tl.store(p_dw + i_bch * p + o_p, tl.sum(b_dw, axis=0, keep_dims=True), mask=o_p < p)
 
+    # Training
+
+    @triton.jit(do_not_specialize=["rows", "T"])
+    def rms_backward_kernel(p_x, p_w, p_dy, p_onto, p_dx, p_dw, rows, T, eps, d: tl.constexpr, ONTO: tl.constexpr, DX: tl.constexpr,
+                            DW: tl.constexpr, BD: tl.constexpr):
+        """rms_kernel's gradient, T rows to a program: with u = x / √(mean x² + eps) and e = dy ∘ weight, dx = (e - u mean(e ∘ u)) /
+        √(mean x² + eps), with ONTO plus `onto`; dweight = Σ dy ∘ u is left per T rows. dx may be written over dy."""
+        o, i_0 = tl.arange(0, BD), tl.program_id(0) * T
+        o_x, b_w, b_dw = i_0.to(tl.int64) * d + o, tl.load(p_w + o, mask=o < d, other=0.).to(tl.float32), tl.zeros((BD,), tl.float32)
+        for _ in range(tl.minimum(T, rows - i_0)):
+            b_x, b_dy = tl.load(p_x + o_x, mask=o < d, other=0.).to(tl.float32), tl.load(p_dy + o_x, mask=o < d, other=0.).to(tl.float32)
+            b_e, b_scale = b_dy * b_w, tl.rsqrt(tl.sum(b_x * b_x, axis=0) / d + eps)
+            b_u = b_x * b_scale
+            if DX:
+                b_dx = (b_e - b_u * (tl.sum(b_e * b_u, axis=0) / d)) * b_scale
+                if ONTO:
+                    b_dx += tl.load(p_onto + o_x, mask=o < d, other=0.).to(tl.float32)
+                tl.store(p_dx + o_x, b_dx, mask=o < d)
+            b_dw += b_dy * b_u
+            o_x += d
+        if DW:
+            tl.store(p_dw + tl.program_id(0).to(tl.int64) * d + o, b_dw, mask=o < d)
+
+    @triton.jit(do_not_specialize=["rows"])
+    def swiglu_kernel(p_g, p_u, p_y, rows, n: tl.constexpr, GRADIENT: tl.constexpr, PRODUCT: tl.constexpr, BLOCK: tl.constexpr):
+        """y = silu(g) ∘ u of rows of n, which lie one after the other. The GRADIENT reads y as dy, writes dg over g and du over u, and with
+        PRODUCT y over dy."""
+        o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        m = o < rows.to(tl.int64) * n  # n, a constant, lets the compiler see whole vectors in it
+        b_g, b_u = tl.load(p_g + o, mask=m, other=0.).to(tl.float32), tl.load(p_u + o, mask=m, other=0.).to(tl.float32)
+        if GRADIENT:
+            b_dy = tl.load(p_y + o, mask=m, other=0.).to(tl.float32)
+            tl.store(p_g + o, b_dy * b_u * silu_slope(b_g), mask=m)
+            tl.store(p_u + o, b_dy * silu(b_g), mask=m)
+        if PRODUCT:
+            tl.store(p_y + o, silu(b_g) * b_u, mask=m)
+
+    @triton.jit(do_not_specialize=["l"])
+    def rotate_kernel(p_q, p_cos, p_sin, p_y, l, s_qb, s_tb, s_ql: tl.constexpr, s_qh: tl.constexpr, h: tl.constexpr, half: tl.constexpr,
+                      BACK: tl.constexpr, BH: tl.constexpr, BP: tl.constexpr):
+        """BH heads of one token, turned by RoPE or turned BACK."""
+        blocks: tl.constexpr = (h + BH - 1) // BH
+        i, o_h, o_p = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BH + tl.arange(0, BH)[:, None], tl.arange(0, BP)[None, :]
+        i_b, i_t, m = (i // l).to(tl.int64), (i % l).to(tl.int64), (o_h < h) & (o_p < half)
+        o_turn = i_b * s_tb + i_t * half + o_p
+        b_cos, b_sin = tl.load(p_cos + o_turn, mask=o_p < half, other=0.), tl.load(p_sin + o_turn, mask=o_p < half, other=0.)
+        b_1, b_2 = turned(p_q, i_b * s_qb + i_t * s_ql + o_h * s_qh + o_p, m, b_cos, -b_sin if BACK else b_sin, half)
+        p_y += (i.to(tl.int64) * h + o_h) * (2 * half) + o_p
+        tl.store(p_y, b_1, mask=m)
+        tl.store(p_y + half, b_2, mask=m)
+
+    @triton.jit
+    def more(b_most, b_sum, b):
+        """Rows of `b` more for a running sum of 2^b: the largest b, the sum over 2^that, 2^b and what earlier sums were to be multiplied by."""
+        b_new = tl.maximum(b_most, tl.max(b, axis=1))
+        b_e, b_fade = tl.exp2(b - b_new[:, None]), tl.exp2(b_most - b_new)
+        return b_new, b_sum * b_fade + tl.sum(b_e, axis=1), b_e, b_fade
+
+    @triton.jit
+    def weighed(b_weight, b):
+        """weight ∘ b, where nothing weighs nothing, also of an infinity."""
+        return tl.where(b_weight > 0, b_weight * b, 0.)
+
+    @triton.jit
+    def log2_sum(b_most, b_sum):
+        most = tl.max(b_most, axis=0)
+        return most + tl.log2(tl.sum(b_sum * tl.exp2(b_most - most), axis=0))
+
+    @triton.jit
+    def losses_kernel(p_x, p_w, p_at, p_alpha, p_beta, p_ce, p_kl, tau, s_x: tl.constexpr, s_w: tl.constexpr, v: tl.constexpr, TEACHER: tl.constexpr,
+                      HOT: tl.constexpr, REVERSE: tl.constexpr, GRADIENT: tl.constexpr, PULL: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr):
+        """token_losses of one row of logits x, and of a TEACHER's w: LANES × K numbers at a time, K of them side by side in a thread, which has
+        its own running sums, so that threads meet only at the end. HOT: τ is not 1. PULL: the gradient is that of the KL as well. All in log2."""
+        i, o, scale = tl.program_id(0).to(tl.int64), tl.arange(0, LANES)[:, None] * K + tl.arange(0, K)[None, :], LOG2E / tau
+        at, p_x, p_w = tl.load(p_at + i).to(tl.int32), p_x + i * s_x, p_w + i * s_w
+        ce, kl = 0., 0.
+        if at < 0:
+            if GRADIENT:
+                for i_v in range(0, v, LANES * K):
+                    tl.store(p_x + i_v + o, tl.zeros((LANES, K), tl.float32), mask=i_v + o < v)
+        else:
+            none, x_at = tl.full((LANES,), -1e30, tl.float32), tl.load(p_x + at).to(tl.float32)
+            b_mx, b_mh, b_mw = none, none, none
+            b_sx, b_sh, b_sw, b_kl = tl.zeros_like(none), tl.zeros_like(none), tl.zeros_like(none), tl.zeros_like(none)
+            for i_v in range(0, v, LANES * K):
+                b_x = tl.load(p_x + i_v + o, mask=i_v + o < v, other=-float("inf")).to(tl.float32)
+                b_mx, b_sx, b_e, b_fade = more(b_mx, b_sx, b_x * scale)
+                if HOT:
+                    b_mh, b_sh, _, _ = more(b_mh, b_sh, b_x * LOG2E)
+                if TEACHER:
+                    b_w = tl.load(p_w + i_v + o, mask=i_v + o < v, other=-float("inf")).to(tl.float32)
+                    b_mw, b_sw, b_ew, b_fade_w = more(b_mw, b_sw, b_w * scale)
+                    if REVERSE:
+                        b_kl = weighed(b_fade, b_kl) + tl.sum(weighed(b_e, (b_x - b_w) * scale), axis=1)
+                    else:
+                        b_kl = weighed(b_fade_w, b_kl) + tl.sum(weighed(b_ew, (b_w - b_x) * scale), axis=1)
+            lse = log2_sum(b_mx, b_sx)
+            lse_1, lse_w = log2_sum(b_mh, b_sh) if HOT else lse, log2_sum(b_mw, b_sw) if TEACHER else lse
+            ce = lse_1 / LOG2E - x_at
+            if TEACHER:
+                if REVERSE:
+                    kl = tl.sum(weighed(tl.exp2(b_mx - lse), b_kl), axis=0) + lse_w - lse
+                else:
+                    kl = tl.sum(weighed(tl.exp2(b_mw - lse_w), b_kl), axis=0) + lse - lse_w
+            if GRADIENT:
+                alpha = tl.load(p_alpha + i).to(tl.float32)
+                beta = tl.load(p_beta + i).to(tl.float32) * tau if PULL else 0.
+                for i_v in range((v - 1) // (LANES * K) * (LANES * K), -1, -LANES * K):  # from the end, which a cache may hold still
+                    b_x = tl.load(p_x + i_v + o, mask=i_v + o < v, other=0.).to(tl.float32)
+                    b_q = tl.exp2(b_x * scale - lse)
+                    b_dx = alpha * ((tl.exp2(b_x * LOG2E - lse_1) if HOT else b_q) - tl.where(i_v + o == at, 1., 0.))
+                    if PULL:
+                        b_w = tl.load(p_w + i_v + o, mask=i_v + o < v, other=0.).to(tl.float32)
+                        if REVERSE:
+                            b_dx += beta * weighed(b_q, ((b_x - b_w) * scale + lse_w - lse - kl) / LOG2E)
+                        else:
+                            b_dx += beta * (b_q - tl.exp2(b_w * scale - lse_w))
+                    tl.store(p_x + i_v + o, b_dx, mask=i_v + o < v)
+        tl.store(p_ce + i, ce)
+        tl.store(p_kl + i, kl / LOG2E * tau * tau)
+
     # Decoding: l ≤ FEW tokens a row, which follow what a cache holds. What a row computes does not depend on what the other rows hold, nor
     # on how many tokens come at once: the same products in the same order, so that reading five tokens gives the bits of reading them one by
     # one. (A batch of another size may cut attention's keys in other pieces.)
@@ -951,7 +1074,7 @@ if triton is not None:
         tl.store(p_y + o_m * n + o_n, b_y, mask=m_y)
 
     @triton.jit
-    def rotate(ptr, o, m, b_cos, b_sin, half: tl.constexpr):
+    def turned(ptr, o, m, b_cos, b_sin, half: tl.constexpr):
         """The halves of a key or query at ptr + o, turned by RoPE, in their own type."""
         b_1, b_2 = tl.load(ptr + o, mask=m, other=0.).to(tl.float32), tl.load(ptr + o + half, mask=m, other=0.).to(tl.float32)
         kind = ptr.dtype.element_ty
@@ -974,7 +1097,7 @@ if triton is not None:
                 m_i = (o_i < l) & (at + o_i >= first) & (at + o_i < first + SPLIT)
                 m, o_turn = m_i[:, None] & (o_h < half)[None, :], (i_b * l + o_i[:, None]) * half + o_h[None, :]
                 b_cos, b_sin = tl.load(p_cos + o_turn, mask=m, other=0.), tl.load(p_sin + o_turn, mask=m, other=0.)
-                b_1, b_2 = rotate(p_k, (i_b * l + o_i[:, None]) * s_k + i_g * p + o_h[None, :], m, b_cos, b_sin, half)
+                b_1, b_2 = turned(p_k, (i_b * l + o_i[:, None]) * s_k + i_g * p + o_h[None, :], m, b_cos, b_sin, half)
                 p_new = p_keys + (at + o_i)[:, None] * p
                 tl.store(p_new + o_h[None, :], b_1, mask=m)
                 tl.store(p_new + half + o_h[None, :], b_2, mask=m)
@@ -986,7 +1109,7 @@ if triton is not None:
             m_q = (o_t < l) & (o_r < r)
             m, o_turn = m_q[:, None] & (o_h < half)[None, :], (i_b * l + o_t[:, None]) * half + o_h[None, :]
             b_cos, b_sin = tl.load(p_cos + o_turn, mask=m, other=0.), tl.load(p_sin + o_turn, mask=m, other=0.)
-            b_q1, b_q2 = rotate(p_q, (i_b * l + o_t[:, None]) * s_q + (i_g * r + o_r)[:, None] * p + o_h[None, :], m, b_cos, b_sin, half)
+            b_q1, b_q2 = turned(p_q, (i_b * l + o_t[:, None]) * s_q + (i_g * r + o_r)[:, None] * p + o_h[None, :], m, b_cos, b_sin, half)
             b_most, b_sum, b_y = tl.full((16,), -1e30, tl.float32), tl.zeros((16,), tl.float32), tl.zeros((16, 2 * BH), tl.float32)
             for i_k in range(first, tl.minimum(first + SPLIT, at + l), BK):
                 o_k = i_k + tl.arange(0, BK)
@@ -1439,17 +1562,20 @@ for f, schema in ((scan_forward, f"({SCAN}, bool keep) -> (Tensor, Tensor, Tenso
 # Decoding
 
 
-def few(x, l):
+def few(x, l, *weights):
     """Whether l tokens a row of a model with weights like `x` go to decoding's kernels: no more than FEW, nothing to differentiate, no
-    autocast (a kernel takes one type). Never by the number of rows: decoding and verification must take the same."""
+    autocast, `weights` of x's type (a kernel takes one). Never by the number of rows: decoding and verification must take the same."""
     return (l <= FEW and use_triton(x) and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
-            and not torch.compiler.is_compiling())
+            and not torch.compiler.is_compiling() and all(w.dtype == x.dtype for w in weights))
 
 
 def rms_norm(x, weight, eps):
     """x / √(mean of x² over the last axis + eps) ∘ weight, in x's type."""
-    if not few(x, x.shape[1]):
-        return F.rms_norm(x, weight.shape, weight, eps)
+    return rms_rows(x, weight, eps) if few(x, x.shape[1]) else F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+
+
+def rms_rows(x, weight, eps):
+    """The kernel on x (…, d)."""
     x, y = x.contiguous(), x.new_empty(x.shape)
     with torch.cuda.device_of(x):
         planned(rms_plan, x, weight, eps)(x, weight, y)
@@ -1457,7 +1583,8 @@ def rms_norm(x, weight, eps):
 
 
 def rms_plan(x, weight, eps):
-    return Launch(rms_kernel, (x.shape[0] * x.shape[1],), (eps,), d=x.shape[2], BD=triton.next_power_of_2(x.shape[2]), num_warps=8)
+    d = x.shape[-1]
+    return Launch(rms_kernel, (x.numel() // d,), (eps,), d=d, BD=triton.next_power_of_2(d), num_warps=8)
 
 
 def stages(x, most, size):
@@ -1485,16 +1612,19 @@ def linear_rows(x, w, v=None, u=None):
 
 
 def linear(x, weight, onto=None):
-    """x (b, l, k) times the transpose of weight (n, k), plus `onto` (b, l, n)."""
-    if few(x, x.shape[1]):
+    """x (b, l, k) times the transpose of weight (n, k) of any type, plus `onto` (b, l, n), in x's type."""
+    if few(x, x.shape[1], weight):
         return linear_rows(x, weight, u=onto)
-    return F.linear(x, weight) if onto is None else onto + F.linear(x, weight)
+    if plain(x):
+        y = F.linear(x, weight.to(x.dtype))
+        return y if onto is None else onto + y
+    return Linear.apply(x, weight, onto)
 
 
 def linears(x, *weights):
     """x (b, l, k) times the transpose of each weight (n, k): a list. Weights that lie one after the other in memory are read as one."""
     together = lambda a, b: a.data_ptr() + a.nbytes == b.data_ptr() and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()  # noqa: E731
-    if few(x, x.shape[1]) and all(w.is_contiguous() for w in weights) and all(map(together, weights, weights[1:])):
+    if few(x, x.shape[1], *weights) and all(w.is_contiguous() for w in weights) and all(map(together, weights, weights[1:])):
         sizes = [len(w) for w in weights]
         return linear_rows(x, weights[0].as_strided((sum(sizes), x.shape[2]), (x.shape[2], 1))).split(sizes, dim=2)
     return [linear(x, w) for w in weights]
@@ -1502,7 +1632,7 @@ def linears(x, *weights):
 
 def swiglu(x, gate, up):
     """silu(x gateᵀ) ∘ x upᵀ of x (b, l, k), weights (n, k)."""
-    return linear_rows(x, gate, v=up) if few(x, x.shape[1]) else F.silu(F.linear(x, gate)) * F.linear(x, up)
+    return linear_rows(x, gate, v=up) if few(x, x.shape[1], gate, up) else F.silu(linear(x, gate)) * linear(x, up)
 
 
 def attend_plan(q, k, v, keys, *others):
@@ -1566,3 +1696,285 @@ def replay(x, dt, B, C, z, log, weight, bias, A_log, dt_bias, D, h, at, base, to
         plan.prepare(x, dt, B, lx, ldt, *(lB or [lx]), at, base, weight, bias, dt_bias, s)
         plan.run(s, C, z, h, at, base, to, A_log, D, y)
     return y
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training. What a layer keeps for its backward is what the batch's size is bound by, so each of these keeps what it was given, and computes
+# again what is cheap. Weights may be of any type, as float32 ones that an optimiser updates: the copy of one in the type of the activations
+# lives for one product. What is frozen costs nothing. On CUDA what is not a product of matrices is a Triton kernel, elsewhere a formula.
+
+WIDE = hasattr(torch.ops.aten.mm, "dtype")  # since torch 2.8 bf16 matrices have a float32 product, on CUDA
+RMS_BLOCKS, SWIGLU, LOSSES = 512, dict(BLOCK=1024, num_warps=4), dict(LANES=1024, num_warps=16)  # RMS_BLOCKS: parts of the weight's gradient
+
+
+def plain(x):
+    """Whether training's layers are written out for autograd: for torch.compile, which fuses them itself, and autocast, which picks types."""
+    return torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+
+
+def wider(t):
+    """`t` in the type that is computed in: float32, or float64 if it is."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def flatten(t):
+    """(…, k) -> (rows, k)."""
+    return t.reshape(-1, t.shape[-1])
+
+
+def times(x, w, onto=None):
+    """x (…, k) times the transpose of w (n, k), plus `onto`: (…, n), in x's type."""
+    w = w.to(x.dtype)
+    return F.linear(x, w) if onto is None else torch.addmm(flatten(onto), flatten(x), w.T).view(onto.shape)
+
+
+def weight_gradient(dy, x, kind):
+    """dyᵀ x of dy (rows, n) and x (rows, k), in the type `kind`: float32 without a rounding to less on the way, where PyTorch can."""
+    if WIDE and x.is_cuda and x.element_size() == 2 and kind == torch.float32:
+        return torch.mm(dy.T, x, out_dtype=kind)
+    return torch.mm(dy.T, x).to(kind)
+
+
+def input_gradient(dys, weights):
+    """Σ dy W over dys (rows, n) and weights (n, k): (rows, k), the sum in one buffer."""
+    (dy, w), *others = zip(dys, weights)
+    dx = torch.mm(dy, w.to(dy.dtype))
+    for dy, w in others:
+        dx.addmm_(dy, w.to(dy.dtype))
+    return dx
+
+
+def normed(x, weight, eps):
+    """rms_norm of x (…, d), with a weight of any type."""
+    return rms_rows(x, weight, eps) if use_triton(x) else F.rms_norm(wider(x), weight.shape, weight.to(wider(x).dtype), eps).to(x.dtype)
+
+
+def rms_gradient_plan(x, weight, dy, onto, eps, dx, dw):
+    """Its launch and the number of programs, as few as fill a large GPU where each leaves a sum for the weight."""
+    (rows, d), BD = x.shape, triton.next_power_of_2(x.shape[1])
+    T = cdiv(rows, RMS_BLOCKS) if dw else 1
+    return cdiv(rows, T), Launch(rms_backward_kernel, (cdiv(rows, T),), (rows, T, eps), d=d, ONTO=onto is not None, DX=dx, DW=dw, BD=BD,
+                                 num_warps=min(32, max(1, BD // 512)))
+
+
+def rms_gradient(dy, x, weight, eps, wanted, onto=None):
+    """The gradients of x (rows, d), plus `onto`, and of the weight, of which `wanted` says which; dy may be overwritten."""
+    if not any(wanted):
+        return None, None
+    if use_triton(x):
+        x, dy, onto = x.contiguous(), dy.contiguous(), onto if onto is None else onto.contiguous()
+        with torch.cuda.device_of(x):
+            parts, gradient = planned(rms_gradient_plan, x, weight, dy, onto, eps, *wanted)
+            dw = x.new_empty(parts if wanted[1] else 0, x.shape[1], dtype=torch.float32)
+            gradient(x, weight, dy, x if onto is None else onto, dy, dw)
+        return dy if wanted[0] else None, dw.sum(0).to(weight.dtype) if wanted[1] else None
+    x, dy, kind = wider(x), wider(dy), x.dtype
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    u, e = x * scale, dy * weight.to(x.dtype)
+    dx = (e - u * (e * u).mean(-1, keepdim=True)) * scale
+    return (dx if onto is None else dx + onto).to(kind) if wanted[0] else None, (dy * u).sum(0).to(weight.dtype) if wanted[1] else None
+
+
+def swiglu_plan(g, u, y, gradient, product):
+    return Launch(swiglu_kernel, (cdiv(g.numel(), SWIGLU["BLOCK"]),), (g.numel() // g.shape[-1],), n=g.shape[-1], GRADIENT=gradient, PRODUCT=product, **SWIGLU)
+
+
+def gated(g, u, y):
+    """silu(g) ∘ u into y, which may be g; all contiguous."""
+    if not use_triton(g):
+        return y.copy_(F.silu(wider(g)) * wider(u))
+    with torch.cuda.device_of(g):
+        planned(swiglu_plan, g, u, y, False, True)(g, u, y)
+    return y
+
+
+def gated_gradient(g, u, dy, product):
+    """Overwrites g and u with their gradients, and dy, that of y = silu(g) ∘ u, with y if the `product` is wanted."""
+    if use_triton(g):
+        with torch.cuda.device_of(g):
+            planned(swiglu_plan, g, u, dy, True, product)(g, u, dy)
+        return
+    b_g, b_u, b_dy, sig = wider(g).clone(), wider(u).clone(), wider(dy).clone(), torch.sigmoid(wider(g))
+    g.copy_(b_dy * b_u * sig * (1 + b_g * (1 - sig)))
+    u.copy_(b_dy * b_g * sig)
+    if product:
+        dy.copy_(b_g * sig * b_u)
+
+
+class Linear(torch.autograd.Function):
+    """x Wᵀ + onto. Keeps x if the weight's gradient is wanted, and the weight if that of x is."""
+
+    @staticmethod
+    def forward(ctx, x, weight, onto):
+        ctx.kind = weight.dtype
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+        return times(x, weight, onto)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dx = None if weight is None else input_gradient([flatten(dy)], [weight]).view(*dy.shape[:-1], -1)
+        return dx, None if x is None else weight_gradient(flatten(dy), flatten(x), ctx.kind), dy if ctx.needs_input_grad[2] else None
+
+
+class NormLinears(torch.autograd.Function):
+    """v Wᵀ for each of the weights, v = rms_norm(u). Keeps u, and computes v again."""
+
+    @staticmethod
+    def forward(ctx, u, weight, eps, *weights):
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)  # of a product that nothing was made of
+        ctx.save_for_backward(u, weight, *weights)
+        v = normed(u, weight, eps)
+        return tuple(times(v, w) for w in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        u, weight, *weights = ctx.saved_tensors
+        wanted, wants, dws = ctx.needs_input_grad[:2], ctx.needs_input_grad[3:], [None] * len(weights)
+        there = [i for i, dy in enumerate(dys) if dy is not None]
+        dys, x = [dy if dy is None else flatten(dy) for dy in dys], flatten(u)
+        if any(wants[i] for i in there):
+            v = normed(x, weight, ctx.eps)
+            for i in there:
+                dws[i] = weight_gradient(dys[i], v, weights[i].dtype) if wants[i] else None
+            del v  # before there is room for its gradient
+        if not there or not any(wanted):
+            return None, None, None, *dws
+        du, dweight = rms_gradient(input_gradient([dys[i] for i in there], [weights[i] for i in there]), x, weight, ctx.eps, wanted)
+        return du if du is None else du.view(u.shape), dweight, None, *dws
+
+
+class MLP(torch.autograd.Function):
+    """u + (silu(v gateᵀ) ∘ v upᵀ) downᵀ, v = rms_norm(u). Keeps u, and with `keep` the products with gate and up; computes the rest again."""
+
+    @staticmethod
+    def forward(ctx, u, weight, eps, gate, up, down, keep):
+        v = normed(u, weight, eps)
+        g, h = times(v, gate), times(v, up)
+        del v
+        ctx.eps = eps
+        ctx.save_for_backward(u, weight, gate, up, down, *((g, h) if keep else ()))
+        y = gated(g, h, torch.empty_like(g) if keep else g)
+        del g, h
+        return times(y, down, u)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        u, weight, gate, up, down, *kept = ctx.saved_tensors
+        *wanted, _, wants_gate, wants_up, wants_down, _ = ctx.needs_input_grad
+        x, shape, dy = flatten(u), u.shape, flatten(dy)
+        v = normed(x, weight, ctx.eps) if not kept or wants_gate or wants_up else None
+        if not kept:
+            g, h = times(v, gate), times(v, up)
+        elif torch._C._autograd._get_current_graph_task_keep_graph():  # a second backward will ask for them
+            g, h = (t.flatten(0, -2).clone() for t in kept)
+        else:
+            g, h = (t.flatten(0, -2) for t in kept)
+        y = input_gradient([dy], [down])
+        gated_gradient(g, h, y, wants_down)  # g, h and y are now dg, dh and silu(g) ∘ h
+        ddown = weight_gradient(dy, y, down.dtype) if wants_down else None
+        del y
+        dgate = weight_gradient(g, v, gate.dtype) if wants_gate else None
+        dup = weight_gradient(h, v, up.dtype) if wants_up else None
+        del v
+        du, dweight = rms_gradient(input_gradient([g, h], [gate, up]), x, weight, ctx.eps, wanted, dy) if any(wanted) else (None, None)
+        return du if du is None else du.view(shape), dweight, None, dgate, dup, ddown, None
+
+
+def norm_linears(u, weight, eps, *weights):
+    """rms_norm(u, weight, eps) of u (b, l, d) times the transpose of each of the weights (n, d) of any type: a list, in u's type."""
+    if few(u, u.shape[1], *weights) or plain(u):
+        return linears(rms_norm(u, weight, eps), *weights)
+    return list(NormLinears.apply(u, weight, eps, *weights))
+
+
+def mlp(u, weight, eps, gate, up, down, recompute=False):
+    """u + (silu(v gateᵀ) ∘ v upᵀ) downᵀ with v = rms_norm(u, weight, eps): u (b, l, d), gate and up (n, d), down (d, n). With `recompute` the
+    products with gate and up are not kept for the backward, which then multiplies by them once more."""
+    if few(u, u.shape[1], gate, up, down) or plain(u):
+        return linear(swiglu(rms_norm(u, weight, eps), gate, up), down, u)
+    keep = not recompute and torch.is_grad_enabled() and any(t.requires_grad for t in (u, weight, gate, up, down))
+    return MLP.apply(u, weight, eps, gate, up, down, keep)
+
+
+def rotate(q, cos, sin):
+    """RoPE: the channel pairs (i, i + p/2) of q (b, l, h, p) turned by the angles of cos and sin (b or 1, l, p/2). Contiguous, in q's type."""
+    return turn(q, cos, sin, False) if plain(q) else Rotation.apply(q, cos, sin)
+
+
+def rotate_plan(q, cos, sin, back):
+    (b, l, h, p), ((s_qb,), within), BP = q.shape, strides(q=q), triton.next_power_of_2(q.shape[3] // 2)
+    BH = min(triton.next_power_of_2(h), max(1, 2048 // BP))
+    return Launch(rotate_kernel, (b * l * cdiv(h, BH),), (l, s_qb, cos.stride(0) if len(cos) > 1 else 0), h=h, half=p // 2, BACK=back, BH=BH, BP=BP,
+                  num_warps=max(1, BH * BP // 512), **within)
+
+
+def turn(q, cos, sin, back):
+    """`rotate`, or with `back` its inverse, which is its gradient."""
+    if use_triton(q) and not torch.compiler.is_compiling():
+        q, cos, sin, y = row(q), flat(cos), flat(sin), q.new_empty(q.shape)
+        with torch.cuda.device_of(q):
+            planned(rotate_plan, q, cos, sin, back)(q, cos, sin, y)
+        return y
+    (x_1, x_2), cos, sin = wider(q).chunk(2, dim=-1), cos.unsqueeze(2), (-sin if back else sin).unsqueeze(2)
+    return torch.cat([x_1 * cos - x_2 * sin, x_2 * cos + x_1 * sin], dim=-1).to(q.dtype)
+
+
+class Rotation(torch.autograd.Function):
+    """`rotate`. Keeps the angles."""
+
+    @staticmethod
+    def forward(ctx, q, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return turn(q, cos, sin, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return turn(dy, *ctx.saved_tensors, True), None, None
+
+
+def losses_plan(logits, wanted, targets, alpha, beta, tau, reverse, gradient):
+    K = 16 // logits.element_size()  # a load's
+    return Launch(losses_kernel, (len(logits),), (tau,), s_x=logits.stride(0), s_w=0 if wanted is None else wanted.stride(0), v=logits.shape[1],
+                  TEACHER=wanted is not None, HOT=wanted is not None and tau != 1, REVERSE=reverse, GRADIENT=gradient, PULL=beta is not None, K=K,
+                  **{**LOSSES, "LANES": min(LOSSES["LANES"], triton.next_power_of_2(cdiv(logits.shape[1], K)))})
+
+
+@torch.no_grad()
+def token_losses(logits, wanted, targets, alpha, beta, temperature=1.0, reverse=False, gradient=False):
+    """Cross-entropy with the target and KL divergence from the teacher, in nats, of each token: ce = -log softmax(logits)[target] and kl =
+    τ² KL(softmax(wanted/τ) ‖ softmax(logits/τ)), or with `reverse` of the student from the teacher, τ² KL(student ‖ teacher).
+
+    logits (n, v), wanted (n, v) or None (then kl is 0); targets (n,), negative where nothing is to be learned: there both are 0. Returns ce and
+    kl (n,) in float32, or float64 if the logits are. With `gradient` the logits are overwritten with the gradient of Σ alpha ce + beta kl,
+    alpha and beta (n,); without beta, of Σ alpha ce. What has probability 0 on the left of the ‖ adds nothing, whatever it has on the right."""
+    if max(logits.stride(1), 1 if wanted is None else wanted.stride(1)) > 1:
+        raise ValueError("token_losses: the logits of a token must lie side by side in memory")
+    tau, beta = float(temperature), None if wanted is None else beta
+    if use_triton(logits):
+        ce, kl = torch.empty_like(targets, dtype=torch.float32), torch.empty_like(targets, dtype=torch.float32)
+        with torch.cuda.device_of(logits):
+            run = planned(losses_plan, logits, wanted, targets, alpha, beta, tau, reverse, gradient)
+            run(logits, logits if wanted is None else wanted, targets, ce if alpha is None else alpha, ce if beta is None else beta, ce, kl)
+        return ce, kl
+    x, learned, at = wider(logits), targets >= 0, targets.clamp(min=0)[:, None]
+    log_1 = x.log_softmax(-1)
+    ce = -log_1.gather(1, at)[:, 0]
+    kl, dx = torch.zeros_like(ce), None
+    if gradient:
+        dx = log_1.exp().scatter_add_(1, at, -torch.ones_like(ce)[:, None]) * alpha[:, None]
+    if wanted is not None:
+        log_q, log_p = (x / tau).log_softmax(-1), (wanted.to(x.dtype) / tau).log_softmax(-1)
+        left, right = (log_q, log_p) if reverse else (log_p, log_q)
+        weighed = lambda t: torch.where(left.exp() > 0, left.exp() * t, 0)  # noqa: E731
+        kl = weighed(left - right).sum(-1)
+        if gradient and beta is not None:
+            dx += (beta * tau)[:, None] * (weighed(log_q - log_p - kl[:, None]) if reverse else log_q.exp() - log_p.exp())
+    if gradient:
+        logits.copy_(torch.where(learned[:, None], dx, 0))
+    return torch.where(learned, ce, 0), torch.where(learned, kl * tau**2, 0)
