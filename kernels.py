@@ -1735,6 +1735,14 @@ def weight_gradient(dy, x, kind):
     return torch.mm(dy.T, x).to(kind)
 
 
+def add_product(t, a, b):
+    """t += a b, in t's type."""
+    if WIDE and a.is_cuda and a.element_size() == 2 and t.dtype == torch.float32:
+        torch.addmm(t, a, b, out_dtype=t.dtype, out=t)
+    else:
+        t += torch.mm(a, b)
+
+
 def input_gradient(dys, weights):
     """Σ dy W over dys (rows, n) and weights (n, k): (rows, k), the sum in one buffer."""
     (dy, w), *others = zip(dys, weights)

@@ -37,7 +37,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from kernels import causal_conv, gated_norm, linear, linears, ssm_scan, swiglu
+from kernels import causal_conv, gated_norm, linear, linears, ssm_scan
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.11
+    varlen_attn = None
 
 
 class MilError(ValueError):
@@ -103,9 +108,9 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Mixers: what moves information between tokens. forward(v, angles, log, u): v (b, l, d) what it reads, angles the RoPE of the
-# tokens' positions, log this layer's part of the Cache or None in training. Each returns its output plus u (b, l, d). READS
-# names the projections of v.
+# Mixers: what moves information between tokens. forward(u, angles, log, norm, docs): u (b, l, d), angles the RoPE of the tokens' positions,
+# log this layer's part of the Cache or None in training, docs the Documents that a row holds or None for one. Each returns u + mixer(norm u),
+# or, without a norm, mixer(u). READS names the projections of its input. A weight may be of another type than u: it is used in u's.
 
 
 def rope_angles(config, pos):
@@ -122,20 +127,49 @@ def rope_angles(config, pos):
     return angle.cos(), angle.sin()
 
 
-def rope(t, cos, sin):
-    """Rotate the channel pairs (i, i + head_dim/2), Hugging Face's pairing. t (b, h, l, head_dim)."""
-    a, b = t.to(torch.promote_types(t.dtype, torch.float32)).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(t.dtype)
-
-
-def read(mixer, v):
-    """The mixer's projections of v (b, l, d): a list of (b, l, width)."""
+def read(mixer, u, norm):
+    """The mixer's projections of norm u (b, l, d): a list of (b, l, width)."""
     parts = [getattr(mixer, name) for name in mixer.READS]
-    return [biased(t, part) for t, part in zip(linears(v, *[part.weight for part in parts]), parts)]
+    weights = [part.weight for part in parts]
+    read = linears(u, *weights) if norm is None else kernels.norm_linears(u, norm.weight, norm.eps, *weights)
+    return [biased(t, part) for t, part in zip(read, parts)]
+
+
+def write(y, part, u, norm):
+    """What a mixer returns: y (b, l, heads, p) through its last projection, onto u."""
+    return biased(linear(y.flatten(2), part.weight, None if norm is None else u), part)
 
 
 def biased(t, part):
     return t if part.bias is None else t + part.bias.to(t.dtype)
+
+
+class Documents:
+    """Several documents in a row, one after the other: nothing passes from one to the next. pos (b, l), whole numbers on the CPU, is the place of
+    each token in its document, 0 where a row begins."""
+
+    def __init__(self, pos, device):
+        bounds = F.pad((pos.flatten() == 0).nonzero()[:, 0], (0, 1), value=pos.numel()).int()
+        self.longest, send = int(bounds.diff().max()), lambda t: t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
+        self.pos, self.bounds = send(pos.int()), send(bounds)  # bounds: where in the flattened batch a document begins, and the end
+
+    @functools.cached_property
+    def mask(self):
+        """Who sees whom (b, 1, l, l)."""
+        number, i = (self.pos == 0).cumsum(1), torch.arange(self.pos.shape[1], device=self.pos.device)
+        return ((number[:, :, None] == number[:, None]) & (i[:, None] >= i))[:, None]
+
+    def attend(self, q, k, v):
+        """Attention within documents: q (b, l, h, p), k and v (b, l, g, p) -> (b, l, h, p)."""
+        if varlen_attn is None or not q.is_cuda or q.dtype.itemsize > 2:
+            return sdpa(q, k, v, self.mask)
+        return varlen_attn(*[t.flatten(0, 1) for t in (q, k, v)], self.bounds, self.bounds, self.longest, self.longest, window_size=(-1, 0)).view(q.shape)
+
+
+def sdpa(q, k, v, mask=None):
+    """PyTorch's attention of q (b, l, h, p) over k and v (b, ·, g, p), causal without a mask."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -150,16 +184,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.d, narrow, bias=config.attention_bias)
         self.o_proj = nn.Linear(wide, config.d, bias=config.attention_bias)
 
-    def forward(self, v, angles, log=None, u=None):
-        q, k, v = (t.unflatten(2, (-1, self.config.head_dim)) for t in read(self, v))             # (b, l, heads, p)
+    def forward(self, u, angles, log=None, norm=None, docs=None):
+        q, k, v = (t.unflatten(2, (-1, self.config.head_dim)) for t in read(self, u, norm))       # (b, l, heads, p)
         if log is not None and log.cache.fused:
             y = kernels.attend(q, k, v, *angles, log.k, log.v, log.cache.at)
         else:
-            q, k, v, mask = rope(q.transpose(1, 2), *angles), rope(k.transpose(1, 2), *angles), v.transpose(1, 2), None
+            q, k = (kernels.rotate(t, *[turn[:, 0] for turn in angles]) for t in (q, k))
             if log is not None:
-                k, v, mask = log.extend(k, v)                     # (b, g, all so far, p), mask (b, 1, l, all so far) or None
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
-        return biased(linear(y.flatten(2), self.o_proj.weight, u), self.o_proj)
+                y = sdpa(q, *log.extend(k, v))                    # over all so far
+            else:
+                y = sdpa(q, k, v) if docs is None else docs.attend(q, k, v)
+        return write(y, self.o_proj, u, norm)
 
     def new_log(self, cache):
         return AttentionLog(cache, self.config, self.q_proj.weight.dtype)
@@ -216,21 +251,22 @@ class Mamba(nn.Module):
         return [(self.C_proj.weight, attention.q_proj), (self.B_proj.weight, attention.k_proj),
                 (self.in_proj_x.weight, attention.v_proj), (self.out_proj.weight, attention.o_proj)]
 
-    def forward(self, v, angles, log=None, u=None):
-        *mixed, dt = read(self, v)
+    def forward(self, u, angles, log=None, norm=None, docs=None):
+        *mixed, dt = read(self, u, norm)
         heads = lambda t: t.unflatten(-1, (-1, self.config.d_state))  # noqa: E731    (..., h·p) -> (..., h, p), p = n
         x, z, B, C, dt = map(heads, (*mixed, linear(dt, self.dt_proj.weight)))  # (b, l, g, p) and (b, l, h, p); dt's bias is added in the scan
-        y = self.scan(x, dt, B, C, z)[0] if log is None else log.extend(self, (x, dt, B), (C, z))
-        return linear(y.flatten(2), self.out_proj.weight, u)
+        y = self.scan(x, dt, B, C, z, docs=docs)[0] if log is None else log.extend(self, (x, dt, B), (C, z))
+        return write(y, self.out_proj, u, norm)
 
-    def scan(self, x, dt, B, C, z, window=None, h0=None, lengths=None):
+    def scan(self, x, dt, B, C, z, window=None, h0=None, lengths=None, docs=None):
         """What the projections give, through convolution and scan: y (b, l, h, p), and what a later call goes on from,
         the convolution's last inputs and the state. lengths (b,): how many of each row's tokens are real."""
         n = self.config.d_state
         dt = dt if lengths is None else hide_padding(dt, lengths)
-        x, window = causal_conv(x, self.conv1d.weight.view(-1, n, self.config.d_conv), self.conv1d.bias.view(-1, n), window, lengths)
+        x, window = causal_conv(x, self.conv1d.weight.view(-1, n, self.config.d_conv), self.conv1d.bias.view(-1, n), window, lengths,
+                                docs and docs.pos)
         A, D, dt_bias = decay_rates(self.A_log).view(-1, n, n), self.D.view(-1, n), self.dt_proj.bias.view(-1, n)  # (h, p, n) (h, p)
-        y, h = ssm_scan(x, dt, A, B, C, D, z, dt_bias, h0)
+        y, h = ssm_scan(x, dt, A, B, C, D, z, dt_bias, h0, docs and docs.pos)
         return y, window, h
 
     def replay(self, x, dt, B, C, z, log):
@@ -277,23 +313,24 @@ class Mamba2(nn.Module):
         _, x, B, C, _ = self.in_proj.weight.split([wide, narrow, narrow, wide, self.sizes[2]])
         return [(C, attention.q_proj), (B, attention.k_proj), (x, attention.v_proj), (self.out_proj.weight, attention.o_proj)]
 
-    def forward(self, v, angles, log=None, u=None):
-        z, xBC, dt = read(self, v)[0].split(self.sizes, dim=-1)
-        y = self.scan(xBC, dt, z)[0] if log is None else log.extend(self, (xBC, dt), (z,))
-        return linear(y.flatten(2), self.out_proj.weight, u)
+    def forward(self, u, angles, log=None, norm=None, docs=None):
+        z, xBC, dt = read(self, u, norm)[0].split(self.sizes, dim=-1)
+        y = self.scan(xBC, dt, z, docs=docs)[0] if log is None else log.extend(self, (xBC, dt), (z,))
+        return write(y, self.out_proj, u, norm)
 
     def heads(self, xBC):
         """x, B and C (…, heads, p) of (…, channels)."""
         g = self.config.n_kv_heads
         return xBC.unflatten(-1, (-1, self.config.head_dim)).split([g, g, self.config.n_heads], dim=-2)
 
-    def scan(self, xBC, dt, z, window=None, h0=None, lengths=None):
+    def scan(self, xBC, dt, z, window=None, h0=None, lengths=None, docs=None):
         """As Mamba's; gate and norm included."""
         dt = dt if lengths is None else hide_padding(dt, lengths)
         window = window if window is None else window.unsqueeze(2)                                # (b, w - 1, 1, channels)
-        xBC, window = causal_conv(xBC.unsqueeze(2), self.conv1d.weight.transpose(0, 1), self.conv1d.bias[None], window, lengths)
+        xBC, window = causal_conv(xBC.unsqueeze(2), self.conv1d.weight.transpose(0, 1), self.conv1d.bias[None], window, lengths,
+                                  docs and docs.pos)
         x, B, C = self.heads(xBC.squeeze(2))                                                      # (b, l, heads, p)
-        y, h = ssm_scan(x, dt, decay_rates(self.A_log), B, C, D=self.D, dt_bias=self.dt_bias, h0=h0)
+        y, h = ssm_scan(x, dt, decay_rates(self.A_log), B, C, D=self.D, dt_bias=self.dt_bias, h0=h0, pos=docs and docs.pos)
         return self.gate(y, z), window.squeeze(2), h
 
     def gate(self, y, z):
@@ -319,8 +356,8 @@ class NoMixer(nn.Module):
     def inherit(self, attention):
         return []
 
-    def forward(self, v, angles, log=None, u=None):
-        return torch.zeros_like(v) if u is None else u
+    def forward(self, u, angles, log=None, norm=None, docs=None):
+        return torch.zeros_like(u) if norm is None else u
 
     def new_log(self, cache):
         return None
@@ -334,7 +371,8 @@ CLASSES = {"attention": Attention, "mamba": Mamba, "mamba2": Mamba2, "none": NoM
 
 
 class MLP(nn.Module):
-    """SwiGLU: u + down(silu(gate v) ∘ up v)."""
+    """SwiGLU: u + down(silu(gate v) ∘ up v) of v = norm u. With `again` the backward computes gate v and up v again, which otherwise are kept."""
+    again = False
 
     def __init__(self, config):
         super().__init__()
@@ -342,8 +380,8 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.d, config.d_ff, bias=False)
         self.down_proj = nn.Linear(config.d_ff, config.d, bias=False)
 
-    def forward(self, v, u=None):
-        return linear(swiglu(v, self.gate_proj.weight, self.up_proj.weight), self.down_proj.weight, u)
+    def forward(self, u, norm):
+        return kernels.mlp(u, norm.weight, norm.eps, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight, self.again)
 
 
 def rms_norm(u, norm):
@@ -360,13 +398,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.d, eps=config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, u, angles, log=None):
-        u = self.mixer(rms_norm(u, self.input_layernorm), angles, log, u)
-        return self.mlp(rms_norm(u, self.post_attention_layernorm), u)
+    def forward(self, u, angles, log=None, docs=None):
+        return self.mlp(self.mixer(u, angles, log, self.input_layernorm, docs), self.post_attention_layernorm)
 
 
 class Hybrid(nn.Module):
-    """The stack. A Llama when every mixer is attention; config.mixers[i] says what layer i is."""
+    """The stack. A Llama when every mixer is attention; config.mixers[i] says what layer i is. It computes in the type of the embedding's
+    weights or, where that is set, in `compute`."""
+    compute = None
 
     def __init__(self, config):
         super().__init__()
@@ -390,24 +429,31 @@ class Hybrid(nn.Module):
                 last = name.endswith(("o_proj", "out_proj", "down_proj"))
                 module.weight.normal_(std=0.02 / math.sqrt(2 * self.config.n_layers) if last else 0.02)
 
-    def hidden(self, tokens, cache=None, lengths=None):
+    def hidden(self, tokens, cache=None, lengths=None, docs=None):
         """The stack without its head: tokens (b, l) -> (b, l, d).
 
         With a cache the tokens follow what it holds and are added to it. lengths (b,) says how many of each row's
         tokens are real when rows are padded on the right; what stands at padded positions of the result is undefined.
+        docs: the Documents that the rows hold; None: one each.
         """
-        b, l = tokens.shape
-        pos = torch.arange(l, device=tokens.device).expand(b, l) if cache is None else cache.open(b, l, lengths)
-        u, angles = self.embed_tokens(tokens), rope_angles(self.config, pos) if cache is None else cache.angles
+        if cache is not None:
+            cache.open(*tokens.shape, lengths)
+        u, angles = self.start(tokens, cache, docs)
         for i, layer in enumerate(self.layers):
-            u = layer(u, angles, None if cache is None else cache.logs[i])
+            u = layer(u, angles, None if cache is None else cache.logs[i], docs)
         if cache is not None:
             cache.close()
         return rms_norm(u, self.norm)
 
-    def forward(self, tokens, cache=None, lengths=None):
+    def start(self, tokens, cache=None, docs=None):
+        """What the first layer reads: the embedding (b, l, d), and the angles of RoPE."""
+        u = self.embed_tokens(tokens)
+        pos = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape) if docs is None else docs.pos
+        return u if self.compute is None else u.to(self.compute), rope_angles(self.config, pos) if cache is None else cache.angles
+
+    def forward(self, tokens, cache=None, lengths=None, docs=None):
         """Logits (b, l, v) of the token after each. See `hidden`."""
-        return self.logits(self.hidden(tokens, cache, lengths))
+        return self.logits(self.hidden(tokens, cache, lengths, docs))
 
     def logits(self, hidden):
         return linear(hidden, self.lm_head.weight)
@@ -517,15 +563,15 @@ class AttentionLog:
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=cache.device) for _ in range(2))
 
     def extend(self, k, v):
-        """Write the new k, v (b, g, l, p). Returns all keys and values so far, and who may see whom (None: causal)."""
+        """Write the new k, v (b, l, g, p). Returns all keys and values so far, and who may see whom (None: causal)."""
         c = self.cache
-        self.k[c.row, :, c.pos] = k.transpose(1, 2).to(self.k.dtype)  # padding lands past the cursor, where nothing counts
-        self.v[c.row, :, c.pos] = v.transpose(1, 2).to(self.v.dtype)
+        self.k[c.row, :, c.pos] = k.to(self.k.dtype)  # padding lands past the cursor, where nothing counts
+        self.v[c.row, :, c.pos] = v.to(self.v.dtype)
         if c.used == 0:  # nothing came before: plain causal attention over the new tokens
             return k, v, None
         end = c.used + c.new
         mask = torch.arange(end, device=c.device) <= c.pos[..., None]  # (b, l, end)
-        return self.k[:, :, :end].to(k.dtype), self.v[:, :, :end].to(v.dtype), mask[:, None]
+        return self.k[:, :, :end].transpose(1, 2).to(k.dtype), self.v[:, :, :end].transpose(1, 2).to(v.dtype), mask[:, None]
 
 
 class StateLog:

@@ -3,24 +3,33 @@
     python train_distill.py                                  all of it, on the sources of Python's standard library
     python train_distill.py --data notes/ --keep 0.25        your text; keep a quarter of the attention layers
     python train_distill.py --teacher DIR --data chat.jsonl  your teacher: ours, or a folder from Hugging Face or Meta
+    python train_distill.py --teacher DIR --data chat.jsonl --pseudo_labels --pairs pairs.jsonl       the paper's three stages
     python train_distill.py --teacher out/teacher --student_layers 0,3 --keep 1 --out out/draft     a draft for it (generate.py)
+    torchrun --nproc_per_node 8 train_distill.py --teacher DIR …                                      on eight GPUs, sharded (FSDP2)
 
-    corpus -> teacher -> student: attention replaced by Mamba, in steps -> stage 1 -> stage 2 -> table, sample
+    corpus -> teacher -> student: attention replaced by Mamba, in steps -> stage 1 -> stage 2 -> (preferences) -> table, sample
 
-The student learns from the teacher's distribution and from the text (Eq. 2 of arXiv 2408.15237), a mean per predicted
-token:
+The student learns from the teacher's distribution and from the text (Eq. 2 of arXiv 2408.15237), a mean per predicted token:
 
     L = α · (-log p_student(x_{t+1})) + β · KL( p_teacher(· | x_≤t) ‖ p_student(· | x_≤t) )
 
-Stage 1 trains only the new Mamba mixers; MLPs, norms, embeddings and the kept attention stay the teacher's. Attention
-is replaced in steps, the layers already converted keeping what they learned. Stage 2 trains everything, for a shorter
-time. Deviations from the paper at this scale: the text is the corpus itself, not answers written by the teacher, and
-the learning rates suit small models. The third stage (preferences) is not here.
+and, in the last stage, which of two answers is preferred (DPO, Eq. 4), the teacher being the reference:
 
-In this file, top to bottom: settings; data; losses and evaluation; the training loop; the stages; the report.
+    L = -log σ( β · (log p_student(chosen) - log p_teacher(chosen) - log p_student(rejected) + log p_teacher(rejected)) )
+
+A run is a list of stages (Stage). Stage 1 trains only the new Mamba mixers; MLPs, norms, embeddings and the kept attention stay the
+teacher's, and are the teacher's own tensors in memory. Attention is replaced in steps, 25, 50, 75, 87.5, 100 % of the layers as far as
+asked, the layers already converted keeping what they learned. Stage 2 trains everything. Deviations from the paper: the learning rates
+suit small models, and by default the text is the corpus itself and not the teacher's answers (--pseudo_labels).
+
+In this file, top to bottom: settings; stages; data; the teacher's answers; losses; teacher and student side by side; the training loop and
+its checkpoints; evaluation; the stages, run; the report.
 """
+import contextlib
 import dataclasses
+import difflib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -28,20 +37,27 @@ import platform
 import resource
 import shlex
 import shutil
+import signal
 import sys
 import sysconfig
 import textwrap
 import time
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+import kernels
 import mil
-from generate import (Conversation, TextStream, chat_format, encode, flag, generate, load_tokenizer, load_with_tokenizer, parse_flags, pick_device,
-                      run_command, save_with_tokenizer, stop_tokens, token_bytes, tokenizer_of, vocabulary)
+from generate import (Conversation, Decoder, TextStream, chat_format, encode, flag, generate, load_tokenizer, load_with_tokenizer, parse_flags,
+                      pick_device, run_command, save_with_tokenizer, stop_tokens, token_bytes, tokenizer_of, vocabulary)
 from mil import MilError
 
 
@@ -63,39 +79,59 @@ def sized(name, help):
 
 @dataclass
 class Settings:
-    out: str = flag("out", "where teacher/, student/, results.json and log.txt go")
+    out: str = flag("out", "where teacher/, student/, checkpoints/, results.json and log.jsonl go")
     data: list = flag([], "text files, folders, or .jsonl (text, messages, or prompt and completion); empty: Python's standard library",
                       nargs="+", action="extend", metavar="path")
     tokenizer: str = flag("", "bytes, a Llama-3 tokenizer.model, a tokenizer.json, or a tiktoken name; empty: the teacher's, or bytes")
     teacher: str = flag("", "checkpoint of a ready teacher, ours, Hugging Face's or Meta's; empty: train one, or reuse the one in --out")
+    init_from: str = flag("", "checkpoint of a Llama the student begins as, with the teacher's vocabulary; empty: the teacher")
+    recipe: str = flag("", "a .json list of stages, such as [{\"keep\": 0.5, \"steps\": 900}, {\"train\": \"all\"}], in place of the default ones")
     mixer: str = flag("mamba2", "what replaces attention: mamba, mamba2, or none (the paper's ablation)")
     keep: float = flag(0.5, "share of attention layers that stay; the paper finds 0.5 close to the teacher, 0 possible")
-    replace_steps: int = flag(0, "replace attention in this many steps: the paper's stepwise beats all at once (default 2, or 1 for one layer)")
+    replace_steps: int = flag(0, "replace attention in this many even steps; 0: in the paper's, 25, 50, 75, 87.5, 100 % of the layers as far as --keep "
+                                 "lets; stepwise beats all at once")
     student_layers: str = flag("", "a small student, such as a draft: only these layers of the teacher, say 0,10,20,31; no stage 1, its steps go to "
                                "stage 2 (so --stage1_lr and --replace_steps do not apply). The paper's drafts keep 2 or 4. With --keep 1 it is a Llama")
     init: str = flag("attention", "attention: the mixer inherits W_q, W_k, W_v, W_o; random: it does not (worse)")
+    pseudo_labels: bool = flag(False, "the teacher answers the prompts of the training data, and the student learns from the answers only", action="store_true")
+    answers: int = flag(0, "with --pseudo_labels: to how many prompts; 0: to all")
+    answer_tokens: int = flag(0, "with --pseudo_labels: the longest answer (default: three quarters of --context)")
+    pairs: list = flag([], ".jsonl files of prompt, chosen, rejected: adds a stage of preferences (DPO)", nargs="+", action="extend", metavar="path")
     seed: int = flag(0, "of initial values and of the order of the data")
     device: str = flag("", "cpu, cuda, cuda:1 …; empty: cuda if there is one")
-    dtype: str = flag("", "of the arithmetic, bfloat16 or float32; weights are float32. Empty: bfloat16 on cuda")
+    dtype: str = flag("", "of the arithmetic, bfloat16 or float32; what is trained is float32. Empty: bfloat16 on cuda")
     n_layers: int = sized("n_layers", "teacher: layers; every second one will be a Mamba")
     d: int = sized("d", "teacher: width; cost grows with its square")
     n_heads: int = sized("n_heads", "teacher: query heads; each d / n_heads wide")
     n_kv_heads: int = sized("n_kv_heads", "teacher: key/value heads; fewer than query heads is grouped-query attention")
     d_ff: int = sized("d_ff", "teacher: inner width of the MLP; 8/3 of d, rounded up to 128, as in Llama")
     context: int = sized("context", "tokens in a training sequence; the longest text attention can read")
-    batch: int = sized("batch", "sequences in a step; less noise, more time")
+    batch: int = sized("batch", "sequences in a step, of all processes together; less noise, more time")
+    accumulate: int = flag(1, "how many parts a step's batch is taken in, one after the other: less memory, the same result")
+    recompute: str = flag("none", "what the backward pass computes again in place of keeping it: none; mlp, the MLPs' inside; a share of the layers, "
+                          "such as 0.5, whose MLPs'; block, all of each layer")
+    compile: bool = flag(False, "torch.compile the layers: minutes at first, then perhaps faster", action="store_true")
     teacher_steps: int = sized("teacher_steps", "training steps of the teacher; a better teacher gives a better student")
     stage1_steps: int = sized("stage1_steps", "steps of stage 1, all replacement steps together: the new mixers learn")
     stage2_steps: int = flag(-1, f"steps of stage 2: everything learns; 0: no stage 2 (default {PRESETS['cpu']['stage2_steps']} on cpu, "
                                  f"{PRESETS['cuda']['stage2_steps']} on cuda)")
+    stage3_steps: int = flag(0, "steps of the stage of preferences, --batch / 2 pairs each; 0: every pair once")
     teacher_lr: float = flag(3e-3, "peak learning rate of the teacher; small models bear large rates")
     stage1_lr: float = flag(3e-3, "stage 1; the paper's 8e-5 is for 8B parameters")
     stage2_lr: float = flag(1e-3, "stage 2; the paper's 2e-5 is for 8B parameters")
+    stage3_lr: float = flag(1e-5, "preferences; the paper's 5e-7 is for 8B parameters")
     alpha: float = flag(1.0, "weight α of the cross-entropy (paper: 1)")
     beta: float = flag(1.0, "weight β of the KL to the teacher (paper: 0.1 on the teacher's own answers)")
-    warmup: float = flag(0.05, "share of a stage's steps in which the rate rises; then it falls as a cosine")
+    dpo_beta: float = flag(0.1, "β of the preferences: how dear it is to leave the teacher (paper: 0.01, or 0.1 for three epochs)")
+    temperature: float = flag(1.0, "τ of the KL: τ² times that of both laws at this temperature")
+    reverse: bool = flag(False, "KL(student ‖ teacher) in place of KL(teacher ‖ student)", action="store_true")
+    schedule: str = flag("cosine", "the learning rate after the warm-up: cosine or linear, to 0, or constant")
+    warmup: float = flag(0.05, "share of a stage's steps in which the rate rises")
     clip: float = flag(1.0, "largest gradient norm (paper: 0.1)")
     eval_sequences: int = sized("eval_sequences", "validation sequences in an evaluation; more is more exact")
+    save_minutes: float = flag(10.0, "a checkpoint every so many minutes, and at SIGTERM and Ctrl-C")
+    keep_checkpoints: int = flag(2, "how many of the newest checkpoints stay")
+    resume: bool = flag(False, "go on from the newest checkpoint in --out, with the same settings; from the beginning where there is none", action="store_true")
     prompt: str = flag("def ", "for the sample at the end")
 
 
@@ -112,7 +148,18 @@ def chosen_layers(s):
     return layers
 
 
-def complete(s, device, teacher_config=None):
+def share_recomputed(s):
+    """Of how many layers, as a share, the MLPs' inside is computed again."""
+    try:
+        share = float({"none": 0, "mlp": 1, "block": 0}.get(s.recompute, s.recompute))
+    except ValueError:
+        share = -1
+    if not 0 <= share <= 1:
+        raise MilError(f"--recompute is {s.recompute!r}, expected none, mlp, block, or a share of the layers between 0 and 1")
+    return share
+
+
+def complete(s, device, teacher_config=None, processes=1):
     """Fill what was left at 0 and refuse what makes no sense, naming the flag."""
     preset = PRESETS[device.type]
     if teacher_config is not None:
@@ -132,14 +179,23 @@ def complete(s, device, teacher_config=None):
     if teacher_config is not None and s.context > teacher_config.context:
         raise MilError(f"--context is {s.context}, but the teacher in {s.teacher} was trained for {teacher_config.context}")
     s.dtype = s.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    for name, allowed in (("mixer", mil.MIXERS[1:]), ("init", ("attention", "random")), ("dtype", ("float32", "bfloat16"))):
+    s.answer_tokens = s.answer_tokens or max(1, s.context * 3 // 4)
+    for name, allowed in (("mixer", mil.MIXERS[1:]), ("init", ("attention", "random")), ("dtype", ("float32", "bfloat16")), ("schedule", SCHEDULES)):
         if getattr(s, name) not in allowed:
             raise MilError(f"--{name} is {getattr(s, name)!r}, expected one of {', '.join(allowed)}")
-    for name in ("alpha", "beta", "teacher_lr", "stage1_lr", "stage2_lr"):
+    for name in ("alpha", "beta", "teacher_lr", "stage1_lr", "stage2_lr", "stage3_lr", "save_minutes", "answers", "stage3_steps"):
         if not 0 <= getattr(s, name) < math.inf:
             raise MilError(f"--{name} is {getattr(s, name)}, expected 0 or more")
-    if not s.clip > 0:
-        raise MilError(f"--clip is {s.clip}, expected more than 0 (inf: no clipping)")
+    for name in ("clip", "temperature", "dpo_beta", "accumulate", "keep_checkpoints"):
+        if not getattr(s, name) > 0:
+            raise MilError(f"--{name} is {getattr(s, name)}, expected more than 0{' (inf: no clipping)' * (name == 'clip')}")
+    if not 1 <= s.answer_tokens < s.context:
+        raise MilError(f"--answer_tokens is {s.answer_tokens}, expected 1 to {s.context - 1}, less than --context")
+    share_recomputed(s)
+    rows = processes * s.accumulate * (2 if s.pairs else 1)
+    if s.batch % rows:
+        raise MilError(f"--batch is {s.batch}, expected a multiple of {rows}: {processes} processes × --accumulate {s.accumulate}"
+                       f"{' × the 2 of a pair' * bool(s.pairs)}")
     if not 0 <= s.seed < 2**63 - 1:
         raise MilError(f"--seed is {s.seed}, expected 0 to 2^63 - 2")
     if not s.prompt or s.context < 2:
@@ -148,26 +204,163 @@ def complete(s, device, teacher_config=None):
         raise MilError("--alpha and --beta are both 0: nothing would be learned; expected at least one above 0")
     if not 0 <= s.warmup <= 1:
         raise MilError(f"--warmup is {s.warmup}, expected a share between 0 and 1")
-    if s.student_layers:
-        mil.interleaved_layers(len(chosen_layers(s)), s.keep)  # refuses a share that is none
-        return
-    count = len(mil.interleaved_layers(s.n_layers, s.keep))
-    if count == 0:
-        raise MilError(f"--keep {s.keep} of {s.n_layers} layers replaces none; expected a smaller share")
-    s.replace_steps = s.replace_steps or min(2, count)
-    if not 1 <= s.replace_steps <= count:
-        raise MilError(f"--replace_steps is {s.replace_steps}, expected 1 to {count}, the number of layers to replace")
-    if s.stage1_steps < s.replace_steps:
-        raise MilError(f"--stage1_steps is {s.stage1_steps}, expected at least one for each of {s.replace_steps} replacement steps")
+    if s.student_layers and (s.init_from or s.recipe):
+        raise MilError("--student_layers: a small student has neither --init_from nor --recipe; expected one of them")
     if teacher_config is None and s.d % (2 * s.n_heads):
         raise MilError(f"--d is {s.d}, expected a multiple of twice --n_heads {s.n_heads}: a head's channels turn in pairs")
     if teacher_config is not None and set(teacher_config.mixers) != {"attention"}:
         raise MilError(f"--teacher {s.teacher}: holds {', '.join(sorted(set(teacher_config.mixers)))}; expected a Llama, with "
                        f"attention in every layer")
-    planned = teacher_config or mil.Config(v=1, context=s.context, **{name: getattr(s, name) for name in SIZES})
-    dataclasses.replace(planned, mixers=[s.mixer] * s.n_layers)  # MilError now, not after training, if heads cannot be cut
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Stages
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclass
+class Stage:
+    """A stage of a run, and what a --recipe says of one; what is left out there comes from the command line."""
+    keep: float = -1.0          # the share of attention left when it begins; -1: nothing is replaced
+    replace: list = field(default_factory=list)  # or these layers lose theirs
+    mixer: str = "mamba2"       # and get this in its place
+    train: str = "mixers"       # mixers: what attention was replaced by, now or before; all: everything
+    loss: str = "distill"       # Eq. 2, or dpo, Eq. 4, on data of pairs
+    alpha: float = 1.0          # of the cross-entropy
+    beta: float = 1.0           # of the KL; of dpo, its β
+    temperature: float = 1.0
+    reverse: bool = False
+    data: list = field(default_factory=list)     # in place of --data (of dpo: --pairs)
+    steps: int = 0
+    lr: float = 0.0
+    schedule: str = "cosine"
+    warmup: float = 0.05
+    name: str = ""
+    mixers: list = field(default_factory=list)   # the student's, worked out here and not said
+
+    def trains(self, name):
+        """Whether the student's parameter of this name learns."""
+        return self.train == "all" or ".mixer." in name and self.mixers[int(name.split(".")[1])] != "attention"
+
+
+def read_recipe(path):
+    """The stages a .json file lists, each a dict; MilError for what is none."""
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise MilError(f"--recipe {path}: cannot be read as JSON: {e}") from e
+    if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
+        raise MilError(f"--recipe {path}: expected a list of stages, such as [{{\"keep\": 0.5, \"steps\": 900}}, {{\"train\": \"all\"}}]")
+    kinds = {f.name: f.type for f in dataclasses.fields(Stage) if f.name != "mixers"}
+    for i, entry in enumerate(entries, 1):
+        for key, value in entry.items():
+            if key not in kinds:
+                near = difflib.get_close_matches(key, kinds, 1)
+                raise MilError(f"--recipe {path}: stage {i} has {key!r}, expected some of {', '.join(kinds)}" + f"; did you mean {near[0]}?" * bool(near))
+            right = (int, float) if kinds[key] is float else kinds[key]
+            of = {"replace": int, "data": str}.get(key, object)
+            if not isinstance(value, right) or isinstance(value, bool) != (kinds[key] is bool) or isinstance(value, list) and not all(type(x) is of for x in value):
+                raise MilError(f"--recipe {path}: stage {i}: {key} is {value!r}, expected {'a list of ' + of.__name__ if kinds[key] is list else kinds[key].__name__}")
+    return entries
+
+
+def plan(s, config):
+    """The stages of a run whose student begins as a Llama of this configuration: those of --recipe, or the paper's. MilError for a stage
+    that cannot be."""
+    def default(train, steps, lr, **more):
+        return dict(train=train, steps=steps, lr=lr, **more)
+
+    if s.recipe:
+        entries, where = read_recipe(s.recipe), f"--recipe {s.recipe}: stage "
+    elif s.student_layers:
+        entries, where = [dict(default("all", s.stage1_steps + s.stage2_steps, s.stage2_lr), keep=s.keep)], "--student_layers: stage "
+    else:
+        count = len(mil.interleaved_layers(config.n_layers, s.keep))
+        if count == 0:
+            raise MilError(f"--keep {s.keep} of {config.n_layers} layers replaces none; expected a smaller share")
+        if not 0 <= s.replace_steps <= count:
+            raise MilError(f"--replace_steps is {s.replace_steps}, expected 1 to {count}, the number of layers to replace, or 0 for the paper's steps")
+        parts = [(i + 1) / s.replace_steps for i in range(s.replace_steps)]
+        shares = [part * (1 - s.keep) for part in parts] if parts else [*(r for r in (0.25, 0.5, 0.75, 0.875) if r < 1 - s.keep), 1 - s.keep]
+        counts = [round(count * part) for part in parts] or [len(mil.interleaved_layers(config.n_layers, 1 - share)) for share in shares]
+        shares = [shares[i] for i, c in enumerate(counts) if c > max([0, *counts[:i]])]  # of a small model some steps replace nothing
+        if s.stage1_steps < len(shares):
+            raise MilError(f"--stage1_steps is {s.stage1_steps}, expected at least one for each of {len(shares)} replacement steps")
+        cut = [s.stage1_steps * i // len(shares) for i in range(len(shares) + 1)]
+        entries = [dict(default("mixers", cut[i + 1] - cut[i], s.stage1_lr), keep=1 - share) for i, share in enumerate(shares)]
+        entries += [default("all", s.stage2_steps, s.stage2_lr)] * (s.stage2_steps > 0)
+        where = "stage "
+    if s.pairs and not any(entry.get("loss") == "dpo" for entry in entries):
+        entries = [*entries, default("all", s.stage3_steps, s.stage3_lr, loss="dpo")]
+    shared = {name: getattr(s, name) for name in ("mixer", "alpha", "temperature", "reverse", "schedule", "warmup")}
+    stages = []
+    for i, entry in enumerate(entries):
+        preferred = entry.get("loss") == "dpo"
+        train = entry.get("train", "all" if preferred or not {"keep", "replace"} & entry.keys() else "mixers")
+        steps, lr = (0, s.stage3_lr) if preferred else (s.stage1_steps, s.stage1_lr) if train == "mixers" else (s.stage2_steps, s.stage2_lr)
+        given = {"train": train, "steps": steps, "lr": lr, "beta": s.dpo_beta if preferred else s.beta, "data": s.pairs if preferred else [], **entry}
+        stages.append(Stage(**{**shared, **given}))
+    return resolve(stages, config, where)
+
+
+def resolve(stages, config, where):
+    """Works out every stage's `mixers` and name: which layers a share means (evenly spread at every step: 50 % of 32 in two steps is 0, 4, 8 …
+    then 2, 6, 10 …), and that all of it can be."""
+    n, mixers, names = config.n_layers, list(config.mixers), {"mixers": 0, "all": 0, "dpo": 0}
+    final = mil.interleaved_layers(n, min([stage.keep for stage in stages if stage.keep >= 0], default=1))
+    for i, stage in enumerate(stages, 1):
+        def refuse(what):
+            raise MilError(f"{where}{i}: {what}")  # noqa: B023
+        for name, allowed in (("mixer", mil.MIXERS[1:]), ("train", ("mixers", "all")), ("loss", ("distill", "dpo")), ("schedule", SCHEDULES)):
+            if getattr(stage, name) not in allowed:
+                refuse(f"{name} is {getattr(stage, name)!r}, expected {' or '.join(allowed)}")
+        if stage.keep >= 0 and stage.replace:
+            refuse("keep and replace: expected one of them")
+        if stage.keep >= 0:
+            count = len(mil.interleaved_layers(n, stage.keep))
+            if count == n and stage.keep > 0:
+                refuse(f"keep {stage.keep:g} of {n} layers would keep none of them; expected 0, or {1 / n:g} at least")
+            done = [k for k in range(n) if mixers[k] != "attention"]
+            spread = [final[j * len(final) // count] for j in range(count)] if count <= len(final) else []
+            more = [k for k in spread if k not in done] + [k for k in final if k not in done and k not in spread]
+            replace = sorted(more[:max(0, count - len(done))])
+        else:
+            replace = stage.replace
+        for k in replace:
+            if not 0 <= k < n:
+                refuse(f"replaces layer {k}; the model has layers 0 to {n - 1}")
+            if mixers[k] != "attention" or replace.count(k) > 1:
+                refuse(f"replaces layer {k}, which holds {mixers[k]} by then: it is replaced twice")
+        mixers = [stage.mixer if k in replace else mixer for k, mixer in enumerate(mixers)]
+        dataclasses.replace(config, mixers=mixers)  # MilError now, not after training, if heads cannot be cut
+        stage.mixers = mixers
+        if stage.loss == "dpo" and not stage.data:
+            refuse("has the loss dpo and no data; expected --pairs, or \"data\": a list of .jsonl files of prompt, chosen and rejected")
+        if stage.alpha == stage.beta == 0 or stage.loss == "dpo" and not stage.beta > 0:
+            refuse(f"alpha is {stage.alpha:g} and beta {stage.beta:g}: nothing would be learned")
+        if min(stage.alpha, stage.beta, stage.lr, stage.warmup, 1 - stage.warmup) < 0 or not 0 < stage.temperature < math.inf:
+            refuse(f"alpha {stage.alpha:g}, beta {stage.beta:g}, lr {stage.lr:g}, temperature {stage.temperature:g}, warmup {stage.warmup:g}: expected none "
+                   f"below 0, a temperature above it and a warmup of at most 1")
+        if stage.steps < (stage.loss == "distill"):
+            refuse(f"steps is {stage.steps}, expected 1 or more")
+        replaced = sum(mixer != "attention" for mixer in mixers)
+        if stage.train == "mixers" and not replaced:
+            refuse("trains the mixers, and none is replaced; expected keep or replace, or train all")
+        kind = "dpo" if stage.loss == "dpo" else stage.train
+        names[kind] += 1
+        stage.name = stage.name or {"mixers": f"stage 1.{names[kind]}, {replaced} of {n} layers replaced", "all": "stage 2, all parameters",
+                                    "dpo": "stage 3, preferences"}[kind] + f" ({names[kind]})" * (kind != "mixers" and names[kind] > 1)
+    return stages
+
+
+def rate(stage, step):
+    """The share of the peak rate at `step`: rises over the warm-up, then falls."""
+    rising = max(1, round(stage.warmup * stage.steps))
+    if step < rising:
+        return (step + 1) / rising
+    left = (stage.steps - step) / (stage.steps - rising)  # from 1 to almost 0
+    return {"cosine": 0.5 * (1 - math.cos(math.pi * left)), "linear": left, "constant": 1}[stage.schedule]
 # ---------------------------------------------------------------------------------------------------------------
 # Data: documents -> tokens on disk, split into training and validation by document (within each when there are few)
 
@@ -217,35 +410,46 @@ def document_tokens(encoding, document):
     return [i if own else ~i for i, own in zip(talk.ids, talk.own)]
 
 
-def read_documents(file, named):
-    """The documents of one file: every line of a .jsonl, or the whole text. A file that is not UTF-8 is an error when
-    the user `named` it, and passed over when it was found in a folder."""
+def read_text(file, named, flag="--data"):
+    """The text of a file. One that is not UTF-8 is an error when the user `named` it, and "" when it was found in a folder."""
     try:
         text = file.read_bytes().decode("utf-8-sig")
         if "\0" in text:
             raise UnicodeDecodeError("utf-8", b"", text.index("\0"), 0, "")
+        return text
     except OSError as e:
-        raise MilError(f"--data {file}: cannot be read: {e.strerror}") from e
+        raise MilError(f"{flag} {file}: cannot be read: {e.strerror}") from e
     except UnicodeDecodeError as e:
         if named:
-            raise MilError(f"--data {file}: not UTF-8 text (byte {e.start})") from None
-        return []
+            raise MilError(f"{flag} {file}: not UTF-8 text (byte {e.start})") from None
+        return ""
+
+
+def read_records(file, text, flag="--data"):
+    """(number, record) of every line of a .jsonl's text that is not empty."""
+    for i, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except ValueError as e:
+                raise MilError(f"{flag} {file}: line {i} is not JSON: {e}") from None
+            if not isinstance(record, dict):
+                raise MilError(f"{flag} {file}: line {i} has {type(record).__name__}; expected an object")
+            yield i, record
+
+
+def read_documents(file, named):
+    """The documents of one file: every line of a .jsonl, or the whole text."""
+    text = read_text(file, named)
     if file.suffix == ".json" and text.lstrip().startswith("[") and '"messages"' in text[:9999]:
         raise MilError(f"--data {file}: a list in one piece; expected one record a line, in a file named .jsonl")
     if file.suffix != ".jsonl":
         return [text] if text.strip() else []
     documents = []
-    for i, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as e:
-            raise MilError(f"--data {file}: line {i} is not JSON: {e}") from None
-        document = jsonl_document(record) if isinstance(record, dict) else None
+    for i, record in read_records(file, text):
+        document = jsonl_document(record)
         if document is None:
-            keys = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-            raise MilError(f"--data {file}: line {i} has {keys or 'no keys'}; expected text, messages (a list of role and "
+            raise MilError(f"--data {file}: line {i} has {', '.join(record) or 'no keys'}; expected text, messages (a list of role and "
                            f"content, both text), or prompt and completion, all of them text")
         for role in {m["role"] for m in document} - {"system", "user", "assistant", "tool"} if isinstance(document, list) else ():
             raise MilError(f"--data {file}: line {i} has a message of the role {role!r}, expected system, user, assistant or tool")
@@ -257,40 +461,56 @@ def read_documents(file, named):
 class Corpus:
     train: np.ndarray     # token ids, memory-mapped; ~id, below 0, where a token is read but not to be learned
     val: np.ndarray
+    begins: list          # of each of the two, where its documents begin
     key: str              # what it was made from
     about: str            # a line for the reader
 
 
-def load_corpus(s, encoding, tokenizer):
-    """Tokenise --data once and keep it in out/data, under a name made from the files, their sizes and their times.
-
-    Every twentieth document is validation. With fewer than ten documents, the last tenth of each is.
-    """
-    files = find_files(s.data, s.out) if s.data else standard_library()
+def identity(s, files, tokenizer, encoding, *more):
+    """A name for what is made from these files as they are now."""
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
-    key = hashlib.sha256(json.dumps([stats, tokenizer, repr(vocabulary(encoding)), chat_format(encoding)]).encode()).hexdigest()[:16]
-    kind = np.int16 if encoding.n_vocab <= 2**15 else np.int32
-    paths = [Path(s.out) / "data" / f"{key}.{part}.bin" for part in ("train", "val")]
-    if not all(p.exists() for p in paths):
-        named = set(map(Path, s.data))
+    return hashlib.sha256(json.dumps([stats, tokenizer, repr(vocabulary(encoding)), chat_format(encoding), *more]).encode()).hexdigest()[:16]
+
+
+def split(documents):
+    """Training and validation: every twentieth document is validation. None for fewer than ten, of which the last tenth of each is."""
+    return ([d for i, d in enumerate(documents) if i % 20 != 9], documents[9::20]) if len(documents) >= 10 else None
+
+
+def load_corpus(s, paths, encoding, tokenizer):
+    """Tokenise `paths` once and keep it in out/data, under a name made from the files, their sizes and their times."""
+    files = find_files(paths, s.out) if paths else standard_library()
+    key = identity(s, files, tokenizer, encoding)
+    stored = [Path(s.out) / "data" / f"{key}.{part}.bin" for part in ("train", "val", "train.begins", "val.begins")]
+    if not all(p.exists() for p in stored):
+        named = set(map(Path, paths))
         documents = [d for f in files for d in read_documents(f, f in named)]
         if not documents:
-            raise MilError(f"--data {' '.join(s.data) or '(the standard library)'}: no text found, the files are empty or not UTF-8")
-        parts = [[], []]
+            raise MilError(f"--data {' '.join(paths) or '(the standard library)'}: no text found, the files are empty or not UTF-8")
+        tokens = []
         for i, document in enumerate(documents):
-            ids = np.array(document_tokens(encoding, document), dtype=kind)
-            if len(documents) >= 10:
-                parts[i % 20 == 9].append(ids)
-            else:
-                cut = len(ids) * 9 // 10
-                parts[0].append(ids[:cut])
-                parts[1].append(ids[cut:])
+            tokens.append(document_tokens(encoding, document))
             if i % 500 == 499:
                 show(f"tokenising: {i + 1} of {len(documents)} documents")
-        mil.make_directory(paths[0].parent)
-        for path, part in zip(paths, parts):
-            mil.write_whole(path, lambda f, part=part: f.write(np.concatenate(part).tobytes()))
-    train, val = (np.memmap(p, dtype=kind, mode="r") if p.stat().st_size else np.zeros(0, kind) for p in paths)
+        parts = split(tokens) or ([ids[:len(ids) * 9 // 10] for ids in tokens], [ids[len(ids) * 9 // 10:] for ids in tokens])
+        store(encoding, zip(stored[:2], stored[2:], parts))
+    return read_corpus(s, encoding, stored, key, f"{len(files)} files", tokenizer)
+
+
+def store(encoding, work):
+    """Write documents, lists of ids, one after the other to a file, and where they begin to another."""
+    kind = np.int16 if encoding.n_vocab <= 2**15 else np.int32
+    for path, begins, documents in work:
+        mil.make_directory(path.parent)
+        starts = np.cumsum([0, *map(len, documents)], dtype=np.int64)[:-1]
+        mil.write_whole(begins, lambda f, starts=starts: f.write(starts.tobytes()))
+        mil.write_whole(path, lambda f, documents=documents: f.write(np.array(list(itertools.chain(*documents)), dtype=kind).tobytes()))
+
+
+def read_corpus(s, encoding, stored, key, source, tokenizer):
+    """The Corpus in these four files. MilError when it is too little."""
+    kinds = [np.int16 if encoding.n_vocab <= 2**15 else np.int32] * 2 + [np.int64] * 2
+    train, val, *begins = (np.memmap(p, dtype=kind, mode="r") if p.stat().st_size else np.zeros(0, kind) for p, kind in zip(stored, kinds))
     for name, part, rows in (("training", train, s.batch), ("validation", val, 1)):
         if len(part) < rows * s.context + 1:
             raise MilError(f"--data: {len(part)} {name} tokens, but {rows} of --context {s.context} need "
@@ -298,81 +518,407 @@ def load_corpus(s, encoding, tokenizer):
         if not (part[:] >= 0).any():
             raise MilError(f"--data: nothing to learn in the {name} part: no message is the assistant's, and there is no other text")
     learned = f", {np.mean(train[:] >= 0):.0%} of them to be learned" * bool((train[:] < 0).any())
-    about = f"{len(files)} files, {len(train):,} training{learned}, and {len(val):,} validation tokens ({tokenizer})"
-    return Corpus(train, val, key, about)
+    about = f"{source}, {len(train):,} training{learned}, and {len(val):,} validation tokens ({tokenizer})"
+    return Corpus(train, val, begins, key, about)
 
 
-def to_device(rows, device):
-    """A list of numpy rows of l + 1 tokens -> inputs and targets (b, l); a target is -100 where nothing is to be learned."""
-    block = torch.from_numpy(np.stack(rows).astype(np.int64))
-    block = block.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else block.to(device)
-    return torch.where(block < 0, ~block, block)[:, :-1], block.masked_fill(block < 0, -100)[:, 1:]
+def windows(data, begins, starts, length):
+    """Rows of `length` tokens of `data`, which begin at `starts`: inputs x (b, l); targets y (b, l), -100 where nothing is to be learned, as from
+    one document to the next; and the place of each input in its document, counted from the row's beginning where that is later."""
+    block = np.stack([data[i:i + length + 1] for i in starts]).astype(np.int64)
+    x, y, pos = np.where(block < 0, ~block, block)[:, :-1], np.where(block < 0, -100, block)[:, 1:], np.tile(np.arange(length), (len(block), 1))
+    for row, i in enumerate(starts):
+        for begin in begins[np.searchsorted(begins, i, "right"):np.searchsorted(begins, i + length, "right")] - i:
+            y[row, begin - 1] = -100
+            pos[row, begin:] = np.arange(length - begin)
+    return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(pos)
 
 
-def random_batches(data, s, device, seed):
-    """Endless (inputs, targets), windows at random places."""
-    rng = np.random.default_rng(seed)
-    while True:
-        starts = rng.integers(0, len(data) - s.context, size=s.batch)
-        yield to_device([data[i:i + s.context + 1] for i in starts], device)
+def to_device(x, y, pos, device, **more):
+    """A batch: x, y (b, l), docs their Documents (None where every row is one), `at` the places in the flattened targets that are learned (None: all)."""
+    at = (y.flatten() >= 0).nonzero()[:, 0]
+    send = lambda t: t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t  # noqa: E731
+    return SimpleNamespace(x=send(x), y=send(y), at=None if len(at) == y.numel() else send(at), learned=len(at),
+                           docs=mil.Documents(pos, device) if (pos[:, 1:] == 0).any() else None, **{k: send(t) for k, t in more.items()})
 
 
-def evaluation_batches(data, s, device):
-    """The same evenly spread windows every time."""
-    count = min(s.eval_sequences, (len(data) - 1) // s.context)
+def training_batches(run, corpus, seed):
+    """step -> the parts of that step's batch that this process takes, and how many tokens all of them learn: windows at random places, which depend
+    on the seed and the step and on nothing else."""
+    s, (data, begins) = run.s, (corpus.train, corpus.begins[0])
+
+    def batch(step):
+        starts = np.random.default_rng([*seed, step]).integers(0, len(data) - s.context, size=s.batch)
+        x, y, pos = windows(data, begins, starts, s.context)
+        return [to_device(x[mine], y[mine], pos[mine], run.device) for mine in shares(run, s.batch)], int((y >= 0).sum())
+    return batch
+
+
+def shares(run, rows):
+    """Which of a step's rows this process takes in each of its parts."""
+    size = rows // (run.size * run.s.accumulate)
+    return [slice((part * run.size + run.rank) * size, (part * run.size + run.rank + 1) * size) for part in range(run.s.accumulate)]
+
+
+def evaluation_batches(run, corpus):
+    """The same evenly spread windows every time, this process's share of them; all processes have as many batches."""
+    s, data = run.s, corpus.val
+    count, size = min(s.eval_sequences, (len(data) - 1) // s.context), max(1, s.batch // (run.size * s.accumulate))
     starts = np.linspace(0, len(data) - s.context - 1, count).astype(int)
-    for i in range(0, count, s.batch):
-        yield to_device([data[j:j + s.context + 1] for j in starts[i:i + s.batch]], device)
+    for i in range(0, count, size * run.size):
+        mine = starts[i:i + size * run.size][run.rank::run.size]
+        x, y, pos = windows(data, corpus.begins[1], mine if len(mine) else starts[:1], s.context)
+        yield to_device(x, y if len(mine) else torch.full_like(y, -100), pos, run.device)
+
+
+def ahead(make, first, last):
+    """make(first) … make(last - 1), each made while the one before it is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(make, first)
+        for i in range(first, last):
+            made, coming = coming.result(), pool.submit(make, i + 1) if i + 1 < last else None
+            yield made
+
+
+# Pairs of a preferred answer and another
+
+
+def load_pairs(s, paths, encoding):
+    """The pairs of .jsonl files, (training, validation): each a list of (chosen, rejected), documents as document_tokens gives them."""
+    pairs = []
+    for file in map(Path, paths):
+        if not file.is_file():
+            raise MilError(f"--pairs {file}: no such file")
+        for i, record in read_records(file, read_text(file, True, "--pairs"), "--pairs"):
+            texts = [record.get(key) for key in ("prompt", "chosen", "rejected")]
+            if not all(isinstance(text, str) for text in texts):
+                raise MilError(f"--pairs {file}: line {i} has {', '.join(record) or 'no keys'}; expected prompt, chosen and rejected, all of them text")
+            talks = [[{"role": "user", "content": texts[0]}, {"role": "assistant", "content": text}] for text in texts[1:]]
+            pairs.append(tuple(cut(document_tokens(encoding, talk), s.context + 1) for talk in talks))
+    if not split(pairs) or len(split(pairs)[0]) < s.batch // 2:
+        raise MilError(f"--pairs: {len(pairs)} pairs; expected 10 at least, and as many as half of --batch {s.batch} to train on")
+    return split(pairs)
+
+
+def cut(ids, most):
+    """A prompt and an answer in `most` tokens: of a prompt that leaves the answer too little the end is kept, half of them at least (the paper: 512
+    of 1,024)."""
+    prompt = next((i for i, token in enumerate(ids) if token >= 0), len(ids))
+    kept = min(prompt, max(most // 2, most - (len(ids) - prompt)))
+    return ids[prompt - kept:][:most]
+
+
+def pair_batch(run, pairs, reference=None):
+    """A batch of pairs: the rows of the chosen, then those of the rejected, padded on the right; reference (pairs, 2): their log-probabilities."""
+    rows = [ids for side in zip(*pairs) for ids in side]
+    block = torch.full((len(rows), max(map(len, rows))), -1)  # ~0, a token that is read and not learned
+    for row, ids in zip(block, rows):
+        row[:len(ids)] = torch.tensor(ids)
+    x, y = torch.where(block < 0, ~block, block)[:, :-1], block.masked_fill(block < 0, -100)[:, 1:]
+    more = {} if reference is None else {"reference": reference}
+    return to_device(x, y, torch.arange(x.shape[1]).expand(x.shape), run.device, **more)
+
+
+def pair_batches(run, pairs, reference, seed):
+    """As training_batches; what all of them count is pairs. Every pair once, in a random order, then again in another."""
+    count = run.s.batch // 2
+
+    def batch(step):
+        epochs = range(step * count // len(pairs), ((step + 1) * count - 1) // len(pairs) + 1)
+        order = np.concatenate([np.random.default_rng([*seed, epoch]).permutation(len(pairs)) for epoch in epochs])
+        mine = order[step * count - epochs[0] * len(pairs):][:count]
+        return [pair_batch(run, [pairs[i] for i in mine[part]], reference[mine[part]]) for part in shares(run, count)], count
+    return batch
+# ---------------------------------------------------------------------------------------------------------------
+# Pseudo-labels: what the teacher answers to the prompts of the training data (sequence-level distillation)
+
+
+def prompts_of(s, paths, encoding):
+    """What the training documents of `paths` ask: of each a record for a .jsonl, and its token ids. Of messages, those before the assistant's first; of
+    prompt and completion, the prompt; of a text, the first quarter of every --context of its tokens."""
+    files = find_files(paths, s.out) if paths else standard_library()
+    named, most = set(map(Path, paths)), s.context - 1
+    documents = [d for f in files for d in read_documents(f, f in named)]
+    for document in (split(documents) or (documents,))[0]:
+        talk = Conversation(encoding)
+        if isinstance(document, list):
+            asked = list(itertools.takewhile(lambda m: m["role"] != "assistant", document))
+            if len(asked) < len(document):
+                talk = Conversation(encoding, asked)
+                talk.open("assistant")
+                yield {"messages": asked}, talk.ids[-most:]
+        elif isinstance(document, tuple):
+            talk.add(document[0])
+            yield {"prompt": document[0]}, talk.ids[-most:]
+        else:
+            ids = document_tokens(encoding, document)
+            ids = ids if len(documents) >= 10 else ids[:len(ids) * 9 // 10]
+            for i in range(0, max(1, len(ids) - s.context // 4 + 1), s.context):
+                part = ids[i:i + s.context // 4]
+                if part:
+                    yield {"prompt": encoding.decode(part)}, part
+
+
+def answered(run, paths, place, encoding, tokenizer):
+    """A Corpus whose training part is what the teacher in `place` answers to the training part of `paths`. The answers are sampled at temperature 1 and written, as they
+    come, to out/data/….answers.1of1.jsonl (of several processes a file each), a line an answer with its seed; those there are not made again."""
+    s, rows = run.s, min(64, run.s.batch)
+    with first(run):
+        corpus = load_corpus(s, paths, encoding, tokenizer)
+    weights = [(file, (place / file).stat().st_size, (place / file).stat().st_mtime_ns) for file in mil.read_config(place)["weights"]]
+    key = hashlib.sha256(json.dumps([corpus.key, weights, s.seed, s.answers, s.answer_tokens, s.context, rows]).encode()).hexdigest()[:16]
+    files = [Path(s.out) / "data" / f"{key}.answers.{rank + 1}of{run.size}.jsonl" for rank in range(run.size)]
+    file, stop = files[run.rank], stop_tokens(encoding)
+    work = list(itertools.islice(prompts_of(s, paths, encoding), s.answers or None))
+    batches = [work[i:i + rows] for i in range(0, len(work), rows)]
+    mine = range(run.rank, len(batches), run.size)
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+    sizes, done = [len(batches[i]) for i in mine], 0
+    while done < len(sizes) and sum(sizes[:done + 1]) <= len(lines):
+        done += 1
+    lines = lines[:sum(sizes[:done])]  # a batch that was cut short is made again, the same
+    mil.write_whole(file, lambda f: f.write("".join(line + "\n" for line in lines).encode()))
+    teacher = mil.pack(mil.load(place, run.device, getattr(torch, s.dtype))) if done < len(sizes) else None
+    generator, began, made, decoder = torch.Generator(run.device), time.perf_counter(), 0, None
+    with open(file, "a", encoding="utf-8") as out:
+        for turn, i in enumerate(mine):
+            if turn < done:
+                continue
+            batch = batches[i]
+            generator.manual_seed(s.seed * 2**20 + i)
+            if decoder is None or len(batch) != rows:
+                decoder = Decoder(teacher, len(batch), s.context, generator=generator)
+            replies = [[] for _ in batch]
+            for new in decoder.decode([ids for _, ids in batch], s.answer_tokens, stop):
+                for reply, more in zip(replies, new):
+                    reply += more
+            for number, ((record, ids), reply) in enumerate(zip(batch, replies), i * rows):
+                text = b"".join(token_bytes(encoding, token) for token in reply if token not in stop).decode("utf-8", "replace")
+                record = {"messages": [*record["messages"], {"role": "assistant", "content": text}]} if "messages" in record else {**record, "completion": text}
+                out.write(json.dumps({**record, "number": number, "seed": s.seed * 2**20 + i, "tokens": [*(~i for i in ids), *reply]}, ensure_ascii=False) + "\n")
+            out.flush()
+            if run.stop:
+                leave(run)
+            made += sum(map(len, replies))
+            seconds = time.perf_counter() - began
+            show(f"answers: batch {turn + 1} of {len(mine)}  {made / seconds:,.0f} tokens/s  ETA {clock(seconds / (turn + 1 - done) * (len(mine) - turn - 1))}",
+                 done=turn == len(mine) - 1)
+    together(run)
+    stored = [Path(s.out) / "data" / f"{key}.answers.bin", Path(s.out) / "data" / f"{corpus.key}.val.bin",
+              Path(s.out) / "data" / f"{key}.answers.begins.bin", Path(s.out) / "data" / f"{corpus.key}.val.begins.bin"]
+    with first(run):
+        if not (stored[0].exists() and stored[2].exists()):
+            records = [json.loads(line) for part in files for line in part.read_text(encoding="utf-8").split("\n")[:-1]]
+            store(encoding, [(stored[0], stored[2], [record["tokens"] for record in sorted(records, key=lambda record: record["number"])])])
+        return read_corpus(s, encoding, stored, key, f"the teacher's answers to {len(work)} prompts ({file})", tokenizer)
+# ---------------------------------------------------------------------------------------------------------------
+# Losses
+
+LOGITS = {"cpu": 2**22, "cuda": 2**27}  # the most logits of a model at once: 1,024 tokens of 131,072 words
+
+
+def chunks(hidden, head, wanted, wanted_head):
+    """(slice, student's logits, teacher's logits or None), a few tokens at a time. hidden (n, d), head (v, d); the teacher's may be wider."""
+    head, wanted_head = head.to(hidden.dtype), wanted_head if wanted is None else wanted_head.to(wanted.dtype)
+    size = max(1, LOGITS[hidden.device.type] // len(head))
+    for i in range(0, len(hidden), size):
+        at = slice(i, min(i + size, len(hidden)))
+        yield at, hidden[at] @ head.T, None if wanted is None else wanted[at] @ wanted_head.T
+
+
+class DistillationLoss(torch.autograd.Function):
+    """Σ alpha·CE + beta·KL over n tokens, alpha and beta (n,) their weights, with CE and KL (n,) as kernels.token_losses gives them; from what the
+    heads read, and never with the logits of more than a few tokens in memory: their gradient is made in the forward, in their place."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, wanted, wanted_head, targets, alpha, beta, temperature, reverse):
+        learns = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_head = torch.zeros_like(head, dtype=torch.promote_types(head.dtype, torch.float32)) if ctx.needs_input_grad[1] else None
+        ce, kl, cast = torch.empty_like(alpha), torch.empty_like(alpha), head.to(hidden.dtype)
+        for at, logits, theirs in chunks(hidden, cast, wanted, wanted_head):
+            ce[at], kl[at] = kernels.token_losses(logits, theirs, targets[at], alpha[at], None if theirs is None else beta[at], temperature, reverse, learns)
+            if d_hidden is not None:
+                torch.mm(logits, cast, out=d_hidden[at])
+            if d_head is not None:
+                kernels.add_product(d_head, logits.T, hidden[at])
+        ctx.save_for_backward(d_hidden, d_head)
+        ctx.mark_non_differentiable(ce, kl)
+        return (alpha * ce + (beta * kl if wanted is not None else 0)).sum(), ce, kl
+
+    @staticmethod
+    def backward(ctx, d, *_):
+        d_hidden, d_head = ctx.saved_tensors
+        return None if d_hidden is None else d_hidden.mul_(d), None if d_head is None else d_head.mul_(d), *[None] * 7
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Losses and evaluation
+# Teacher and student side by side
 
 
-def kl_per_token(student_logits, teacher_logits):
-    """KL(teacher ‖ student) of each position, in nats. Logits (..., v) -> (...)."""
-    teacher = teacher_logits.float().log_softmax(-1)
-    return (teacher.exp() * (teacher - student_logits.float().log_softmax(-1))).sum(-1)
+class Both(nn.Module):
+    """A layer of the teacher and one of the student, which in stage 1 share most tensors: what many processes gather together. Either may be None."""
+    again = False  # whether the backward pass computes the student's layer again
+
+    def __init__(self, teacher, student):
+        super().__init__()
+        self.teacher, self.student = teacher, student
+
+    def forward(self, wanted, u, angles, docs):
+        if self.teacher is not None and wanted is not None:
+            with torch.no_grad():
+                wanted = self.teacher(wanted, angles[0], None, docs)
+        if self.student is not None and u is not None:
+            layer = self.student
+            u = checkpoint(layer, u, angles[1], None, docs, use_reentrant=False) if self.again and torch.is_grad_enabled() else layer(u, angles[1], None, docs)
+        return wanted, u
 
 
-def distillation_loss(student_logits, teacher_logits, targets, alpha, beta):
-    """α·CE + β·KL, a mean over predicted tokens (Eq. 2), those with a target of 0 or more. The teacher's logits may be None when β is 0."""
-    learned = targets >= 0
-    loss = alpha * F.cross_entropy(student_logits.float().flatten(0, 1), targets.flatten(), reduction="sum")  # leaves out -100
-    loss = loss + beta * (kl_per_token(student_logits, teacher_logits) * learned).sum() if beta else loss
-    return loss / learned.sum().clamp(min=1)
+class Pair(nn.Module):
+    """A teacher, or None, and a student over the same batch."""
 
+    def __init__(self, teacher, student):
+        super().__init__()
+        self.models = teacher, student  # a tuple hides them: each layer is to be found in one place only, in its Both
+        self.layers = nn.ModuleList(Both(*pair) for pair in itertools.zip_longest(teacher.layers if teacher else [], student.layers))
+        self.ends = nn.ModuleList(part for model in filter(None, self.models) for part in (model.embed_tokens, model.norm, model.lm_head))
 
-def compute_in(s, device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=s.dtype == "bfloat16")
+    teacher, student = (property(lambda self, i=i: self.models[i]) for i in (0, 1))
 
+    def hidden(self, batch, teach, learn=True):
+        """What their heads read (tokens, d), of the places that are learned: teacher's and student's, None where it is not asked for."""
+        starts = [model.start(batch.x, None, batch.docs) if wish else (None, None) for model, wish in ((self.teacher, teach), (self.student, learn))]
+        (wanted, *_), (u, *_), angles = *starts, [angles for _, angles in starts]
+        for both in self.layers:
+            wanted, u = both(wanted, u, angles, batch.docs)
+        out = []
+        for model, t in ((self.teacher, wanted), (self.student, u)):
+            t = t if t is None else mil.rms_norm(t, model.norm).flatten(0, 1)
+            out.append(t if t is None or batch.at is None else t[batch.at])
+        return out
 
-@torch.no_grad()
-def evaluate(model, teacher, corpus, encoding, s, device):
-    """loss, perplexity, bits per byte, KL to the teacher and top-1 agreement with it, on validation text."""
-    sizes = torch.tensor([len(token_bytes(encoding, i)) for i in range(model.config.v)], device=device)
-    total = torch.zeros(5, dtype=torch.float64, device=device)
-    model.eval()
-    for x, y in evaluation_batches(corpus.val, s, device):
-        with compute_in(s, device):
-            logits, wanted = model(x).float(), teacher(x).float()
-        ce = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
-        learned = y >= 0
-        agree = ((logits.argmax(-1) == wanted.argmax(-1)) & learned).sum()
-        kl = (kl_per_token(logits, wanted) * learned).sum()
-        total += torch.stack([ce, kl, agree, sizes[y[learned]].sum(), learned.sum()]).double()
-    ce, kl, agree, size, count = total.tolist()
-    count = max(count, 1)
-    return {"loss": ce / count, "perplexity": math.exp(min(ce / count, 700)), "bits_per_byte": ce / math.log(2) / max(size, 1),
-            "kl": kl / count, "agreement": agree / count}
+    def forward(self, batch, stage=None, scale=1.0, reference=False):
+        """The batch's part of the stage's loss, `scale` times the sum over its tokens or pairs, and two numbers for the log, scaled alike: the sums of
+        CE and KL, or of how often and by how much the chosen answer is preferred. Without a stage `compare`; with `reference` the teacher's
+        log-probability of each row."""
+        targets = batch.y.flatten() if batch.at is None else batch.y.flatten()[batch.at]
+        if stage is None:
+            return self.compare(batch, targets)
+        preferred = stage.loss == "dpo"
+        wanted, hidden = self.hidden(batch, reference or not preferred and stage.beta > 0, not reference)
+        weight = torch.full(targets.shape, scale, device=targets.device)
+        if reference:
+            return self.log_probabilities(batch, wanted, self.teacher.lm_head.weight, targets)
+        if not preferred:
+            loss, ce, kl = DistillationLoss.apply(hidden, self.student.lm_head.weight, wanted, self.teacher and self.teacher.lm_head.weight, targets,
+                                                  stage.alpha * weight, stage.beta * weight, stage.temperature, stage.reverse)
+            return loss, torch.stack([ce.sum(), kl.sum()]).detach() * scale
+        chosen, rejected = (self.log_probabilities(batch, hidden.detach(), self.student.lm_head.weight, targets) - batch.reference.T.flatten()).chunk(2)
+        margin = stage.beta * (chosen - rejected)                                              # (pairs,)
+        loss, more = -F.logsigmoid(margin).sum() * scale, torch.stack([(margin > 0).float().sum(), margin.sum()]) * scale
+        if torch.is_grad_enabled():  # the gradient of Eq. 4 is that of the rows' CE, so weighted: the second pass over the head is cheap, its logits are not
+            slope = scale * stage.beta * torch.sigmoid(-margin)
+            alpha = torch.cat([slope, -slope])[self.rows(batch)]
+            same, *_ = DistillationLoss.apply(hidden, self.student.lm_head.weight, None, None, targets, alpha, alpha, 1.0, False)
+            loss = same - same.detach() + loss
+        return loss, more
+
+    def rows(self, batch):
+        """The row of each learned place."""
+        length = batch.x.shape[1]
+        return (torch.arange(batch.y.numel(), device=batch.y.device) if batch.at is None else batch.at) // length
+
+    @torch.no_grad()
+    def log_probabilities(self, batch, hidden, head, targets):
+        """The log-probability of what is learned of each row (rows,)."""
+        weight = torch.ones(targets.shape, device=targets.device)
+        _, ce, _ = DistillationLoss.apply(hidden, head.detach(), None, None, targets, weight, weight, 1.0, False)
+        return -torch.zeros(len(batch.x), device=ce.device, dtype=ce.dtype).index_add(0, self.rows(batch), ce)
+
+    def compare(self, batch, targets):
+        """For an evaluation, sums over the learned tokens: the student's CE, its KL from the teacher, how often their likeliest tokens agree, the
+        teacher's CE, and their number. Without a teacher the student is its own."""
+        wanted, hidden = self.hidden(batch, self.teacher is not None)
+        wanted, head = (hidden, self.student.lm_head.weight) if wanted is None else (wanted, self.teacher.lm_head.weight)
+        total, ones = torch.zeros(5, dtype=torch.float64, device=targets.device), torch.ones(targets.shape, device=targets.device)
+        for at, logits, theirs in chunks(hidden, self.student.lm_head.weight, wanted, head):
+            ce, kl = kernels.token_losses(logits, theirs, targets[at], ones[at], ones[at])
+            own, _ = kernels.token_losses(theirs, None, targets[at], ones[at], None)
+            total += torch.stack([ce.sum(), kl.sum(), (logits.argmax(-1) == theirs.argmax(-1)).sum(), own.sum(), ones[at].sum()]).double()
+        return total
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The training loop
+# One process or many
+
+
+@dataclass
+class Run:
+    """What every part of a run asks for."""
+    s: Settings
+    device: torch.device
+    rank: int = 0        # of this process
+    size: int = 1        # how many there are
+    stop: str = ""       # the signal that asks to stop
+    cost: dict = field(default_factory=dict)  # bytes it is thought to take, by part
+
+
+def begin(s):
+    """The Run of this process: one of several when torchrun started it."""
+    if "LOCAL_RANK" not in os.environ:
+        return Run(s, pick_device(s.device))
+    kind = torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if kind == "cuda" else "cpu")
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return Run(s, device, dist.get_rank(), dist.get_world_size())
+
+
+def together(run):
+    """Waits for all processes."""
+    if run.size > 1:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def first(run):
+    """Process 0 goes ahead, the others follow."""
+    if run.rank:
+        together(run)
+    yield
+    if not run.rank:
+        together(run)
+
+
+def added_up(run, t):
+    """The sum of t over all processes."""
+    if run.size > 1:
+        dist.all_reduce(t)
+    return t
+
+
+def whole(w):
+    """All of a tensor of which this process may hold a part, on the CPU."""
+    return (w.full_tensor() if hasattr(w, "full_tensor") else w).detach().cpu()
+
+
+def shard(run, pair):
+    """Spread a pair's tensors over all processes: each layer is gathered when it is used, and its gradient shared out (FSDP2)."""
+    if run.size > 1:
+        from torch.distributed.fsdp import fully_shard
+        for both in pair.layers:
+            fully_shard(both)
+        fully_shard(pair)
+    return pair
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The training loop and its checkpoints
 
 
 def show(line, done=True):
-    """A line on the terminal; with done=False one that the next line overwrites."""
+    """A line on the terminal, of process 0; with done=False one that the next line overwrites."""
+    if dist.is_initialized() and dist.get_rank():
+        return
     live = sys.stdout.isatty()
     if live and not done:  # a line that wraps could not be overwritten
         line = line[:shutil.get_terminal_size().columns - 1]
@@ -384,189 +930,435 @@ def clock(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def schedule(step, steps, warmup):
-    """The share of the peak rate at `step`: rises over the first `warmup` of the steps, then falls as half a cosine."""
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
+@dataclass
+class State:
+    """How far a run is: what a checkpoint holds."""
+    stage: int = 0                                  # of run's stages
+    step: int = 0                                   # the next one
+    own: dict = field(default_factory=dict)         # the student's tensors that have been trained, float32
+    moments: list = field(default_factory=list)     # AdamW's state of what trains
+    seconds: float = 0.0                            # trained in this stage
+    rows: list = field(default_factory=list)        # of the table
+    settings: dict = field(default_factory=dict)
 
 
-def fit(name, model, train, steps, lr, batches, loss_of, s, device, journal, kept):
-    """AdamW over the parameters `train` on loss_of(x, y). Returns seconds and tokens per second.
+def checkpoints(run):
+    """The checkpoints in --out, the newest last."""
+    return sorted((Path(run.s.out) / "checkpoints").glob("[0-9]*.pt"))
 
-    Everything outside `train` gets neither gradient nor optimiser state. Stops with MilError when the loss is not finite;
-    `kept` says which checkpoint is then the last good one.
-    """
-    for w in model.parameters():
-        w.requires_grad_(False)
-    for w in train:
-        w.requires_grad_(True)
-    optimiser = torch.optim.AdamW(train, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda")
-    model.train()
-    began, every = time.perf_counter(), max(1, steps // 100)
-    recent = []
-    for step in range(steps):
-        for group in optimiser.param_groups:
-            group["lr"] = lr * schedule(step, steps, s.warmup)
-        x, y = next(batches)
-        with compute_in(s, device):
-            loss = loss_of(x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(train, s.clip)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        recent.append(loss.detach())
-        if step % every == every - 1 or step == steps - 1:  # reading the loss waits for the device, so not every step
-            values = torch.stack(recent).tolist()
-            recent.clear()
-            for i, value in enumerate(values):
+
+def save_state(run, state, pair, optimizer):
+    """Write what the run needs to go on, and drop what is older than the newest few."""
+    own = {name: whole(w) for name, w in pair.student.named_parameters() if name in state.own or w.requires_grad}
+    moments = [{key: whole(value) for key, value in optimizer.state[w].items()} for group in optimizer.param_groups for w in group["params"]]
+    if run.rank == 0:
+        place = Path(run.s.out) / "checkpoints" / f"{state.stage:02d}-{state.step:08d}.pt"
+        mil.make_directory(place.parent)
+        saved = {**vars(state), "own": own, "moments": moments}
+        mil.write_whole(place, lambda f: torch.save(saved, f))
+        for old in checkpoints(run)[:-run.s.keep_checkpoints]:
+            old.unlink()
+    together(run)
+
+
+FREE = {"out", "device", "resume", "save_minutes", "keep_checkpoints", "recompute", "compile", "prompt", "accumulate"}  # may differ when a run goes on
+
+
+def load_state(run, stages, corpus):
+    """The state of the newest checkpoint that can be read, or a new one. MilError where it belongs to other settings, or --resume is not given."""
+    said = {k: v for k, v in dataclasses.asdict(run.s).items() if k not in FREE}
+    said.update(data=[*run.s.data, corpus.key], recipe=[run.s.recipe, *map(dataclasses.asdict, stages)])  # what they hold
+    for place in reversed(checkpoints(run)):
+        if not run.s.resume:
+            raise MilError(f"--out {run.s.out}: holds an unfinished run; --resume goes on with it, and without {place.parent} it is forgotten")
+        try:
+            state = State(**torch.load(place, map_location="cpu", weights_only=True, mmap=True))
+        except Exception as e:  # as the damage has it
+            show(f"note: {place}: not a whole checkpoint, passed over: {str(e).splitlines()[0]}")
+            continue
+        other = [f"--{k} was {state.settings.get(k)!r} and is {v!r}" for k, v in said.items() if state.settings.get(k) != v]
+        if other:
+            raise MilError(f"--resume: {place} was made with other settings: {'; '.join(other)}")
+        return state
+    return State(settings=said)
+
+
+def spread(moments, w):
+    """AdamW's state of a parameter, as that lies on this process."""
+    if not hasattr(w, "device_mesh"):
+        return {key: t.clone() for key, t in moments.items()}
+    from torch.distributed.tensor import distribute_tensor
+    return {key: distribute_tensor(t.to(w.device), w.device_mesh, w.placements) if t.dim() else t.clone() for key, t in moments.items()}
+
+
+def fit(run, state, stage, pair, batches, journal, kept):
+    """Train what of the pair's student requires gradients, from state.step on. Stops with MilError when the loss is not finite; `kept` says which
+    model is then the last good one."""
+    s, device, began, saved = run.s, run.device, time.perf_counter() - state.seconds, time.monotonic()
+    train = [w for w in pair.student.parameters() if w.requires_grad]
+    optimizer = torch.optim.AdamW(train, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda")
+    if state.moments:
+        optimizer.load_state_dict({"state": dict(enumerate(map(spread, state.moments, train))), "param_groups": optimizer.state_dict()["param_groups"]})
+        state.moments = []
+    every, recent, names = min(10, max(1, stage.steps // 100)), [], ("chosen", "margin") if stage.loss == "dpo" else ("ce", "kl")
+    for step, (parts, count) in enumerate(ahead(batches, state.step, stage.steps), state.step):
+        for group in optimizer.param_groups:
+            group["lr"] = stage.lr * rate(stage, step)
+        sums = torch.zeros(4, device=device)
+        for i, part in enumerate(parts):
+            if run.size > 1:
+                pair.set_requires_gradient_sync(i == len(parts) - 1)
+            loss, more = pair(part, stage, run.size / max(1, count))  # FSDP takes the mean over processes
+            loss.backward()
+            sums[:3] += torch.cat([loss.detach()[None], more]) / run.size
+        norm = torch.nn.utils.clip_grad_norm_(train, s.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        sums[3] = (norm.full_tensor() if run.size > 1 else norm) / run.size
+        recent.append(sums)
+        state.step, last = step + 1, step == stage.steps - 1
+        if step % every == every - 1 or last or run.size == 1 and run.stop:  # reading the loss waits for the device, so not every step
+            wish = sums.new_tensor([bool(run.stop), not run.rank and time.monotonic() - saved >= 60 * s.save_minutes])
+            *values, stop, due = added_up(run, torch.cat([*recent, wish])).tolist()
+            for i, value in enumerate(values[::4]):
                 if not math.isfinite(value):
-                    raise MilError(f"{name}: the loss became {value} at step {step + 2 - len(values) + i} of {steps}; stopped. "
-                                   f"{kept}. Try a lower learning rate (this stage had {lr:g})")
-            mean = sum(values) / len(values)
-            seconds = time.perf_counter() - began
-            line = (f"{name}  step {step + 1}/{steps}  loss {mean:.4f}  {(step + 1) * s.batch * s.context / seconds:,.0f} tokens/s  "
-                    f"ETA {clock(seconds / (step + 1) * (steps - step - 1))}")
-            journal.write(line + "\n")
-            journal.flush()
-            show(line, done=step == steps - 1 or (not sys.stdout.isatty() and (step + 1) % (every * 20) == 0))
-    model.eval()
-    seconds = time.perf_counter() - began
-    return {"seconds": seconds, "tokens_per_second": steps * s.batch * s.context / seconds}
+                    raise MilError(f"{stage.name}: the loss became {value} at step {step + 2 - len(recent) + i} of {stage.steps}; stopped. "
+                                   f"{kept}. Try a lower learning rate (this stage had {stage.lr:g})")
+            means = [sum(values[i::4]) / len(recent) for i in range(4)]
+            state.seconds = time.perf_counter() - began
+            speed, ahead_of = state.step * s.batch * s.context / state.seconds, state.seconds / state.step * (stage.steps - state.step)
+            if run.rank == 0:
+                journal.write(json.dumps({"stage": stage.name, "step": state.step, "loss": means[0], names[0]: means[1], names[1]: means[2], "gradient": means[3],
+                                          "lr": stage.lr * rate(stage, step), "seconds": round(state.seconds, 2)}) + "\n")
+                journal.flush()
+            show(f"{stage.name}  step {state.step}/{stage.steps}  loss {means[0]:.4f}  {names[0]} {means[1]:.4f}  {names[1]} {means[2]:.4f}  "
+                 + f"{speed:,.0f} tokens/s  " * (stage.loss != "dpo") + f"ETA {clock(ahead_of)}",
+                 done=last or not sys.stdout.isatty() and state.step % (20 * max(every, stage.steps // 100)) == 0)
+            recent = []
+            if (due or stop) and not last:
+                save_state(run, state, pair, optimizer)
+                saved = time.monotonic()
+            if stop:
+                leave(run)
 
 
-def memory_needed(s, config, teacher_bytes):
-    """About how many bytes the run takes at most, by part. teacher_bytes: of a ready teacher's weights, 0 if they are read as float32, None
-    if it is yet to be trained. Of the student: weights in float32; in bfloat16 arithmetic their copies; gradients and AdamW's two moments
-    of what trains. Per token of a step, what the backward pass needs, by what runs on an H200 took: 15 numbers a channel and 4 a channel
-    of the MLP in each layer, and 6 in float32 a word of the vocabulary."""
-    layers = chosen_layers(s) if s.student_layers else range(config.n_layers)
-    mixers = [config.mixers[i] for i in layers]
-    for i in mil.interleaved_layers(len(mixers), s.keep):
-        mixers[i] = s.mixer
-    with torch.device("meta"):
-        teacher, student = mil.Hybrid(config), mil.Hybrid(dataclasses.replace(config, n_layers=len(mixers), mixers=mixers))
-    size = lambda *modules: sum(w.numel() for module in modules for w in module.parameters())  # noqa: E731
-    short = 2 if s.dtype == "bfloat16" else 4
-
-    def parts(model, trained, before):
-        tokens, depth = s.batch * s.context, len(model.layers)
-        return {"teacher": before, "student": size(model) * (6 if short == 2 else 4), "gradients and AdamW": 12 * trained,
-                "activations": tokens * (depth * short * (15 * config.d + 4 * config.d_ff) + 24 * config.v)}
-
-    new = size(*[layer.mixer for layer, mixer in zip(student.layers, mixers) if mixer == s.mixer])
-    learn = parts(student, size(student) if s.stage2_steps or s.student_layers else new, teacher_bytes or 4 * size(teacher))
-    return learn if teacher_bytes is not None else max(learn, parts(teacher, size(teacher), 0), key=lambda parts: sum(parts.values()))
+def leave(run):
+    """Ends the program as the signal asks."""
+    show(f"\nstopped by {run.stop or 'a signal'}; the same command with --resume goes on from here")
+    sys.exit(130 if run.stop == "SIGINT" else 143)
 
 
-def memory_line(s, config, teacher_bytes, device):
-    """What `memory_needed` says, beside what there is."""
-    parts = memory_needed(s, config, teacher_bytes)
-    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    more = "; MORE THAN THERE IS" if sum(parts.values()) > there else ""
-    return (f"memory: about {sum(parts.values()) / 2**30:.1f} GiB of {there / 2**30:.1f} ({', '.join(f'{part} {size / 2**30:.1f}' for part, size in parts.items())})"
-            f"{more}; --batch, --context and --stage2_steps 0 lower it")
+def listen(run):
+    """SIGTERM and Ctrl-C ask the run to stop after its step, with a checkpoint; a second one stops it at once."""
+    def heard(number, _):
+        if run.stop:
+            raise KeyboardInterrupt
+        run.stop = signal.Signals(number).name
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, heard)
+# ---------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(run, pair, corpus, encoding):
+    """The rows of a table for the teacher and for the student: loss, perplexity, bits per byte, KL to the teacher and top-1 agreement with it, on
+    validation text."""
+    sizes = torch.tensor([len(token_bytes(encoding, i)) for i in range(pair.student.config.v)], device=run.device)
+    total = torch.zeros(6, dtype=torch.float64, device=run.device)
+    for batch in evaluation_batches(run, corpus):
+        total += torch.cat([pair(batch), sizes[batch.y[batch.y >= 0]].sum().double()[None]])
+    ce, kl, agree, own, count, size = added_up(run, total).tolist()
+    count = max(count, 1)
+
+    def row(ce, kl, agree):
+        return {"loss": ce / count, "perplexity": math.exp(min(ce / count, 700)), "bits_per_byte": ce / math.log(2) / max(size, 1), "kl": kl / count,
+                "agreement": agree / count}
+    return row(own, 0.0, count), row(ce, kl, agree)
+
+
+@torch.no_grad()
+def references(run, pair, pairs, teacher):
+    """The log-probabilities of all pairs (n, 2) by the teacher in that folder, made once and kept in out/data."""
+    weights = [(Path(teacher) / file).stat() for file in mil.read_config(teacher)["weights"]]
+    key = hashlib.sha256(repr([pairs, [(stat.st_size, stat.st_mtime_ns) for stat in weights], run.s.dtype]).encode()).hexdigest()[:16]
+    place, size = Path(run.s.out) / "data" / f"{key}.reference.npy", max(1, run.s.batch // 2 // (run.size * run.s.accumulate))
+    if not place.exists():
+        out, turns = torch.zeros(len(pairs), 2, device=run.device), range(0, len(pairs), size * run.size)
+        for turn, i in enumerate(turns):
+            mine = range(i, min(i + size * run.size, len(pairs)))[run.rank::run.size] or range(1)  # all processes take part in every turn
+            batch = pair_batch(run, [pairs[k] for k in mine])
+            found = pair(batch, Stage(loss="dpo"), reference=True).view(2, -1).T
+            if mine.start >= i:
+                out[list(mine)] = found
+            show(f"reference: {min(i + size * run.size, len(pairs))} of {len(pairs)} pairs", done=turn == len(turns) - 1)
+        out = added_up(run, out).cpu().numpy()
+        if run.rank == 0:
+            mil.make_directory(place.parent)
+            mil.write_whole(place, lambda f: np.save(f, out))
+        together(run)
+    return torch.from_numpy(np.load(place))
+
+
+@torch.no_grad()
+def preferences(run, stage, pair, pairs, reference):
+    """How often the chosen answer gains more over the teacher than the rejected one, its standard error, and by how much (β times, in nats)."""
+    size, total = max(1, run.s.batch // 2 // (run.size * run.s.accumulate)), torch.zeros(2, device=run.device)
+    for i in range(0, len(pairs), size * run.size):
+        mine = range(i, min(i + size * run.size, len(pairs)))[run.rank::run.size]
+        use = mine or range(1)
+        total += pair(pair_batch(run, [pairs[k] for k in use], reference[list(use)]), stage)[1] * bool(mine)
+    right, margin = (added_up(run, total) / len(pairs)).tolist()
+    return {"preferred": right, "preferred_error": (right * (1 - right) / len(pairs)) ** 0.5, "margin": margin}
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The stages
+# The stages, run
 
 
-def get_teacher(s, corpus, encoding, tokenizer, device, journal):
-    """A Llama trained on the corpus, or the one of an earlier run when it was made from the same settings and data."""
+def owned(model, names, values=None):
+    """Parameters of these names become the model's own, float32 or more, where it shared them; with the values of a dict, where it has them."""
+    for name, w in list(model.named_parameters()):
+        if name in names:
+            place, _, leaf = name.rpartition(".")
+            new = (values or {}).get(name, w.detach())
+            new = new.to(w.device, torch.promote_types(new.dtype, torch.float32), copy=True)
+            setattr(model.get_submodule(place), leaf, nn.Parameter(new))
+    model.tie()
+    return model
+
+
+class Source:
+    """Where a run's teacher, and the Llama its student begins as, come from; read once by one process, anew for each stage by one of many, which
+    shares them out."""
+
+    def __init__(self, run, place):
+        self.run, self.place, self.kept = run, place, None
+
+    def models(self):
+        """The teacher and the student's Llama, in the types of their files where the arithmetic is bfloat16: they only read."""
+        if self.kept:
+            return self.kept
+        s, single = self.run.s, self.run.size == 1
+        read = lambda place: mil.load(place, self.run.device if single else None, None if s.dtype == "bfloat16" else torch.float32)  # noqa: E731
+        teacher = read(self.place)
+        models = teacher, read(s.init_from) if s.init_from else mil.keep_layers(teacher, chosen_layers(s)) if s.student_layers else teacher
+        self.kept = models if single else None
+        return models
+
+
+def assemble(run, teacher, base, stage, number, own):
+    """The Pair of a stage: the student is `base` with attention replaced as the stage says, the tensors trained before (`own`) put in; what trains now
+    requires gradients and is float32, and everything else is the base's own tensor."""
+    torch.manual_seed(run.s.seed + 1 + number)  # of what no earlier stage trained
+    student = base
+    for mixer in dict.fromkeys(mixer for mixer in stage.mixers if mixer != "attention"):
+        student = mil.replace_attention(student, [i for i, m in enumerate(stage.mixers) if m == mixer], mixer, run.s.init, share=True)
+    if student is base:
+        student = mil.replace_attention(base, [], run.s.mixer, share=True)
+    for w in [*teacher.parameters(), *base.parameters()] if teacher else base.parameters():
+        w.requires_grad_(False)
+    names = {name for name, _ in student.named_parameters() if name in own or stage.trains(name)}
+    owned(student, names, own)
+    for name, w in student.named_parameters():
+        w.requires_grad_(stage.trains(name))
+    return prepare(run, Pair(teacher, student))
+
+
+def prepare(run, pair):
+    """The arithmetic's type, what is computed again, torch.compile, and the processes."""
+    s = run.s
+    for model in filter(None, (pair.teacher, pair.student)):
+        model.compute = getattr(torch, s.dtype)
+    for i, both in enumerate(pair.layers):
+        if both.student is not None:
+            n, share = len(pair.student.layers), share_recomputed(s)
+            both.student.mlp.again = math.floor((i + 1) * share) > math.floor(i * share)
+            both.again = s.recompute == "block"
+        for layer in filter(None, (both.teacher, both.student)) if s.compile else ():
+            layer.compile()
+    return shard(run, pair)
+
+
+def save_student(run, pair, place, tokenizer, base_type, **notes):
+    """Write the student as a model of its own, in the type of the Llama it began as."""
+    weights = {name: whole(w) for name, w in pair.student.named_parameters()}
+    if run.rank == 0:
+        with torch.device("meta"):
+            model = mil.Hybrid(pair.student.config)
+        for name, w in weights.items():
+            where, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(where), leaf, nn.Parameter(w if mil.stays_wide(name) else w.to(base_type)))
+        model.tie()
+        save_with_tokenizer(model, place, tokenizer, **notes)
+    together(run)
+
+
+def get_teacher(run, state, corpus, encoding, tokenizer, journal):
+    """A Llama trained on the corpus, or the one of an earlier run when it was made from the same settings and data: its folder."""
+    s = run.s
     config = mil.Config(v=encoding.n_vocab, context=s.context, rope_theta=10000.0, **{name: getattr(s, name) for name in SIZES})
     recipe = {"data": corpus.key, "torch": torch.__version__,
-              **{k: getattr(s, k) for k in ("seed", "batch", "context", "teacher_steps", "teacher_lr", "warmup", "clip", "dtype")}}
+              **{k: getattr(s, k) for k in ("seed", "batch", "context", "teacher_steps", "teacher_lr", "warmup", "clip", "dtype", "schedule")}}
     place = Path(s.out) / "teacher"
-    if (place / "config.json").exists():
+    if state.stage == 0 and not state.step and (place / "config.json").exists():
         about = mil.read_config(place)
         if about.get("recipe") == recipe and about["config"] == config:
             try:
-                teacher = mil.load(place, device)
+                mil.load(place)
             except MilError as e:
                 raise MilError(f"{e}; delete {place} to have it trained again") from e
             show(f"teacher: reused from {place}, made with the same settings and data")
-            return teacher, {}
-        show(f"teacher: the one in {place} was made with other settings or data; training a new one")
-    torch.manual_seed(s.seed)
-    teacher = mil.Hybrid(config).to(device)
-    speed = fit("teacher", teacher, list(teacher.parameters()), s.teacher_steps, s.teacher_lr,
-                random_batches(corpus.train, s, device, [s.seed, 0]),
-                lambda x, y: distillation_loss(teacher(x), None, y, 1.0, 0.0), s, device, journal, "This run saved no teacher")
-    save_with_tokenizer(teacher, place, tokenizer, recipe=recipe)
-    return teacher, speed
+            state.stage = 1
+        else:
+            show(f"teacher: the one in {place} was made with other settings or data; training a new one")
+    if state.stage == 0:
+        torch.manual_seed(s.seed)
+        stage = Stage(train="all", alpha=1, beta=0, steps=s.teacher_steps, lr=s.teacher_lr, warmup=s.warmup, schedule=s.schedule, name="teacher", mixers=config.mixers)
+        model = owned(mil.Hybrid(config).to(run.device), state.own, state.own)
+        pair = prepare(run, Pair(None, model))
+        fit(run, state, stage, pair, training_batches(run, corpus, [s.seed, 0]), journal, "This run saved no teacher")
+        save_student(run, pair, place, tokenizer, torch.float32, recipe=recipe)
+        state.rows = [{"model": "teacher", **evaluate(run, pair, corpus, encoding)[0], **speed(run, state, stage)}]
+        state.stage, state.step, state.own, state.seconds = 1, 0, {}, 0.0
+    return place
 
 
-def replacement_steps(s, config):
-    """The layers to replace in each step, spread evenly at every step: 50 % of 32 in 2 steps is 0, 4, 8 … then 2, 6, 10 …"""
-    final = mil.interleaved_layers(config.n_layers, s.keep)
-    done, steps = set(), []
-    for i in range(1, s.replace_steps + 1):
-        count = round(len(final) * i / s.replace_steps)
-        new = [final[j * len(final) // count] for j in range(count)]
-        new = ([k for k in new if k not in done] + [k for k in final if k not in done and k not in new])[:count - len(done)]
-        done.update(new)
-        steps.append(sorted(new))
-    return steps
+def speed(run, state, stage):
+    return {"seconds": state.seconds, "tokens_per_second": stage.steps * run.s.batch * run.s.context / max(state.seconds, 1e-9)}
 
 
-def distill(s, teacher, corpus, encoding, tokenizer, device, journal, rows):
-    """Stages 1 and 2. Appends a row of evaluation to `rows` after each; returns the student."""
-    for w in teacher.parameters():
-        w.requires_grad_(False)
+def distill(run, state, stages, source, corpora, encoding, tokenizer, journal):
+    """The stages from state.stage on (1 is the first). Appends a row of evaluation to state.rows after each."""
+    s, place, kept, validation = run.s, Path(run.s.out) / "student", "This run saved no student", corpora()
+    kind = source.models()[1].embed_tokens.weight.dtype
 
-    def loss_of(student):
-        def loss(x, y):
-            with torch.no_grad():
-                wanted = teacher(x) if s.beta else None
-            return distillation_loss(student(x), wanted, y, s.alpha, s.beta)
-        return loss
+    def report(name, pair, more):
+        first_row, row = evaluate(run, pair, validation, encoding)
+        state.rows = state.rows or [{"model": "teacher", **first_row}]
+        state.rows.append({"model": name, **row, **more})
+        if not math.isfinite(row["loss"]):
+            raise MilError(f"{name}: the validation loss is {row['loss']}; stopped. {kept}. Try lower learning rates")
+        preferred = f", chosen preferred {more['preferred']:.1%} ± {more['preferred_error']:.1%}, margin {more['margin']:.4f}" if "preferred" in more else ""
+        show(f"{name}: validation loss {row['loss']:.4f}, KL to the teacher {row['kl']:.4f}{preferred}")
 
-    def report(name, student, speed):
-        rows.append({"model": name, **evaluate(student, teacher, corpus, encoding, s, device), **speed})
-        if not math.isfinite(rows[-1]["loss"]):
-            raise MilError(f"{name}: the validation loss is {rows[-1]['loss']}; stopped. {kept}. Try lower learning rates")
-        show(f"{name}: validation loss {rows[-1]['loss']:.4f}, KL to the teacher {rows[-1]['kl']:.4f}")
-
-    place, kept, count = Path(s.out) / "student", "This run saved no student", s.stage2_steps
-    torch.manual_seed(s.seed + 1)
-    if s.student_layers:  # a small student is not yet a model: all of it has to learn
-        small = mil.keep_layers(teacher, chosen_layers(s))
-        student = mil.replace_attention(mil.cast(small, torch.float32), mil.interleaved_layers(len(small.layers), s.keep), s.mixer, s.init)
-        steps, count = [], count + s.stage1_steps
-        report("student, not trained", student, {})
-    else:
-        steps, student = replacement_steps(s, teacher.config), mil.cast(mil.replace_attention(teacher, [], s.mixer), torch.float32)
-        report("student, not trained", mil.replace_attention(teacher, sum(steps, []), s.mixer, s.init, share=True), {})
-    for i, layers in enumerate(steps):
-        student = mil.replace_attention(student, layers, s.mixer, s.init)
-        replaced = [j for j, mixer in enumerate(student.config.mixers) if mixer == s.mixer]
-        name = f"stage 1.{i + 1}, {len(replaced)} of {len(student.layers)} layers replaced"
-        mixers = [w for j in replaced for w in student.layers[j].mixer.parameters()]
-        part = s.stage1_steps * (i + 1) // len(steps) - s.stage1_steps * i // len(steps)
-        speed = fit(name, student, mixers, part, s.stage1_lr, random_batches(corpus.train, s, device, [s.seed, 1, i]),
-                    loss_of(student), s, device, journal, kept) if mixers else {}
-        report(name, student, speed)
-        save_with_tokenizer(student, place, tokenizer, stage=name)
-        kept = f"The last good checkpoint is {place}, after {name}"
-    if not count:
-        return student
-    speed = fit("stage 2, all parameters", student, list(student.parameters()), count, s.stage2_lr,
-                random_batches(corpus.train, s, device, [s.seed, 2]), loss_of(student), s, device, journal, kept)
-    report("stage 2, all parameters", student, speed)
-    save_with_tokenizer(student, place, tokenizer, stage="stage 2")
-    return student
-
-
+    if len(state.rows) < 2:
+        untrained = dataclasses.replace(stages[0], mixers=stages[-1].mixers, train="mixers")
+        report("student, not trained", assemble(run, *source.models(), untrained, 0, {}), {})
+    for number, stage in enumerate(stages, 1):
+        if number < state.stage:
+            kept = f"The last good checkpoint is {place}, after {stage.name}"
+            continue
+        pair = assemble(run, *source.models(), stage, number, state.own)
+        more = lambda: {}  # noqa: E731
+        if stage.loss == "dpo":
+            train, held = load_pairs(s, stage.data, encoding)
+            reference = references(run, pair, [*train, *held], source.place)
+            stage.steps = stage.steps or max(1, len(train) // (s.batch // 2))
+            batches = pair_batches(run, train, reference[:len(train)], [s.seed, number])
+            more = lambda pair=pair, stage=stage, held=held, rest=reference[len(train):]: preferences(run, stage, pair, held, rest)  # noqa: E731
+        else:
+            batches = training_batches(run, corpora(stage.data, answers=s.pseudo_labels and not stage.data), [s.seed, number])
+        fit(run, state, stage, pair, batches, journal, kept)
+        report(stage.name, pair, {**(speed(run, state, stage) if stage.loss == "distill" else {"seconds": state.seconds}), **more()})
+        state.own = {name: whole(w) for name, w in pair.student.named_parameters() if name in state.own or stage.trains(name)}
+        save_student(run, pair, place, tokenizer, kind, stage=stage.name)
+        kept = f"The last good checkpoint is {place}, after {stage.name}"
+        state.stage, state.step, state.seconds = number + 1, 0, 0.0
+        del pair, batches, more  # the next student comes before this one would go
 # ---------------------------------------------------------------------------------------------------------------
-# The report
+# What a stage costs
+
+
+def blank(config):
+    """A model without values."""
+    with torch.device("meta"):
+        return mil.Hybrid(config)
+
+
+def matrices(config, counts=lambda name: True):
+    """The parameters, of those that count, that each token is multiplied with; of a tied head once."""
+    weights = {name: w.numel() for name, w in blank(config).named_parameters() if w.dim() == 2 and not name.endswith("A_log")}
+    if not config.tied:
+        del weights["embed_tokens.weight"]  # where tokens are looked up
+    return sum(n for name, n in weights.items() if counts(name))
+
+
+def forward_flops(config, context):
+    """Of one token: two a parameter of a matrix; of attention 4 a channel and key, of which on average half are seen; of a recurrence 4 a state element."""
+    wide = config.n_heads * config.head_dim
+    mix = {"attention": 2 * context * wide, "mamba": 4 * wide * config.d_state, "mamba2": 4 * wide * config.head_dim, "none": 0}
+    return 2 * matrices(config) + sum(mix[mixer] for mixer in config.mixers)
+
+
+def flops(teacher, student, stage, context):
+    """Model FLOPs of a stage's step, per token, what is computed twice counted once: the teacher's forward; the student's forward and, as much again,
+    the gradients of what its layers read; and two for each parameter of a matrix that learns."""
+    asked = teacher is not None and stage.loss == "distill" and stage.beta > 0
+    return (forward_flops(teacher, context) if asked else 0) + 2 * forward_flops(student, context) + 2 * matrices(student, stage.trains)
+
+
+def memory_needed(s, student, stage, teacher_bytes, base_bytes=0, processes=1):
+    """About how many bytes each process takes at most, by part. teacher_bytes and base_bytes: of the teacher's weights and, where the student does not
+    begin as the teacher, of its Llama's. What trains is float32, with AdamW's two moments; its gradients come while the activations go, so that the
+    larger of the two counts. Kept for the backward pass, a token: what the layers' operations read (kernels.norm_linears and mlp), in the arithmetic's
+    type."""
+    short, tokens, p = 2 if s.dtype == "bfloat16" else 4, s.batch * s.context // (processes * s.accumulate), student.head_dim
+    trained = sum(w.numel() for name, w in blank(student).named_parameters() if stage.trains(name))
+    wide, narrow, head = student.n_heads * p, student.n_kv_heads * p, student.v * student.d * (stage.train == "all")
+    kept = {"attention": 2 * wide + 2 * narrow, "mamba": 8 * wide + 2 * narrow + wide * student.d_state // 4, "mamba2": 6 * wide + 4 * narrow, "none": 0}
+    inside = [2 * student.d_ff * (1 - share_recomputed(s)) + kept[mixer] for mixer in student.mixers]
+    one = max(kept[mixer] + 6 * student.d_ff for mixer in student.mixers)                     # a layer at work, in its backward pass
+    activations = tokens * short * (student.d * (2 - (s.recompute == "block")) * student.n_layers + sum(inside) * (s.recompute != "block") + one + 4 * student.d)
+    loss = min(LOGITS["cuda" if short == 2 else "cpu"], tokens * student.v) * 3 * short + head * (4 + short)
+    parts = {"teacher": teacher_bytes + base_bytes, "student": 4 * trained, "AdamW": 8 * trained}
+    parts = {part: size / processes for part, size in parts.items()}
+    largest = tokens * short * (one + 4 * student.d) + 4 * trained / processes
+    parts["activations, loss, gradients"] = activations + loss + 4 * trained / processes if s.accumulate > 1 else max(activations + loss, largest)
+    return parts
+
+
+def speed_of(run):
+    """Matrix operations a second that this device does, of matrices of a few thousand rows."""
+    a = torch.randn((4096 if run.device.type == "cuda" else 512,) * 2, device=run.device, dtype=getattr(torch, run.s.dtype))
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()
+        times.append(time.perf_counter() - began)
+    return 2 * len(a) ** 3 / min(times)
+
+
+def announce(run, stages, teacher, base):
+    """Says, before a run begins, what its stages are and what they will cost."""
+    s, rate = run.s, speed_of(run)
+    there = torch.cuda.get_device_properties(run.device).total_memory if run.device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    given = weights_of(s, s.teacher, teacher), weights_of(s, s.init_from, base) if base is not teacher else 0
+    lines = [f"{'':<38}{'attention':>10}{'trained':>10}{'tokens':>10}{'lr':>9}{'α':>6}{'β':>6}{'memory':>11}{'time':>8}"]
+    first_ = [Stage(train="all", beta=0, steps=s.teacher_steps, lr=s.teacher_lr, name="teacher", mixers=teacher.mixers)] * (not s.teacher)
+    for stage in first_ + stages:
+        config, alone = dataclasses.replace(base, mixers=stage.mixers) if stage not in first_ else teacher, stage in first_
+        trained, tokens = sum(w.numel() for name, w in blank(config).named_parameters() if stage.trains(name)), stage.steps * s.batch * s.context
+        parts = memory_needed(s, config, stage, *([0, 0] if alone else given), run.size)
+        run.cost = max(run.cost, parts, key=lambda parts: sum(parts.values()))
+        seconds = flops(None if alone else teacher, config, stage, s.context) * tokens / (0.5 * rate * run.size)
+        kept, many = f"{stage.mixers.count('attention')} of {len(stage.mixers)}", f"{tokens / 1e6:,.1f} M" if tokens else "a pass"
+        lines.append(f"{stage.name:<38}{kept:>10}{trained / 1e6:>8,.1f} M{many:>10}"
+                     f"{stage.lr:>9.1e}{stage.alpha:>6g}{stage.beta:>6g}{sum(parts.values()) / 2**30:>7.1f} GiB{clock(seconds) if tokens else '':>8}")
+    show("\n".join(lines))
+    show(f"memory: about {sum(run.cost.values()) / 2**30:.1f} GiB of {there / 2**30:.1f} ({', '.join(f'{part} {size / 2**30:.1f}' for part, size in run.cost.items())})"
+         f"{'; MORE THAN THERE IS' * (sum(run.cost.values()) > there)}; {LOWER}. time: at half of this device's {rate / 1e12:.3g} TFLOP/s")
+
+
+LOWER = "--accumulate, --recompute mlp or block, --batch and --context lower it, and --stage2_steps 0"
 
 
 def table(rows):
-    lines = [f"{'':<38}{'loss':>8}{'ppl':>9}{'bits/byte':>11}{'KL':>9}{'agree':>8}{'tokens/s':>11}{'seconds':>9}"]
+    lines = [f"{'':<38}{'loss':>8}{'ppl':>9}{'bits/byte':>11}{'KL':>9}{'agree':>8}{'tokens/s':>11}{'seconds':>9}"
+             + f"{'preferred':>18}{'margin':>9}" * any("preferred" in r for r in rows)]
     for r in rows:
-        speed = f"{r['tokens_per_second']:>11,.0f}{r['seconds']:>9.1f}" if "seconds" in r else ""
+        speed = (f"{r['tokens_per_second']:>11,.0f}" if "tokens_per_second" in r else f"{'':>11}") + f"{r['seconds']:>9.1f}" if "seconds" in r else ""
+        speed += f"{r['preferred']:>10.1%} ± {r['preferred_error']:.1%}{r['margin']:>9.4f}" if "preferred" in r else ""
         lines.append(f"{r['model']:<38}{r['loss']:>8.4f}{r['perplexity']:>9.4g}{r['bits_per_byte']:>11.4f}{r['kl']:>9.4f}"
                      f"{r['agreement']:>8.1%}{speed}")
     return "\n".join(lines)
@@ -589,59 +1381,133 @@ def side_by_side(left, right, width=58):
     return "\n".join(f"{a:<{width}} │ {b}".rstrip() for a, b in zip(*([*c, *[""] * (height - len(c))] for c in columns)))
 
 
+def plot(log, path):
+    """The loss of every stage over its steps, as log.jsonl has them, where matplotlib is installed; returns whether it is."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").split("\n")[:-1]]
+    names = list(dict.fromkeys(record["stage"] for record in records))
+    figure, axes = pyplot.subplots(1, len(names), figsize=(4 * len(names), 3), squeeze=False, layout="constrained")
+    for name, axis in zip(names, axes[0]):
+        mine = [record for record in records if record["stage"] == name]
+        for key in ("loss", "ce", "kl", "margin"):
+            if any(record.get(key) for record in mine):
+                axis.plot([record["step"] for record in mine], [record[key] for record in mine], label=key)
+        axis.set(title=name, xlabel="step")
+        axis.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True
+
+
+def open_journal(run, state, stages):
+    """log.jsonl, without the lines of steps that the run will do again."""
+    path, order = Path(run.s.out) / "log.jsonl", {name: i for i, name in enumerate(["teacher", *[stage.name for stage in stages]])}
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() and run.s.resume else []
+        records = [json.loads(line) for line in lines]
+        kept = [line for line, record in zip(lines, records) if (order.get(record["stage"], -1), record["step"]) <= (state.stage, state.step)]
+        if run.rank == 0:
+            mil.write_whole(path, lambda f: f.write("".join(line + "\n" for line in kept).encode()))
+        return open(path if run.rank == 0 else os.devnull, "a", encoding="utf-8")
+    except (OSError, ValueError, KeyError) as e:
+        raise MilError(f"{path}: cannot be read or written: {e}") from e
+
+
+def weights_of(s, place, config):
+    """How many bytes the weights of a folder take in memory, or those of a model that is yet to be trained."""
+    if s.dtype == "float32" or not place:
+        return 4 * sum(w.numel() for w in blank(config).parameters())
+    return sum((Path(place) / file).stat().st_size for file in mil.read_config(place)["weights"])
+
+
 def main(argv):
     s, began = parse_flags(Settings, argv, __doc__), time.perf_counter()
-    device = pick_device(s.device)
-    about = mil.read_config(s.teacher) if s.teacher else {}
-    complete(s, device, about.get("config"))
-    if s.teacher and Path(s.teacher).resolve() == (Path(s.out) / "student").resolve():
-        raise MilError(f"--teacher {s.teacher} is where the student will be written; give another --out")
-    mil.make_directory(s.out)
-    teacher = None
-    if s.teacher:
-        read = sum((Path(s.teacher) / file).stat().st_size for file in about["weights"]) if s.dtype == "bfloat16" else 0
-        show(memory_line(s, about["config"], read, device))
-        teacher, encoding = load_with_tokenizer(s.teacher, device, None if s.dtype == "bfloat16" else torch.float32)  # in its own type: it only reads
-        name = tokenizer_of(s.teacher)
-        if s.tokenizer and vocabulary(load_tokenizer(s.tokenizer)) != vocabulary(encoding):
-            raise MilError(f"--tokenizer {s.tokenizer} is not the one the teacher in {s.teacher} was trained with ({name}); leave it out")
-        s.tokenizer = name
-    else:
-        s.tokenizer = s.tokenizer or "bytes"
-        encoding = load_tokenizer(s.tokenizer)
-        show(memory_line(s, mil.Config(v=encoding.n_vocab, context=s.context, **{name: getattr(s, name) for name in SIZES}), None, device))
+    run = begin(s)
     try:
-        journal = open(Path(s.out) / "log.txt", "a")
-    except OSError as e:
-        raise MilError(f"--out {s.out}: cannot be written: {e.strerror}") from e
-    journal.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} train_distill.py {shlex.join(argv)}\n")
-    with journal:
-        corpus = load_corpus(s, encoding, s.tokenizer)
-        show(f"data: {corpus.about}")
-        speed = {}
-        if teacher is None:
-            teacher, speed = get_teacher(s, corpus, encoding, s.tokenizer, device, journal)
-        count = sum(w.numel() for w in teacher.parameters())
-        show(f"teacher: {count / 1e6:.1f} M parameters, {len(teacher.layers)} layers of width {teacher.config.d}")
-        rows = [{"model": "teacher", **evaluate(teacher, teacher, corpus, encoding, s, device), **speed}]
-        student = distill(s, teacher, corpus, encoding, s.tokenizer, device, journal, rows)
-        seconds = time.perf_counter() - began
-        memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda"
-                  else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores, {platform.machine()}"
-        final = (f"\n{table(rows)}\n\nstudent / teacher validation loss: {rows[-1]['loss'] / rows[0]['loss']:.4f}   "
-                 f"peak memory {memory / 2**30:.2f} GiB   {seconds:.0f} s in all on {machine}, torch {torch.__version__}")
-        show(final)
-        journal.write(final + "\n")
-        results = {"rows": rows, "seconds": seconds, "peak_memory_bytes": memory, "machine": machine, "torch": torch.__version__,
-                   "python": platform.python_version(), "teacher_parameters": count, "settings": dataclasses.asdict(s)}
-        mil.write_whole(Path(s.out) / "results.json", lambda f: f.write(json.dumps(results, indent=1).encode()))
+        work(run, argv, began)
+    except torch.OutOfMemoryError as e:
+        parts = ", ".join(f"{part} {size / 2**30:.1f}" for part, size in run.cost.items())
+        raise MilError(f"the GPU's memory is full; about {sum(run.cost.values()) / 2**30:.1f} GiB were expected ({parts}). {LOWER}. ({str(e).splitlines()[0]})") from e
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def work(run, argv, began):
+    """All of a run: settings and stages checked, data, teacher, stages, report."""
+    s, device = run.s, run.device
+    about = mil.read_config(s.teacher) if s.teacher else {}
+    complete(s, device, about.get("config"), run.size)
+    for name, place in (("teacher", s.teacher), ("init_from", s.init_from)):
+        if place and Path(place).resolve() == (Path(s.out) / "student").resolve():
+            raise MilError(f"--{name} {place} is where the student will be written; give another --out")
+    tokenizer = tokenizer_of(s.teacher) if s.teacher else s.tokenizer or "bytes"
+    encoding = load_tokenizer(tokenizer)
+    if s.teacher and s.tokenizer and vocabulary(load_tokenizer(s.tokenizer)) != vocabulary(encoding):
+        raise MilError(f"--tokenizer {s.tokenizer} is not the one the teacher in {s.teacher} was trained with ({tokenizer}); leave it out")
+    config = about.get("config") or mil.Config(v=encoding.n_vocab, context=s.context, rope_theta=10000.0, **{name: getattr(s, name) for name in SIZES})
+    base = config
+    if s.init_from:
+        base = mil.read_config(s.init_from)["config"]
+        if base.v != config.v or vocabulary(load_tokenizer(tokenizer_of(s.init_from))) != vocabulary(encoding):
+            raise MilError(f"--init_from {s.init_from}: its vocabulary ({base.v} tokens) is not the teacher's ({config.v}): both must speak of the same tokens")
+        if set(base.mixers) != {"attention"}:
+            raise MilError(f"--init_from {s.init_from}: holds {', '.join(sorted(set(base.mixers)))}; expected a Llama, with attention in every layer")
+    if s.student_layers:
+        base = dataclasses.replace(config, n_layers=len(chosen_layers(s)), mixers=[config.mixers[i] for i in chosen_layers(s)])
+    stages = plan(s, base)
+    mil.make_directory(s.out)
+    announce(run, stages, config, base)
+    with first(run):
+        corpus = load_corpus(s, s.data, encoding, tokenizer)
+    show(f"data: {corpus.about}")
+    state = load_state(run, stages, corpus)
+    made = {((), False): corpus}
+
+    def corpora(paths=(), answers=False):
+        if (key := (tuple(paths), answers)) not in made:
+            if answers:
+                made[key] = answered(run, s.data, place, encoding, tokenizer)
+            else:
+                with first(run):
+                    made[key] = load_corpus(s, paths, encoding, tokenizer)
+            show(f"data: {made[key].about}")
+        return made[key]
+
+    listen(run)
+    with open_journal(run, state, stages) as journal:
+        place = Path(s.teacher) if s.teacher else get_teacher(run, state, corpus, encoding, tokenizer, journal)
+        state.stage = max(1, state.stage)
+        show(f"teacher: {sum(w.numel() for w in blank(config).parameters()) / 1e6:.1f} M parameters, {config.n_layers} layers of width {config.d}")
+        distill(run, state, stages, Source(run, place), corpora, encoding, tokenizer, journal)
+    if run.rank == 0:
+        finish(run, state, config, place, encoding, corpus, time.perf_counter() - began)
+
+
+def finish(run, state, config, place, encoding, corpus, seconds):
+    """The report: table, results.json, loss.png, a sample of both models; and the checkpoints, which nothing needs any more, go."""
+    s, device, rows = run.s, run.device, state.rows
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    machine = f"{run.size} × {machine}" if run.size > 1 else machine
+    show(f"\n{table(rows)}\n\nstudent / teacher validation loss: {rows[-1]['loss'] / rows[0]['loss']:.4f}   "
+         f"peak memory {memory / 2**30:.2f} GiB   {seconds:.0f} s in all on {machine}, torch {torch.__version__}")
+    results = {"rows": rows, "seconds": seconds, "peak_memory_bytes": memory, "machine": machine, "torch": torch.__version__,
+               "python": platform.python_version(), "teacher_parameters": sum(w.numel() for w in blank(config).parameters()), "settings": dataclasses.asdict(s)}
+    mil.write_whole(Path(s.out) / "results.json", lambda f: f.write(json.dumps(results, indent=1).encode()))
+    figure = plot(Path(s.out) / "log.jsonl", Path(s.out) / "loss.png")
+    shutil.rmtree(Path(s.out) / "checkpoints", ignore_errors=True)
+    texts = [sample(mil.load(model, device, getattr(torch, s.dtype)), encoding, s, device) for model in (place, Path(s.out) / "student")]
     show(f"\n{'teacher':<58} │ student")
-    show(side_by_side(sample(teacher, encoding, s, device), sample(student, encoding, s, device)))
+    show(side_by_side(*texts))
     more = "--chat" if (corpus.train[:10**6] < 0).any() else f"--prompt {shlex.quote(s.prompt)}"
     models = f"--model {s.teacher} --draft {s.out}/student" if s.student_layers and s.teacher else f"--model {s.out}/student"
-    show(f"\nstudent: {s.out}/student   table: {s.out}/results.json\n"
-         f"try: python generate.py {models} {more}")
+    show(f"\nstudent: {s.out}/student   table: {s.out}/results.json" + f"   losses: {s.out}/loss.png" * figure + f"\ntry: python generate.py {models} {more}")
 
 
 if __name__ == "__main__":
