@@ -1580,7 +1580,7 @@ def rms_norm(x, weight, eps):
 
 def rms_rows(x, weight, eps):
     """The kernel on x (…, d)."""
-    x, y = x.contiguous(), x.new_empty(x.shape)
+    x, weight, y = x.contiguous(), weight.contiguous(), x.new_empty(x.shape)
     with torch.cuda.device_of(x):
         planned(rms_plan, x, weight, eps)(x, weight, y)
     return y
@@ -1766,7 +1766,7 @@ def rms_gradient(dy, x, weight, eps, wanted, onto=None):
     if not any(wanted):
         return None, None
     if use_triton(x):
-        x, dy, onto = x.contiguous(), dy.contiguous(), onto if onto is None else onto.contiguous()
+        x, weight, dy, onto = x.contiguous(), weight.contiguous(), dy.contiguous(), onto if onto is None else onto.contiguous()
         with torch.cuda.device_of(x):
             parts, gradient = planned(rms_gradient_plan, x, weight, dy, onto, eps, *wanted)
             dw = x.new_empty(parts if wanted[1] else 0, x.shape[1], dtype=torch.float32)
@@ -1945,7 +1945,7 @@ class Rotation(torch.autograd.Function):
 def losses_plan(logits, wanted, targets, alpha, beta, tau, reverse, gradient):
     K = 16 // logits.element_size()  # a load's
     return Launch(losses_kernel, (len(logits),), (tau,), s_x=logits.stride(0), s_w=0 if wanted is None else wanted.stride(0), v=logits.shape[1],
-                  TEACHER=wanted is not None, HOT=wanted is not None and tau != 1, REVERSE=reverse, GRADIENT=gradient, PULL=beta is not None, K=K,
+                  TEACHER=wanted is not None, HOT=tau != 1, REVERSE=reverse, GRADIENT=gradient, PULL=beta is not None, K=K,
                   **{**LOSSES, "LANES": min(LOSSES["LANES"], triton.next_power_of_2(cdiv(logits.shape[1], K)))})
 
 
@@ -1959,7 +1959,7 @@ def token_losses(logits, wanted, targets, alpha, beta, temperature=1.0, reverse=
     alpha and beta (n,); without beta, of Σ alpha ce. What has probability 0 on the left of the ‖ adds nothing, whatever it has on the right."""
     if max(logits.stride(1), 1 if wanted is None else wanted.stride(1)) > 1:
         raise ValueError("token_losses: the logits of a token must lie side by side in memory")
-    tau, beta = float(temperature), None if wanted is None else beta
+    tau, beta = (1.0, None) if wanted is None else (float(temperature), beta)  # cross-entropy knows no temperature
     if use_triton(logits) and not torch.compiler.is_compiling():
         ce, kl = torch.empty_like(targets, dtype=torch.float32), torch.empty_like(targets, dtype=torch.float32)
         with torch.cuda.device_of(logits):
