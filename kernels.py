@@ -971,11 +971,9 @@ if triton is not None:
         tl.store(p_y + half, b_2, mask=m)
 
     @triton.jit
-    def more(b_most, b_sum, b):
-        """Rows of `b` more for a running sum of 2^b: the largest b, the sum over 2^that, 2^b and what earlier sums were to be multiplied by."""
-        b_new = tl.maximum(b_most, tl.max(b, axis=1))
-        b_e, b_fade = tl.exp2(b - b_new[:, None]), tl.exp2(b_most - b_new)
-        return b_new, b_sum * b_fade + tl.sum(b_e, axis=1), b_e, b_fade
+    def power(b, b_most, scale):
+        """2^((b - most) scale), 0 where b is -∞."""
+        return tl.exp2(b * scale - (b_most * scale)[:, None])
 
     @triton.jit
     def weighed(b_weight, b):
@@ -983,9 +981,10 @@ if triton is not None:
         return tl.where(b_weight > 0, b_weight * b, 0.)
 
     @triton.jit
-    def log2_sum(b_most, b_sum):
-        most = tl.max(b_most, axis=0)
-        return most + tl.log2(tl.sum(b_sum * tl.exp2(b_most - most), axis=0))
+    def log2_sum(b_most, b_sum, scale):
+        """log2 Σ 2^(most scale) sum, over threads."""
+        most = tl.max(b_most, axis=0) * scale
+        return most + tl.log2(tl.sum(b_sum * tl.exp2(b_most * scale - most), axis=0))
 
     @triton.jit
     def losses_kernel(p_x, p_w, p_at, p_alpha, p_beta, p_ce, p_kl, tau, s_x: tl.constexpr, s_w: tl.constexpr, v: tl.constexpr, TEACHER: tl.constexpr,
@@ -994,39 +993,44 @@ if triton is not None:
         its own running sums, so that threads meet only at the end. HOT: τ is not 1. PULL: the gradient is that of the KL as well. All in log2."""
         i, o, scale = tl.program_id(0).to(tl.int64), tl.arange(0, LANES)[:, None] * K + tl.arange(0, K)[None, :], LOG2E / tau
         at, p_x, p_w = tl.load(p_at + i).to(tl.int32), p_x + i * s_x, p_w + i * s_w
-        ce, kl = 0., 0.
+        ce, kl, blocks = 0., 0., (v + LANES * K - 1) // (LANES * K)
         if at < 0:
             if GRADIENT:
                 for i_v in range(0, v, LANES * K):
                     tl.store(p_x + i_v + o, tl.zeros((LANES, K), tl.float32), mask=i_v + o < v)
         else:
-            none, x_at = tl.full((LANES,), -1e30, tl.float32), tl.load(p_x + at).to(tl.float32)
-            b_mx, b_mh, b_mw = none, none, none
-            b_sx, b_sh, b_sw, b_kl = tl.zeros_like(none), tl.zeros_like(none), tl.zeros_like(none), tl.zeros_like(none)
+            b_mx, b_sx, x_at = tl.full((LANES,), -1e30, tl.float32), tl.zeros((LANES,), tl.float32), tl.load(p_x + at).to(tl.float32)
+            b_mw, b_sw, b_s1, b_kl = b_mx, b_sx, b_sx, b_sx
             for i_v in range(0, v, LANES * K):
                 b_x = tl.load(p_x + i_v + o, mask=i_v + o < v, other=-float("inf")).to(tl.float32)
-                b_mx, b_sx, b_e, b_fade = more(b_mx, b_sx, b_x * scale)
+                b_new = tl.maximum(b_mx, tl.max(b_x, axis=1))
+                b_e, b_fade = power(b_x, b_new, scale), tl.exp2((b_mx - b_new) * scale)
+                b_sx = b_sx * b_fade + tl.sum(b_e, axis=1)
                 if HOT:
-                    b_mh, b_sh, _, _ = more(b_mh, b_sh, b_x * LOG2E)
+                    b_s1 = b_s1 * tl.exp2((b_mx - b_new) * LOG2E) + tl.sum(power(b_x, b_new, LOG2E), axis=1)
+                b_mx = b_new
                 if TEACHER:
                     b_w = tl.load(p_w + i_v + o, mask=i_v + o < v, other=-float("inf")).to(tl.float32)
-                    b_mw, b_sw, b_ew, b_fade_w = more(b_mw, b_sw, b_w * scale)
+                    b_new = tl.maximum(b_mw, tl.max(b_w, axis=1))
+                    b_ew, b_fade_w = power(b_w, b_new, scale), tl.exp2((b_mw - b_new) * scale)
+                    b_mw, b_sw = b_new, b_sw * b_fade_w + tl.sum(b_ew, axis=1)
                     if REVERSE:
-                        b_kl = weighed(b_fade, b_kl) + tl.sum(weighed(b_e, (b_x - b_w) * scale), axis=1)
+                        b_kl = weighed(b_fade, b_kl) + tl.sum(weighed(b_e, b_x - b_w), axis=1)
                     else:
-                        b_kl = weighed(b_fade_w, b_kl) + tl.sum(weighed(b_ew, (b_w - b_x) * scale), axis=1)
-            lse = log2_sum(b_mx, b_sx)
-            lse_1, lse_w = log2_sum(b_mh, b_sh) if HOT else lse, log2_sum(b_mw, b_sw) if TEACHER else lse
+                        b_kl = weighed(b_fade_w, b_kl) + tl.sum(weighed(b_ew, b_w - b_x), axis=1)
+            lse = log2_sum(b_mx, b_sx, scale)
+            lse_1, lse_w = log2_sum(b_mx, b_s1, LOG2E) if HOT else lse, log2_sum(b_mw, b_sw, scale) if TEACHER else lse
             ce = lse_1 / LOG2E - x_at
             if TEACHER:
                 if REVERSE:
-                    kl = tl.sum(weighed(tl.exp2(b_mx - lse), b_kl), axis=0) + lse_w - lse
+                    kl = tl.sum(weighed(tl.exp2(b_mx * scale - lse), b_kl), axis=0) * scale + lse_w - lse
                 else:
-                    kl = tl.sum(weighed(tl.exp2(b_mw - lse_w), b_kl), axis=0) + lse - lse_w
+                    kl = tl.sum(weighed(tl.exp2(b_mw * scale - lse_w), b_kl), axis=0) * scale + lse - lse_w
             if GRADIENT:
                 alpha = tl.load(p_alpha + i).to(tl.float32)
                 beta = tl.load(p_beta + i).to(tl.float32) * tau if PULL else 0.
-                for i_v in range((v - 1) // (LANES * K) * (LANES * K), -1, -LANES * K):  # from the end, which a cache may hold still
+                for i_b in range(blocks):
+                    i_v = (blocks - 1 - i_b) * (LANES * K)  # from the end, which a cache may hold still
                     b_x = tl.load(p_x + i_v + o, mask=i_v + o < v, other=0.).to(tl.float32)
                     b_q = tl.exp2(b_x * scale - lse)
                     b_dx = alpha * ((tl.exp2(b_x * LOG2E - lse_1) if HOT else b_q) - tl.where(i_v + o == at, 1., 0.))
@@ -1576,7 +1580,7 @@ def rms_norm(x, weight, eps):
 
 def rms_rows(x, weight, eps):
     """The kernel on x (…, d)."""
-    x, y = x.contiguous(), x.new_empty(x.shape)
+    x, weight, y = x.contiguous(), weight.contiguous(), x.new_empty(x.shape)
     with torch.cuda.device_of(x):
         planned(rms_plan, x, weight, eps)(x, weight, y)
     return y
@@ -1770,7 +1774,7 @@ def rms_gradient(dy, x, weight, eps, wanted, onto=None):
     if not any(wanted):
         return None, None
     if use_triton(x):
-        x, dy, onto = x.contiguous(), dy.contiguous(), onto if onto is None else onto.contiguous()
+        x, weight, dy, onto = x.contiguous(), weight.contiguous(), dy.contiguous(), onto if onto is None else onto.contiguous()
         with torch.cuda.device_of(x):
             parts, gradient = planned(rms_gradient_plan, x, weight, dy, onto, eps, *wanted)
             dw = x.new_empty(parts if wanted[1] else 0, x.shape[1], dtype=torch.float32)
@@ -1949,7 +1953,7 @@ class Rotation(torch.autograd.Function):
 def losses_plan(logits, wanted, targets, alpha, beta, tau, reverse, gradient):
     K = 16 // logits.element_size()  # a load's
     return Launch(losses_kernel, (len(logits),), (tau,), s_x=logits.stride(0), s_w=0 if wanted is None else wanted.stride(0), v=logits.shape[1],
-                  TEACHER=wanted is not None, HOT=wanted is not None and tau != 1, REVERSE=reverse, GRADIENT=gradient, PULL=beta is not None, K=K,
+                  TEACHER=wanted is not None, HOT=tau != 1, REVERSE=reverse, GRADIENT=gradient, PULL=beta is not None, K=K,
                   **{**LOSSES, "LANES": min(LOSSES["LANES"], triton.next_power_of_2(cdiv(logits.shape[1], K)))})
 
 
@@ -1963,8 +1967,8 @@ def token_losses(logits, wanted, targets, alpha, beta, temperature=1.0, reverse=
     alpha and beta (n,); without beta, of Σ alpha ce. What has probability 0 on the left of the ‖ adds nothing, whatever it has on the right."""
     if max(logits.stride(1), 1 if wanted is None else wanted.stride(1)) > 1:
         raise ValueError("token_losses: the logits of a token must lie side by side in memory")
-    tau, beta = float(temperature), None if wanted is None else beta
-    if use_triton(logits):
+    tau, beta = (1.0, None) if wanted is None else (float(temperature), beta)  # cross-entropy knows no temperature
+    if use_triton(logits) and not torch.compiler.is_compiling():
         ce, kl = torch.empty_like(targets, dtype=torch.float32), torch.empty_like(targets, dtype=torch.float32)
         with torch.cuda.device_of(logits):
             run = planned(losses_plan, logits, wanted, targets, alpha, beta, tau, reverse, gradient)

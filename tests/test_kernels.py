@@ -828,11 +828,11 @@ def test_a_plan_is_made_anew_for_half_an_alignment_and_for_another_device(monkey
     assert len(made) == 5
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="looks at the interpreter's loads and stores")
-@DECAYS
-@pytest.mark.parametrize("c, loss", [(1, None), (1, "h"), (3, "yh")])
-def test_nothing_outside_its_tensors_is_touched_by_a_kernel(monkeypatch, decay, c, loss):
-    """Not even where the value read is thrown away."""
+@pytest.fixture
+def touched(monkeypatch):
+    """How many numbers each load and store of the interpreter went to, all within the tensors that its kernel was given."""
+    if DEVICE == "cuda":
+        pytest.skip("looks at the interpreter's loads and stores")
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     call, builder, reach, touched = kernels.Launch.__call__, interpreter.InterpreterBuilder, [], []
 
@@ -854,10 +854,17 @@ def test_nothing_outside_its_tensors_is_touched_by_a_kernel(monkeypatch, decay, 
             assert not outside.any(), (name, self)
             return method(self, ptrs, *args)
         monkeypatch.setattr(builder, name, watched)
-    monkeypatch.setattr(kernels, "segments", lambda *_: c)
     monkeypatch.setattr(kernels.Launch, "__call__", launch)
     watch("create_masked_load")
     watch("create_masked_store")
+    return touched
+
+
+@DECAYS
+@pytest.mark.parametrize("c, loss", [(1, None), (1, "h"), (3, "yh")])
+def test_nothing_outside_its_tensors_is_touched_by_a_kernel(monkeypatch, touched, decay, c, loss):
+    """Not even where the value read is thrown away."""
+    monkeypatch.setattr(kernels, "segments", lambda *_: c)
     inputs = {k: t.requires_grad_(bool(loss)) for k, t in scan_inputs(decay, 2, 19, (2, 1, 2), (5, 3), 1, torch.float32).items()}
     with form("triton"):
         y, h = kernels.ssm_scan(**inputs)
@@ -925,3 +932,371 @@ def test_a_loop_takes_no_more_shared_memory_than_the_device_has(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(shared_memory_per_block_optin=101376))
     on_gpu = SimpleNamespace(is_cuda=True, device="cuda:0")
     assert [kernels.stages(on_gpu, 4, size) for size in (10_000, 30_000, 50_000, 200_000)] == [4, 3, 2, 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+
+EPS = 0.1  # so large that the gradient of a norm over one channel is not all rounding
+
+
+def normed(u, weight):
+    return u / (u.square().mean(-1, keepdim=True) + EPS).sqrt() * weight
+
+
+def mlp_formula(u, weight, gate, up, down):
+    v = normed(u, weight)
+    return u + (F.silu(v @ gate.T) * (v @ up.T)) @ down.T
+
+
+# What is measured, its definition, and the shapes of what both are given
+OPERATIONS = {
+    "norm_linears": (lambda u, weight, *weights: kernels.norm_linears(u, weight, EPS, *weights),
+                     lambda u, weight, *weights: [normed(u, weight) @ w.T for w in weights], lambda b, l, d, n: ((b, l, d), (d,), (n, d), (1, d), (n, d))),
+    "linear": (kernels.linear, lambda x, w: x @ w.T, lambda b, l, d, n: ((b, l, d), (n, d))),
+    "linear onto": (kernels.linear, lambda x, w, onto: onto + x @ w.T, lambda b, l, d, n: ((b, l, d), (n, d), (b, l, n))),
+    "mlp": (lambda u, weight, *weights: kernels.mlp(u, weight, EPS, *weights), mlp_formula, lambda b, l, d, n: ((b, l, d), (d,), (n, d), (n, d), (d, n))),
+    "mlp recomputed": (lambda u, weight, *weights: kernels.mlp(u, weight, EPS, *weights, recompute=True), mlp_formula,
+                       lambda b, l, d, n: ((b, l, d), (d,), (n, d), (n, d), (d, n))),
+}
+EACH = pytest.mark.parametrize("name", OPERATIONS)
+
+
+def operands(name, size, seed=0, dtype=torch.float64, weights=None, wanted=None):
+    """Random tensors for one of OPERATIONS: activations in one type, weights in another; `wanted`: which of them are to have a gradient."""
+    gen, shapes = torch.Generator().manual_seed(seed), OPERATIONS[name][2](*size)
+    tensors = [torch.randn(*shape, generator=gen, dtype=torch.float64).to(DEVICE, dtype if len(shape) == 3 else weights or dtype) for shape in shapes]
+    return [t.requires_grad_(want) for t, want in zip(tensors, wanted or [True] * len(tensors))]
+
+
+def all_of(y):
+    return list(y) if isinstance(y, (list, tuple)) else [y]
+
+
+def values_and_gradients(f, tensors, seed=1):
+    """What f returns, and the gradients of a random linear function of it with respect to those of the tensors that want one."""
+    ys = values = all_of(f(*tensors))
+    gen = torch.Generator().manual_seed(seed)
+    seen = [torch.randn(y.shape, generator=gen, dtype=torch.float64).to(y) for y in ys]
+    ys, seen = zip(*[(y, e) for y, e in zip(ys, seen) if y.requires_grad])  # of a formula, those that a wanted gradient has a part in
+    return values, torch.autograd.grad(ys, [t for t in tensors if t.requires_grad], seen)
+
+
+def check_operation(which, name, tensors, tolerance):
+    op, formula, _ = OPERATIONS[name]
+    with form(which):
+        got, gradients = values_and_gradients(op, tensors)
+    want, exact = values_and_gradients(formula, [t.detach().double().requires_grad_(t.requires_grad) for t in tensors])
+    for i, (a, e) in enumerate(zip(got, want, strict=True)):
+        assert a.dtype == tensors[0].dtype
+        assert_close(a, e, tolerance, f"{name}, value {i}")
+    for t, a, e in zip([t for t in tensors if t.requires_grad], gradients, exact, strict=True):
+        assert a.dtype == t.dtype
+        assert_close(a, e, tolerance, f"{name}, gradient of {tuple(t.shape)}")
+
+
+@FORMS
+@EACH
+def test_an_operation_for_training_equals_its_formula_in_value_and_every_gradient(which, name):
+    @settings(max_examples=6 if which == "triton" else 20)
+    @given(st.integers(1, 2), st.sampled_from([1, 2, 5, 17]), st.sampled_from([1, 3, 16, 31, 257]), st.sampled_from([1, 2, 16, 67, 300]), st.integers(0, 2**31))
+    def check(b, l, d, n, seed):
+        check_operation(which, name, operands(name, (b, l, d, n), seed, torch.float32), 1e-4)
+        if which == "torch":
+            check_operation(which, name, operands(name, (b, l, d, n), seed), 1e-9)
+    check()
+
+
+@FORMS
+@EACH
+@pytest.mark.parametrize("dtype, weights", [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32),
+                                            (torch.float32, torch.bfloat16)], ids=["bf16 fp32", "bf16", "fp16 fp32", "fp32 bf16"])
+def test_weights_may_be_of_another_type_which_their_gradients_take(which, name, dtype, weights):
+    narrow = torch.bfloat16 if torch.bfloat16 in (dtype, weights) else dtype
+    check_operation(which, name, operands(name, (2, 9, 40, 24), 3, dtype, weights), 2 * TOLERANCE[narrow])
+
+
+@EACH
+def test_the_gradient_of_an_operation_for_training_is_that_of_its_differences(name):
+    for size in (1, 2, 3, 4), (2, 1, 1, 2):
+        op = OPERATIONS[name][0]
+        assert torch.autograd.gradcheck(lambda *t: tuple(all_of(op(*t))), operands(name, size))
+
+
+def kept(f, tensors):
+    """f of the tensors, and the bytes of what it keeps for the backward: of each tensor given, and of anything else."""
+    given, seen = {t.untyped_storage().data_ptr(): i for i, t in enumerate(tensors)}, {}
+
+    def pack(t):
+        seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = f(*tensors)
+    return y, {given[at] for at in seen if at in given}, sum(size for at, size in seen.items() if at not in given)
+
+
+@FORMS
+@EACH
+def test_what_is_frozen_costs_no_memory_and_no_product(monkeypatch, which, name):
+    (b, l, d, n), op, products = (2, 3, 8, 24), OPERATIONS[name][0], []
+    count = lambda f: lambda *args: products.append(args) or f(*args)  # noqa: E731
+    monkeypatch.setattr(kernels, "weight_gradient", count(kernels.weight_gradient))
+    monkeypatch.setattr(kernels, "input_gradient", count(kernels.input_gradient))
+    shapes = OPERATIONS[name][2](b, l, d, n)
+    vectors = [i for i, shape in enumerate(shapes) if len(shape) < 2]          # the weight of a norm
+    @settings(max_examples=12)
+    @given(st.lists(st.booleans(), min_size=len(shapes), max_size=len(shapes)).filter(any))
+    def check(wanted):
+        tensors = operands(name, (b, l, d, n), 1, torch.float32, wanted=wanted)
+        with form(which):
+            ys, mine, others = kept(op, tensors)
+            assert others == (2 * b * l * n * 4 if name == "mlp" else 0)       # the products with gate and up, never a normed u or a cast copy
+            if name.startswith("linear"):
+                assert (0 in mine, 1 in mine, 2 in mine) == (wanted[1], wanted[0], False)
+            products.clear()
+            torch.autograd.grad([y.sum() for y in all_of(ys)], [t for t in tensors if t.requires_grad])
+            matrices = sum(want for i, want in enumerate(wanted) if i and i not in vectors and len(shapes[i]) == 2)
+            into = wanted[0] or any(wanted[i] for i in vectors)                # something before the projections wants a gradient
+            assert len(products) == matrices + into + name.startswith("mlp")   # and that of the MLP's product, which the rest starts from
+            check_operation(which, name, tensors, 1e-4)
+    check()
+
+
+def test_a_cast_copy_of_a_weight_is_not_kept():
+    for name, (op, _, _) in OPERATIONS.items():
+        tensors = operands(name, (2, 3, 8, 24), 1, torch.bfloat16, torch.float32)
+        assert kept(op, tensors)[2] == (2 * 2 * 3 * 24 * 2 if name == "mlp" else 0), name
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_an_mlp_that_computes_its_products_again_has_the_bits_of_one_that_keeps_them(which, dtype):
+    tensors = operands("mlp", (2, 9, 33, 70), 5, dtype, torch.float32)
+    with form(which):
+        runs = [values_and_gradients(OPERATIONS[name][0], tensors) for name in ("mlp", "mlp recomputed")]
+        with torch.no_grad():
+            assert torch.equal(OPERATIONS["mlp"][0](*tensors), runs[0][0][0])
+    (y,), gradients = runs[0]
+    assert torch.equal(y, runs[1][0][0]) and all(map(torch.equal, gradients, runs[1][1]))
+
+
+@FORMS
+@EACH
+def test_a_graph_that_is_kept_can_be_gone_through_again(which, name):
+    tensors = operands(name, (1, 5, 8, 24), 1, torch.float32)
+    with form(which):
+        ys = all_of(OPERATIONS[name][0](*tensors))
+        first, second, third = (torch.autograd.grad([y.sum() for y in ys], tensors, retain_graph=keep) for keep in (True, True, False))
+    assert all(map(torch.equal, first, second)) and all(map(torch.equal, first, third))
+
+
+@FORMS
+@EACH
+def test_an_operation_for_training_may_be_checkpointed(which, name):
+    op, tensors = OPERATIONS[name][0], operands(name, (1, 5, 8, 24), 1, torch.float32)
+    with form(which):
+        want = values_and_gradients(op, tensors)
+        got = values_and_gradients(lambda *t: checkpoint(op, *t, use_reentrant=False), tensors)
+    for a, e in zip(got, want):
+        assert all(map(torch.equal, a, e))
+
+
+def test_a_projection_that_nothing_was_made_of_gets_no_gradient():
+    tensors = operands("norm_linears", (1, 5, 8, 24))
+    y = kernels.norm_linears(tensors[0], tensors[1], EPS, *tensors[2:])[1]
+    du, dweight, *dws = torch.autograd.grad(y.sum(), tensors, allow_unused=True)
+    assert dws[0] is dws[2] is None
+    for a, e in zip((du, dweight, dws[1]), torch.autograd.grad((normed(*tensors[:2]) @ tensors[3].T).sum(), [*tensors[:2], tensors[3]])):
+        assert_close(a, e, 1e-9)
+
+
+@FORMS
+@EACH
+def test_activations_may_lie_anywhere(which, name):
+    """Length before the batch in memory, and every second number."""
+    tensors = operands(name, (2, 5, 8, 24), 1, torch.float32)
+    far = [torch.stack([t, t], dim=-1)[..., 0] if t.dim() < 3 else t.transpose(0, 1).contiguous().transpose(0, 1) for t in tensors]
+    check_operation(which, name, [t.detach().requires_grad_() for t in far], 1e-4)
+
+
+@EACH
+def test_compilers_and_autocast_get_the_formula(name):
+    op, tensors = OPERATIONS[name][0], operands(name, (2, 5, 8, 24), 1, torch.float32)
+    want = values_and_gradients(op, tensors)
+    got = values_and_gradients(torch.compile(op, backend="aot_eager", fullgraph=True), tensors)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        cast = all_of(op(*tensors))
+    for a, e, tolerance in [*zip(got[0] + list(got[1]), want[0] + list(want[1]), [1e-5] * 99), *zip(cast, want[0], [6e-2] * 99)]:
+        assert_close(a, e, tolerance, name)
+
+
+@FORMS
+@EACH
+def test_a_few_tokens_go_through_weights_of_another_type_as_well(which, name):
+    tensors = operands(name, (2, 3, 32, 24), 1, torch.float32, torch.float16)
+    with form(which), torch.no_grad():
+        got = all_of(OPERATIONS[name][0](*tensors))
+    for a, e in zip(got, all_of(OPERATIONS[name][1](*[t.detach().double() for t in tensors]))):
+        assert a.dtype == torch.float32
+        assert_close(a, e, 1e-4, name)
+
+
+@EACH
+def test_kernels_for_training_touch_nothing_outside_their_tensors(touched, name):
+    for size in (2, 3, 5, 7), (1, 1, 1, 1):
+        with form("triton"):
+            values_and_gradients(OPERATIONS[name][0], operands(name, size, 1, torch.float32))
+    assert sum(touched) > 10 or name.startswith("linear")  # which is no kernel of ours
+
+
+def test_a_norms_weight_gets_its_gradient_from_every_row(monkeypatch):
+    """Also where programs take several, and the last one fewer."""
+    for parts in (1, 2, 3, 7, 100):
+        monkeypatch.setattr(kernels, "RMS_BLOCKS", parts)
+        check_operation("triton", "norm_linears", operands("norm_linears", (2, 5, 7, 3), 1, torch.float32), 1e-4)
+
+
+@FORMS
+def test_a_rotation_equals_ropes_formula_and_is_undone_by_its_gradient(which):
+    @settings(max_examples=10 if which == "triton" else 30)
+    @given(st.integers(1, 2), st.sampled_from([1, 2, 17]), st.sampled_from([1, 3, 8, 33]), st.sampled_from([2, 6, 64, 130]), st.booleans(), st.booleans(),
+           st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 2**31))
+    def check(b, l, h, p, shared, turned_back, dtype, seed):
+        gen = torch.Generator().manual_seed(seed)
+        angle = torch.randn(1 if shared else b, l, p // 2, generator=gen).to(DEVICE) * 10
+        wide, seen = (torch.randn(b, l, h * p + w, generator=gen).to(DEVICE, dtype) for w in (3, 0))
+        q, seen = wide[..., 2:-1].unflatten(2, (h, p)).requires_grad_(), seen.view(b, l, h, p)
+        seen = seen.transpose(1, 2).contiguous().transpose(1, 2) if turned_back else seen    # as attention's backward leaves it
+        with form(which):
+            y, mine, others = kept(kernels.rotate, [q, angle.cos(), angle.sin()])
+            dq, = torch.autograd.grad(y, q, seen)
+        assert mine == {1, 2} and not others and y.is_contiguous() and y.dtype == dq.dtype == dtype
+        exact = lambda t, way: mil.rope(t.detach().double().transpose(1, 2), angle.cos()[:, None].double(), way * angle.sin()[:, None].double()).transpose(1, 2)  # noqa: E731
+        assert_close(y, exact(q, 1), TOLERANCE[dtype] / 4, "value")
+        assert_close(dq, exact(seen, -1), TOLERANCE[dtype] / 4, "gradient")
+    check()
+
+
+def test_a_rotation_is_differentiated_exactly_and_left_to_compilers():
+    q, angle = torch.randn(2, 3, 2, 6, dtype=torch.float64, device=DEVICE, requires_grad=True), torch.randn(1, 3, 3, device=DEVICE)
+    assert torch.autograd.gradcheck(lambda q: kernels.rotate(q, angle.cos(), angle.sin()), q)
+    got, want = (values_and_gradients(f, [q, angle.cos(), angle.sin()]) for f in (torch.compile(kernels.rotate, backend="aot_eager", fullgraph=True), kernels.rotate))
+    assert_close(got[0][0], want[0][0], 1e-12)
+    assert_close(got[1][0], want[1][0], 1e-12)
+
+
+# Triton's interpreter takes ∞ from ∞ where the kernel then looks away
+INFINITE = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+
+def losses_formula(logits, wanted, targets, alpha, beta, tau=1.0, reverse=False):
+    """ce, kl and the gradient of Σ alpha ce + beta kl in float64, by autograd."""
+    x, learned = logits.detach().double().requires_grad_(), targets >= 0
+    ce, kl = F.cross_entropy(x, targets, reduction="none", ignore_index=-100), torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    if wanted is not None:
+        of, to = (wanted.double() / tau).log_softmax(-1), (x / tau).log_softmax(-1)
+        of, to = (to, of) if reverse else (of, to)
+        kl = tau**2 * (of.exp() * (of - to)).sum(-1) * learned
+    total = (alpha.double() * ce).sum() + (0 if beta is None else (beta.double() * kl).sum())
+    return ce.detach(), kl.detach(), torch.autograd.grad(total, x)[0]
+
+
+def losses_inputs(n, v, seed, dtype=torch.float32, scale=3.0):
+    gen = torch.Generator().manual_seed(seed)
+    logits, wanted = (torch.randn(n, v, generator=gen).mul(scale).to(DEVICE, dtype) for _ in range(2))
+    targets = torch.randint(v, (n,), generator=gen).masked_fill(torch.rand(n, generator=gen) < 0.3, -100).to(DEVICE)
+    return logits, wanted, targets, *(torch.rand(n, generator=gen).to(DEVICE) for _ in range(2))
+
+
+@INFINITE
+@FORMS
+def test_the_losses_of_tokens_and_their_gradient_equal_autograds(monkeypatch, which):
+    @settings(max_examples=12 if which == "triton" else 40)
+    @given(st.integers(1, 3), st.sampled_from([1, 2, 3, 257, 1000, 1025]), st.sampled_from([32, 1024]), st.sampled_from([0.5, 1.0, 2.0]), st.booleans(),
+           st.sampled_from(["both", "alpha", "beta", "teacher watched"]), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), st.integers(0, 2**31))
+    def check(n, v, lanes, tau, reverse, weights, dtype, seed):
+        monkeypatch.setattr(kernels, "LOSSES", dict(LANES=lanes, num_warps=4))
+        logits, wanted, targets, alpha, beta = losses_inputs(n, v, seed, dtype)
+        if weights == "alpha":
+            wanted = beta = None
+        if weights == "beta":
+            alpha = torch.zeros_like(alpha)
+        if weights == "teacher watched":
+            beta = None
+        ce, kl, dx = losses_formula(logits, wanted, targets, alpha, beta, tau, reverse)
+        before = logits.clone()
+        with form(which):
+            only = kernels.token_losses(logits, wanted, targets, alpha, beta, tau, reverse)
+            assert torch.equal(logits, before)
+            got = kernels.token_losses(logits, wanted, targets, alpha, beta, tau, reverse, gradient=True)
+        exact = 1e-12 if dtype == torch.float64 else 1e-5
+        for a, e, again, name in zip(got, (ce, kl), only, ("ce", "kl")):
+            assert a.dtype == torch.promote_types(dtype, torch.float32) and torch.equal(a, again)
+            assert_close(a, e, exact, name, noise=exact)
+        rounding = 2**-7 if which == "triton" else 2**-8 * 1.01                              # the interpreter cuts off
+        assert_close(logits, dx, rounding if dtype == torch.bfloat16 else exact, "gradient", noise=exact / 10)
+        assert not logits[targets < 0].any() and not got[0][targets < 0].any() and not got[1][targets < 0].any()
+    check()
+
+
+@INFINITE
+@FORMS
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_tokens_without_probability_add_nothing_to_a_divergence(which, reverse):
+    """An infinity in both is a smaller vocabulary; in what the divergence is taken of it leaves what the other tokens give; in what it is
+    taken to it is an infinite one."""
+    logits, wanted, targets, alpha, beta = losses_inputs(3, 300, 1)
+    targets[:] = torch.tensor([100, -100, 299])
+    learned, rest = targets >= 0, slice(90, None)
+    for in_student, in_teacher in (True, True), (reverse, not reverse), (not reverse, reverse):
+        x, w = logits.clone(), wanted.clone()
+        x[:, :90 * in_student] = w[:, :90 * in_teacher] = -torch.inf                         # whole threads of them
+        gone = 90 * in_student
+        leaf, of = x[learned, gone:].double().requires_grad_(), w[learned].double().log_softmax(-1)[:, rest]
+        to, x[1] = leaf.log_softmax(-1)[:, 90 - gone:], torch.nan                            # what is not learned is not looked at
+        kl, ce = ((to.exp() * (to - of)) if reverse else (of.exp() * (of - to))).sum(-1), F.cross_entropy(leaf, targets[learned] - gone, reduction="none")
+        dx, = torch.autograd.grad((alpha[learned] * ce + beta[learned] * kl).sum(), leaf)
+        with form(which):
+            got = kernels.token_losses(x, w, targets, alpha, beta, reverse=reverse, gradient=True)
+        assert not x[1].any() and not got[0][1] and not got[1][1]
+        assert_close(got[0][learned], ce, 1e-5, "ce")
+        if in_student == in_teacher or in_student == reverse:
+            assert_close(got[1][learned], kl, 1e-5, "kl")
+            assert_close(x[learned, gone:], dx, 1e-5, "gradient", noise=1e-6)
+            assert not x[learned, :gone].any()
+        else:
+            assert (got[1][learned] == torch.inf).all()
+
+
+@INFINITE
+@FORMS
+def test_a_student_that_agrees_has_no_divergence_and_large_logits_no_infinity(which):
+    logits, _, targets, alpha, beta = losses_inputs(4, 1000, 2, scale=1000.0)
+    with form(which):
+        for reverse in (False, True):
+            ce, kl = kernels.token_losses(logits, logits.clone(), targets, alpha, beta, 1.0, reverse)
+            assert not kl.any() and ce.isfinite().all()
+            got = logits.clone()
+            kernels.token_losses(got, logits, targets, torch.zeros_like(alpha), beta, 1.0, reverse, gradient=True)
+            assert not got.any()
+
+
+@INFINITE
+@FORMS
+def test_the_logits_of_a_token_may_be_part_of_a_longer_row_which_is_left_alone(which):
+    logits, wanted, targets, alpha, beta = losses_inputs(3, 50, 3)
+    wide, teacher = (torch.cat([torch.full_like(t, 7.0), t, torch.full_like(t, 7.0)], dim=1) for t in (logits, wanted))
+    with form(which):
+        kernels.token_losses(logits, wanted, targets, alpha, beta, gradient=True)
+        kernels.token_losses(wide[:, 50:100], teacher[:, 50:100], targets, alpha, beta, gradient=True)
+        assert torch.equal(wide[:, 50:100], logits) and (wide[:, :50] == 7).all() and (wide[:, 100:] == 7).all()
+        with pytest.raises(ValueError, match="side by side"):
+            kernels.token_losses(logits.T, wanted.T, targets, alpha, beta)
+
+
+@INFINITE
+def test_the_kernel_of_the_losses_touches_nothing_outside_its_tensors(touched):
+    with form("triton"):
+        for v in (1, 5, 1025):
+            kernels.token_losses(*losses_inputs(3, v, 4), gradient=True)
+    assert sum(touched) > 1000
