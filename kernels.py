@@ -1864,7 +1864,7 @@ class MLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u, weight, eps, gate, up, down, keep):
-        v = normed(u, weight, eps)
+        v = normed(flatten(u), weight, eps)  # flat as in the backward: the same products, bit for bit
         g, h = times(v, gate), times(v, up)
         del v
         ctx.eps = eps
@@ -1883,9 +1883,9 @@ class MLP(torch.autograd.Function):
         if not kept:
             g, h = times(v, gate), times(v, up)
         elif torch._C._autograd._get_current_graph_task_keep_graph():  # a second backward will ask for them
-            g, h = (t.flatten(0, -2).clone() for t in kept)
+            g, h = (t.clone() for t in kept)
         else:
-            g, h = (t.flatten(0, -2) for t in kept)
+            g, h = kept
         y = input_gradient([dy], [down])
         gated_gradient(g, h, y, wants_down)  # g, h and y are now dg, dh and silu(g) ∘ h
         ddown = weight_gradient(dy, y, down.dtype) if wants_down else None

@@ -34,7 +34,9 @@ replayed, which leaves out Python and the launches. – is what is not installed
    easy to propose.
 """
 import dataclasses
+import gc
 import importlib
+import io
 import json
 import platform
 import random
@@ -49,6 +51,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import generate
 import kernels
 import mil
+import train_distill
 
 CUDA = torch.cuda.is_available()
 DEVICE, TYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
@@ -415,9 +418,79 @@ def speculation(target, draft):
     return rows
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+
+
+EIGHT, ONE = mil.Config(), mil.Config(d=2048, n_layers=16, n_heads=32, n_kv_heads=8, d_ff=8192, tied=True)
+TRAINING = [  # name, shape, what trains, what the Mamba layers are, batch, --recompute
+    ("8B, stage 1, b4", EIGHT, "mixers", "mamba2", 4, "none"), ("8B, stage 1, b4, MLPs again", EIGHT, "mixers", "mamba2", 4, "mlp"),
+    ("8B, stage 1, b1", EIGHT, "mixers", "mamba2", 1, "none"), ("1B, stage 1, b1", ONE, "mixers", "mamba2", 1, "none"),
+    ("1B, stage 2, b8", ONE, "all", "mamba2", 8, "none"), ("1B, stage 2, b8, half the MLPs again", ONE, "all", "mamba2", 8, "0.5"),
+    ("1B, stage 2, b8, Mamba", ONE, "all", "mamba", 8, "none"), ("1B, stage 2, b8, attention", ONE, "all", "attention", 8, "none")]
+LENGTH = 2048
+if "--small" in sys.argv or not CUDA:
+    SMALL = mil.Config(v=1000, d=64, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=128)
+    TRAINING, LENGTH = [("small, stage 1", SMALL, "mixers", "mamba2", 2, "none"), ("small, stage 2", SMALL, "all", "mamba2", 2, "0.5"),
+                        ("small, stage 2, attention", SMALL, "all", "attention", 2, "none")], 64
+
+
+class Enough(Exception):
+    """Ends a run of train_distill's loop."""
+
+
+def training(limits):
+    """Table 11, on train_distill's own loop."""
+    rows, names = [], {}
+    print(f"{'11. ' + str(LENGTH) + ' tokens, random weights':<40}{'tokens/s':>10}{'peak':>12}{'said':>12}{'MFU':>6}{'loss':>9}")
+    for name, config, train, mixer, batch, recompute in TRAINING:
+        if CUDA:
+            gc.collect()
+            torch.cuda.empty_cache()
+        with torch.device("meta"):
+            base = mil.Hybrid(config)
+        base = mil.cast(base, TYPE).to_empty(device=DEVICE)
+        base.tie()
+        for i, w in enumerate(base.parameters()):
+            torch.nn.init.ones_(w) if w.dim() == 1 else w.data.normal_(std=0.02)
+        s = train_distill.Settings(context=LENGTH, batch=batch, recompute=recompute, dtype=str(TYPE)[6:])
+        run = train_distill.Run(s, torch.device(DEVICE))
+        replaced = mil.interleaved_layers(config.n_layers, 0.5)
+        stage = train_distill.Stage(train=train, beta=1.0, steps=1000, lr=1e-5, name=name, mixers=[mixer if i in replaced else "attention" for i in range(config.n_layers)])
+        pair, log, steps = train_distill.assemble(run, base, base, stage, 1, {}), io.StringIO(), 30 if config is not EIGHT else 20
+
+        def batches(step):
+            if step == steps:
+                raise Enough
+            x, y = torch.randint(config.v, (2, batch, LENGTH), generator=torch.Generator().manual_seed(step))
+            return [train_distill.to_device(x, y, torch.arange(LENGTH).expand(batch, -1), run.device)], batch * LENGTH
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            train_distill.fit(run, train_distill.State(), stage, pair, batches, log, "")
+        except Enough:
+            pass
+        except torch.OutOfMemoryError as e:
+            print(f"{name:<40}  out of memory: {str(e).splitlines()[0][:90]}")
+            continue
+        lines = [json.loads(line) for line in log.getvalue().splitlines()]
+        speed = batch * LENGTH * (lines[-1]["step"] - lines[0]["step"]) / (lines[-1]["seconds"] - lines[0]["seconds"])  # the first ten steps compile
+        peak, student = torch.cuda.max_memory_allocated() if CUDA else 0, dataclasses.replace(config, mixers=stage.mixers)
+        said = sum(train_distill.memory_needed(s, student, stage, sum(w.nbytes for w in base.parameters())).values())
+        mfu = speed * train_distill.flops(config, student, stage, LENGTH) / limits[1]
+        rows.append(dict(name=name, tokens_s=speed, peak=peak, said=said, mfu=mfu, loss=lines[-1]["loss"]))
+        print(f"{name:<40}{speed:>10,.0f}{peak / 2**30:>8.1f} GiB{said / 2**30:>8.1f} GiB{mfu:>6.0%}{lines[-1]['loss']:>9.4f}", flush=True)
+        names[name] = speed
+        del pair, base
+    whole, halved = (names.get(k) for k in (("1B, stage 2, b8, attention", "1B, stage 2, b8") if LENGTH == 2048 else ("small, stage 2, attention", "small, stage 2")))
+    if whole and halved:
+        print(f"a step of stage 2 with half the attention replaced by Mamba-2 takes {whole / halved:.3f} of one with all of it")
+    return rows
+
+
 if __name__ == "__main__":
     what, *paths = [a for a in sys.argv[1:] if a != "--small"] or [""]
-    if what not in ("kernels", "decode") or len(paths) not in ((0, 2) if what == "decode" else (0,)):
+    if what not in ("kernels", "decode", "train") or len(paths) not in ((0, 2) if what == "decode" else (0,)):
         sys.exit(__doc__)
     limits = ceilings()
     versions = {name: sys.modules[name].__version__ for name in ("torch", "triton", "mamba_ssm", "fla") if name in sys.modules}
@@ -427,6 +500,8 @@ if __name__ == "__main__":
     report = dict(machine=machine, versions=versions, limits=limits)
     if what == "kernels":
         report.update(scans=scans(limits), errors=errors(), mixers=mixers(), growth=growth(), kept=kept())
+    elif what == "train":
+        report.update(training=training(limits))
     else:
         report.update(decoding=decoding(limits), replay=replays() if CUDA else None, exactness=[exactness(*how) for how in EXACT], **(dict(speculation=speculation(*paths)) if paths else {}))
     Path(f"bench-{what}.json").write_text(json.dumps(report, indent=1))

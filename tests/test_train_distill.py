@@ -1,9 +1,11 @@
 """The main job at a tiny size, its parts, and what it says to bad input."""
 import copy
 import dataclasses
+import io
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import generate as g
+import kernels
 import mil
 import train_distill as t
 from mil import Config, MilError
@@ -58,10 +61,14 @@ def test_the_job_learns_writes_its_table_and_shows_a_sample(job):
         assert row["perplexity"] == pytest.approx(math.exp(row["loss"])) and f"{row['loss']:.4f}" in printed
         assert row["bits_per_byte"] == pytest.approx(row["loss"] / math.log(2), rel=0.01)  # a token is a byte but for ends of text
     assert "teacher" in printed and "│ student\ndef " in printed and "peak memory" in printed and results["seconds"] > 0
-    lines = (out / "log.txt").read_text().splitlines()
-    assert all(any(stage in line for line in lines) for stage in ("teacher  step 60/60", "stage 1.2", "stage 2", "ETA", "tokens/s"))
-    first, *_, final = [float(line.split("loss ")[1].split()[0]) for line in lines if line.startswith("teacher  step")]
-    assert final < first
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert list(dict.fromkeys(record["stage"] for record in log)) == ["teacher", *names[2:]] and "ETA" in printed
+    assert all(record["loss"] == pytest.approx(record["ce"] + record["kl"] * (record["stage"] != "teacher"), rel=1e-5) for record in log)
+    first, *_, final = [record["loss"] for record in log if record["stage"] == "teacher"]
+    assert final < first and log[-1]["step"] == 10 and not (out / "checkpoints").exists()
+    announced = printed[:printed.index("memory: about")].splitlines()
+    assert [line[:38].strip() for line in announced] == ["", "teacher", *names[2:]]
+    assert [line[38:].split()[0] for line in announced[1:]] == ["4", "3", "2", "2"] and "at half of this device's" in printed
 
 
 def test_a_second_run_reuses_the_teacher_and_gives_the_same_result(job):
@@ -101,7 +108,7 @@ def test_a_draft_of_some_of_the_teachers_layers_is_distilled_and_proposes(job, t
     assert mil.load(tmp_path / "o" / "student").config.mixers == mixers
     rows = json.loads((tmp_path / "o" / "results.json").read_text())["rows"]
     assert [row["model"] for row in rows] == ["teacher", "student, not trained", "stage 2, all parameters"]
-    assert rows[2]["loss"] < rows[1]["loss"] and "stage 2, all parameters  step 10/10" in (tmp_path / "o" / "log.txt").read_text()
+    assert rows[2]["loss"] < rows[1]["loss"] and json.loads((tmp_path / "o" / "log.jsonl").read_text().splitlines()[-1])["step"] == 10
     argv = ["--model", out / "student", "--prompt", "def ", "--max_new_tokens", "30", "--temperature", "0", "--device", DEVICE]
     plain, fast = (run_script("generate.py", *argv, *more) for more in ([], ["--draft", tmp_path / "o" / "student", "--speculate", "3"]))
     assert fast.returncode == 0 and fast.stdout == plain.stdout
@@ -134,52 +141,183 @@ def small_settings(tmp_path, **changes):
     return s
 
 
-def test_stage_1_trains_the_mixers_only_and_stage_2_everything(tmp_path):
-    s = small_settings(tmp_path)
-    teacher = build(mil.Config(v=17, d=16, n_layers=4, n_heads=2, n_kv_heads=1, d_ff=24, context=16), torch.float32)
-    student = mil.replace_attention(teacher, [0, 2], "mamba2")
-    before = {k: w.clone() for k, w in student.state_dict().items()}
-    batches = iter(lambda: tuple(torch.randint(17, (2, 16), device=DEVICE) for _ in range(2)), None)
-    loss = lambda x, y: t.distillation_loss(student(x), None, y, 1.0, 0.0)  # noqa: E731
-    train = [w for i in (0, 2) for w in student.layers[i].mixer.parameters()]
-    with open(tmp_path / "log", "w") as log:
-        t.fit("stage 1", student, train, 3, 1e-2, batches, loss, s, torch.device(DEVICE), log, "")
-        for k, w in student.state_dict().items():
-            moved = not torch.equal(w, before[k])
-            assert moved == k.startswith(("layers.0.mixer", "layers.2.mixer")), k
-        assert all(w.grad is None for w in student.parameters())
-        t.fit("stage 2", student, list(student.parameters()), 3, 1e-2, batches, loss, s, torch.device(DEVICE), log, "")
-    assert all(not torch.equal(w, before[k]) for k, w in student.state_dict().items())
+def small_run(tmp_path, **changes):
+    return t.Run(small_settings(tmp_path, **changes), torch.device(DEVICE))
 
 
-@given(st.integers(1, 4), st.integers(1, 5), st.integers(2, 9), st.floats(0, 2), st.floats(0, 2), st.integers(0, 1000))
-def test_the_loss_is_alpha_ce_plus_beta_kl_per_predicted_token(b, l, v, alpha, beta, seed):
-    torch.manual_seed(seed)
-    student, teacher, targets = torch.randn(b, l, v), torch.randn(b, l, v), torch.randint(v, (b, l))
-    want = 0.0
-    for i, j in np.ndindex(b, l):
-        p, q = teacher[i, j].double().softmax(-1), student[i, j].double().softmax(-1)
-        want += (-alpha * q[targets[i, j]].log() + beta * (p * (p / q).log()).sum()) / (b * l)
-    assert_close(t.distillation_loss(student, teacher, targets, alpha, beta), want, 1e-4, noise=1e-6)
+def some_tokens(tokens):
+    """A Corpus of one document, for training and validation alike."""
+    return t.Corpus(tokens, tokens, [np.zeros(1, np.int64)] * 2, "key", "")
+
+
+def random_batches(run, l=16, v=257):
+    """Parts of a step as train_distill's loaders make them, of random tokens."""
+    def batch(step):
+        x, y = torch.randint(v, (2, run.s.batch, l), generator=torch.Generator().manual_seed(step))
+        return [t.to_device(x[mine], y[mine], torch.arange(l).expand(x[mine].shape), run.device) for mine in t.shares(run, run.s.batch)], y.numel()
+    return batch
+
+
+def fitted(run, pair, stage, batches):
+    """The State and the log after a stage's steps."""
+    state, log = t.State(), io.StringIO()
+    t.fit(run, state, stage, pair, batches, log, "")
+    return state, [json.loads(line) for line in log.getvalue().splitlines()]
+
+
+def tiny_teacher(seed=0, **changes):
+    return build(Config(**{**dict(v=257, d=16, n_layers=4, n_heads=2, n_kv_heads=1, d_ff=24, context=16), **changes}), torch.float32, seed)
+
+
+HALF = ["mamba2", "attention", "mamba2", "attention"]
+
+
+def test_stage_1_trains_the_mixers_only_stage_2_everything_and_the_teacher_stays(tmp_path):
+    run, teacher, own = small_run(tmp_path), tiny_teacher(), {}
+    teachers = {k: w.clone() for k, w in teacher.state_dict().items()}
+    for train in ("mixers", "all"):
+        stage = t.Stage(train=train, mixers=HALF, steps=3, lr=1e-2)
+        pair = t.assemble(run, teacher, teacher, stage, 1, own)
+        before = {k: w.clone() for k, w in pair.student.state_dict().items()}
+        assert all(torch.equal(w.cpu(), before[k].cpu()) for k, w in own.items()) and len(own) == (0 if train == "mixers" else 16)
+        theirs = {id(w) for w in teacher.parameters()}
+        assert all((id(w) in theirs) == (train == "mixers" and not k.startswith(("layers.0.mixer", "layers.2.mixer"))) for k, w in pair.student.named_parameters())
+        fitted(run, pair, stage, random_batches(run))
+        for k, w in pair.student.state_dict().items():
+            assert torch.equal(w, before[k]) != (train == "all" or k.startswith(("layers.0.mixer", "layers.2.mixer"))), k
+        assert all(w.grad is None for w in pair.student.parameters())
+        own = {k: w.detach().cpu() for k, w in pair.student.named_parameters() if stage.trains(k)}
+    assert all(torch.equal(w, teachers[k]) for k, w in teacher.state_dict().items())
+
+
+def plain_loss(student, teacher, targets, alpha, beta, temperature=1.0, reverse=False):
+    """Eq. 2 as it is written: of logits (n, v), a mean over the targets that are learned."""
+    learned = targets >= 0
+    p, q = ((z[learned] / temperature).log_softmax(-1) for z in (teacher, student))
+    p, q = (q, p) if reverse else (p, q)
+    ce = F.cross_entropy(student[learned], targets[learned], reduction="sum")
+    return (alpha * ce + beta * temperature**2 * (p.exp() * (p - q)).sum()) / max(1, int(learned.sum()))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@given(st.integers(1, 20), st.integers(1, 300), st.sampled_from([(1.0, 1.0), (0.0, 1.0), (0.7, 0.0), (0.3, 0.2)]), st.sampled_from([1.0, 0.5, 3.0]), st.integers(1, 2**12),
+       st.integers(0, 99))
+def test_the_loss_in_chunks_equals_the_formula_and_so_do_its_gradients(reverse, n, v, weights, temperature, logits, seed):
+    gen = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=gen, dtype=torch.float64).to(DEVICE)  # noqa: E731
+    hidden, head, wanted, wanted_head = draw(n, 6).requires_grad_(), draw(v, 6).requires_grad_(), draw(n, 9), draw(v, 9)   # the teacher is wider
+    targets = (torch.randint(-v // 2, v, (n,), generator=gen)).clamp(min=-1).to(DEVICE)
+    alpha, beta = (torch.full((n,), w / max(1, int((targets >= 0).sum())), dtype=torch.float64, device=DEVICE) for w in weights)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t, "LOGITS", dict.fromkeys(t.LOGITS, logits))
+        loss, ce, kl = t.DistillationLoss.apply(hidden, head, wanted, wanted_head, targets, alpha, beta, temperature, reverse)
+    want = plain_loss(hidden @ head.T, wanted @ wanted_head.T, targets, *weights, temperature, reverse)
+    assert_close(loss, want, 1e-9, noise=1e-12)
+    assert_close((alpha * ce + beta * kl).sum(), want, 1e-9, noise=1e-12)
+    for got, exact in zip(torch.autograd.grad(3 * loss, (hidden, head)), torch.autograd.grad(3 * want, (hidden, head))):
+        assert_close(got, exact, 1e-8, noise=1e-12)
+
+
+def test_the_loss_takes_no_more_memory_for_more_tokens(monkeypatch):
+    monkeypatch.setattr(t, "LOGITS", dict.fromkeys(t.LOGITS, 1000))
+    seen = []
+    monkeypatch.setattr(kernels, "token_losses", lambda logits, *rest, honest=kernels.token_losses: seen.append(logits.numel()) or honest(logits, *rest))
+    for n in (10, 1000):
+        hidden, head, one = torch.randn(n, 4, requires_grad=True), torch.randn(50, 4, requires_grad=True), torch.ones(n)
+        t.DistillationLoss.apply(hidden, head, hidden.detach(), head.detach(), torch.zeros(n, dtype=torch.long), one, one, 1.0, False)[0].backward()
+    assert max(seen) == 1000 and len(seen) == 51
+
+
+def test_parts_and_their_number_change_nothing_but_rounding(tmp_path):
+    """A batch at once, and in parts, and computed again in the backward."""
+    steps = []
+    for accumulate, recompute in ((1, "none"), (2, "none"), (1, "mlp"), (2, "block"), (1, "0.5")):
+        run, teacher = small_run(tmp_path, accumulate=accumulate, recompute=recompute), tiny_teacher()
+        stage = t.Stage(train="all", mixers=HALF, steps=3, lr=1e-2)
+        pair = t.assemble(run, teacher, teacher, stage, 1, {})
+        assert [layer.mlp.again for layer in pair.student.layers] == {"mlp": [True] * 4, "0.5": [False, True] * 2}.get(recompute, [False] * 4)
+        _, log = fitted(run, pair, stage, random_batches(run))
+        steps.append((log, dict(pair.student.named_parameters())))
+    for log, weights in steps[1:]:
+        assert [record["loss"] for record in log] == pytest.approx([record["loss"] for record in steps[0][0]], rel=1e-5)
+        for k, w in weights.items():
+            assert_close(w, steps[0][1][k], 1e-3, k, noise=1e-4)
+
+
+def plans(n, **changes):
+    return t.plan(t.Settings(stage1_steps=100, stage2_steps=10, **changes), Config(n_layers=n))
 
 
 def test_layers_are_replaced_in_steps_spread_evenly_at_every_step():
-    plan = lambda n, keep, steps: t.replacement_steps(t.Settings(keep=keep, replace_steps=steps), mil.Config(n_layers=n))  # noqa: E731
-    assert plan(32, 0.5, 2) == [list(range(0, 32, 4)), list(range(2, 32, 4))]
-    for n, keep, steps in ((32, 0.0, 4), (12, 0.25, 3), (7, 0.5, 2), (5, 0.0, 5)):
-        got = plan(n, keep, steps)
-        assert len(got) == steps and all(got) and sorted(sum(got, [])) == mil.interleaved_layers(n, keep)
+    replaced = lambda stages: [[i for i, mixer in enumerate(stage.mixers) if mixer != "attention"] for stage in stages]  # noqa: E731
+    assert replaced(plans(32)) == [list(range(0, 32, 4)), list(range(0, 32, 2)), list(range(0, 32, 2))]
+    assert [len(r) for r in replaced(plans(32, keep=0))] == [8, 16, 24, 28, 32, 32]       # the paper's 25, 50, 75, 87.5, 100 %
+    assert [len(r) for r in replaced(plans(4, keep=0))] == [1, 2, 3, 4, 4]                # of which some are one in a small model
+    for n, keep, steps in ((32, 0.0, 4), (12, 0.25, 3), (7, 0.5, 2), (5, 0.0, 5), (9, 0.4, 0)):
+        *grown, last = replaced(plans(n, keep=keep, replace_steps=steps))
+        assert grown[-1] == last == mil.interleaved_layers(n, keep) and all(set(a) < set(b) for a, b in zip([[], *grown], grown)) and len(grown) == (steps or len(grown))
+    stages = plans(32, keep=0.25)
+    assert [stage.steps for stage in stages] == [33, 33, 34, 10] and [stage.train for stage in stages] == ["mixers"] * 3 + ["all"]
+    assert [stage.name for stage in stages] == [f"stage 1.{i + 1}, {k} of 32 layers replaced" for i, k in enumerate((8, 16, 24))] + ["stage 2, all parameters"]
+
+
+def recipe(tmp_path, *stages):
+    (tmp_path / "recipe.json").write_text(json.dumps(stages))
+    return str(tmp_path / "recipe.json")
+
+
+def test_a_recipe_is_a_list_of_stages_and_the_command_line_says_the_rest(tmp_path):
+    stages = plans(4, recipe=recipe(tmp_path, {"replace": [3], "mixer": "mamba", "steps": 7, "beta": 0}, {"keep": 0.25, "lr": 1, "reverse": True}, {"train": "all", "alpha": 0},
+                                    {"loss": "dpo", "data": ["p.jsonl"], "name": "taste"}), stage1_lr=0.5, stage2_lr=0.25, beta=0.125, warmup=0.75, dpo_beta=3.0)
+    assert [stage.mixers for stage in stages] == [["attention"] * 3 + ["mamba"], ["mamba2", "mamba2", "attention", "mamba"]] + [["mamba2", "mamba2", "attention", "mamba"]] * 2
+    assert [(stage.train, stage.steps, stage.lr, stage.alpha, stage.beta, stage.reverse) for stage in stages] == [
+        ("mixers", 7, 0.5, 1.0, 0, False), ("mixers", 100, 1, 1.0, 0.125, True), ("all", 10, 0.25, 0, 0.125, False), ("all", 0, 1e-5, 1.0, 3.0, False)]
+    assert stages[-1].name == "taste" and {stage.warmup for stage in stages} == {0.75}
+    assert [stage.trains("layers.3.mixer.D") for stage in stages] == [True] * 4 and [stage.trains("layers.2.mixer.q_proj.weight") for stage in stages] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("stages, match", [
+    ([{"keep": 0.5}, {"replace": [0]}], "stage 2: replaces layer 0, which holds mamba2 by then: it is replaced twice"), ([{"replace": [1, 1]}], "stage 1: replaces layer 1"),
+    ([{"keep": 0.1}], "stage 1: keep 0.1 of 4 layers would keep none of them; expected 0, or 0.25"), ([{"replace": [4]}], "replaces layer 4; the model has layers 0 to 3"),
+    ([{"keep": 0.5, "replace": [1]}], "keep and replace: expected one of them"), ([{"keep": 0.5, "alpha": 0, "beta": 0}], "stage 1: alpha is 0 and beta 0: nothing would be learned"),
+    ([{"stpes": 3}], "stage 1 has 'stpes', expected some of keep, replace.*did you mean steps"), ([{"steps": "3"}], "stage 1: steps is '3', expected int"),
+    ([{"reverse": 1}], "reverse is 1, expected bool"), ([{"replace": ["a"]}], "expected a list of int"), ([{"train": "mixers"}], "trains the mixers, and none is replaced"),
+    ([{"train": "some"}], "train is 'some', expected mixers or all"), ([{"keep": 0.5, "steps": 0}], "steps is 0"), ([{"loss": "dpo"}], "has the loss dpo and no data"),
+    ([{"keep": 2}], "keep is 2"), ([{"keep": 0.5, "lr": -1}], "lr -1"), ([{"keep": 0.5, "temperature": 0}], "temperature 0"), ([], "expected a list of stages"), ([3], "expected a list of stages"),
+    ([{"keep": 0.5, "warmup": 2}], "warmup 2"), ([{"schedule": "up"}], "schedule is 'up'")])
+def test_a_stage_that_cannot_be_is_refused_in_one_line(tmp_path, stages, match):
+    with pytest.raises(MilError, match=match) as e:
+        plans(4, recipe=recipe(tmp_path, *stages))
+    assert "\n" not in str(e.value) and "recipe.json" in str(e.value) or "keep is 2" in str(e.value)
+
+
+def test_a_recipe_that_is_no_json_is_refused(tmp_path):
+    for text in ("{", "{}"):
+        (tmp_path / "r.json").write_text(text)
+        with pytest.raises(MilError, match="--recipe .*r.json: (cannot be read as JSON|expected a list)"):
+            plans(4, recipe=str(tmp_path / "r.json"))
+    with pytest.raises(MilError, match="--recipe /nowhere: cannot be read"):
+        plans(4, recipe="/nowhere")
+
+
+def test_a_recipe_is_followed(job, text, tmp_path):
+    out, _ = job
+    t.main(["--out", str(tmp_path / "o"), "--teacher", str(out / "teacher"), "--data", str(text), "--batch", "4", "--eval_sequences", "4", "--device", DEVICE, "--context", "64", "--recipe",
+            recipe(tmp_path, {"replace": [1], "mixer": "mamba", "steps": 3}, {"keep": 0.5, "steps": 2}, {"train": "all", "steps": 2, "reverse": True, "schedule": "constant"})])
+    assert mil.load(tmp_path / "o" / "student").config.mixers == ["mamba2", "mamba", "attention", "attention"]
+    assert [json.loads(line)["step"] for line in (tmp_path / "o" / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 1, 2, 1, 2]
 
 
 def test_a_loss_that_is_no_number_stops_the_run_says_the_step_and_keeps_the_checkpoint(text, tmp_path, monkeypatch):
     argv = ["--out", str(tmp_path / "o"), "--data", str(text), *TINY, "--teacher_steps", "5", "--stage1_steps", "20", "--stage2_steps", "2"]
-    honest, calls = t.distillation_loss, []
+    honest, calls = kernels.token_losses, []
 
-    def poisoned(student, teacher, targets, alpha, beta):
-        calls.append(teacher is not None)
-        return honest(student, teacher, targets, alpha, beta) * (math.nan if sum(calls) == 14 else 1)
+    def poisoned(logits, wanted, targets, alpha, beta, *rest):
+        calls.append(wanted is not None and len(rest) == 3 and rest[2])
+        ce, kl = honest(logits, wanted, targets, alpha, beta, *rest)
+        return ce * (math.nan if sum(calls) == 14 else 1), kl
 
-    monkeypatch.setattr(t, "distillation_loss", poisoned)
+    monkeypatch.setattr(kernels, "token_losses", poisoned)
     with pytest.raises(MilError, match=r"stage 1.2.*became nan at step 4 of 10; stopped. The last good checkpoint is .*student, after stage 1.1"):
         t.main(argv)
     assert mil.load(tmp_path / "o" / "student").config.mixers.count("mamba2") == 1
@@ -192,7 +330,7 @@ def test_a_loss_that_is_no_number_stops_the_run_says_the_step_and_keeps_the_chec
 
 def corpus(tmp_path, *data, **changes):
     s = small_settings(tmp_path / "out", data=[str(d) for d in data], **changes)
-    return t.load_corpus(s, g.load_tokenizer("bytes"), "bytes")
+    return t.load_corpus(s, s.data, g.load_tokenizer("bytes"), "bytes")
 
 
 def test_the_corpus_is_split_by_file_and_ends_each_text(tmp_path):
@@ -252,7 +390,10 @@ def test_missing_data_is_said(tmp_path):
     (["--stage1_step", "3"], "unknown flag --stage1_step; did you mean --stage1_steps?"), (["--keep", "1.5"], "keep is 1.5"), (["--keep=1"], "replaces none"),
     (["--mixer", "rwkv"], "--mixer is 'rwkv', expected one of mamba"), (["--batch", "x"], "invalid int value"), (["--batch=-2"], "--batch is -2"),
     (["--clip", "0"], "--clip is 0.0"), (["--seed=-1"], "--seed is -1"), (["--prompt", ""], "--prompt is ''"), (["--d", "36"], "multiple of twice --n_heads"),
-    (["--stage1_steps", "1"], "one for each of 2"), (["--mixer", "mamba", "--n_kv_heads", "1"], "d_state 16 does not divide the kv width 8"),
+    (["--stage1_steps", "1"], "one for each of 2"), (["--accumulate", "3"], "--batch is 8, expected a multiple of 3: 1 processes × --accumulate 3"),
+    (["--recompute", "much"], "--recompute is 'much'"), (["--schedule", "up"], "--schedule is 'up'"), (["--answer_tokens", "64"], "--answer_tokens is 64"),
+    (["--keep", "0.1"], "keep 0.1 of 4 layers would keep none"), (["--temperature", "0"], "--temperature is 0"), (["--pairs", "/nowhere"], "/nowhere: no such file"),
+    (["--batch", "7", "--pairs", "x"], "expected a multiple of 2"), (["--init_from", "/nowhere"], "/nowhere: no checkpoint"), (["--recipe", "/nowhere"], "--recipe /nowhere"), (["--mixer", "mamba", "--n_kv_heads", "1"], "d_state 16 does not divide the kv width 8"),
     (["--alpha", "0", "--beta", "0"], "nothing would be learned"), (["--warmup", "2"], "--warmup is 2.0"), (["--replace_steps", "9"], "--replace_steps is 9"),
     (["--teacher_lr=-1"], "--teacher_lr is -1"), (["--stage1_lr", "nan"], "--stage1_lr is nan"), (["--n_kv_heads", "3"], "not divisible"),
     (["--teacher", "/nowhere"], "/nowhere: no checkpoint"), (["--tokenizer", "nonsense"], "neither a file nor a known encoding"), (["--data", "/nowhere"], "no such file"),
@@ -281,32 +422,35 @@ def test_help_gives_every_flag_a_line():
 
 
 def test_weights_loss_and_gradients_are_float32_under_bfloat16(tmp_path):
-    s = small_settings(tmp_path, dtype="bfloat16")
-    student = mil.replace_attention(build(mil.Config(v=17, d=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=24), torch.float32), [0])
-    with t.compute_in(s, torch.device(DEVICE)):
-        loss = t.distillation_loss(student(torch.zeros(1, 5, dtype=torch.long, device=DEVICE)), None, torch.zeros(1, 5, dtype=torch.long, device=DEVICE), 1.0, 0.0)
+    run, teacher = small_run(tmp_path, dtype="bfloat16"), tiny_teacher().bfloat16()
+    pair = t.assemble(run, teacher, teacher, t.Stage(train="all", mixers=HALF), 1, {})
+    (batch,), count = random_batches(run)(0)
+    loss, _ = pair(batch, t.Stage(), 1 / count)
     loss.backward()
-    assert loss.dtype == torch.float32 and all(w.dtype == torch.float32 and w.grad is not None and w.grad.isfinite().all() for w in student.parameters())
+    assert loss.dtype == torch.float32 and pair.student.start(batch.x)[0].dtype == torch.bfloat16 and teacher.lm_head.weight.dtype == torch.bfloat16
+    assert all(w.dtype == torch.float32 and w.grad is not None and w.grad.isfinite().all() for w in pair.student.parameters())
 
 
-def tiny_teacher(seed=0, **changes):
-    return build(Config(**{**dict(v=257, d=16, n_layers=4, n_heads=2, n_kv_heads=1, d_ff=24, context=16), **changes}), torch.float32, seed)
+def evaluated(run, student, teacher, corpus, encoding="bytes"):
+    """The student's row of a table."""
+    return t.evaluate(run, t.Pair(teacher, student), corpus, g.load_tokenizer(encoding) if isinstance(encoding, str) else encoding)[1]
 
 
 def test_evaluation_is_on_validation_text_by_hand(tmp_path):
-    s, device = small_settings(tmp_path), torch.device(DEVICE)
+    run = small_run(tmp_path)
     val = np.random.default_rng(0).integers(0, 256, 16 * 4 + 1).astype(np.uint16)   # exactly its four windows
     student, teacher = tiny_teacher(1), tiny_teacher(2)
-    got = t.evaluate(student, teacher, t.Corpus(None, val, "", ""), g.load_tokenizer("bytes"), s, device)
-    x = torch.from_numpy(val.astype(np.int64)).to(device)
+    row, got = t.evaluate(run, t.Pair(teacher, student), some_tokens(val), g.load_tokenizer("bytes"))
+    x = torch.from_numpy(val.astype(np.int64)).to(DEVICE)
     with torch.no_grad():
         q, p = (m(x[:-1].view(4, 16)).flatten(0, 1).log_softmax(-1) for m in (student, teacher))
-    assert got["loss"] == pytest.approx(F.nll_loss(q, x[1:]).item(), rel=1e-5)
-    assert got["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+    assert got["loss"] == pytest.approx(F.nll_loss(q, x[1:]).item(), rel=1e-5) and row["loss"] == pytest.approx(F.nll_loss(p, x[1:]).item(), rel=1e-5)
+    assert got["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4) and (row["kl"], row["agreement"]) == (0, 1)
     assert got["agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item())
 
 
-def test_the_rate_warms_up_and_falls_as_a_cosine_and_gradients_are_clipped(tmp_path, monkeypatch):
+@pytest.mark.parametrize("schedule, after", [("cosine", [(1 + math.cos(math.pi * i / 8)) / 2 for i in range(8)]), ("linear", [1 - i / 8 for i in range(8)]), ("constant", [1] * 8)])
+def test_the_rate_warms_up_and_falls_as_asked_and_gradients_are_clipped(tmp_path, monkeypatch, schedule, after):
     rates, norms = [], []
     class Spy(torch.optim.AdamW):
         def step(self):
@@ -316,12 +460,10 @@ def test_the_rate_warms_up_and_falls_as_a_cosine_and_gradients_are_clipped(tmp_p
             norms.append(torch.cat([w.grad.flatten() for w in group["params"]]).norm().item())
             super().step()
     monkeypatch.setattr(torch.optim, "AdamW", Spy)
-    s, model = small_settings(tmp_path, warmup=0.2, clip=1e-3), tiny_teacher()
-    batches = iter(lambda: tuple(torch.randint(257, (2, 16), device=DEVICE) for _ in range(2)), None)
-    with open(tmp_path / "log", "w") as log:
-        t.fit("a", model, list(model.parameters()), 10, 0.5, batches, lambda x, y: t.distillation_loss(model(x), None, y, 1.0, 0.0), s, torch.device(DEVICE), log, "")
-    assert rates == pytest.approx([0.25, 0.5] + [0.25 * (1 + math.cos(math.pi * i / 8)) for i in range(8)])
-    assert max(norms) == pytest.approx(1e-3, rel=1e-2)
+    run, stage = small_run(tmp_path, clip=1e-3), t.Stage(train="all", mixers=HALF, beta=0, steps=10, lr=0.5, warmup=0.2, schedule=schedule)
+    _, log = fitted(run, t.assemble(run, None, tiny_teacher(), stage, 1, {}), stage, random_batches(run))
+    assert rates == pytest.approx([0.25, 0.5] + [0.5 * share for share in after]) and [record["lr"] for record in log] == rates
+    assert max(norms) == pytest.approx(1e-3, rel=1e-2) and min(record["gradient"] for record in log) > 1e-2
 
 
 def test_the_last_tenth_of_a_single_document_is_validation_only(tmp_path):
@@ -331,56 +473,84 @@ def test_the_last_tenth_of_a_single_document_is_validation_only(tmp_path):
     assert [*c.train, *c.val] == whole and len(c.train) == len(whole) * 9 // 10
 
 
-def test_distilling_goes_on_step_by_step_with_the_users_flags_and_leaves_the_teacher(tmp_path, monkeypatch):
-    s = small_settings(tmp_path, alpha=0.5, beta=0.25, stage1_steps=4, stage2_steps=3, stage1_lr=0.01, stage2_lr=0.02, init="random")
-    teacher, fit, loss, replace = tiny_teacher(), t.fit, t.distillation_loss, mil.replace_attention
-    before, fits, weights, inits, learned = {k: w.clone() for k, w in teacher.state_dict().items()}, [], set(), set(), {}
+def test_distilling_goes_on_stage_by_stage_with_the_users_flags_and_leaves_the_teacher(tmp_path, monkeypatch):
+    run = small_run(tmp_path, alpha=0.5, beta=0.25, stage1_steps=4, stage2_steps=3, stage1_lr=0.01, stage2_lr=0.02, init="random")
+    teacher, fit, replace, fits, inits, learned = tiny_teacher(), t.fit, mil.replace_attention, [], set(), {}
+    before, data = {k: w.clone() for k, w in teacher.state_dict().items()}, some_tokens(np.random.default_rng(0).integers(0, 256, 500).astype(np.uint16))
 
-    def spy(name, model, train, steps, lr, *rest):
-        for i, state in learned.items():   # it begins where the last one ended
-            assert all(torch.equal(w, state[k]) for k, w in model.layers[i].mixer.state_dict().items())
-        fits.append((steps, lr))
-        speed = fit(name, model, train, steps, lr, *rest)
-        learned.update({i: copy.deepcopy(model.layers[i].mixer.state_dict()) for i, mixer in enumerate(model.config.mixers) if mixer == s.mixer})
-        return speed
+    def spy(run, state, stage, pair, *rest):
+        for i, weights in learned.items():   # it begins where the last one ended
+            assert all(torch.equal(w, weights[k]) for k, w in pair.student.layers[i].mixer.state_dict().items())
+        fits.append((stage.steps, stage.lr, stage.alpha, stage.beta))
+        fit(run, state, stage, pair, *rest)
+        learned.update({i: copy.deepcopy(pair.student.layers[i].mixer.state_dict()) for i, mixer in enumerate(stage.mixers) if mixer == run.s.mixer})
 
     monkeypatch.setattr(t, "fit", spy)
-    monkeypatch.setattr(t, "distillation_loss", lambda a, b, y, *w: weights.add(w) or loss(a, b, y, *w))
     monkeypatch.setattr(mil, "replace_attention", lambda m, layers, mixer, init="attention", **k: (layers and inits.add(init)) or replace(m, layers, mixer, init, **k))
-    data = np.random.default_rng(0).integers(0, 256, 500).astype(np.uint16)
-    with open(tmp_path / "log", "w") as log:
-        student = t.distill(s, teacher, t.Corpus(data, data, "", ""), g.load_tokenizer("bytes"), "bytes", torch.device(DEVICE), log, [])
-    assert fits == [(2, 0.01), (2, 0.01), (3, 0.02)] and weights == {(0.5, 0.25)} and inits == {"random"}
+    source = SimpleNamespace(models=lambda: (teacher, teacher), place=tmp_path)
+    t.distill(run, t.State(stage=1), t.plan(run.s, teacher.config), source, lambda *_, **__: data, g.load_tokenizer("bytes"), "bytes", io.StringIO())
+    assert fits == [(2, 0.01, 0.5, 0.25), (2, 0.01, 0.5, 0.25), (3, 0.02, 0.5, 0.25)] and inits == {"random"}
     assert all(torch.equal(w, before[k]) for k, w in teacher.state_dict().items())
-    assert all(torch.equal(w.to(DEVICE), student.state_dict()[k]) for k, w in mil.load(tmp_path / "student").state_dict().items())
+    saved = mil.load(tmp_path / "student").state_dict()
+    assert all(torch.equal(w.cpu(), saved[f"layers.{i}.mixer.{k}"]) for i, weights in learned.items() for k, w in weights.items()) and len(learned) == 2
+
+
+def teacher_made(run, corpus):
+    return t.get_teacher(run, t.State(), corpus, g.load_tokenizer("bytes"), "bytes", io.StringIO())
 
 
 def test_another_seed_is_another_teacher(tmp_path):
-    s, device = small_settings(tmp_path, teacher_steps=1, replace_steps=1, n_layers=2, d=16, n_heads=2, n_kv_heads=1, teacher_lr=0.0), torch.device(DEVICE)
-    encoding, data, made = g.load_tokenizer("bytes"), np.zeros(500, np.uint16), []
-    for s.seed in (0, 0, 1):
-        s.out = str(tmp_path / str(len(made)))
-        with open(tmp_path / "log", "w") as log:
-            made.append(t.get_teacher(s, t.Corpus(data, data, "", ""), encoding, "bytes", device, log)[0].lm_head.weight)
+    run, made = small_run(tmp_path, teacher_steps=1, n_layers=2, d=16, n_heads=2, n_kv_heads=1, teacher_lr=0.0), []
+    for run.s.seed in (0, 0, 1):
+        run.s.out = str(tmp_path / str(len(made)))
+        made.append(mil.load(teacher_made(run, some_tokens(np.zeros(500, np.uint16)))).lm_head.weight)
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
 
 
 def test_bits_per_byte_counts_the_bytes_of_every_token(tmp_path):
-    s, encoding, model = small_settings(tmp_path), g.load_tokenizer(str(llama3_file(tmp_path / "t.model"))), tiny_teacher(v=517)
-    val = np.full(100, 259, np.uint16)   # "hello", five bytes
-    got = t.evaluate(model, model, t.Corpus(val, val, "", ""), encoding, s, torch.device(DEVICE))
+    encoding, model = g.load_tokenizer(str(llama3_file(tmp_path / "t.model"))), tiny_teacher(v=517)
+    got = evaluated(small_run(tmp_path), model, model, some_tokens(np.full(100, 259, np.uint16)), encoding)   # "hello", five bytes
     assert got["bits_per_byte"] == pytest.approx(got["loss"] / math.log(2) / 5)
 
 
-def test_the_target_is_the_next_token():
-    x, y = t.to_device([np.arange(7), np.arange(10, 17)], torch.device(DEVICE))
-    assert torch.equal(y, x + 1) and x.shape == (2, 6)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 12), st.data())
+def test_a_window_knows_its_targets_and_the_place_of_each_token_in_its_document(lengths, l, data):
+    tokens = np.arange(sum(lengths))
+    tokens = np.where(tokens % 5 == 3, ~tokens, tokens)
+    begins = np.cumsum([0, *lengths])[:-1]
+    starts = data.draw(st.lists(st.integers(0, max(0, len(tokens) - l - 1)), min_size=1, max_size=3)) if len(tokens) > l else []
+    if starts:
+        x, y, pos = t.windows(tokens, begins, starts, l)
+        for row, start in enumerate(starts):
+            for i in range(l):
+                at, begin = start + i, max(b for b in begins if b <= start + i)
+                assert x[row, i] == at and pos[row, i] == at - max(begin, start)
+                assert y[row, i] == (-100 if tokens[at + 1] < 0 or at + 1 in begins else at + 1)
+
+
+def test_a_batch_with_documents_gives_the_loss_and_gradients_of_each_alone(tmp_path):
+    """The whole path: loader, stack of every mixer, loss."""
+    run = t.Run(t.Settings(batch=1, context=12, dtype="float32"), torch.device(DEVICE))
+    student, teacher = build(Config(v=31, d=8, n_layers=3, n_heads=2, n_kv_heads=1, d_ff=12, mixers=["mamba", "attention", "mamba2"])), build(Config(v=31, d=8, n_layers=3, n_heads=2, n_kv_heads=1, d_ff=12))
+    tokens, begins = np.random.default_rng(0).integers(0, 31, 13), np.array([0, 5, 6])
+    (batch,), count = t.training_batches(run, t.Corpus(tokens, tokens, [begins, begins], "", ""), [0])(0)
+    assert batch.docs.bounds.tolist() == [0, 5, 6, 12] and batch.docs.longest == 6 and count == 10 == batch.learned
+    losses = []
+    for rows in ([batch], [t.to_device(batch.x[:, a:b].cpu(), batch.y[:, a:b].cpu(), torch.arange(b - a)[None], run.device) for a, b in ((0, 5), (5, 6), (6, 12))]):
+        student.zero_grad()
+        loss = sum(t.Pair(teacher, student)(row, t.Stage(temperature=2.0), 1 / 10)[0] for row in rows if row.learned)
+        loss.backward()
+        losses.append((loss.detach(), [w.grad.clone() for w in student.parameters()]))
+    (a, da), (b, db) = losses
+    assert_close(a, b, 1e-6)
+    for x, y in zip(da, db):
+        assert_close(x, y, 1e-5)
 
 
 def test_tokens_of_a_large_vocabulary_are_stored_whole(tmp_path):
     (tmp_path / "a.txt").write_text("abc" * 300)
     encoding = tiktoken.Encoding("large", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={"<|endoftext|>": 100000})
-    assert t.load_corpus(small_settings(tmp_path / "out", data=[str(tmp_path / "a.txt")]), encoding, "large").val[-1] == 100000
+    assert t.load_corpus(small_settings(tmp_path / "out"), [tmp_path / "a.txt"], encoding, "large").val[-1] == 100000
 
 
 def test_another_tokenizer_is_another_corpus(tmp_path):
@@ -388,16 +558,14 @@ def test_another_tokenizer_is_another_corpus(tmp_path):
     s = small_settings(tmp_path / "out", data=[str(tmp_path / "a.txt")])
     for name in ("bytes", str(llama3_file(tmp_path / "t.model"))):
         encoding = g.load_tokenizer(name)
-        assert t.load_corpus(s, encoding, name).train[:20].tolist() == g.encode(encoding, "hello " * 300)[:20]
+        assert t.load_corpus(s, s.data, encoding, name).train[:20].tolist() == g.encode(encoding, "hello " * 300)[:20]
 
 
-@pytest.mark.parametrize("change", [dict(seed=1), dict(batch=3), dict(teacher_steps=3), dict(teacher_lr=1e-4), dict(warmup=0.5), dict(clip=0.5), dict(d_ff=32)], ids=str)
+@pytest.mark.parametrize("change", [dict(seed=1), dict(batch=3), dict(teacher_steps=3), dict(teacher_lr=1e-4), dict(warmup=0.5), dict(clip=0.5), dict(d_ff=32), dict(schedule="linear")], ids=str)
 def test_a_teacher_of_any_other_setting_is_not_reused(tmp_path, change, capsys):
-    s = small_settings(tmp_path, teacher_steps=2, replace_steps=1, n_layers=2, d=16, n_heads=2, n_kv_heads=1, d_ff=24)
-    data, encoding = np.zeros(500, np.uint16), g.load_tokenizer("bytes")
-    with open(tmp_path / "log", "w") as log:
-        for settings in (s, s, dataclasses.replace(s, **change)):
-            t.get_teacher(settings, t.Corpus(data, data, "key", ""), encoding, "bytes", torch.device(DEVICE), log)
+    s, data = small_settings(tmp_path, teacher_steps=2, n_layers=2, d=16, n_heads=2, n_kv_heads=1, d_ff=24), some_tokens(np.zeros(500, np.uint16))
+    for settings in (s, s, dataclasses.replace(s, **change)):
+        teacher_made(t.Run(settings, torch.device(DEVICE)), data)
     said = capsys.readouterr().out
     assert said.count("reused from") == 1 and said.count("training a new one") == 1
 
@@ -414,29 +582,10 @@ def test_only_what_the_assistant_says_and_completions_are_learned():
     assert t.document_tokens(encoding, ("ab", "cd")) == [~97, ~98, 99, 100, 256] and t.document_tokens(encoding, "ab") == [97, 98, 256]
 
 
-@given(st.integers(0, 99), st.sampled_from([(1.0, 0.0), (0.0, 1.0), (0.7, 0.2)]))
-def test_the_loss_is_a_mean_over_the_tokens_to_be_learned(seed, weights):
-    torch.manual_seed(seed)
-    student, teacher, block = torch.randn(2, 5, 7).double(), torch.randn(2, 5, 7).double(), torch.randint(-7, 7, (2, 6)).numpy()
-    x, y = t.to_device(list(block), torch.device("cpu"))
-    assert (x >= 0).all() and [(i if i >= 0 else -100) for i in block[:, 1:].flatten()] == y.flatten().tolist()
-    p, q = (z.float().double().log_softmax(-1) for z in (student, teacher))
-    each = [weights[0] * -p[i, j, y[i, j]] + weights[1] * (q[i, j].exp() * (q[i, j] - p[i, j])).sum() for i in range(2) for j in range(5) if y[i, j] >= 0]
-    assert_close(t.distillation_loss(student, teacher, y, *weights), sum(each) / max(1, len(each)) + torch.zeros(()), 1e-5, noise=1e-7)
-
-
-def test_evaluation_leaves_out_what_is_not_to_be_learned(tmp_path):
-    s, encoding, model, ids = small_settings(tmp_path), g.load_tokenizer("bytes"), tiny_teacher(), np.random.default_rng(0).integers(0, 256, 17)
-    masked = np.where(np.arange(17) % 3 == 0, ids, ~ids)
-    got = t.evaluate(model, tiny_teacher(), t.Corpus(masked, masked, "", ""), encoding, s, torch.device(DEVICE))
-    logp = model(torch.tensor(ids[None, :-1], device=DEVICE)).log_softmax(-1)[0]
-    assert got["loss"] == pytest.approx(-sum(logp[i - 1, ids[i]].item() for i in range(3, 17, 3)) / 5, rel=1e-4)
-
-
 def test_a_corpus_in_which_nothing_is_to_be_learned_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": "x" * 99}]}) for _ in range(40)))
     with pytest.raises(MilError, match="nothing to learn in the training part"):
-        t.load_corpus(small_settings(tmp_path, data=[str(tmp_path / "a.jsonl")]), g.load_tokenizer("bytes"), "bytes")
+        t.load_corpus(small_settings(tmp_path), [tmp_path / "a.jsonl"], g.load_tokenizer("bytes"), "bytes")
 
 
 def test_a_teacher_from_elsewhere_is_distilled_on_conversations_and_its_student_brings_the_tokenizer(tmp_path):
@@ -454,17 +603,15 @@ def test_a_teacher_from_elsewhere_is_distilled_on_conversations_and_its_student_
     assert torch.equal(student.embed_tokens.weight.cpu(), teacher.embed_tokens.weight.cpu().float())
 
 
-def test_the_memory_said_beforehand_counts_weights_gradients_and_moments(tmp_path):
-    config, s = Config(v=1000, d=64, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=100, context=16), small_settings(tmp_path, n_layers=4, keep=0.5, batch=2, context=16)
-    count = lambda mixers: sum(w.numel() for w in mil.Hybrid(dataclasses.replace(config, mixers=mixers)).parameters())  # noqa: E731
-    every, new = count(["mamba2", "attention"] * 2), sum(w.numel() for w in mil.Mamba2(config).parameters()) * 2
-    for steps, trained in ((5, every), (0, new)):
-        s.stage2_steps, s.mixer, s.dtype = steps, "mamba2", "bfloat16"
-        parts = t.memory_needed(s, config, 77)
-        assert (parts["teacher"], parts["student"], parts["gradients and AdamW"]) == (77, 6 * every, 12 * trained) and parts["activations"] > 0
-    s.batch = 4
-    assert t.memory_needed(s, config, 77)["activations"] == 2 * parts["activations"]
-    assert "MORE THAN THERE IS" not in t.memory_line(s, config, 77, torch.device("cpu")) and "MORE THAN THERE IS" in t.memory_line(s, config, 2**60, torch.device("cpu"))
+def test_the_memory_said_beforehand_counts_what_trains_and_what_only_reads():
+    config, s = Config(v=1000, d=64, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=100, mixers=HALF), t.Settings(batch=2, context=16, dtype="bfloat16")
+    for train, trained in (("all", sum(w.numel() for w in mil.Hybrid(config).parameters())), ("mixers", sum(w.numel() for w in mil.Mamba2(config).parameters()) * 2)):
+        stage = t.Stage(train=train, mixers=HALF)
+        parts = t.memory_needed(s, config, stage, 77, 5)
+        assert (parts["teacher"], parts["student"], parts["AdamW"]) == (82, 4 * trained, 8 * trained) and parts["activations, loss, gradients"] > 0
+        assert t.memory_needed(s, config, stage, 78, processes=2)["teacher"] == 39
+    last = lambda **more: t.memory_needed(dataclasses.replace(s, context=4096, **more), config, stage, 77)["activations, loss, gradients"]  # noqa: E731
+    assert last(batch=4) > 1.5 * last() > 1.5 * last(recompute="mlp") > last(recompute="block") and last(accumulate=2) < last()
 
 
 def test_a_list_of_conversations_in_one_piece_is_refused(tmp_path):
@@ -487,18 +634,19 @@ def test_another_chat_template_is_another_corpus(tmp_path):
     s = small_settings(tmp_path / "out", data=[str(tmp_path / "a.jsonl")])
     for template in ("x", "<|user|>"):   # the files' names, sizes and times and the vocabulary stay
         encoding = beside(tmp_path, "llama2", {"chat_template": template})
-        assert t.load_corpus(s, encoding, "t").train[:40].tolist() == t.document_tokens(encoding, messages)[:40]
+        assert t.load_corpus(s, s.data, encoding, "t").train[:40].tolist() == t.document_tokens(encoding, messages)[:40]
 
 
 def test_evaluation_leaves_out_of_every_number_what_is_not_to_be_learned(tmp_path):
-    s, encoding, device, ids = small_settings(tmp_path), g.load_tokenizer("bytes"), torch.device(DEVICE), np.random.default_rng(0).integers(0, 256, 17)
-    masked, (model, teacher) = np.where(np.arange(17) % 3 == 0, ids, ~ids), (tiny_teacher(1), tiny_teacher(2))
-    got = t.evaluate(model, teacher, t.Corpus(masked, masked, "", ""), encoding, s, device)
+    run, ids = small_run(tmp_path), np.random.default_rng(0).integers(0, 256, 17)
+    corpus, (model, teacher) = some_tokens(np.where(np.arange(17) % 3 == 0, ids, ~ids)), (tiny_teacher(1), tiny_teacher(2))
+    got = evaluated(run, model, teacher, corpus)
     with torch.no_grad():
         q, p = (m(torch.tensor(ids[None, :-1], device=DEVICE)).log_softmax(-1)[0, 2::3] for m in (model, teacher))
+    assert got["loss"] == pytest.approx(-q[range(5), ids[3::3]].mean().item(), rel=1e-4)
     assert got["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
     assert got["bits_per_byte"] == pytest.approx(got["loss"] / np.log(2))   # every token is a byte
-    assert t.evaluate(model, model, t.Corpus(masked, masked, "", ""), encoding, s, device)["agreement"] == 1
+    assert evaluated(run, model, model, corpus)["agreement"] == 1
 
 
 @pytest.mark.parametrize("last", [2**15 - 1, 2**15, 40000])
@@ -506,13 +654,5 @@ def test_tokens_at_the_limits_of_16_bits_are_stored_whole_and_as_not_to_be_learn
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a\n" * 300, "completion": "b" * 300}) + "\n")
     ranks = {**{bytes([i]): i for i in range(256) if i != 10}, b"\n": last - 1}
     encoding = tiktoken.Encoding("large", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": last})
-    got = t.load_corpus(small_settings(tmp_path / "out", data=[str(tmp_path / "a.jsonl")]), encoding, "large")
+    got = t.load_corpus(small_settings(tmp_path / "out"), [tmp_path / "a.jsonl"], encoding, "large")
     assert got.val[-1] == last and got.train[1] == ~(last - 1)
-
-
-def test_the_memory_of_a_student_of_some_layers_counts_all_of_it_as_trained(tmp_path):
-    config = Config(v=1000, d=64, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=100, context=16)
-    s = small_settings(tmp_path, n_layers=4, student_layers="0,3", keep=0.5, stage2_steps=0)   # the steps of stage 1 are its own
-    every = sum(w.numel() for w in mil.Hybrid(dataclasses.replace(config, n_layers=2, mixers=["mamba2", "attention"])).parameters())
-    parts = t.memory_needed(s, config, 77)
-    assert (parts["student"], parts["gradients and AdamW"]) == (4 * every, 12 * every)   # in float32 there are no copies
