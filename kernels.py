@@ -1915,7 +1915,7 @@ def mlp(u, weight, eps, gate, up, down, recompute=False):
 
 def rotate(q, cos, sin):
     """RoPE: the channel pairs (i, i + p/2) of q (b, l, h, p) turned by the angles of cos and sin (b or 1, l, p/2). Contiguous, in q's type."""
-    return turn(q, cos, sin, False) if plain(q) else Rotation.apply(q, cos, sin)
+    return turn(q, cos, sin, False) if torch.compiler.is_compiling() else Rotation.apply(q, cos, sin)
 
 
 def rotate_plan(q, cos, sin, back):
