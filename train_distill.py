@@ -268,31 +268,26 @@ def read_recipe(path):
 def plan(s, config):
     """The stages of a run whose student begins as a Llama of this configuration: those of --recipe, or the paper's. MilError for a stage
     that cannot be."""
-    def default(train, steps, lr, **more):
-        return dict(train=train, steps=steps, lr=lr, **more)
-
     if s.recipe:
         entries, where = read_recipe(s.recipe), f"--recipe {s.recipe}: stage "
     elif s.student_layers:
-        entries, where = [dict(default("all", s.stage1_steps + s.stage2_steps, s.stage2_lr), keep=s.keep)], "--student_layers: stage "
+        entries, where = [dict(train="all", steps=s.stage1_steps + s.stage2_steps, lr=s.stage2_lr, keep=s.keep)], "--student_layers: stage "
     else:
-        count = len(mil.interleaved_layers(config.n_layers, s.keep))
-        if count == 0:
-            raise MilError(f"--keep {s.keep} of {config.n_layers} layers replaces none; expected a smaller share")
+        n, count = config.n_layers, len(mil.interleaved_layers(config.n_layers, s.keep))
+        if count == 0 or count == n and s.keep > 0:
+            raise MilError(f"--keep {s.keep:g} of {n} layers {'would keep' if count else 'replaces'} none; expected 0, or from {1 / n:.2g} to {1 - 1 / n:.2g}")
         if not 0 <= s.replace_steps <= count:
             raise MilError(f"--replace_steps is {s.replace_steps}, expected 1 to {count}, the number of layers to replace, or 0 for the paper's steps")
-        parts = [(i + 1) / s.replace_steps for i in range(s.replace_steps)]
-        shares = [part * (1 - s.keep) for part in parts] if parts else [*(r for r in (0.25, 0.5, 0.75, 0.875) if r < 1 - s.keep), 1 - s.keep]
-        counts = [round(count * part) for part in parts] or [len(mil.interleaved_layers(config.n_layers, 1 - share)) for share in shares]
-        shares = [shares[i] for i, c in enumerate(counts) if c > max([0, *counts[:i]])]  # of a small model some steps replace nothing
-        if s.stage1_steps < len(shares):
-            raise MilError(f"--stage1_steps is {s.stage1_steps}, expected at least one for each of {len(shares)} replacement steps")
-        cut = [s.stage1_steps * i // len(shares) for i in range(len(shares) + 1)]
-        entries = [dict(default("mixers", cut[i + 1] - cut[i], s.stage1_lr), keep=1 - share) for i, share in enumerate(shares)]
-        entries += [default("all", s.stage2_steps, s.stage2_lr)] * (s.stage2_steps > 0)
+        even = [round(count * (i + 1) / s.replace_steps) for i in range(s.replace_steps)]
+        counts = even or sorted({len(mil.interleaved_layers(n, keep)) for keep in (0.75, 0.5, 0.25, 0.125, s.keep) if keep >= s.keep} - {0})
+        if s.stage1_steps < len(counts):
+            raise MilError(f"--stage1_steps is {s.stage1_steps}, expected at least one for each of {len(counts)} replacement steps")
+        parts = [s.stage1_steps * i // len(counts) for i in range(len(counts) + 1)]
+        entries = [dict(train="mixers", steps=parts[i + 1] - parts[i], lr=s.stage1_lr, keep=1 - c / n) for i, c in enumerate(counts)]
+        entries += [dict(train="all", steps=s.stage2_steps, lr=s.stage2_lr)] * (s.stage2_steps > 0)
         where = "stage "
     if s.pairs and not any(entry.get("loss") == "dpo" for entry in entries):
-        entries = [*entries, default("all", s.stage3_steps, s.stage3_lr, loss="dpo")]
+        entries = [*entries, dict(train="all", steps=s.stage3_steps, lr=s.stage3_lr, loss="dpo")]
     shared = {name: getattr(s, name) for name in ("mixer", "alpha", "temperature", "reverse", "schedule", "warmup")}
     stages = []
     for i, entry in enumerate(entries):
@@ -961,13 +956,14 @@ def save_state(run, state, pair, optimizer):
     together(run)
 
 
-FREE = {"out", "device", "resume", "save_minutes", "keep_checkpoints", "recompute", "compile", "prompt", "accumulate"}  # may differ when a run goes on
+FREE = {"out", "device", "resume", "save_minutes", "keep_checkpoints", "recompute", "compile", "prompt", "accumulate", "recipe"}  # may differ when a run goes on
 
 
 def load_state(run, stages, corpus):
     """The state of the newest checkpoint that can be read, or a new one. MilError where it belongs to other settings, or --resume is not given."""
     said = {k: v for k, v in dataclasses.asdict(run.s).items() if k not in FREE}
-    said.update(data=[*run.s.data, corpus.key], recipe=[run.s.recipe, *map(dataclasses.asdict, stages)])  # what they hold
+    said.update(data=[*run.s.data, corpus.key])  # the key: of what the files hold
+    said.update({stage.name: dataclasses.asdict(stage) for stage in stages})
     for place in reversed(checkpoints(run)):
         if not run.s.resume:
             raise MilError(f"--out {run.s.out}: holds an unfinished run; --resume goes on with it, and without {place.parent} it is forgotten")
@@ -976,8 +972,10 @@ def load_state(run, stages, corpus):
         except Exception as e:  # as the damage has it
             show(f"note: {place}: not a whole checkpoint, passed over: {str(e).splitlines()[0]}")
             continue
-        other = [f"--{k} was {state.settings.get(k)!r} and is {v!r}" for k, v in said.items() if state.settings.get(k) != v]
-        if other:
+        was = {k: v for k, v in state.settings.items() if said.get(k) != v}
+        other = [f"--{k} was {v!r} and is {said[k]!r}" for k, v in was.items() if k in said and not isinstance(v, dict)]
+        if other or was:
+            other = other or [f"{name}: {key} was {value!r}" for name, stage in was.items() for key, value in stage.items() if said.get(name, {}).get(key) != value]
             raise MilError(f"--resume: {place} was made with other settings: {'; '.join(other)}")
         return state
     return State(settings=said)
@@ -1461,6 +1459,9 @@ def work(run, argv, began):
     if s.student_layers:
         base = dataclasses.replace(config, n_layers=len(chosen_layers(s)), mixers=[config.mixers[i] for i in chosen_layers(s)])
     stages = plan(s, base)
+    for stage in stages:
+        if stage.loss == "dpo":
+            load_pairs(s, stage.data, encoding)  # MilError now rather than after the stages before
     mil.make_directory(s.out)
     announce(run, stages, config, base)
     with first(run):

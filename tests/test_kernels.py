@@ -1179,9 +1179,10 @@ def test_a_rotation_equals_ropes_formula_and_is_undone_by_its_gradient(which):
             y, mine, others = kept(kernels.rotate, [q, angle.cos(), angle.sin()])
             dq, = torch.autograd.grad(y, q, seen)
         assert mine == {1, 2} and not others and y.is_contiguous() and y.dtype == dq.dtype == dtype
-        cos, sin = angle.cos().double()[:, None], angle.sin().double()[:, None]
-        for a, t, way, name in (y, q, 1, "value"), (dq, seen, -1, "gradient"):
-            assert_close(a, mil.rope(t.detach().double().transpose(1, 2), cos, way * sin).transpose(1, 2), TOLERANCE[dtype] / 4, name)
+        turn = torch.complex(angle.cos().double(), angle.sin().double())[:, :, None]   # of pairs of channels as complex numbers
+        for got, t, by, name in (y, q, turn, "value"), (dq, seen, turn.conj(), "gradient"):
+            t = torch.view_as_real(torch.complex(*t.detach().double().chunk(2, dim=-1)) * by)
+            assert_close(got, torch.cat(t.unbind(-1), dim=-1), TOLERANCE[dtype] / 4, name)
     check()
 
 

@@ -74,7 +74,7 @@ def test_without_its_new_parts_the_mamba_block_is_the_attention_it_came_from(mon
             block.dt_bias.fill_(math.log(math.e - 1))
         block.A_log.fill_(-math.inf)
         block.D.zero_()
-    monkeypatch.setattr(mil, "causal_conv", lambda x, weight, bias, state, lengths: (kernels.repeat_heads(x, weight.shape[0]), x))
+    monkeypatch.setattr(mil, "causal_conv", lambda x, weight, *_: (kernels.repeat_heads(x, weight.shape[0]), x))
     monkeypatch.setattr(F, "rms_norm", lambda y, *_, **__: y)
     a = teacher.layers[1].mixer
     q, k, v = (w(u).unflatten(2, (-1, 6)) for w in (a.q_proj, a.k_proj, a.v_proj))

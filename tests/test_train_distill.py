@@ -531,7 +531,7 @@ def test_a_window_knows_its_targets_and_the_place_of_each_token_in_its_document(
 def test_a_batch_with_documents_gives_the_loss_and_gradients_of_each_alone(tmp_path):
     """The whole path: loader, stack of every mixer, loss."""
     run = t.Run(t.Settings(batch=1, context=12, dtype="float32"), torch.device(DEVICE))
-    student, teacher = build(Config(v=31, d=8, n_layers=3, n_heads=2, n_kv_heads=1, d_ff=12, mixers=["mamba", "attention", "mamba2"])), build(Config(v=31, d=8, n_layers=3, n_heads=2, n_kv_heads=1, d_ff=12))
+    student, teacher = build(Config(v=31, d=8, n_layers=3, n_heads=2, n_kv_heads=1, d_ff=12, d_state=2, mixers=["mamba", "attention", "mamba2"])), build(Config(v=31, d=8, n_layers=3, n_heads=2, n_kv_heads=1, d_ff=12))
     tokens, begins = np.random.default_rng(0).integers(0, 31, 13), np.array([0, 5, 6])
     (batch,), count = t.training_batches(run, t.Corpus(tokens, tokens, [begins, begins], "", ""), [0])(0)
     assert batch.docs.bounds.tolist() == [0, 5, 6, 12] and batch.docs.longest == 6 and count == 10 == batch.learned

@@ -1,0 +1,378 @@
+"""Runs that end early, go on, are shared between processes; the teacher's answers; preferences."""
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import DEVICE, assert_close, build
+from hypothesis import given
+from hypothesis import strategies as st
+from test_train_distill import HALF, recipe, some_tokens, tiny_teacher
+
+import generate as g
+import mil
+import train_distill as t
+from mil import Config, MilError
+
+SIZES = ["--n_layers", "2", "--d", "16", "--n_heads", "2", "--n_kv_heads", "1", "--d_ff", "24", "--context", "32", "--batch", "4", "--eval_sequences", "6"]
+STEPS = ["--teacher_steps", "30", "--stage1_steps", "20", "--stage2_steps", "20", "--stage3_steps", "12", "--save_minutes", "0"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Flags of a run through every kind of stage, but for --out: conversations, answers to them, pairs."""
+    place = tmp_path_factory.mktemp("data")
+    talk = lambda i: [{"role": "user", "content": f"{i} and {i % 7}?"}, {"role": "assistant", "content": f"it is {i + i % 7}"}]  # noqa: E731
+    (place / "chat.jsonl").write_text("\n".join(json.dumps({"messages": talk(i)}) for i in range(80)))
+    (place / "pairs.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i} and 1?", "chosen": f"it is {i + 1}", "rejected": f"no, {i}"}) for i in range(40)))
+    return [*SIZES, *STEPS, "--data", str(place / "chat.jsonl"), "--pairs", str(place / "pairs.jsonl"), "--pseudo_labels", "--answers", "30", "--answer_tokens", "9", "--device", "cpu"]
+
+
+@contextlib.contextmanager
+def started(argv, said, before=lambda: None):
+    """train_distill.py in a process of its own, which has everything imported; what it says goes to the file `said`."""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            with open(said, "a") as out:
+                os.dup2(out.fileno(), 1)
+                os.dup2(out.fileno(), 2)
+            sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
+            before()
+            t.main(argv)
+            code = 0
+        except MilError as e:
+            print(f"error: {e}")
+        except SystemExit as e:
+            code = e.code
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    ended = []
+    try:
+        yield lambda sign=None: sign and os.kill(pid, sign), lambda: ended.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])) or ended[-1]
+    finally:
+        if not ended:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def finish(argv, said):
+    with started(argv, said) as (_, wait):
+        assert wait() == 0, Path(said).read_text()[-3000:]
+
+
+def left(out):
+    """What a run leaves that must not depend on how often it was interrupted."""
+    weights = {name: mil.load(out / name).state_dict() for name in ("teacher", "student")}
+    log = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (out / "log.jsonl").read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in json.loads((out / "results.json").read_text())["rows"]]
+    return weights, log, rows
+
+
+def same(a, b):
+    return a[1:] == b[1:] and all(torch.equal(w, b[0][name][k]) for name, weights in a[0].items() for k, w in weights.items())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    place = tmp_path_factory.mktemp("undisturbed")
+    finish([*data, "--out", str(place / "o")], place / "said")
+    return left(place / "o")
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(data, undisturbed, tmp_path):
+    """SIGKILL, 20 times at least, at any moment of any stage, also in the middle of writing; every next process goes on with --resume."""
+    argv, moments, kills, finished = [*data, "--out", str(tmp_path / "o"), "--resume"], random.Random(), 0, 0
+    while kills < 20 or not finished:
+        with started(argv, tmp_path / "said") as (send, wait):
+            time.sleep(moments.uniform(0.02, 2))
+            send(signal.SIGKILL)
+            killed = wait() != 0
+        kills += killed
+        if not killed:
+            assert same(left(tmp_path / "o"), undisturbed), (tmp_path / "said").read_text()[-3000:]
+            finished += 1
+            subprocess.run(["rm", "-rf", tmp_path / "o"], check=True)
+        assert kills < 400
+    assert "Traceback" not in (tmp_path / "said").read_text()
+
+
+def paused(data, out, said, after=20):
+    """A run that SIGTERM stopped once it had so many lines in its log."""
+    with started([*data, "--out", str(out)], said) as (send, wait):
+        while not (out / "log.jsonl").exists() or (out / "log.jsonl").read_text().count("\n") < after:
+            time.sleep(0.01)
+        send(signal.SIGTERM)
+        assert wait() == 143 and "stopped by SIGTERM; the same command with --resume goes on" in said.read_text()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_only_the_newest_are_kept(data, undisturbed, tmp_path):
+    out, said = tmp_path / "o", tmp_path / "said"
+    paused(data, out, said)
+    kept = {place: place.read_bytes() for place in (out / "checkpoints").iterdir()}
+    assert 1 <= len(kept) <= 2
+
+    def full():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+    with started([*data, "--out", str(out), "--resume"], said, full) as (_, wait):
+        assert wait() == 1 and ".pt: cannot be written (disk full?)" in said.read_text().splitlines()[-1]
+    assert {place: place.read_bytes() for place in (out / "checkpoints").iterdir()} == kept
+    newest = max(kept)
+    newest.write_bytes(kept[newest][:1000])   # and one that is cut short is passed over
+    finish([*data, "--out", str(out), "--resume"], said)
+    assert f"{newest}: not a whole checkpoint, passed over" in said.read_text() and same(left(out), undisturbed)
+
+
+def test_other_settings_are_named_and_an_unfinished_run_is_not_overwritten(data, tmp_path):
+    out = tmp_path / "o"
+    paused(data, out, tmp_path / "said", 5)
+    with pytest.raises(MilError, match="holds an unfinished run; --resume goes on with it"):
+        t.main([*data, "--out", str(out)])
+    with pytest.raises(MilError, match=r"--resume: .*pt was made with other settings: --stage2_lr was 0.001 and is 0.5; --clip was 1.0 and is 0.1$"):
+        t.main([*data, "--out", str(out), "--resume", "--clip", "0.1", "--stage2_lr", "0.5"])
+    with pytest.raises(MilError, match="other settings: stage 1.1, 1 of 2 layers replaced: mixer was 'mamba2'"):
+        t.main([*data, "--out", str(out), "--resume", "--recipe", recipe(tmp_path, {"keep": 0.5, "mixer": "none"})])
+    other = tmp_path / "other.jsonl"
+    other.write_text(Path(data[data.index("--data") + 1]).read_text().replace("it is", "that is"))
+    with pytest.raises(MilError, match=r"other settings: --data was \[.*chat.jsonl.*and is \[.*other.jsonl"):
+        t.main([*data, "--out", str(out), "--resume", "--data", str(other)])
+
+
+def test_resume_without_a_checkpoint_begins(data, tmp_path):
+    finish([*data, "--out", str(tmp_path / "o"), "--resume", "--teacher_steps", "2", "--stage1_steps", "2", "--stage2_steps", "1", "--stage3_steps", "1"], tmp_path / "said")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def gradients(run, stage, teacher, corpus):
+    """Of one step, all of every tensor that trains."""
+    pair = t.assemble(run, teacher, teacher, stage, 1, {})
+    parts, count = t.training_batches(run, corpus, [7])(3)
+    for i, part in enumerate(parts):
+        if run.size > 1:
+            pair.set_requires_gradient_sync(i == len(parts) - 1)
+        pair(part, stage, run.size / count)[0].backward()
+    return {k: t.whole(w.grad) for k, w in pair.student.named_parameters() if w.grad is not None}
+
+
+def shared_work(rank, place, accumulate, stage, teacher, corpus):
+    dist.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2)
+    run = t.Run(t.Settings(batch=4, context=16, dtype="float32", accumulate=accumulate), torch.device("cpu"), rank, 2)
+    found = gradients(run, stage, teacher, corpus)
+    if rank == 0:
+        torch.save(found, place / "found.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("train, accumulate", [("mixers", 1), ("all", 1), ("all", 2)])
+def test_two_processes_have_the_gradients_of_one(tmp_path, train, accumulate):
+    """Sharded with FSDP2, stage 1 with tensors that teacher and student share, and a batch in which some rows teach more than others."""
+    teacher = tiny_teacher(tied=True).cpu()
+    tokens = np.random.default_rng(1).integers(0, 256, 400)
+    corpus = some_tokens(np.where(np.arange(400) % 100 < 60, tokens, ~tokens))
+    stage = t.Stage(train=train, mixers=["mamba2", "attention", "mamba2", "attention"])
+    single = gradients(t.Run(t.Settings(batch=4, context=16, dtype="float32"), torch.device("cpu")), stage, teacher, corpus)
+    workers = [multiprocessing.get_context("fork").Process(target=shared_work, args=(rank, tmp_path, accumulate, stage, teacher, corpus)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(100)
+    found = torch.load(tmp_path / "found.pt")
+    assert found.keys() == single.keys() and len(found) == (16 if train == "mixers" else 46)
+    for k, w in single.items():
+        assert_close(found[k], w, 2e-5, k, noise=1e-9)
+
+
+def test_a_run_of_two_processes_says_what_a_run_of_one_says(data, undisturbed, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", str(Path(t.__file__)), *data, "--out", str(tmp_path / "o")],
+                          capture_output=True, text=True, timeout=300,
+                          env={**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("chosen preferred") == 1 and "2 × " in done.stdout
+    (weights, log, rows), (_, want, want_rows) = left(tmp_path / "o"), undisturbed
+    assert len(log) == len(want)
+    for mine, theirs in zip(log, want):
+        rounding = 1e-5 if mine["stage"] == "teacher" else 5e-2   # which grows, and may change an answer
+        assert mine["step"] == theirs["step"] and mine["loss"] == pytest.approx(theirs["loss"], rel=rounding) and mine["lr"] == theirs["lr"]
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in want_rows], rel=5e-2)
+    assert all(torch.isfinite(w).all() for w in weights["student"].values())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Preferences
+
+
+def document(ids):
+    """(token, whether it is learned) of ids as document_tokens gives them."""
+    return [(i if i >= 0 else ~i, i >= 0) for i in ids]
+
+
+def log_probability(model, ids):
+    tokens, learned = zip(*document(ids))
+    law = model(torch.tensor([tokens[:-1]], device=DEVICE))[0].log_softmax(-1)
+    return sum(law[i, tokens[i + 1]] for i in range(len(tokens) - 1) if learned[i + 1])
+
+
+@given(st.integers(0, 99), st.sampled_from([0.1, 2.0]))
+def test_the_preference_loss_equals_equation_4_and_so_do_its_gradients(seed, beta):
+    rng, run = np.random.default_rng(seed), t.Run(t.Settings(batch=4, dtype="float32"), torch.device(DEVICE))
+    config = Config(v=19, d=8, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=12, d_state=2)
+    teacher, student = build(config, seed=1), build(Config(**{**vars(config), "mixers": ["mamba2", "attention"]}), seed=2)
+    pairs = [tuple([*(~rng.integers(0, 19, 3)), *rng.integers(0, 19, rng.integers(1, 6))] for _ in range(2)) for _ in range(2)]
+    pairs = [tuple([int(i) for i in side] for side in pair) for pair in pairs]
+    pair, stage = t.Pair(teacher, student), t.Stage(loss="dpo", beta=beta)
+    with torch.no_grad():
+        reference = pair(t.pair_batch(run, pairs), stage, reference=True).view(2, -1).T
+        want = torch.stack([torch.stack([log_probability(teacher, side) for side in pair]) for pair in pairs])
+    assert_close(reference, want, 1e-5)
+    loss, more = pair(t.pair_batch(run, pairs, reference.cpu()), stage, 0.5)
+    gains = [log_probability(student, a) - log_probability(teacher, a) - log_probability(student, b) + log_probability(teacher, b) for a, b in pairs]
+    plain = sum(-F.logsigmoid(beta * gain) for gain in gains) / 2
+    assert_close(loss, plain, 1e-5)
+    assert more.tolist() == pytest.approx([sum(gain.item() > 0 for gain in gains) / 2, sum(beta * gain.item() for gain in gains) / 2], rel=1e-4)
+    for got, exact in zip(*(torch.autograd.grad(x, list(student.parameters())) for x in (loss, plain))):
+        assert_close(got, exact, 1e-4, noise=1e-9)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(2, 30))
+def test_of_a_long_prompt_the_end_is_kept_and_of_a_long_answer_the_beginning(prompt, answer, most):
+    ids = [*(~i for i in range(prompt)), *range(100, 100 + answer)]
+    got = t.cut(ids, most)
+    asked, said = [~i for i in got if i < 0], [i for i in got if i >= 0]
+    assert len(got) <= most and said == list(range(100, 100 + len(said))) and asked == list(range(prompt - len(asked), prompt))
+    assert len(got) == min(most, prompt + answer) and (prompt + answer <= most or len(asked) <= max(most // 2, most - answer)) and len(asked) >= min(prompt, most // 2)
+
+
+def test_every_pair_comes_once_an_epoch():
+    run, pairs = t.Run(t.Settings(batch=6), torch.device("cpu")), [([~1, i], [~1, i + 50]) for i in range(10)]
+    reference, seen = torch.arange(20.0).view(10, 2), []
+    make = t.pair_batches(run, pairs, reference, [0])
+    for step in range(10):
+        (batch,), count = make(step)
+        assert count == 3 and batch.x.shape == (6, 1) and (batch.y[:3] + 50 == batch.y[3:]).all() and torch.equal(batch.reference, reference[batch.y[:3, 0]])
+        seen += batch.y[:3, 0].tolist()
+    assert all(sorted(seen[i:i + 10]) == list(range(10)) for i in (0, 10, 20)) and seen[:10] != seen[10:20]
+    assert torch.equal(make(4)[0][0].y, t.pair_batches(run, pairs, reference, [0])(4)[0][0].y)
+
+
+@pytest.mark.parametrize("lines, match", [(['{"prompt": "a", "chosen": "b"}'], "line 1 has prompt, chosen; expected prompt, chosen and rejected, all of them text"),
+                                          (['{"prompt": "a", "chosen": "b", "rejected": "c"}'] * 3, "3 pairs; expected 10 at least"), (["x"], "line 1 is not JSON"),
+                                          (['{"prompt": "a", "chosen": "b", "rejected": 3}'], "line 1 has prompt, chosen, rejected")])
+def test_pairs_that_are_none_are_refused_before_any_work(tmp_path, lines, match):
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    with pytest.raises(MilError, match=match) as e:
+        t.main(["--out", str(tmp_path / "o"), *SIZES, "--pairs", str(tmp_path / "pairs.jsonl"), "--device", DEVICE])
+    assert "\n" not in str(e.value) and not (tmp_path / "o" / "teacher").exists()
+
+
+def test_preferences_raise_the_share_of_held_out_pairs_in_which_the_chosen_gains(tmp_path):
+    """On pairs that a small model can tell apart: the answers end differently."""
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i}?", "chosen": f"{i} yes", "rejected": f"{i} no!"}) for i in range(200)))
+    (tmp_path / "text.txt").write_text("".join(f"{i}? {i} yes or {i} no!\n" for i in range(400)))
+    t.main(["--out", str(tmp_path / "o"), *SIZES, "--teacher_steps", "20", "--stage1_steps", "4", "--stage2_steps", "2", "--data", str(tmp_path / "text.txt"), "--pairs",
+            str(tmp_path / "pairs.jsonl"), "--stage3_lr", "3e-3", "--stage3_steps", "40", "--device", DEVICE, "--dtype", "float32"])
+    *_, before, after = json.loads((tmp_path / "o" / "results.json").read_text())["rows"]
+    assert after["preferred"] > 0.5 + 3 * max(after["preferred_error"], 0.05) and after["margin"] > 0 and "preferred" not in before
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The teacher's answers
+
+
+def test_the_training_documents_ask_and_the_teachers_tokens_alone_are_learned(data, undisturbed, tmp_path):
+    mil.save(tiny_teacher(1, context=64).cpu(), tmp_path / "teacher", tokenizer="bytes")
+    encoding = g.load_tokenizer("bytes")
+    s = t.Settings(out=str(tmp_path), batch=8, context=64, answers=20, answer_tokens=12, seed=3, dtype="float32", data=[data[data.index("--data") + 1]])
+    run = t.Run(s, torch.device("cpu"))
+    corpus = t.answered(run, s.data, tmp_path / "teacher", encoding, "bytes")
+    file, = (tmp_path / "data").glob("*.answers.1of1.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    asked = [d for i, d in enumerate(t.read_documents(Path(s.data[0]), True)) if i % 20 != 9][:20]
+    assert [line["number"] for line in lines] == list(range(20)) and [line["messages"][0] for line in lines] == [d[0] for d in asked]
+    assert corpus.train.tolist() == [i for line in lines for i in line["tokens"]] and corpus.begins[0].tolist() == np.cumsum([0] + [len(line["tokens"]) for line in lines])[:-1].tolist()
+    assert np.array_equal(corpus.val, t.load_corpus(s, s.data, encoding, "bytes").val)
+    teacher = mil.load(tmp_path / "teacher")
+    for i in (0, 8, 16):   # batches of 8, each with a seed of its own
+        prompts = [[~k for k in line["tokens"] if k < 0] for line in lines[i:i + 8]]
+        assert [g.Conversation(encoding, line["messages"][:1]).ids + encoding.encode("assistant:\n") for line in lines[i:i + 8]] == prompts
+        replies = [[] for _ in prompts]
+        for new in g.generate(teacher, prompts, 12, stop=g.stop_tokens(encoding), generator=torch.Generator().manual_seed(lines[i]["seed"])):
+            replies = [a + b for a, b in zip(replies, new)]
+        assert replies == [[k for k in line["tokens"] if k >= 0] for line in lines[i:i + 8]] and len({line["seed"] for line in lines[i:i + 8]}) == 1
+    assert lines[0]["seed"] != lines[8]["seed"]
+    whole = file.read_bytes()
+    for end in (0, 100, whole.index(b"\n", 2000), len(whole) - 3):   # cut anywhere it is written again, the same
+        file.write_bytes(whole[:end])
+        t.answered(run, s.data, tmp_path / "teacher", encoding, "bytes")
+        assert file.read_bytes() == whole
+
+
+def test_prompts_are_what_comes_before_the_first_answer(tmp_path):
+    encoding, s = g.load_tokenizer("bytes"), t.Settings(out=str(tmp_path), context=40)
+    records = [{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "w"}]},
+               {"prompt": "p", "completion": "c"}, {"text": "t" * 95}, {"messages": [{"role": "user", "content": "nobody answers"}]}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(record) for record in records * 3))   # twelve: the tenth is validation
+    got = list(t.prompts_of(s, [str(tmp_path / "a.jsonl")], encoding))
+    talk, text = {"messages": records[0]["messages"][:2]}, {"prompt": "t" * 10}
+    assert [record for record, _ in got] == [talk, {"prompt": "p"}, text, text, text] * 2 + [talk] + [text] * 3
+    assert bytes(got[0][1]) == b"system:\ns\nuser:\nu\nassistant:\n" and got[1][1] == [112]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Another Llama to begin as; memory; the figure
+
+
+def test_a_larger_teacher_teaches_a_smaller_llama(data, tmp_path):
+    for name, changes in (("big", dict(d=32, n_layers=3)), ("small", {}), ("other", dict(v=300))):
+        mil.save(tiny_teacher(context=64, **changes), tmp_path / name, tokenizer="bytes")
+    argv = ["--out", str(tmp_path / "o"), "--teacher", str(tmp_path / "big"), "--data", data[data.index("--data") + 1], "--context", "32", "--batch", "4", "--eval_sequences", "4",
+            "--stage1_steps", "3", "--stage2_steps", "2", "--device", DEVICE]
+    t.main([*argv, "--init_from", str(tmp_path / "small")])
+    student = mil.load(tmp_path / "o" / "student")
+    assert student.config.d == 16 and student.config.mixers == HALF
+    with pytest.raises(MilError, match=r"other: its vocabulary \(300 tokens\) is not the teacher's \(257\)"):
+        t.main([*argv, "--init_from", str(tmp_path / "other")])
+    with pytest.raises(MilError, match="holds attention, mamba2; expected a Llama"):
+        t.main([*argv, "--init_from", str(tmp_path / "o" / "student"), "--out", str(tmp_path / "p")])
+    with pytest.raises(MilError, match="has neither --init_from nor --recipe"):
+        t.main([*argv, "--init_from", str(tmp_path / "small"), "--student_layers", "0"])
+
+
+def test_a_full_memory_is_said_with_the_estimate_and_what_lowers_it(data, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+    monkeypatch.setattr(t, "fit", full)
+    with pytest.raises(MilError, match=r"the GPU's memory is full; about \d+.\d GiB were expected \(teacher .*AdamW.*--accumulate, --recompute mlp or block, --batch") as e:
+        t.main([*data, "--out", str(tmp_path / "o")])
+    assert "\n" not in str(e.value)
+
+
+def test_the_losses_become_a_figure(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps({"stage": name, "step": i, "loss": 1 / i, "ce": 1.0, "kl": 0.0}) + "\n" for name in "ab" for i in (1, 2)))
+    assert t.plot(tmp_path / "log.jsonl", tmp_path / "loss.png") and (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_recipe_may_train_on_preferences_alone(data, tmp_path):
+    pairs = data[data.index("--pairs") + 1]
+    stages = recipe(tmp_path, {"keep": 0.5, "steps": 2}, {"loss": "dpo", "data": [pairs], "steps": 2, "train": "mixers"})
+    t.main([*data, "--pairs", pairs, "--out", str(tmp_path / "o"), "--teacher_steps", "2", "--recipe", stages])
+    rows = json.loads((tmp_path / "o" / "results.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["teacher", "student, not trained", "stage 1.1, 1 of 2 layers replaced", "stage 3, preferences"] and rows[-1]["kl"] < 1
