@@ -159,7 +159,7 @@ def share_recomputed(s):
     return share
 
 
-def complete(s, device, teacher_config=None, processes=1):
+def complete(s, device, teacher_config=None):
     """Fill what was left at 0 and refuse what makes no sense, naming the flag."""
     preset = PRESETS[device.type]
     if teacher_config is not None:
@@ -192,10 +192,6 @@ def complete(s, device, teacher_config=None, processes=1):
     if not 1 <= s.answer_tokens < s.context:
         raise MilError(f"--answer_tokens is {s.answer_tokens}, expected 1 to {s.context - 1}, less than --context")
     share_recomputed(s)
-    rows = processes * s.accumulate * (2 if s.pairs else 1)
-    if s.batch % rows:
-        raise MilError(f"--batch is {s.batch}, expected a multiple of {rows}: {processes} processes × --accumulate {s.accumulate}"
-                       f"{' × the 2 of a pair' * bool(s.pairs)}")
     if not 0 <= s.seed < 2**63 - 1:
         raise MilError(f"--seed is {s.seed}, expected 0 to 2^63 - 2")
     if not s.prompt or s.context < 2:
@@ -1440,7 +1436,7 @@ def work(run, argv, began):
     """All of a run: settings and stages checked, data, teacher, stages, report."""
     s, device = run.s, run.device
     about = mil.read_config(s.teacher) if s.teacher else {}
-    complete(s, device, about.get("config"), run.size)
+    complete(s, device, about.get("config"))
     for name, place in (("teacher", s.teacher), ("init_from", s.init_from)):
         if place and Path(place).resolve() == (Path(s.out) / "student").resolve():
             raise MilError(f"--{name} {place} is where the student will be written; give another --out")
@@ -1459,6 +1455,9 @@ def work(run, argv, began):
     if s.student_layers:
         base = dataclasses.replace(config, n_layers=len(chosen_layers(s)), mixers=[config.mixers[i] for i in chosen_layers(s)])
     stages = plan(s, base)
+    paired = any(stage.loss == "dpo" for stage in stages)
+    if s.batch % (rows := run.size * s.accumulate * (1 + paired)):
+        raise MilError(f"--batch is {s.batch}, expected a multiple of {rows}: {run.size} processes × --accumulate {s.accumulate}{' × the 2 of a pair' * paired}")
     for stage in stages:
         if stage.loss == "dpo":
             load_pairs(s, stage.data, encoding)  # MilError now rather than after the stages before
