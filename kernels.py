@@ -34,6 +34,9 @@ How the scan is made fast. The recurrence is linear in h, so a sequence can be c
     2. join    from piece to piece, h ← exp(A ΣΔ) ∘ h + its end, which is the state the next piece starts from
     3. walk    every piece, on its own again, computes its y from its starting state
 
+A row may hold several documents one after the other (packed sequences). `pos` (b, l) is the place of each token in its own; where it is
+0 the factor exp(Δ A) counts as 0, so nothing of the document before is left, and the convolution's taps end there.
+
 In PyTorch the pieces are many short chunks and all of it is vectorised. In Triton a walk keeps the state in registers
 and goes through its piece once, token by token for Mamba, tile by tile for Mamba-2, where a tile of T tokens is a few
 products of matrices on the tensor cores. Batch, heads and blocks of channels run in parallel; that fills a GPU at
@@ -101,11 +104,12 @@ def repeat_heads(t, h):
     return t.repeat_interleave(h // t.shape[2], dim=2)
 
 
-def ssm_reference(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None):
+def ssm_reference(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None, pos=None):
     """The state space model of the file's head, token by token (the paper's Eq. 1, discretised as in Mamba).
 
     Shapes as above; D and dt_bias are shaped like dt without (b, l); z is (b, l, h, p); h0 is (b, h, p, n).
-    The state is float32, or float64 when x is. Returns y (b, l, h, p) in x's type and the last state h.
+    A row may hold several documents one after the other: pos (b, l), whole numbers, is the place of each token in its own, and before
+    a token with pos 0 the state is zero. The state is float32, or float64 when x is. Returns y (b, l, h, p) in x's type and the last h.
     """
     heads, n, p, f = C.shape[2], C.shape[3], x.shape[3], torch.promote_types(x.dtype, torch.float32)
     xs, Bs, Cs = repeat_heads(x, heads).to(f), repeat_heads(B, heads).to(f), C.to(f)
@@ -115,6 +119,7 @@ def ssm_reference(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None):
     h = x.new_zeros(x.shape[0], heads, p, n, dtype=f) if h0 is None else h0.to(f)
     ys = []
     for t in range(x.shape[1]):
+        h = h if pos is None else h.masked_fill((pos[:, t] == 0)[:, None, None, None], 0)
         h = torch.exp(delta[:, t, ..., None] * A.to(f)) * h + (delta[:, t] * xs[:, t])[..., None] * Bs[:, t, :, None]
         ys.append(torch.einsum("bhpn,bhn->bhp", h, Cs[:, t]))
     y = torch.stack(ys, dim=1)  # (b, l, h, p)
@@ -123,16 +128,18 @@ def ssm_reference(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None):
     return y.to(x.dtype), h
 
 
-def conv_reference(x, weight, bias=None, state=None):
+def conv_reference(x, weight, bias=None, state=None, pos=None):
     """Causal depthwise convolution with SiLU: y_t = silu(bias + Σ_k weight_k x_{t-w+1+k}).
 
     x (b, l, g, p); weight (h, p, w); bias (h, p): head i reads kv head i // (h/g). state (b, w-1, g, p) holds the
-    inputs before x, zeros when None. Returns y (b, l, h, p) and the inputs to carry on from, shaped like state.
+    inputs before x, zeros when None. With pos (b, l), the place of each token in its document, a token sees zeros in place of what lies
+    more than pos before it. Returns y (b, l, h, p) and the inputs to carry on from, shaped like state, whichever document they are of.
     """
     (l, g), w, f = x.shape[1:3], weight.shape[2], torch.promote_types(x.dtype, torch.float32)
     x = F.pad(x, (0, 0, 0, 0, w - 1, 0)) if state is None else torch.cat([state.to(x.dtype), x], dim=1)
     xs, weight = x.to(f).unsqueeze(3), weight.to(f).unflatten(0, (g, -1))    # (b, l, g, 1, p) (g, h/g, p, w)
-    y = sum(xs[:, k:k + l] * weight[..., k] for k in range(w)).flatten(2, 3)
+    taps = [xs[:, k:k + l] if pos is None else xs[:, k:k + l].masked_fill((pos < w - 1 - k)[:, :, None, None, None], 0) for k in range(w)]
+    y = sum(taps[k] * weight[..., k] for k in range(w)).flatten(2, 3)
     y = y if bias is None else y + bias.to(f)
     return F.silu(y).to(x.dtype), x[:, l:]
 
@@ -150,25 +157,25 @@ def gated_norm_reference(y, z, weight, eps=1e-5):
 # The public, fast forms
 
 
-def ssm_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None):
+def ssm_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None, pos=None):
     """`ssm_reference`, fast and differentiable (once): the same arguments, shapes and types, and its results up to rounding.
 
-    An infinity or NaN in an input of Mamba-2 can reach the tokens before it, in its tile of up to 64. n or p above 256 take the PyTorch
-    form. Raises ValueError, naming the argument, when the shapes do not fit together.
+    An infinity or NaN in an input of Mamba-2 can reach the tokens before it, in its tile of up to 64, also of another document. n or p
+    above 256 take the PyTorch form. Raises ValueError, naming the argument, when the shapes do not fit together.
     """
-    check_ssm(x, dt, A, B, C, D, z, dt_bias, h0)
+    check_ssm(x, dt, A, B, C, D, z, dt_bias, h0, pos)
     if use_triton(x) and x.shape[1] > 1 and max(x.shape[3], C.shape[3]) <= 256:
         inside = z if A.dim() == 3 else None  # Mamba's kernel gates its output; Mamba-2's does not, as gated_norm does it
         keep = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, dt, A, B, C, D, z, dt_bias, h0)])
-        y, h = TritonScan.apply(x, dt, A, B, C, D, inside, dt_bias, h0, keep)
+        y, h = TritonScan.apply(x, dt, A, B, C, D, inside, dt_bias, h0, pos if pos is None else pos.int().contiguous(), keep)
         return y if inside is z else (y.float() * F.silu(z.float())).to(x.dtype), h  # is: already gated, or nothing to gate
     with torch.autocast(x.device.type, enabled=False):  # the state and Δ·A stay float32 whatever surrounds them
         if x.shape[1] == 1:  # one token has nothing to run in parallel: the definition is a single step
-            return ssm_reference(x, dt, A, B, C, D, z, dt_bias, h0)
+            return ssm_reference(x, dt, A, B, C, D, z, dt_bias, h0, pos)
         f = torch.promote_types(x.dtype, torch.float32)
         delta = F.softplus(dt.to(f) if dt_bias is None else dt.to(f) + dt_bias.to(f))
         h0 = x.new_zeros(x.shape[0], C.shape[2], x.shape[3], C.shape[3], dtype=f) if h0 is None else h0.to(f)
-        y, h = (ssd_torch if A.dim() == 1 else s6_torch)(x.to(f), delta, A.to(f), B.to(f), C.to(f), h0)
+        y, h = (ssd_torch if A.dim() == 1 else s6_torch)(x.to(f), delta, A.to(f), B.to(f), C.to(f), h0, pos)
         if D is not None:  # broadcast over the heads that share a kv head, by a view: (b, l, g, h/g, p)
             D = D[:, None] if D.dim() == 1 else D
             y = y + (x.unsqueeze(3) * D.to(f).view(x.shape[2], -1, D.shape[1])).flatten(2, 3)
@@ -177,7 +184,7 @@ def ssm_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None):
         return y.to(x.dtype), h
 
 
-def causal_conv(x, weight, bias=None, state=None, lengths=None):
+def causal_conv(x, weight, bias=None, state=None, lengths=None, pos=None):
     """`conv_reference`, fast and differentiable. With `lengths` (b,) row i has only that many real tokens, padded
     on the right, and the returned state holds each row's own last inputs. ValueError when the shapes do not fit."""
     (b, l, g, p), (h, _, w) = x.shape, weight.shape
@@ -185,11 +192,14 @@ def causal_conv(x, weight, bias=None, state=None, lengths=None):
         raise ValueError("causal_conv: x has no tokens (l = 0), expected at least one")
     if h % g:
         raise ValueError(f"causal_conv: the kv heads of x ({g}) must divide the heads of weight ({h})")
-    for name, t, want in (("weight", weight, (h, p, w)), ("bias", bias, (h, p)), ("state", state, (b, w - 1, g, p))):
+    for name, t, want in (("weight", weight, (h, p, w)), ("bias", bias, (h, p)), ("state", state, (b, w - 1, g, p)), ("pos", pos, (b, l))):
         if t is not None and tuple(t.shape) != want:
             raise ValueError(f"causal_conv: {name} is {tuple(t.shape)}, expected {want} for x {tuple(x.shape)}")
     full = x if state is None else torch.cat([state.to(x.dtype), x], dim=1)
-    y = Triton.apply("conv", full, weight, bias, full.shape[1] - l) if use_triton(x) else conv_reference(x, weight, bias, state)[0]
+    if use_triton(x):
+        y = Triton.apply("conv", full, weight, bias, pos if pos is None else pos.int().contiguous(), full.shape[1] - l)
+    else:
+        y = conv_reference(x, weight, bias, state, pos)[0]
     if lengths is None and l >= w - 1:
         return y, x[:, l - w + 1:]
     full = full if state is not None else F.pad(x, (0, 0, 0, 0, w - 1, 0))                    # (b, w-1+l, g, p)
@@ -207,7 +217,7 @@ def gated_norm(y, z, weight, eps=1e-5):
     return Triton.apply("norm", y, z, weight, eps) if use_triton(y) else gated_norm_reference(y, z, weight, eps)
 
 
-def check_ssm(x, dt, A, B, C, D, z, dt_bias, h0):
+def check_ssm(x, dt, A, B, C, D, z, dt_bias, h0, pos):
     """Every argument against the shapes in the file's head; ValueError on the first that does not fit."""
     for name, t, axes in (("x", x, "b, l, g, p"), ("B", B, "b, l, g, n"), ("C", C, "b, l, h, n")):
         if t.dim() != 4:
@@ -217,8 +227,8 @@ def check_ssm(x, dt, A, B, C, D, z, dt_bias, h0):
         raise ValueError(f"ssm: B is {tuple(B.shape)} and C is {tuple(C.shape)}, but their last axis, n, must agree")
     per = (h,) if A.dim() == 1 else (h, p)  # what has one value per head in Mamba-2 has one per channel in Mamba
     want = {"A": per if A.dim() == 1 else (h, p, n), "dt": (b, l, *per), "B": (b, l, gb, n), "C": (b, l, h, n),
-            "D": per, "dt_bias": per, "z": (b, l, h, p), "h0": (b, h, p, n)}
-    given = {"A": A, "dt": dt, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "z": z, "h0": h0}
+            "D": per, "dt_bias": per, "z": (b, l, h, p), "h0": (b, h, p, n), "pos": (b, l)}
+    given = {"A": A, "dt": dt, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "z": z, "h0": h0, "pos": pos}
     for name, t in given.items():
         if t is not None and tuple(t.shape) != want[name]:
             raise ValueError(f"ssm: {name} is {tuple(t.shape)}, expected {want[name]} for x {tuple(x.shape)}, "
@@ -249,12 +259,15 @@ def pass_states(S, decay, h0):
     return torch.stack(starts, dim=1), h0
 
 
-def s6_torch(x, delta, A, B, C, h0):
+def s6_torch(x, delta, A, B, C, h0, pos=None):
     """Mamba. With T = √l both loops, over the tokens of a chunk and over the chunks, take √l turns."""
     l = x.shape[1]
     T = max(1, round(l**0.5))
     x, delta, B, C = split_chunks(T, x, delta, B, C)
     decay = torch.exp(delta[..., None] * A)                             # (b, c, T, h, p, n)
+    if pos is not None:
+        first = split_chunks(T, pos == 0)[0][..., None, None, None]     # where a document starts (b, c, T, 1, 1, 1)
+        decay = decay.masked_fill(first, 0)
     u = delta.unflatten(3, (x.shape[3], -1)) * x.unsqueeze(4)           # Δ x (b, c, T, gx, h/gx, p)
     u = u.flatten(3, 4).unflatten(3, (B.shape[3], -1))                  # (b, c, T, gb, h/gb, p)
     write = (u[..., None] * B[..., None, None, :]).flatten(3, 4)        # (b, c, T, h, p, n)
@@ -262,16 +275,20 @@ def s6_torch(x, delta, A, B, C, h0):
     for t in range(1, T):
         states.append(decay[:, :, t] * states[-1] + write[:, :, t])
     total = torch.exp(delta.cumsum(2)[..., None] * A)                   # decay since the chunk's start
+    total = total if pos is None else total.masked_fill(first.cumsum(2) > 0, 0)
     starts, h = pass_states(states[-1], total[:, :, -1], h0)
     y = torch.einsum("bcthpn,bcthn->bcthp", torch.stack(states, dim=2) + total * starts[:, :, None], C)
     return y.flatten(1, 2)[:, :l], h
 
 
-def ssd_torch(x, delta, A, B, C, h0, T=64):
+def ssd_torch(x, delta, A, B, C, h0, pos=None, T=64):
     """Mamba-2. Inside a chunk y = (decay ∘ C Bᵀ) (Δ x): attention without softmax, its mask weighted by the decay."""
     l = x.shape[1]
     x, delta, B, C = split_chunks(min(T, l), x, delta, B, C)
-    s = (delta.double() * A.double()).cumsum(2).transpose(2, 3)        # (b, c, h, T): log decay since the start
+    a = delta.double() * A.double()                                    # (b, c, T, h)
+    if pos is not None:  # e^-800 is 0 in float64 too; what lies much lower would blur its neighbours in s
+        a = a.masked_fill(split_chunks(min(T, l), pos == 0)[0][..., None], -800)
+    s = a.cumsum(2).transpose(2, 3)                                    # (b, c, h, T): log decay since the start
     # float64 for s: far into a chunk it is large, and what matters is the small difference between neighbours
     later = torch.ones(s.shape[-1], s.shape[-1], dtype=torch.bool, device=s.device).triu(1)
     decay = (s[..., :, None] - s[..., None, :]).masked_fill(later, -torch.inf).to(x.dtype).exp()  # (b, c, h, T, T)
@@ -345,11 +362,12 @@ if triton is not None:
         return b_sig + b_y * (1 - b_sig)
 
     @triton.jit(do_not_specialize=["l", "tiles"])
-    def delta_kernel(p_dt, p_A, p_bias, p_delta, p_s, l, tiles, s_tb, s_tl: tl.constexpr, h: tl.constexpr,
-                     BIAS: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
+    def delta_kernel(p_dt, p_A, p_bias, p_pos, p_delta, p_s, l, tiles, s_tb, s_tl: tl.constexpr, h: tl.constexpr,
+                     BIAS: tl.constexpr, RESET: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
         """Mamba-2: Δ (b, tiles·T, h) = softplus(dt + bias), 0 past the end, and s, the running sum of Δ A LOG2E within each tile.
         Beyond 2^-200 nothing is left of a float32, so larger decays are cut there: s stays so small (above -200 T)
-        that float32 keeps its differences, which matter, better than bf16 keeps the inputs; float64 where x is float32."""
+        that float32 keeps its differences, which matter, better than bf16 keeps the inputs; float64 where x is float32. A document
+        that starts (RESET, pos 0) is such a decay."""
         i_bc = tl.program_id(0).to(tl.int64)
         i_b, i_c = i_bc // tiles, i_bc % tiles
         o, o_t = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), i_c * T + tl.arange(0, T)
@@ -359,6 +377,8 @@ if triton is not None:
             b_dt += tl.load(p_bias + o, mask=m, other=0.)[None, :]
         b_delta = softplus(b_dt)
         b_a = tl.maximum(b_delta * tl.load(p_A + o, mask=m, other=0.)[None, :] * LOG2E, -200.)
+        if RESET:
+            b_a = tl.where((tl.load(p_pos + i_b * l + o_t, mask=o_t < l, other=1) == 0)[:, None], -200., b_a)
         tl.store(p_delta + o_out, b_delta, mask=m[None, :])
         tl.store(p_s + o_out, tl.cumsum(b_a.to(p_s.dtype.element_ty), axis=0), mask=m[None, :])
 
@@ -395,12 +415,12 @@ if triton is not None:
             return b[0].to(tl.float32), b[1].to(tl.float32)
 
     @triton.jit
-    def s6_tokens(at, by, i_0, l, o_p, o_2, p: tl.constexpr, n: tl.constexpr, X: tl.constexpr, C: tl.constexpr, Z: tl.constexpr,
-                  Y: tl.constexpr, WORDS: tl.constexpr, BACK: tl.constexpr, T: tl.constexpr):
-        """dt, x, B (if X), C, z, dy (if Y) of T tokens from i_0 on, which lie `at` six pointers, `by` six strides apart; any value stands in
-        for what is not asked for. Outside the sequence Δ = 0, which leaves the state alone. (0 ≤ i < l is one comparison of unsigned
-        numbers; going BACK two, and single numbers as words: the compiler then places the backward's loads earlier, on an H200 1.19 ms
-        against 1.42 for 4 × 2,048 tokens.)"""
+    def s6_tokens(at, by, p_pos, i_0, l, o_p, o_2, p: tl.constexpr, n: tl.constexpr, X: tl.constexpr, C: tl.constexpr, Z: tl.constexpr,
+                  Y: tl.constexpr, RESET: tl.constexpr, WORDS: tl.constexpr, BACK: tl.constexpr, T: tl.constexpr):
+        """dt, x, B (if X), C, z, dy (if Y) of T tokens from i_0 on, which lie `at` six pointers, `by` six strides apart, and pos (if X and
+        RESET); any value stands in for what is not asked for. Outside the sequence Δ = 0, which leaves the state alone. (0 ≤ i < l is one
+        comparison of unsigned numbers; going BACK two, and single numbers as words: the compiler then places the backward's loads
+        earlier, on an H200 1.19 ms against 1.42 for 4 × 2,048 tokens.)"""
         SINGLE: tl.constexpr = WORDS and BACK
         tokens = ()
         for j in tl.static_range(T):
@@ -412,7 +432,8 @@ if triton is not None:
             b_C = read_pairs(at[3] + i_0 * by[3] + j * by[3], o_2, m, n, WORDS) if C else (o_p,)
             b_z = read(at[4] + i_0 * by[4] + j * by[4], o_p, m_p, SINGLE, 0.) if Z else o_p
             b_dy = read(at[5] + i_0 * by[5] + j * by[5], o_p, m_p, SINGLE, 0.) if Y else o_p
-            tokens = tokens + ((b_dt, b_x, b_B, b_C, b_z, b_dy),)
+            b_pos = tl.load(p_pos + i_0 + j, mask=m, other=1) if RESET and X else o_p
+            tokens = tokens + ((b_dt, b_x, b_B, b_C, b_z, b_dy, b_pos),)
         return tokens
 
     # A state, and whatever has its shape or is a row of it, is a pair: its even and its odd columns of n.
@@ -423,9 +444,16 @@ if triton is not None:
         return b_h[0] + b_u[:, None] * b_B[0], b_h[1] + b_u[:, None] * b_B[1]
 
     @triton.jit
-    def decay(b_h, b_delta, b_A):
+    def exponent(b_delta, b_A, b_pos, RESET: tl.constexpr):
+        """Δ A, or with RESET, where pos is 0, so little that nothing is left of 2^ it. (The sum is fused into the product, so that a token
+        costs one selection, not one for every state; and it holds for A = 0.)"""
+        return b_delta * b_A + tl.where(b_pos == 0, -1e30, 0.) if RESET else b_delta * b_A
+
+    @triton.jit
+    def decay(b_h, b_delta, b_A, b_pos, RESET: tl.constexpr):
         """exp(Δ A) ∘ h."""
-        return tl.exp2(b_delta[:, None] * b_A[0]) * b_h[0], tl.exp2(b_delta[:, None] * b_A[1]) * b_h[1]
+        b_0 = tl.exp2(exponent(b_delta[:, None], b_A[0], b_pos, RESET)) * b_h[0]
+        return b_0, tl.exp2(exponent(b_delta[:, None], b_A[1], b_pos, RESET)) * b_h[1]
 
     @triton.jit
     def dot(b_h, b_C):
@@ -459,15 +487,16 @@ if triton is not None:
         return b_decay[0] * b_h[0] + b_end[0], b_decay[1] * b_h[1] + b_end[1]
 
     @triton.jit(do_not_specialize=SEGMENTS + ["kept"])
-    def s6_walk_kernel(p_x, p_dt, p_A, p_B, p_C, p_D, p_z, p_bias, p_h0, p_y, p_h, p_S, p_ends, p_decays, l, c, s, kept, s_xb, s_tb, s_Bb, s_Cb, s_zb,
-                       s_xl: tl.constexpr, s_xh: tl.constexpr, s_tl: tl.constexpr, s_th: tl.constexpr, s_Bl: tl.constexpr, s_Bh: tl.constexpr,
-                       s_Cl: tl.constexpr, s_Ch: tl.constexpr, s_zl: tl.constexpr, s_zh: tl.constexpr,
+    def s6_walk_kernel(p_x, p_dt, p_A, p_B, p_C, p_D, p_z, p_bias, p_h0, p_pos, p_y, p_h, p_S, p_ends, p_decays,
+                       l, c, s, kept, s_xb, s_tb, s_Bb, s_Cb, s_zb, s_xl: tl.constexpr, s_xh: tl.constexpr, s_tl: tl.constexpr, s_th: tl.constexpr,
+                       s_Bl: tl.constexpr, s_Bh: tl.constexpr, s_Cl: tl.constexpr, s_Ch: tl.constexpr, s_zl: tl.constexpr, s_zh: tl.constexpr,
                        h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr, rb: tl.constexpr,
                        LEAVE: tl.constexpr, ADJOINT: tl.constexpr, START: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr,
-                       WORDS: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
+                       RESET: tl.constexpr, WORDS: tl.constexpr, T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
         """Mamba, one block of channels of one head through one segment of s tokens. What it leaves:
 
-            "end"      in ends (b, c, h, p, 2, ⌈n/2⌉) the state the segment ends with on its own, and in decays exp(A ΣΔ)
+            "end"      in ends (b, c, h, p, 2, ⌈n/2⌉) the state the segment ends with on its own, and in decays exp(A ΣΔ),
+                       or with RESET zeros if a document starts in it
             "y"        the output, in h the last state, and in S (b, ⌈l/T⌉, h, p, 2, ⌈n/2⌉), if `kept` is l and not 0, the state before
                        every T-th token: from h0 (if START) and the ends of the segments before this one
 
@@ -490,18 +519,19 @@ if triton is not None:
                 b_h = join(b_h, p_ends + o_k, p_decays + o_k, o_pn, m_pn, N2)
         b_D = tl.load(p_D + i_h * p + o_p, mask=m_p, other=0.) if SKIP else tl.zeros((BP,), tl.float32)
         b_bias = tl.load(p_bias + i_h * p + o_p, mask=m_p, other=0.) if BIAS else tl.zeros((BP,), tl.float32)
-        b_total = b_A[0] * 0  # ΣΔ, in the layout of the state: in another Δ would be computed twice
+        b_total, b_pos = b_A[0] * 0, 1  # ΣΔ, in the layout of the state: in another Δ would be computed twice; and with RESET the least pos
         p_x += i_b * s_xb + i_h // rx * s_xh
         p_dt += i_b * s_tb + i_h * s_th
         p_B += i_b * s_Bb + i_h // rb * s_Bh
         p_C += i_b * s_Cb + i_h * s_Ch
         p_z += i_b * s_zb + i_h * s_zh
+        p_pos += i_b * l
         at, by = (p_dt, p_x, p_B, p_C, p_z, p_z), (s_tl, s_xl, s_Bl, s_Cl, s_zl, s_zl)
         p_y += i_b * l * h * p + i_h * p
         Y: tl.constexpr = LEAVE != "end"
         Z: tl.constexpr = GATE and (Y or ADJOINT)
         i_0 = i_c * s + (s - T if ADJOINT else 0)
-        ahead = s6_tokens(at, by, i_0, l, o_p, o_2, p, n, True, Y, Z, False, WORDS, False, T)
+        ahead = s6_tokens(at, by, p_pos, i_0, l, o_p, o_2, p, n, True, Y, Z, False, RESET, WORDS, False, T)
         blocks = s // T
         if LEAVE == "end":  # no segment starts where the last one ends
             blocks = tl.where(i_c == (0 if ADJOINT else c - 1), 0, blocks)
@@ -514,16 +544,18 @@ if triton is not None:
                 b_delta, b_x = softplus(number(tokens[j][0], o_p, False) + b_bias), number(tokens[j][1], o_p, False)
                 b_u = b_x * (silu(number(tokens[j][4], o_p, False)) if GATE else 1.) if ADJOINT else b_x * b_delta
                 deltas, us = deltas + (b_delta,), us + (b_u,)
-            ahead = s6_tokens(at, by, i_1, l, o_p, o_2, p, n, True, Y, Z, False, WORDS, False, T)
+            ahead = s6_tokens(at, by, p_pos, i_1, l, o_p, o_2, p, n, True, Y, Z, False, RESET, WORDS, False, T)
             for j in tl.static_range(T - 1 if ADJOINT else 0, -1 if ADJOINT else T, -1 if ADJOINT else 1):
                 if ADJOINT:
-                    b_h = decay(add(b_h, us[j], pairs(tokens[j][2], WORDS)), deltas[j], b_A)
+                    b_h = decay(add(b_h, us[j], pairs(tokens[j][2], WORDS)), deltas[j], b_A, tokens[j][6], RESET)
                 else:
-                    b_h = add(decay(b_h, deltas[j], b_A), us[j], pairs(tokens[j][2], WORDS))
+                    b_h = add(decay(b_h, deltas[j], b_A, tokens[j][6], RESET), us[j], pairs(tokens[j][2], WORDS))
                 if Y:
                     ys = ys + (dot(b_h, pairs(tokens[j][3], WORDS)),)
                 else:
                     b_sum += deltas[j]
+                    if RESET:
+                        b_pos = tl.minimum(b_pos, tokens[j][6])
             if Y:
                 for j in tl.static_range(T):
                     b_y = ys[j] + b_D * number(tokens[j][1], o_p, False)
@@ -533,7 +565,8 @@ if triton is not None:
             i_0, b_total = i_1, b_total + b_sum[:, None]
         if LEAVE == "end":
             store_state(p_ends + i_bch * PN, o_pn, b_h, m_pn, N2)
-            store_state(p_decays + i_bch * PN, o_pn, (tl.exp2(b_total * b_A[0]), tl.exp2(b_total * b_A[1])), m_pn, N2)
+            b_decay = tl.exp2(exponent(b_total, b_A[0], b_pos, RESET)), tl.exp2(exponent(b_total, b_A[1], b_pos, RESET))
+            store_state(p_decays + i_bch * PN, o_pn, b_decay, m_pn, N2)
         elif i_c == c - 1:
             store_matrix(p_h + (i_b * h + i_h) * (p * n), o_h, b_h, m_h)
 
@@ -570,12 +603,12 @@ if triton is not None:
             tl.store(p_out + o, b, mask=m_r & (o < tl.where(m, n, 0)))
 
     @triton.jit(do_not_specialize=SEGMENTS + ["b"])
-    def s6_backward_kernel(p_x, p_dt, p_A, p_B, p_C, p_D, p_z, p_bias, p_dy, p_dh, p_S, p_ends, p_decays, p_dx, p_ddt, p_dB, p_dC, p_dz, p_dh0, p_sums,
-                           l, c, s, b, s_xb, s_tb, s_Bb, s_Cb, s_zb, s_yb,
+    def s6_backward_kernel(p_x, p_dt, p_A, p_B, p_C, p_D, p_z, p_bias, p_pos, p_dy, p_dh, p_S, p_ends, p_decays,
+                           p_dx, p_ddt, p_dB, p_dC, p_dz, p_dh0, p_sums, l, c, s, b, s_xb, s_tb, s_Bb, s_Cb, s_zb, s_yb,
                            s_xl: tl.constexpr, s_xh: tl.constexpr, s_tl: tl.constexpr, s_th: tl.constexpr, s_Bl: tl.constexpr, s_Bh: tl.constexpr,
                            s_Cl: tl.constexpr, s_Ch: tl.constexpr, s_zl: tl.constexpr, s_zh: tl.constexpr, s_yl: tl.constexpr, s_yh: tl.constexpr,
                            h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr, rb: tl.constexpr,
-                           START: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, WORDS: tl.constexpr,
+                           START: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, RESET: tl.constexpr, WORDS: tl.constexpr,
                            T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
         """Mamba, one block of channels of one head from the last token of a segment to its first, b_g the adjoint of the state: from dh
         (if START) and the adjoint's ends of the segments behind this one. K = T / 2 tokens at a time: the states between them are
@@ -606,27 +639,28 @@ if triton is not None:
         p_C += i_b * s_Cb + i_h * s_Ch
         p_z += i_b * s_zb + i_h * s_zh
         p_dy += i_b * s_yb + i_h * s_yh
+        p_pos += i_b * l
         at, by = (p_dt, p_x, p_B, p_C, p_z, p_dy), (s_tl, s_xl, s_Bl, s_Cl, s_zl, s_yl)
         p_S += (i_b * tl.cdiv(l, T) * h + i_h) * PN
         o_y, o_bc = i_b * l * h * p + i_h * p + o_p, (i_p * b + i_b) * l * h * n + i_h * n
         i_0 = i_c * s + s - K
-        ahead = s6_tokens(at, by, i_0, l, o_p, o_2, p, n, True, False, False, False, WORDS, True, K)
+        ahead = s6_tokens(at, by, p_pos, i_0, l, o_p, o_2, p, n, True, False, False, False, RESET, WORDS, True, K)
         state = read_state(p_S + i_0 // T * (h * PN), o_pn, m_pn & (o_pn < tl.where(i_0 // T * T < l, PN, 0)), N2)
         for _ in range(s // K):
             b_h, tokens, i_1, i_S = state, ahead, i_0 - K, tl.maximum(i_0 - K, 0) // T
-            ahead = s6_tokens(at, by, i_1, l, o_p, o_2, p, n, True, False, False, False, WORDS, True, K)
+            ahead = s6_tokens(at, by, p_pos, i_1, l, o_p, o_2, p, n, True, False, False, False, RESET, WORDS, True, K)
             state = read_state(p_S + i_S * (h * PN), o_pn, m_pn & (o_pn < tl.where(i_S * T < l, PN, 0)), N2)
             # (not a turn ahead: the registers are full)
-            more = s6_tokens(at, by, i_0, l, o_p, o_2, p, n, False, True, GATE, True, WORDS, True, K)
+            more = s6_tokens(at, by, p_pos, i_0, l, o_p, o_2, p, n, False, True, GATE, True, RESET, WORDS, True, K)
             if i_0 % T > 0:  # the upper half of its T tokens: S holds the state before the lower half, which `ahead` is
                 for j in tl.static_range(K):
                     b_delta, b_x = softplus(number(ahead[j][0], o_p, WORDS) + b_bias), number(ahead[j][1], o_p, WORDS)
-                    b_h = add(decay(b_h, b_delta, b_A), b_delta * b_x, pairs(ahead[j][2], WORDS))
+                    b_h = add(decay(b_h, b_delta, b_A, ahead[j][6], RESET), b_delta * b_x, pairs(ahead[j][2], WORDS))
             states, deltas = (), ()  # states[j] is h before token j
             for j in tl.static_range(K):
                 b_delta, b_x = softplus(number(tokens[j][0], o_p, WORDS) + b_bias), number(tokens[j][1], o_p, WORDS)
                 states, deltas = states + (b_h,), deltas + (b_delta,)
-                b_h = add(decay(b_h, b_delta, b_A), b_delta * b_x, pairs(tokens[j][2], WORDS))
+                b_h = add(decay(b_h, b_delta, b_A, tokens[j][6], RESET), b_delta * b_x, pairs(tokens[j][2], WORDS))
             for j in tl.static_range(K - 1, -1, -1):
                 b_x, b_dy, b_delta = number(tokens[j][1], o_p, WORDS), number(more[j][5], o_p, WORDS), deltas[j]
                 b_B, b_C = pairs(tokens[j][2], WORDS), pairs(more[j][3], WORDS)
@@ -641,7 +675,7 @@ if triton is not None:
                 b_gB = dot(b_g, b_B)                                    # adjoint of the written value Δ x
                 store_sum(p_dB + o_bct, b_g[0] * b_u[:, None], b_g[1] * b_u[:, None], m, n)
                 store_sum(p_dC + o_bct, b_h[0] * b_dy[:, None], b_h[1] * b_dy[:, None], m, n)
-                b_h, b_g = states[j], decay(b_g, b_delta, b_A)
+                b_h, b_g = states[j], decay(b_g, b_delta, b_A, tokens[j][6], RESET)
                 b_a = b_g[0] * b_h[0], b_g[1] * b_h[1]                  # adjoint of the exponent Δ A
                 b_dA = add(b_dA, b_delta, b_a)
                 b_ddt = (b_gB * b_x + dot(b_a, b_A) / LOG2E) * sigmoid(number(tokens[j][0], o_p, WORDS) + b_bias)
@@ -718,12 +752,12 @@ if triton is not None:
             tl.store(p_h + (i_b * h + i_h) * p * n + o_pn, b_h, mask=m_np)
 
     @triton.jit(do_not_specialize=["l", "tokens"])
-    def ssd_backward_kernel(p_x, p_delta, p_s, p_A, p_B, p_C, p_D, p_dy, p_S, p_G, p_dx, p_ddt, p_dB, p_dC, p_sums,
+    def ssd_backward_kernel(p_x, p_delta, p_s, p_A, p_B, p_C, p_D, p_pos, p_dy, p_S, p_G, p_dx, p_ddt, p_dB, p_dC, p_sums,
                             l, tokens, s_xb, s_Bb, s_Cb, s_yb,
                             s_xl: tl.constexpr, s_xh: tl.constexpr, s_Bl: tl.constexpr, s_Bh: tl.constexpr,
                             s_Cl: tl.constexpr, s_Ch: tl.constexpr, s_yl: tl.constexpr, s_yh: tl.constexpr,
                             h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr, rb: tl.constexpr,
-                            SKIP: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+                            SKIP: tl.constexpr, RESET: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
                             T: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
         """Mamba-2, the gradients of one tile of one head: from S, the state at its start, and G, the adjoint of the state at its end.
         t is the reader (C, dy), r the writer (x, B); c is the number of tiles. With a decay b_rt[r, t] = b_tr[t, r] from r to t:
@@ -802,6 +836,8 @@ if triton is not None:
             tl.store(p_dx + o_0 * p + o_i[:, None] * (h * p) + o_p[None, :], b_du, mask=(o_i < l)[:, None] & (o_p < p)[None, :])
         b_before = tl.sum(tl.where(o_i[None, :] < o_i[:, None], (b_give * b_delta)[None, :], 0.), axis=1)
         b_da = tl.cumsum(b_ds, axis=0, reverse=True) + b_before + b_hold * tl.exp2(b_end.to(tl.float32))
+        if RESET:  # no decay: what b_ds holds there is sums that cancel, up to their rounding
+            b_da = tl.where(tl.load(p_pos + i_b * (l + i_0) + i_0 + o_i, mask=o_i < l, other=1) == 0, 0., b_da)
         b_ddt = (b_ux + b_give + b_da * tl.load(p_A + i_h)) * slope(b_delta)
         tl.store(p_ddt + o_0 + o_i * h, b_ddt, mask=o_i < l)
         p_sums += (i_b * c + i_c) * 3 * h + i_h
@@ -833,59 +869,78 @@ if triton is not None:
         return xs
 
     @triton.jit
-    def conv_sum(xs, j: tl.constexpr, ws, b_bias, W: tl.constexpr):
-        """bias + Σ_k weight_k xs_{j+k}."""
+    def conv_pos(p_pos, i_0, first, end, RESET: tl.constexpr, N: tl.constexpr):
+        """A tuple of the pos of the N tokens from i_0 on, where p_pos points, if RESET; before `first` and from `end` on there is none."""
+        poss = ()
+        for j in tl.static_range(N):
+            poss = poss + (tl.load(p_pos + j, mask=(i_0 + j >= first) & (i_0 + j < end), other=0) if RESET else 0,)
+        return poss
+
+    @triton.jit
+    def seen(b, b_pos, lag: tl.constexpr, RESET: tl.constexpr):
+        """b, or with RESET zeros where the token `lag` before that of b_pos is none of its document."""
+        return tl.where(b_pos >= lag, b, 0.) if RESET and lag > 0 else b
+
+    @triton.jit
+    def conv_sum(xs, j: tl.constexpr, ws, b_bias, b_pos, RESET: tl.constexpr, W: tl.constexpr):
+        """bias + Σ_k weight_k xs_{j+k}, of the document of the last of them, whose pos is given."""
         for k in tl.static_range(W):
-            b_bias += ws[k] * xs[j + k]
+            b_bias += ws[k] * seen(xs[j + k], b_pos, W - 1 - k, RESET)
         return b_bias
 
     @triton.jit(do_not_specialize=SEGMENTS + ["skip"])
-    def conv_kernel(p_x, p_w, p_bias, p_y, l, skip, c, s, s_xb, s_xl: tl.constexpr, s_xh: tl.constexpr, g: tl.constexpr, p: tl.constexpr,
-                    r: tl.constexpr, BIAS: tl.constexpr, W: tl.constexpr, U: tl.constexpr, R: tl.constexpr, BP: tl.constexpr):
+    def conv_kernel(p_x, p_w, p_bias, p_pos, p_y, l, skip, c, s, s_xb, s_xl: tl.constexpr, s_xh: tl.constexpr, g: tl.constexpr, p: tl.constexpr,
+                    r: tl.constexpr, BIAS: tl.constexpr, RESET: tl.constexpr, W: tl.constexpr, U: tl.constexpr, R: tl.constexpr, BP: tl.constexpr):
         """y_t = silu(bias + Σ_k weight_k x_{t-W+1+k}) for all l tokens of x but the first `skip`: one block of channels along a
-        segment of s tokens, U at a time, the W - 1 inputs before them in registers."""
+        segment of s tokens, U at a time, the W - 1 inputs before them in registers. With RESET x_{t-j} counts where pos_t ≥ j."""
         i_bc, o_x, _, o_y, m_o, i_r, b_bias, ws = conv_block(p_w, p_bias, s_xh, g, p, r, BIAS, W, R, BP)
         h, i_b, i_0 = g * r, (i_bc // c).to(tl.int64), i_bc % c * s + skip
         p_x, p_y = p_x + i_b * s_xb + i_0.to(tl.int64) * s_xl, p_y + (i_b * (l - skip) + i_0 - skip) * (h * p)
+        p_pos += i_b * (l - skip) + i_0 - skip
         xs = conv_read(p_x - (W - 1) * s_xl, o_x, m_o, i_r, r, s_xl, i_0 - (W - 1), 0, l, W - 1)
         for _ in range(tl.cdiv(tl.minimum(s, l - i_0), U)):
-            xs = xs + conv_read(p_x, o_x, m_o, i_r, r, s_xl, i_0, 0, l, U)
+            xs, poss = xs + conv_read(p_x, o_x, m_o, i_r, r, s_xl, i_0, 0, l, U), conv_pos(p_pos, i_0, skip, l, RESET, U)
             for j in tl.static_range(U):
-                tl.store(p_y + j * (h * p) + o_y, silu(conv_sum(xs, j, ws, b_bias, W)), mask=m_o & (i_r < tl.where(i_0 + j < l, r, 0)))
-            xs, i_0, p_x, p_y = xs[U:], i_0 + U, p_x + U * s_xl, p_y + U * (h * p)
+                b_y = silu(conv_sum(xs, j, ws, b_bias, poss[j], RESET, W))
+                tl.store(p_y + j * (h * p) + o_y, b_y, mask=m_o & (i_r < tl.where(i_0 + j < l, r, 0)))
+            xs, i_0, p_x, p_y, p_pos = xs[U:], i_0 + U, p_x + U * s_xl, p_y + U * (h * p), p_pos + U
 
     @triton.jit(do_not_specialize=SEGMENTS + ["skip"])
-    def conv_backward_kernel(p_x, p_w, p_bias, p_dy, p_dx, p_dw, l, skip, c, s, s_xb, s_xl: tl.constexpr, s_xh: tl.constexpr,
+    def conv_backward_kernel(p_x, p_w, p_bias, p_pos, p_dy, p_dx, p_dw, l, skip, c, s, s_xb, s_xl: tl.constexpr, s_xh: tl.constexpr,
                              g: tl.constexpr, p: tl.constexpr, r: tl.constexpr,
-                             BIAS: tl.constexpr, W: tl.constexpr, U: tl.constexpr, R: tl.constexpr, BP: tl.constexpr):
+                             BIAS: tl.constexpr, RESET: tl.constexpr, W: tl.constexpr, U: tl.constexpr, R: tl.constexpr, BP: tl.constexpr):
         """With e_t = dy_t silu'(bias + Σ_k weight_k x_{t-W+1+k}), 0 where there is no y_t:  dx_t = Σ_k weight_k e_{t+W-1-k}, summed
         over the r query heads; dw_k = Σ_t x_t e_{t+W-1-k} and dbias = Σ_t e_t, left per segment in dw (b, c, W + 1, h, p).
-        For token t the W inputs and the W values of e from t on are in registers."""
+        For token t the W inputs and the W values of e from t on are in registers. With RESET e_{t+j} counts where pos_{t+j} ≥ j."""
         i_bc, o_x, o, o_y, m_o, i_r, b_bias, ws = conv_block(p_w, p_bias, s_xh, g, p, r, BIAS, W, R, BP)
         h, i_b, i_0 = g * r, (i_bc // c).to(tl.int64), i_bc % c * s
         p_x, p_dx = p_x + i_b * s_xb + i_0.to(tl.int64) * s_xl, p_dx + (i_b * l + i_0) * (g * p)
         p_dy += (i_b * (l - skip) + i_0 - skip) * (h * p)
+        p_pos += i_b * (l - skip) + i_0 - skip
         xs = conv_read(p_x - (W - 1) * s_xl, o_x, m_o, i_r, r, s_xl, i_0 - (W - 1), 0, l, 2 * (W - 1))
         dys = conv_read(p_dy, o_y, m_o, i_r, r, h * p, i_0, skip, l, W - 1)
-        es, dws = (), ()
+        es, dws, first = (), (), conv_pos(p_pos, i_0, skip, l, RESET, W - 1)
         for j in tl.static_range(W - 1):
-            es = es + (dys[j] * silu_slope(conv_sum(xs, j, ws, b_bias, W)),)
+            es = es + (dys[j] * silu_slope(conv_sum(xs, j, ws, b_bias, first[j], RESET, W)),)
         for _ in tl.static_range(W + 1):
             dws = dws + (tl.zeros((R, BP), tl.float32),)
         xs = xs[W - 1:]
         for _ in range(tl.cdiv(tl.minimum(s, l - i_0), U)):
             xs = xs + conv_read(p_x + (W - 1) * s_xl, o_x, m_o, i_r, r, s_xl, i_0 + W - 1, 0, l, U)
             more = conv_read(p_dy + (W - 1) * (h * p), o_y, m_o, i_r, r, h * p, i_0 + W - 1, skip, l, U)
+            poss = conv_pos(p_pos, i_0, skip, l, RESET, U + W - 1)
             for j in tl.static_range(U):
-                es = es + (more[j] * silu_slope(conv_sum(xs, j, ws, b_bias, W)),)
+                es = es + (more[j] * silu_slope(conv_sum(xs, j, ws, b_bias, poss[j + W - 1], RESET, W)),)
                 b_dx, sums = tl.zeros((R, BP), tl.float32), ()
                 for k in tl.static_range(W):
-                    b_dx += ws[k] * es[j + W - 1 - k]
-                    sums = sums + (dws[k] + xs[j] * es[j + W - 1 - k],)
+                    b_e = seen(es[j + W - 1 - k], poss[j + W - 1 - k], W - 1 - k, RESET)
+                    b_dx += ws[k] * b_e
+                    sums = sums + (dws[k] + xs[j] * b_e,)
                 dws = sums + (dws[W] + es[j],)
                 b_dx = tl.sum(b_dx, axis=0, keep_dims=True) + tl.zeros((R, BP), tl.float32)  # (R, BP) again: a layout that is stored as it is
                 tl.store(p_dx + j * (g * p) + o, b_dx, mask=m_o & (i_r < tl.where(i_0 + j < l, 1, 0)))
-            xs, es, i_0, p_x, p_dy, p_dx = xs[U:], es[U:], i_0 + U, p_x + U * s_xl, p_dy + U * (h * p), p_dx + U * (g * p)
+            xs, es, i_0, p_pos = xs[U:], es[U:], i_0 + U, p_pos + U
+            p_x, p_dy, p_dx = p_x + U * s_xl, p_dy + U * (h * p), p_dx + U * (g * p)
         for k in tl.static_range(W + 1):
             tl.store(p_dw + (i_bc.to(tl.int64) * (W + 1) + k) * (h * p) + o_y, dws[k], mask=m_o & (i_r < r))
 
@@ -1318,7 +1373,7 @@ def segments(blocks, l, T, most):
     return c if c >= 4 else 1
 
 
-def s6_plan(x, dt, B, C, D, z, bias, h0, dy, dh, keep):
+def s6_plan(x, dt, B, C, D, z, bias, h0, pos, dy, dh, keep):
     """Mamba's launches; those of the backward where there is a dy. (The interpreter has no bf16 words.)"""
     (b, l, h, n), p, BN, T = C.shape, x.shape[3], max(2, triton.next_power_of_2(C.shape[3])), S6_T
     BP, (z_, dy_) = min(triton.next_power_of_2(p), max(1, S6_TILE // BN)), (x if t is None else t for t in (z, dy))
@@ -1326,7 +1381,7 @@ def s6_plan(x, dt, B, C, D, z, bias, h0, dy, dh, keep):
     words = not INTERPRET and n % 2 == p % 2 == 0 and all(t.dtype == torch.bfloat16 and t.storage_offset() % 2 == 0 and
                                                          all(s % 2 == 0 for s in t.stride()[:3]) for t in (x, dt, B, C, z_, dy_))
     grid, sizes, rx, rb = (b * c * h, parts), (l, c, T * cdiv(l, c * T)), h // x.shape[2], h // B.shape[2]
-    meta = dict(h=h, p=p, n=n, SKIP=D is not None, GATE=z is not None, BIAS=bias is not None, WORDS=words, T=T, BP=BP, BN=BN,
+    meta = dict(h=h, p=p, n=n, SKIP=D is not None, GATE=z is not None, BIAS=bias is not None, RESET=pos is not None, WORDS=words, T=T, BP=BP, BN=BN,
                 num_warps=max(1, BP * BN // 512))
 
     def walk(x, B, rx, rb, LEAVE, ADJOINT=False, START=False, kept=0):
@@ -1342,37 +1397,37 @@ def s6_plan(x, dt, B, C, D, z, bias, h0, dy, dh, keep):
     return plan
 
 
-def s6_forward(x, dt, A, B, C, D, z, dt_bias, h0, keep):
+def s6_forward(x, dt, A, B, C, D, z, dt_bias, h0, pos, keep):
     """Mamba on the kernels: y, the last state, and for the backward S (empty unless `keep`) and A (h, p, 2, ⌈n/2⌉): even columns, odd ones."""
     (b, l, h, n), p, A = C.shape, x.shape[3], F.pad(A, (0, 1)) if A.shape[2] % 2 else A
     A = A.float().view(h, p, -1, 2).transpose(2, 3).clone(memory_format=torch.contiguous_format)
     x, dt, B, C, z, D, bias, h0 = row(x), row(dt), row(B), row(C), z if z is None else row(z), flat(D), flat(dt_bias), flat(h0)
-    plan = planned(s6_plan, x, dt, B, C, D, z, bias, h0, None, None, keep)
+    plan = planned(s6_plan, x, dt, B, C, D, z, bias, h0, pos, None, None, keep)
     y, last, S = x.new_empty(b, l, h, p), A.new_empty(b, h, p, n), A.new_empty(b, cdiv(l, S6_T) if keep else 0, *A.shape)
     ends, decays = A.new_empty(2, b, plan.c if plan.c > 1 else 0, *A.shape)
-    tensors = *[A if t is None else t for t in (x, dt, A, B, C, D, z, bias, h0)], y, last, S, ends, decays  # unused is any tensor at hand
+    tensors = *[A if t is None else t for t in (x, dt, A, B, C, D, z, bias, h0, pos)], y, last, S, ends, decays  # unused is any tensor at hand
     if plan.c > 1:
         plan.end(*tensors)
     plan.y(*tensors)
     return y, last, S, A
 
 
-def s6_backward(dy, dh, x, dt, _, B, C, D, z, dt_bias, h0, S, A):
+def s6_backward(dy, dh, x, dt, _, B, C, D, z, dt_bias, h0, pos, S, A):
     """The gradients of x and B per query head, of dt, C, z and h0; and in sums (·, h, p, n + 2) those of A, D and dt_bias, to be added up."""
     (b, l, h, n), p = C.shape, x.shape[3]
     x, dt, B, C, z, D, bias, dy, dh = row(x), row(dt), row(B), row(C), z if z is None else row(z), flat(D), flat(dt_bias), row(dy), flat(dh)
-    plan = planned(s6_plan, x, dt, B, C, D, z, bias, None, dy, dh, True)
+    plan = planned(s6_plan, x, dt, B, C, D, z, bias, None, pos, dy, dh, True)
     dx, ddt, dz, dh0 = x.new_empty(b, l, h, p), dt.new_empty(dt.shape), x.new_empty(0 if z is None else z.shape), S.new_empty(b, h, p, n)
     dB, dC, sums = B.new_empty(plan.parts, b, l, h, n), C.new_empty(plan.parts, b, l, h, n), S.new_empty(b * plan.c, h, p, n + 2)
     ends, decays = S.new_empty(2, b, plan.c if plan.c > 1 else 0, *A.shape)
-    D, z, bias, dh = (A if t is None else t for t in (D, z, bias, dh))
+    D, z, bias, pos, dh = (A if t is None else t for t in (D, z, bias, pos, dh))
     if plan.c > 1:
-        plan.end(dy, dt, A, C, C, D, z, bias, dh, dx, dh0, S, ends, decays)
-    plan.gradient(x, dt, A, B, C, D, z, bias, dy, dh, S, ends, decays, dx, ddt, dB, dC, dz, dh0, sums)
+        plan.end(dy, dt, A, C, C, D, z, bias, dh, pos, dx, dh0, S, ends, decays)
+    plan.gradient(x, dt, A, B, C, D, z, bias, pos, dy, dh, S, ends, decays, dx, ddt, dB, dC, dz, dh0, sums)
     return dx, ddt, dB[0] if plan.parts == 1 else dB.sum(0), dC[0] if plan.parts == 1 else dC.sum(0), dz, dh0, sums
 
 
-def ssd_plan(x, dt, A, B, C, D, bias, h0, dy, dh):
+def ssd_plan(x, dt, A, B, C, D, bias, h0, pos, dy, dh):
     """Mamba-2's launches; those of the backward where there is a dy. bf16 is multiplied as it is, fp16 (whose range a state can leave) as
     TF32, float32 in full. (A is given for its alignment.)"""
     (b, l, h, n), p, exact = C.shape, x.shape[3], x.dtype == torch.float32
@@ -1387,31 +1442,32 @@ def ssd_plan(x, dt, A, B, C, D, bias, h0, dy, dh):
                       BN=max(16, triton.next_power_of_2(n)), **within, **meta, **(WALK_Y if LEAVE == "y" else WALK_STATES))
     plan = SimpleNamespace(c=c, T=T, tokens=c * s, sum=torch.float64 if exact else torch.float32, state=x.dtype if dot == tl.bfloat16 else torch.float32)
     plan.delta = Launch(delta_kernel, (b * c * s // T, cdiv(h, 128)), (l, c * s // T, dt.stride(0)), s_tl=dt.stride(1), h=h, BIAS=bias is not None,
-                        T=T, BLOCK=min(128, triton.next_power_of_2(h)))
+                        RESET=pos is not None, T=T, BLOCK=min(128, triton.next_power_of_2(h)))
     if dy is None:
         plan.end, plan.y = walk(x, B, rx, rb, "end"), walk(x, B, rx, rb, "y", START=h0 is not None)
         return plan
     batch, within = strides(x=x, B=B, C=C, y=dy)
     plan.states, plan.end = walk(x, B, rx, rb, "states", START=h0 is not None), walk(dy, C, 1, 1, "end", ADJOINT=True)
     plan.adjoints = walk(dy, C, 1, 1, "states", START=dh is not None, ADJOINT=True)
-    plan.gradient = Launch(ssd_backward_kernel, (b * cdiv(l, T) * h,), (l, c * s, *batch), rx=rx, rb=rb, BN=BP, **within, **meta, **GRADIENT)
+    plan.gradient = Launch(ssd_backward_kernel, (b * cdiv(l, T) * h,), (l, c * s, *batch), rx=rx, rb=rb, RESET=pos is not None, BN=BP,
+                           **within, **meta, **GRADIENT)
     return plan
 
 
-def ssd_delta(plan, dt, A, bias):
+def ssd_delta(plan, dt, A, bias, pos):
     """Δ (b, tokens, h) and its running sum within each tile times A: see the kernel."""
     delta = A.new_empty(dt.shape[0], plan.tokens, dt.shape[2])
     s = torch.empty_like(delta, dtype=plan.sum)
-    plan.delta(dt, A, A if bias is None else bias, delta, s)
+    plan.delta(dt, A, A if bias is None else bias, A if pos is None else pos, delta, s)
     return delta, s
 
 
-def ssd_forward(x, dt, A, B, C, D, z, dt_bias, h0, keep):
+def ssd_forward(x, dt, A, B, C, D, z, dt_bias, h0, pos, keep):
     """Mamba-2 on the kernels: y, the last state, and for the backward the ends of the segments and their decays (none if there is one)."""
     (b, l, h, n), p, dt = C.shape, x.shape[3], dt if dt.stride(2) == 1 else dt.contiguous()
     x, A, B, C, D, bias, h0 = row(x), flat(A), row(B), row(C), flat(D), flat(dt_bias), flat(h0)
-    plan = planned(ssd_plan, x, dt, A, B, C, D, bias, h0, None, None)
-    delta, s = ssd_delta(plan, dt, A, bias)
+    plan = planned(ssd_plan, x, dt, A, B, C, D, bias, h0, pos, None, None)
+    delta, s = ssd_delta(plan, dt, A, bias, pos)
     y, last, c = x.new_empty(b, l, h, p), A.new_empty(b, h, p, n), plan.c if plan.c > 1 else 0
     ends, decays = A.new_empty(b, c, h, n, p), A.new_empty(b, c, h)
     tensors = x, delta, s, B, C, A if D is None else D, A if h0 is None else h0, y, last, ends, ends, decays
@@ -1421,12 +1477,12 @@ def ssd_forward(x, dt, A, B, C, D, z, dt_bias, h0, keep):
     return y, last, ends, decays
 
 
-def ssd_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, h0, ends, decays):
+def ssd_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, h0, pos, ends, decays):
     """The gradients, as s6_backward returns them; the sums are (·, 3, h)."""
     (b, l, h, n), p, dt = C.shape, x.shape[3], dt if dt.stride(2) == 1 else dt.contiguous()
     x, A, B, C, D, bias, h0, dy, dh = row(x), flat(A), row(B), row(C), flat(D), flat(dt_bias), flat(h0), row(dy), flat(dh)
-    plan = planned(ssd_plan, x, dt, A, B, C, D, bias, h0, dy, dh)
-    delta, s = ssd_delta(plan, dt, A, bias)
+    plan = planned(ssd_plan, x, dt, A, B, C, D, bias, h0, pos, dy, dh)
+    delta, s = ssd_delta(plan, dt, A, bias, pos)
     S, tiles, D = A.new_empty(b, cdiv(l, plan.T), h, p * n, dtype=plan.state), b * cdiv(l, plan.T), A if D is None else D
     G, dh0, ends_, decays_ = torch.empty_like(S), A.new_empty(b, h, p, n), torch.empty_like(ends), torch.empty_like(decays)
     plan.states(x, delta, s, B, C, D, A if h0 is None else h0, dy, dh0, S, ends, decays)  # its last state into dh0, which is filled below
@@ -1436,42 +1492,42 @@ def ssd_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, h0, ends, decays):
     plan.adjoints(*adjoint)
     dx, ddt, dB, dC = x.new_empty(b, l, h, p), dt.new_empty(dt.shape), B.new_empty(b, l, h, n), C.new_empty(b, l, h, n)
     sums = A.new_empty(tiles, 3, h)
-    plan.gradient(x, delta, s, A, B, C, D, dy, S, G, dx, ddt, dB, dC, sums)
+    plan.gradient(x, delta, s, A, B, C, D, A if pos is None else pos, dy, S, G, dx, ddt, dB, dC, sums)
     return dx, ddt, dB, dC, x.new_empty(0), dh0, sums
 
 
-def scan_forward(x, dt, A, B, C, D, z, dt_bias, h0, keep):
-    return (ssd_forward if A.dim() == 1 else s6_forward)(x, dt, A, B, C, D, z, dt_bias, h0, keep)
+def scan_forward(x, dt, A, B, C, D, z, dt_bias, h0, pos, keep):
+    return (ssd_forward if A.dim() == 1 else s6_forward)(x, dt, A, B, C, D, z, dt_bias, h0, pos, keep)
 
 
-def scan_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, h0, *kept):
-    return (ssd_backward if A.dim() == 1 else s6_backward)(dy, dh, x, dt, A, B, C, D, z, dt_bias, h0, *kept)
+def scan_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, h0, pos, *kept):
+    return (ssd_backward if A.dim() == 1 else s6_backward)(dy, dh, x, dt, A, B, C, D, z, dt_bias, h0, pos, *kept)
 
 
 class TritonScan(torch.autograd.Function):
-    """`ssm_reference` on the kernels above, z for Mamba only. Keeps its inputs, and of Mamba every 8th state, of Mamba-2 the ends of its
-    segments."""
+    """`ssm_reference` on the kernels above, z for Mamba only, pos int32 and contiguous. Keeps its inputs, and of Mamba every 8th state, of
+    Mamba-2 the ends of its segments."""
 
     @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, z, dt_bias, h0, keep):
-        y, h, *kept = call("scan_forward", x, dt, A, B, C, D, z, dt_bias, h0, keep)
+    def forward(ctx, x, dt, A, B, C, D, z, dt_bias, h0, pos, keep):
+        y, h, *kept = call("scan_forward", x, dt, A, B, C, D, z, dt_bias, h0, pos, keep)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, h0, *kept)
+        ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, h0, pos, *kept)
         return y, h
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dh):
-        x, dt, A, B, C, D, z, dt_bias, h0, *kept = ctx.saved_tensors
+        x, dt, A, B, C, D, z, dt_bias, h0, pos, *kept = ctx.saved_tensors
         dy = x.new_zeros(*C.shape[:3], x.shape[3]) if dy is None else dy
-        dx, ddt, dB, dC, dz, dh0, sums = call("scan_backward", dy, dh, x, dt, A, B, C, D, z, dt_bias, h0, *kept)
+        dx, ddt, dB, dC, dz, dh0, sums = call("scan_backward", dy, dh, x, dt, A, B, C, D, z, dt_bias, h0, pos, *kept)
         sums, n = sums.sum(0), C.shape[3]
         dA, dD, dbias = sums if A.dim() == 1 else (sums[..., :n], sums[..., n], sums[..., n + 1])
         return (over_group(dx, x), ddt, dA.to(A.dtype), over_group(dB, B), dC, None if D is None else dD.to(D.dtype), None if z is None else dz,
-                None if dt_bias is None else dbias.to(dt_bias.dtype), None if h0 is None else dh0, None)
+                None if dt_bias is None else dbias.to(dt_bias.dtype), None if h0 is None else dh0, None, None)
 
 
-def conv_plan(x, weight, bias, dy, skip):
+def conv_plan(x, weight, bias, pos, dy, skip):
     """The launches of the convolution, of its gradient where there is a dy: `tokens` in c segments of s, about T."""
     (b, l, g, p), (h, _, w), ((s_xb,), within) = x.shape, weight.shape, strides(x=x)
     tokens, kernel, size = (l - skip, conv_kernel, CONV_Y) if dy is None else (l, conv_backward_kernel, CONV_GRADIENT)
@@ -1479,25 +1535,27 @@ def conv_plan(x, weight, bias, dy, skip):
     T, U, BP = size["T"], size["U"], min(triton.next_power_of_2(g * p), max(1, size["BLOCK"] // R))
     s = U * cdiv(cdiv(tokens, max(1, tokens // T)), U)
     c = cdiv(tokens, s)
-    return c, Launch(kernel, (b * c * cdiv(g * p, BP),), (l, skip, c, s, s_xb), g=g, p=p, r=h // g, BIAS=bias is not None, W=w, U=U, R=R, BP=BP,
-                     num_warps=1, **within)
+    return c, Launch(kernel, (b * c * cdiv(g * p, BP),), (l, skip, c, s, s_xb), g=g, p=p, r=h // g, BIAS=bias is not None, RESET=pos is not None, W=w,
+                     U=U, R=R, BP=BP, num_warps=1, **within)
 
 
-def conv_forward(x, weight, bias, skip):
-    """x (b, skip + l, g, p), weight (h, p, w), bias (h, p) or None -> y (b, l, h, p), that of the tokens after the first `skip`."""
+def conv_forward(x, weight, bias, pos, skip):
+    """x (b, skip + l, g, p), weight (h, p, w), bias (h, p) or None, pos (b, l), int32 and contiguous, or None -> y (b, l, h, p), that of
+    the tokens after the first `skip`."""
     x, weight, bias = row(x), weight.contiguous(), bias if bias is None else bias.contiguous()
     y = x.new_empty(x.shape[0], x.shape[1] - skip, *weight.shape[:2])
-    planned(conv_plan, x, weight, bias, None, skip)[1](x, weight, weight if bias is None else bias, y)
+    bias_, pos_ = weight if bias is None else bias, x if pos is None else pos  # unused is any tensor at hand
+    planned(conv_plan, x, weight, bias, pos, None, skip)[1](x, weight, bias_, pos_, y)
     return y
 
 
-def conv_backward(dy, x, weight, bias, skip):
+def conv_backward(dy, x, weight, bias, pos, skip):
     """The gradients of x, weight and bias; of the bias also where it is None."""
     (h, p, w), kind = weight.shape, weight.dtype if bias is None else bias.dtype
     dy, x, weight, bias = dy.contiguous(), row(x), weight.contiguous(), bias if bias is None else bias.contiguous()
-    c, gradient = planned(conv_plan, x, weight, bias, dy, skip)
+    c, gradient = planned(conv_plan, x, weight, bias, pos, dy, skip)
     dx, dw = x.new_empty(x.shape), x.new_empty(len(x) * c, w + 1, h * p, dtype=torch.float32)
-    gradient(x, weight, weight if bias is None else bias, dy, dx, dw)
+    gradient(x, weight, weight if bias is None else bias, x if pos is None else pos, dy, dx, dw)
     dw = dw.sum(0)
     return dx, weight.new_empty(h, p, w).copy_(dw[:w].T.view(h, p, w)), dw[w].view(h, p).to(kind)
 
@@ -1527,7 +1585,8 @@ def norm_backward(do, y, z, weight, eps):
 
 
 class Triton(torch.autograd.Function):
-    """The convolution or the norm on the kernels above: `name`, three tensors and a number. Keeps them; the backward computes the rest again."""
+    """The convolution or the norm on the kernels above: `name`, three tensors (and the convolution's pos) and a number. Keeps them; the
+    backward computes the rest again."""
 
     @staticmethod
     def forward(ctx, name, *args):
@@ -1541,7 +1600,7 @@ class Triton(torch.autograd.Function):
     def backward(ctx, dy):
         tensors = ctx.saved_tensors  # asked for once: a checkpoint hands them out once
         gradients = call(f"{ctx.name}_backward", dy, *tensors, ctx.number)
-        return None, *[None if t is None else g for t, g in zip(tensors, gradients)], None
+        return None, *[None if t is None else g for t, g in zip(tensors, [*gradients, None])], None  # pos has none
 
 
 def call(name, *args):
@@ -1552,11 +1611,11 @@ def call(name, *args):
         return globals()[name](*args)
 
 
-SCAN = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? h0"
+SCAN = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? h0, Tensor? pos"
 for f, schema in ((scan_forward, f"({SCAN}, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"),
                   (scan_backward, f"(Tensor dy, Tensor? dh, {SCAN}, Tensor S, Tensor A2) -> ({', '.join(['Tensor'] * 7)})"),
-                  (conv_forward, "(Tensor x, Tensor weight, Tensor? bias, int skip) -> Tensor"),
-                  (conv_backward, "(Tensor dy, Tensor x, Tensor weight, Tensor? bias, int skip) -> (Tensor, Tensor, Tensor)"),
+                  (conv_forward, "(Tensor x, Tensor weight, Tensor? bias, Tensor? pos, int skip) -> Tensor"),
+                  (conv_backward, "(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? pos, int skip) -> (Tensor, Tensor, Tensor)"),
                   (norm_forward, "(Tensor y, Tensor z, Tensor weight, float eps) -> Tensor"),
                   (norm_backward, "(Tensor do, Tensor y, Tensor z, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)")):
     torch.library.custom_op(f"mil::{f.__name__}", f, mutates_args=(), schema=schema).register_fake(f)  # given fake tensors, it launches nothing

@@ -65,10 +65,10 @@ def value_and_gradients(scan, inputs, seed=1):
     return {"y": y, "h": h, **{f"d{k}": g for k, g in zip(leaves, gradients)}}
 
 
-def check_against_definition(which, dtype, inputs):
+def check_against_definition(which, dtype, inputs, scan=kernels.ssm_scan, definition=kernels.ssm_reference):
     with form(which):
-        got = value_and_gradients(kernels.ssm_scan, inputs)
-    want = value_and_gradients(kernels.ssm_reference, {k: t.double() for k, t in inputs.items()})
+        got = value_and_gradients(scan, inputs)
+    want = value_and_gradients(definition, {k: t.double() for k, t in inputs.items()})
     assert got["y"].dtype == dtype and got["h"].dtype == torch.promote_types(dtype, torch.float32)
     largest, eps = max(t.abs().max().item() for t in want.values()), torch.finfo(got["h"].dtype).eps
     for name in want:  # what is summed over everything can cancel down to the rounding of its largest terms
@@ -327,7 +327,7 @@ def test_rows_more_than_2_to_the_31_elements_apart_are_read(decay):
 
 def test_float32_is_multiplied_in_full():
     one = torch.zeros(1, 2, 1, 4)
-    assert kernels.ssd_plan(one, one[..., 0], one, one, one, None, None, None, None, None).y.meta["PREC"] == "ieee"
+    assert kernels.ssd_plan(one, one[..., 0], one, one, one, None, None, None, None, None, None).y.meta["PREC"] == "ieee"
 
 
 @FORMS
@@ -432,6 +432,188 @@ def test_convolution_and_norm_read_rows_more_than_2_to_the_31_elements_apart():
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Packed sequences: a row of several documents is each of them alone
+
+ALONG = ("x", "dt", "B", "C", "z")  # the inputs with one value per token
+
+
+def places(l, starts, before):
+    """pos of a row whose documents start at `starts`, and which begins with the token after `before` others of its document."""
+    row = []
+    for t in range(l):
+        row.append(0 if t in starts else row[-1] + 1 if row else before)
+    return row
+
+
+@st.composite
+def packings(draw, lengths, b=2):
+    """pos (b, l), most documents ending at the border of a tile or next to it, some of them a token long."""
+    l, border = draw(lengths), st.sampled_from([0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128])
+    rows = [places(l, draw(st.sets(border | st.integers(0, l), max_size=6)), draw(st.sampled_from([1, 2, 3, 50]))) for _ in range(b)]
+    return torch.tensor(rows, dtype=draw(st.sampled_from([torch.int32, torch.int64])), device=DEVICE)
+
+
+def documents(row):
+    """The tokens of each document of a row of pos, as slices."""
+    starts = [t for t in range(1, len(row)) if row[t] == 0]
+    return [slice(*ends) for ends in zip([0, *starts], [*starts, len(row)])]
+
+
+def each_alone(pos):
+    """The scan of packed rows by its meaning: the definition of every document on its own, h0 being of those that a row begins within."""
+    def scan(h0, **t):
+        ys, hs = [], []
+        for i, row in enumerate(pos.tolist()):
+            h = h0[i:i + 1] * (row[0] > 0)
+            for at in documents(row):
+                y, h = kernels.ssm_reference(**{k: v[i:i + 1, at] if k in ALONG else v for k, v in t.items()}, h0=h)
+                ys.append(y)
+                hs, h = [*hs[:i], h], None
+        return torch.cat(ys, dim=1).view(len(pos), -1, *ys[0].shape[2:]), torch.cat(hs)
+    return scan
+
+
+def check_packed(which, dtype, inputs, pos):
+    return check_against_definition(which, dtype, inputs, lambda **t: kernels.ssm_scan(**t, pos=pos), each_alone(pos))
+
+
+@FORMS
+@DECAYS
+def test_packed_documents_are_each_of_them_alone_in_value_and_every_gradient(which, decay):
+    slow = DEVICE == "cpu" and which == "triton"
+    @settings(max_examples=(2 if decay == "mamba" else 6) if slow else 5 if which == "triton" else 25)
+    @given(packings(SHORT if slow and decay == "mamba" else LENGTHS), st.sampled_from([(1, 1, 1), (2, 1, 2)]),
+           st.sampled_from([(1, 1), (3, 5), (16, 16)]), st.sampled_from([None, 0.0, -1e-4, -1e4]), st.integers(0, 2**31))
+    def check(pos, heads, size, A, seed):
+        inputs = scan_inputs(decay, *pos.shape, heads, size, seed, torch.float32)
+        inputs["A"] = inputs["A"] if A is None else torch.full_like(inputs["A"], A)
+        check_packed(which, torch.float32, inputs, pos)
+        if which == "torch":
+            inputs = {k: t.double() for k, t in inputs.items()}
+            check_packed(which, torch.float64, inputs, pos)
+            check_against_definition(which, torch.float64, inputs, lambda **t: kernels.ssm_reference(**t, pos=pos), each_alone(pos))
+    check()
+
+
+@DECAYS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_packed_documents_may_start_anywhere_in_a_segment_or_nowhere(monkeypatch, decay, dtype):
+    """Three segments, of 16, 16 and 3 tokens or (in tiles of 32, on a GPU in bf16 64) 64, 64 and 12, across which states are held."""
+    if decay == "mamba" and dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("the interpreter is slow, and has no words of bf16")
+    monkeypatch.setattr(kernels, "segments", lambda *_: 3)
+    l, s = (35, 16) if decay == "mamba" else (140, 64)
+    starts = (), (s,), (3, 2 * s - 1, l - 1), (0, s + 3, s + 4)
+    pos = torch.tensor([places(l, row, 7) for row in starts], device=DEVICE)
+    inputs = scan_inputs(decay, *pos.shape, (1, 1, 1), (4, 4), 7, dtype, "zh", "sliced")
+    inputs["A"] = inputs["A"] / 100
+    if decay == "mamba":
+        inputs["A"][0, 0] = 0  # a channel that forgets nothing by itself
+    check_packed("triton", dtype, inputs, pos)
+
+
+@FORMS
+@DECAYS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_first_step_of_a_document_moves_nothing_but_what_it_writes(which, decay, dtype):
+    """Its gradient through the decay is zero, not nearly: where the token writes nothing, nothing is left."""
+    l = 19 if decay == "mamba" else 67
+    pos = torch.tensor([places(l, (0, 5, 6, 16, 40), 0), places(l, (9, l - 1), 3)], device=DEVICE)
+    inputs = scan_inputs(decay, 2, l, (2, 1, 2), (4, 3), 5, dtype)
+    inputs["x"] = inputs["x"] * (pos > 0)[..., None, None]
+    with form(which):
+        got = value_and_gradients(lambda **t: kernels.ssm_scan(**t, pos=pos), inputs)
+    assert not got["ddt"][pos == 0].any() and got["ddt"][pos > 0].any()
+    assert not got["dh0"][0].any() and got["dh0"][1].any()
+
+
+@FORMS
+@DECAYS
+def test_long_documents_of_extreme_steps_and_decays_stay_finite(which, decay):
+    slow = DEVICE == "cpu" and which == "triton"
+    l = 21 if slow and decay == "mamba" else 130
+    pos = torch.tensor([places(l, (1, 17, 18, l - 2), 2**30)], dtype=torch.int32, device=DEVICE)
+    for shift, A in ((30.0, -1e4), (30.0, -1e-4), (-30.0, -1e4), (1e4, -1.0), (-1e4, -1.0))[:3 if slow else 5]:
+        inputs = scan_inputs(decay, 1, l, (1, 1, 1), (4, 3), 5, torch.float32)
+        inputs["A"], inputs["dt"] = torch.full_like(inputs["A"], A), inputs["dt"] + shift
+        with form(which):
+            assert all(t.isfinite().all() for t in value_and_gradients(lambda **t: kernels.ssm_scan(**t, pos=pos), inputs).values())
+
+
+def conv_each_alone(pos):
+    """The convolution of packed rows by its meaning, the state being of the document that a row begins within."""
+    def conv(x, weight, bias, state):
+        ys, w = [], weight.shape[2]
+        for i, row in enumerate(pos.tolist()):
+            for at in documents(row):
+                seen = min(row[at.start], w - 1)
+                ys.append(kernels.conv_reference(torch.cat([state[i:i + 1, w - 1 - seen:], x[i:i + 1, at]], dim=1), weight, bias)[0][:, seen:])
+        return torch.cat(ys, dim=1).view(len(pos), -1, *ys[0].shape[2:])
+    return conv
+
+
+@FORMS
+def test_a_convolution_of_packed_documents_is_that_of_each_alone(monkeypatch, which):
+    """In segments of 8 tokens and blocks of 16 channels."""
+    for name in ("CONV_Y", "CONV_GRADIENT"):
+        monkeypatch.setattr(kernels, name, dict(T=8, U=4, BLOCK=16))
+
+    @settings(max_examples=10 if which == "triton" else 30)
+    @given(packings(st.sampled_from([1, 3, 7, 8, 9, 16, 29])), st.sampled_from([(1, 1, 40), (1, 3, 5), (2, 8, 8)]), st.sampled_from([1, 2, 4]),
+           st.booleans(), st.booleans(), st.integers(0, 2**31))
+    def check(pos, heads, w, bias, state, seed):
+        (g, h, p), (b, l), generator = heads, pos.shape, torch.Generator().manual_seed(seed)
+        new = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE).requires_grad_()  # noqa: E731
+        leaves, seen = [new(b, l, g, p), new(h, p, w), new(h, p) if bias else None, new(b, w - 1, g, p) if state else None], new(b, l, h, p)
+
+        def run(conv, *leaves):
+            y = conv(*leaves)
+            return [y, *torch.autograd.grad((y * seen).sum(), [t for t in leaves if t is not None], materialize_grads=True)]
+        wide = [t if t is None else t.detach().double().requires_grad_() for t in leaves]
+        zeros = torch.zeros(b, w - 1, g, p, dtype=torch.float64, device=DEVICE)
+        want = run(lambda x, weight, bias, state: conv_each_alone(pos)(x, weight, bias, zeros if state is None else state), *wide)
+        with form(which):
+            got = run(lambda *t: kernels.causal_conv(*t, pos=pos)[0], *leaves)
+        for t, tolerance in ((got, 5e-5), (run(lambda *t: kernels.conv_reference(*t, pos=pos)[0], *wide), 1e-9)):
+            for i, (a, e) in enumerate(zip(t, want, strict=True)):
+                assert_close(a, e, tolerance, f"result {i}", 1e-5 * tolerance)
+    check()
+
+
+@FORMS
+def test_one_document_from_its_first_token_on_is_no_packing(which):
+    for name in ("mamba", "mamba2", "conv"):
+        f, inputs = operation(name)
+        inputs = {k: t for k, t in inputs.items() if k not in ("h0", "state")}
+        with form(which):
+            want, got = f(**inputs)[0], f(**inputs, pos=torch.arange(9, device=DEVICE)[None].expand(len(inputs["x"]), 9))[0]
+        assert_close(got, want, 1e-6, name)
+
+
+def test_places_that_do_not_fit_are_refused_by_name():
+    for name in ("mamba", "mamba2", "conv"):
+        f, inputs = operation(name)
+        for pos in (torch.zeros(9), torch.zeros(1, 8), torch.zeros(2, 9, 1)):
+            with pytest.raises(ValueError, match="pos is"):
+                f(**inputs, pos=pos.int())
+
+
+def test_packed_rows_compile_to_one_graph_and_survive_a_checkpoint():
+    pos = torch.tensor([[3, 4, 0, 1, 2, 0, 0, 1, 2]], device=DEVICE)
+    torch._dynamo.reset()
+    for name in ("mamba", "mamba2", "conv"):
+        f, inputs = operation(name)
+        inputs = {k: t[:1] if k in ("x", "state") and name == "conv" else t for k, t in inputs.items()}
+        packed = lambda **t: f(**t, pos=pos)  # noqa: B023, E731
+        with form("triton"):
+            want = value_and_gradients(packed, inputs)
+            compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)  # a break in the graph is an error
+            for again in (compiled, lambda **t: checkpoint(packed, use_reentrant=False, **t)):  # noqa: B023
+                for k, t in value_and_gradients(again, inputs).items():
+                    assert_close(t, want[k], 1e-6, f"{name} {k}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # What surrounds the kernels: torch.compile, checkpoints, the launch, memory
 
 NAMES = pytest.mark.parametrize("name", ["mamba", "mamba2", "conv", "norm"])
@@ -453,12 +635,12 @@ def operator_calls(decay="mamba", options="Dzbh"):
     t = {**dict.fromkeys(("D", "z", "dt_bias", "h0")), **scan_inputs(decay, 1, 4, (2, 1, 2), (5, 3), 1, torch.float32, options)}
     t["z"] = t["z"] if decay == "mamba" else None  # Mamba-2 leaves its gate to the norm
     scan = [t[k] for k in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
-    scan += [t["h0"]]
+    scan += [t["h0"], torch.tensor([[5, 0, 1, 0]], dtype=torch.int32, device=DEVICE) if "h" in options else None]
     y, h, S, decays = kernels.scan_forward(*scan, True)
     x, weight = t["x"], torch.randn(2, 5, 4, device=DEVICE)
-    bias = weight[..., 0].contiguous() if "b" in options else None
+    bias, pos = weight[..., 0].contiguous() if "b" in options else None, None if scan[-1] is None else scan[-1][:, 3:].contiguous()
     return {"scan_forward": (*scan, True), "scan_backward": (y, h, *scan, S, decays),
-            "conv_forward": (x, weight, bias, 3), "conv_backward": (y[:, 3:], x, weight, bias, 3),
+            "conv_forward": (x, weight, bias, pos, 3), "conv_backward": (y[:, 3:], x, weight, bias, pos, 3),
             "norm_forward": (y, y.cos(), weight[..., 1], 1e-5), "norm_backward": (y.sin(), y, y.cos(), weight[..., 1], 1e-5)}
 
 
@@ -866,8 +1048,9 @@ def test_nothing_outside_its_tensors_is_touched_by_a_kernel(monkeypatch, touched
     """Not even where the value read is thrown away."""
     monkeypatch.setattr(kernels, "segments", lambda *_: c)
     inputs = {k: t.requires_grad_(bool(loss)) for k, t in scan_inputs(decay, 2, 19, (2, 1, 2), (5, 3), 1, torch.float32).items()}
+    pos = None if c == 1 else torch.tensor([[*range(1, 20)], [*range(9), *range(10)]], dtype=torch.int32, device=DEVICE)
     with form("triton"):
-        y, h = kernels.ssm_scan(**inputs)
+        y, h = kernels.ssm_scan(**inputs, pos=pos)
         if loss:
             (h.sum() + y.sum() if loss == "yh" else h.sum()).backward()
     assert sum(touched) > 1000
@@ -888,7 +1071,7 @@ def test_a_sequence_is_cut_into_as_many_segments_as_fill_the_chip_or_into_none()
 def test_what_an_operator_returns_shares_no_memory_with_what_it_was_given(decay, p, n):
     """torch.compile relies on it. Of one pair of columns, even ones before odd ones is the order they are in already."""
     t = scan_inputs(decay, 1, 2, (1, 1, 1), (p, n), 1, torch.float32)
-    args = [t[k] for k in ("x", "dt", "A", "B", "C", "D")] + [t["z"] if decay == "mamba" else None, t["dt_bias"], t["h0"]]
+    args = [t[k] for k in ("x", "dt", "A", "B", "C", "D")] + [t["z"] if decay == "mamba" else None, t["dt_bias"], t["h0"], None]
     with form("triton"):
         y, h, *kept = kernels.scan_forward(*args, True)
         gradients = kernels.scan_backward(y, h, *args, *kept)
