@@ -1466,7 +1466,13 @@ def work(run, argv, began):
     with first(run):
         corpus = load_corpus(s, s.data, encoding, tokenizer)
     show(f"data: {corpus.about}")
+    results = Path(s.out) / "results.json"
     state = load_state(run, stages, corpus)
+    if s.resume and not checkpoints(run) and results.exists() and json.loads(results.read_text()).get("state") == json.loads(json.dumps(state.settings)):
+        return show(f"{results}: this run is finished")
+    together(run)
+    if run.rank == 0:
+        results.unlink(missing_ok=True)
     made = {((), False): corpus}
 
     def corpora(paths=(), answers=False):
@@ -1498,16 +1504,16 @@ def finish(run, state, config, place, encoding, corpus, seconds):
     show(f"\n{table(rows)}\n\nstudent / teacher validation loss: {rows[-1]['loss'] / rows[0]['loss']:.4f}   "
          f"peak memory {memory / 2**30:.2f} GiB   {seconds:.0f} s in all on {machine}, torch {torch.__version__}")
     results = {"rows": rows, "seconds": seconds, "peak_memory_bytes": memory, "machine": machine, "torch": torch.__version__,
-               "python": platform.python_version(), "teacher_parameters": sum(w.numel() for w in blank(config).parameters()), "settings": dataclasses.asdict(s)}
+               "python": platform.python_version(), "teacher_parameters": sum(w.numel() for w in blank(config).parameters()), "settings": dataclasses.asdict(s), "state": state.settings}
     mil.write_whole(Path(s.out) / "results.json", lambda f: f.write(json.dumps(results, indent=1).encode()))
     figure = plot(Path(s.out) / "log.jsonl", Path(s.out) / "loss.png")
-    shutil.rmtree(Path(s.out) / "checkpoints", ignore_errors=True)
     texts = [sample(mil.load(model, device, getattr(torch, s.dtype)), encoding, s, device) for model in (place, Path(s.out) / "student")]
     show(f"\n{'teacher':<58} │ student")
     show(side_by_side(*texts))
     more = "--chat" if (corpus.train[:10**6] < 0).any() else f"--prompt {shlex.quote(s.prompt)}"
     models = f"--model {s.teacher} --draft {s.out}/student" if s.student_layers and s.teacher else f"--model {s.out}/student"
     show(f"\nstudent: {s.out}/student   table: {s.out}/results.json" + f"   losses: {s.out}/loss.png" * figure + f"\ntry: python generate.py {models} {more}")
+    shutil.rmtree(Path(s.out) / "checkpoints", ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -40,34 +41,47 @@ def data(tmp_path_factory):
     return [*SIZES, *STEPS, "--data", str(place / "chat.jsonl"), "--pairs", str(place / "pairs.jsonl"), "--pseudo_labels", "--answers", "30", "--answer_tokens", "9", "--device", "cpu"]
 
 
-@contextlib.contextmanager
-def started(argv, said, before=lambda: None):
-    """train_distill.py in a process of its own, which has everything imported; what it says goes to the file `said`."""
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            with open(said, "a") as out:
-                os.dup2(out.fileno(), 1)
-                os.dup2(out.fileno(), 2)
-            sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
-            before()
-            t.main(argv)
-            code = 0
-        except MilError as e:
-            print(f"error: {e}")
-        except SystemExit as e:
-            code = e.code
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    ended = []
+CLEAN = multiprocessing.get_context("forkserver")   # processes that have all of this imported, and no CUDA in use
+CLEAN.set_forkserver_preload(["test_runs"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    """Starts what the clean processes fork from, which finds this module by PYTHONPATH alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
+
+
+def work(argv, said, before):
+    """train_distill.py; what it says goes to the file `said`."""
+    with open(said, "a") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
+    before()
     try:
-        yield lambda sign=None: sign and os.kill(pid, sign), lambda: ended.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])) or ended[-1]
+        t.main(argv)
+    except MilError as e:
+        sys.exit(f"error: {e}")
+
+
+def full():
+    """The disk is full after 9,000 bytes of a file."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+
+
+@contextlib.contextmanager
+def started(argv, said, before=time.time):
+    """A run in a process of its own: functions that send it a signal, and that wait for its exit code."""
+    worker = CLEAN.Process(target=work, args=(argv, said, before))
+    worker.start()
+    try:
+        yield lambda sign: os.kill(worker.pid, sign), lambda: worker.join() or worker.exitcode
     finally:
-        if not ended:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+        worker.kill()
+        worker.join()
 
 
 def finish(argv, said):
@@ -125,10 +139,6 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_only_the_newest_are_kept(dat
     paused(data, out, said)
     kept = {place: place.read_bytes() for place in (out / "checkpoints").iterdir()}
     assert 1 <= len(kept) <= 2
-
-    def full():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
     with started([*data, "--out", str(out), "--resume"], said, full) as (_, wait):
         assert wait() == 1 and ".pt: cannot be written (disk full?)" in said.read_text().splitlines()[-1]
     assert {place: place.read_bytes() for place in (out / "checkpoints").iterdir()} == kept
@@ -153,8 +163,14 @@ def test_other_settings_are_named_and_an_unfinished_run_is_not_overwritten(data,
         t.main([*data, "--out", str(out), "--resume", "--data", str(other)])
 
 
-def test_resume_without_a_checkpoint_begins(data, tmp_path):
-    finish([*data, "--out", str(tmp_path / "o"), "--resume", "--teacher_steps", "2", "--stage1_steps", "2", "--stage2_steps", "1", "--stage3_steps", "1"], tmp_path / "said")
+def test_resume_without_a_checkpoint_begins_and_of_a_finished_run_says_so(data, tmp_path):
+    argv, said = [*data, "--out", str(tmp_path / "o"), "--resume", "--teacher_steps", "2", "--stage1_steps", "2", "--stage2_steps", "1", "--stage3_steps", "1"], tmp_path / "said"
+    finish(argv, said)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*.*")}
+    finish(argv, said)
+    assert f"{tmp_path}/o/results.json: this run is finished" in said.read_text() and before == {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*.*")}
+    finish([*argv, "--stage2_steps", "2"], said)
+    assert said.read_text().count("student / teacher validation loss") == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -189,7 +205,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, train, accumulate):
     corpus = some_tokens(np.where(np.arange(400) % 100 < 60, tokens, ~tokens))
     stage = t.Stage(train=train, mixers=["mamba2", "attention", "mamba2", "attention"])
     single = gradients(t.Run(t.Settings(batch=4, context=16, dtype="float32"), torch.device("cpu")), stage, teacher, corpus)
-    workers = [multiprocessing.get_context("fork").Process(target=shared_work, args=(rank, tmp_path, accumulate, stage, teacher, corpus)) for rank in range(2)]
+    workers = [CLEAN.Process(target=shared_work, args=(rank, tmp_path, accumulate, stage, teacher, corpus)) for rank in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
