@@ -896,9 +896,9 @@ def shard(run, pair):
     """Spread a pair's tensors over all processes: each layer is gathered when it is used, and its gradient shared out (FSDP2)."""
     if run.size > 1:
         from torch.distributed.fsdp import fully_shard
-        for both in pair.layers:
-            fully_shard(both)
-        fully_shard(pair)
+        mesh = dist.init_device_mesh(run.device.type, (run.size,))
+        for module in (*pair.layers, pair):
+            fully_shard(module, mesh=mesh)
     return pair
 
 

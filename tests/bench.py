@@ -424,8 +424,9 @@ def speculation(target, draft):
 
 EIGHT, ONE = mil.Config(), mil.Config(d=2048, n_layers=16, n_heads=32, n_kv_heads=8, d_ff=8192, tied=True)
 TRAINING = [  # name, shape, what trains, what the Mamba layers are, batch, --recompute
-    ("8B, stage 1, b4", EIGHT, "mixers", "mamba2", 4, "none"), ("8B, stage 1, b4, MLPs again", EIGHT, "mixers", "mamba2", 4, "mlp"),
+    ("8B, stage 1, b4", EIGHT, "mixers", "mamba2", 4, "none"), ("8B, stage 1, b4, 0.6 of the MLPs again", EIGHT, "mixers", "mamba2", 4, "0.6"),
     ("8B, stage 1, b1", EIGHT, "mixers", "mamba2", 1, "none"), ("1B, stage 1, b1", ONE, "mixers", "mamba2", 1, "none"),
+    ("1B, stage 1, b1, MLPs again", ONE, "mixers", "mamba2", 1, "mlp"),
     ("1B, stage 2, b8", ONE, "all", "mamba2", 8, "none"), ("1B, stage 2, b8, half the MLPs again", ONE, "all", "mamba2", 8, "0.5"),
     ("1B, stage 2, b8, Mamba", ONE, "all", "mamba", 8, "none"), ("1B, stage 2, b8, attention", ONE, "all", "attention", 8, "none")]
 LENGTH = 2048
