@@ -5,7 +5,7 @@
     python train_distill.py --teacher DIR --data chat.jsonl  your teacher: ours, or a folder from Hugging Face or Meta
     python train_distill.py --teacher DIR --data chat.jsonl --pseudo_labels --pairs pairs.jsonl       the paper's three stages
     python train_distill.py --teacher out/teacher --student_layers 0,3 --keep 1 --out out/draft     a draft for it (generate.py)
-    torchrun --nproc_per_node 8 train_distill.py --teacher DIR …                                      on eight GPUs, sharded (FSDP2)
+    torchrun --nproc_per_node 8 -- train_distill.py --teacher DIR …                                   on eight GPUs, sharded (FSDP2)
 
     corpus -> teacher -> student: attention replaced by Mamba, in steps -> stage 1 -> stage 2 -> (preferences) -> table, sample
 
@@ -44,6 +44,7 @@ import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,8 +57,8 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 import mil
-from generate import (Conversation, Decoder, TextStream, chat_format, encode, flag, generate, load_tokenizer, load_with_tokenizer, parse_flags,
-                      pick_device, run_command, save_with_tokenizer, stop_tokens, token_bytes, tokenizer_of, vocabulary)
+from generate import (Conversation, Decoder, TextStream, chat_format, encode, flag, generate, load_tokenizer, parse_flags, pick_device,
+                      run_command, save_with_tokenizer, stop_tokens, token_bytes, tokenizer_of, vocabulary)
 from mil import MilError
 
 
@@ -100,7 +101,7 @@ class Settings:
     seed: int = flag(0, "of initial values and of the order of the data")
     device: str = flag("", "cpu, cuda, cuda:1 …; empty: cuda if there is one")
     dtype: str = flag("", "of the arithmetic, bfloat16 or float32; what is trained is float32. Empty: bfloat16 on cuda")
-    n_layers: int = sized("n_layers", "teacher: layers; every second one will be a Mamba")
+    n_layers: int = sized("n_layers", "teacher: layers; --keep says how many keep their attention")
     d: int = sized("d", "teacher: width; cost grows with its square")
     n_heads: int = sized("n_heads", "teacher: query heads; each d / n_heads wide")
     n_kv_heads: int = sized("n_kv_heads", "teacher: key/value heads; fewer than query heads is grouped-query attention")
@@ -218,7 +219,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 @dataclass
 class Stage:
     """A stage of a run, and what a --recipe says of one; what is left out there comes from the command line."""
-    keep: float = -1.0          # the share of attention left when it begins; -1: nothing is replaced
+    keep: float = None          # the share of attention left when it begins; left out: nothing is replaced
     replace: list = field(default_factory=list)  # or these layers lose theirs
     mixer: str = "mamba2"       # and get this in its place
     train: str = "mixers"       # mixers: what attention was replaced by, now or before; all: everything
@@ -227,7 +228,7 @@ class Stage:
     beta: float = 1.0           # of the KL; of dpo, its β
     temperature: float = 1.0
     reverse: bool = False
-    data: list = field(default_factory=list)     # in place of --data (of dpo: --pairs)
+    data: list = field(default_factory=list)     # in place of --data and its --pseudo_labels (of dpo: --pairs); validation stays --data's
     steps: int = 0
     lr: float = 0.0
     schedule: str = "cosine"
@@ -248,7 +249,7 @@ def read_recipe(path):
         raise MilError(f"--recipe {path}: cannot be read as JSON: {e}") from e
     if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
         raise MilError(f"--recipe {path}: expected a list of stages, such as [{{\"keep\": 0.5, \"steps\": 900}}, {{\"train\": \"all\"}}]")
-    kinds = {f.name: f.type for f in dataclasses.fields(Stage) if f.name != "mixers"}
+    kinds = {f.name: f.type for f in dataclasses.fields(Stage) if f.name != "mixers"}  # what is said of a stage
     for i, entry in enumerate(entries, 1):
         for key, value in entry.items():
             if key not in kinds:
@@ -256,7 +257,7 @@ def read_recipe(path):
                 raise MilError(f"--recipe {path}: stage {i} has {key!r}, expected some of {', '.join(kinds)}" + f"; did you mean {near[0]}?" * bool(near))
             right = (int, float) if kinds[key] is float else kinds[key]
             of = {"replace": int, "data": str}.get(key, object)
-            if not isinstance(value, right) or isinstance(value, bool) != (kinds[key] is bool) or isinstance(value, list) and not all(type(x) is of for x in value):
+            if not isinstance(value, right) or value != value or isinstance(value, bool) != (kinds[key] is bool) or isinstance(value, list) and not all(type(x) is of for x in value):
                 raise MilError(f"--recipe {path}: stage {i}: {key} is {value!r}, expected {'a list of ' + of.__name__ if kinds[key] is list else kinds[key].__name__}")
     return entries
 
@@ -266,8 +267,8 @@ def plan(s, config):
     that cannot be."""
     if s.recipe:
         entries, where = read_recipe(s.recipe), f"--recipe {s.recipe}: stage "
-    elif s.student_layers:
-        entries, where = [dict(train="all", steps=s.stage1_steps + s.stage2_steps, lr=s.stage2_lr, keep=s.keep)], "--student_layers: stage "
+    elif s.student_layers or s.mixer == "none":  # nothing that stage 1 could train, or train alone
+        entries, where = [dict(train="all", steps=s.stage1_steps + s.stage2_steps, lr=s.stage2_lr, keep=s.keep)], f"{'--student_layers' if s.student_layers else '--mixer none'}: stage "
     else:
         n, count = config.n_layers, len(mil.interleaved_layers(config.n_layers, s.keep))
         if count == 0 or count == n and s.keep > 0:
@@ -299,20 +300,24 @@ def resolve(stages, config, where):
     """Works out every stage's `mixers` and name: which layers a share means (evenly spread at every step: 50 % of 32 in two steps is 0, 4, 8 …
     then 2, 6, 10 …), and that all of it can be."""
     n, mixers, names = config.n_layers, list(config.mixers), {"mixers": 0, "all": 0, "dpo": 0}
-    final = mil.interleaved_layers(n, min([stage.keep for stage in stages if stage.keep >= 0], default=1))
+    final = mil.interleaved_layers(n, min([stage.keep for stage in stages if stage.keep is not None and 0 <= stage.keep <= 1], default=1))
     for i, stage in enumerate(stages, 1):
         def refuse(what):
             raise MilError(f"{where}{i}: {what}")  # noqa: B023
         for name, allowed in (("mixer", mil.MIXERS[1:]), ("train", ("mixers", "all")), ("loss", ("distill", "dpo")), ("schedule", SCHEDULES)):
             if getattr(stage, name) not in allowed:
                 refuse(f"{name} is {getattr(stage, name)!r}, expected {' or '.join(allowed)}")
-        if stage.keep >= 0 and stage.replace:
+        if stage.keep is not None and stage.replace:
             refuse("keep and replace: expected one of them")
-        if stage.keep >= 0:
+        if stage.keep is not None:
+            if not 0 <= stage.keep <= 1:
+                refuse(f"keep is {stage.keep:g}, expected a share between 0 and 1")
             count = len(mil.interleaved_layers(n, stage.keep))
             if count == n and stage.keep > 0:
                 refuse(f"keep {stage.keep:g} of {n} layers would keep none of them; expected 0, or {1 / n:g} at least")
             done = [k for k in range(n) if mixers[k] != "attention"]
+            if count < len(done):
+                refuse(f"keep is {stage.keep:g}, but the stages before leave only {n - len(done)} of {n} layers of attention")
             spread = [final[j * len(final) // count] for j in range(count)] if count <= len(final) else []
             more = [k for k in spread if k not in done] + [k for k in final if k not in done and k not in spread]
             replace = sorted(more[:max(0, count - len(done))])
@@ -324,20 +329,24 @@ def resolve(stages, config, where):
             if mixers[k] != "attention" or replace.count(k) > 1:
                 refuse(f"replaces layer {k}, which holds {mixers[k]} by then: it is replaced twice")
         mixers = [stage.mixer if k in replace else mixer for k, mixer in enumerate(mixers)]
-        dataclasses.replace(config, mixers=mixers)  # MilError now, not after training, if heads cannot be cut
+        try:
+            dataclasses.replace(config, mixers=mixers)  # now, not after training, if heads cannot be cut
+        except MilError as e:
+            refuse(str(e))
         stage.mixers = mixers
         if stage.loss == "dpo" and not stage.data:
             refuse("has the loss dpo and no data; expected --pairs, or \"data\": a list of .jsonl files of prompt, chosen and rejected")
         if stage.alpha == stage.beta == 0 or stage.loss == "dpo" and not stage.beta > 0:
             refuse(f"alpha is {stage.alpha:g} and beta {stage.beta:g}: nothing would be learned")
-        if min(stage.alpha, stage.beta, stage.lr, stage.warmup, 1 - stage.warmup) < 0 or not 0 < stage.temperature < math.inf:
+        numbers = stage.alpha, stage.beta, stage.lr, stage.warmup, stage.temperature
+        if min(numbers) < 0 or max(numbers) == math.inf or stage.warmup > 1 or not stage.temperature:
             refuse(f"alpha {stage.alpha:g}, beta {stage.beta:g}, lr {stage.lr:g}, temperature {stage.temperature:g}, warmup {stage.warmup:g}: expected none "
                    f"below 0, a temperature above it and a warmup of at most 1")
         if stage.steps < (stage.loss == "distill"):
             refuse(f"steps is {stage.steps}, expected 1 or more")
         replaced = sum(mixer != "attention" for mixer in mixers)
-        if stage.train == "mixers" and not replaced:
-            refuse("trains the mixers, and none is replaced; expected keep or replace, or train all")
+        if stage.train == "mixers" and not {"mamba", "mamba2"} & set(mixers):
+            refuse("trains the mixers, and there is none to train; expected keep or replace with a Mamba, or train all")
         kind = "dpo" if stage.loss == "dpo" else stage.train
         names[kind] += 1
         stage.name = stage.name or {"mixers": f"stage 1.{names[kind]}, {replaced} of {n} layers replaced", "all": "stage 2, all parameters",
@@ -346,7 +355,7 @@ def resolve(stages, config, where):
 
 
 def rate(stage, step):
-    """The share of the peak rate at `step`: rises over the warm-up, then falls."""
+    """The share of the peak rate at `step`: rises over the warm-up, then goes as the stage's schedule says."""
     rising = max(1, round(stage.warmup * stage.steps))
     if step < rising:
         return (step + 1) / rising
@@ -480,7 +489,7 @@ def load_corpus(s, paths, encoding, tokenizer):
             raise MilError(f"--data {' '.join(paths) or '(the standard library)'}: no text found, the files are empty or not UTF-8")
         tokens = []
         for i, document in enumerate(documents):
-            tokens.append(document_tokens(encoding, document))
+            tokens.append(np.array(document_tokens(encoding, document), dtype=token_type(encoding)))
             if i % 500 == 499:
                 show(f"tokenising: {i + 1} of {len(documents)} documents")
         parts = split(tokens) or ([ids[:len(ids) * 9 // 10] for ids in tokens], [ids[len(ids) * 9 // 10:] for ids in tokens])
@@ -489,18 +498,22 @@ def load_corpus(s, paths, encoding, tokenizer):
 
 
 def store(encoding, work):
-    """Write documents, lists of ids, one after the other to a file, and where they begin to another."""
-    kind = np.int16 if encoding.n_vocab <= 2**15 else np.int32
+    """Write documents, token ids, one after the other to a file, and where they begin to another."""
     for path, begins, documents in work:
         mil.make_directory(path.parent)
         starts = np.cumsum([0, *map(len, documents)], dtype=np.int64)[:-1]
         mil.write_whole(begins, lambda f, starts=starts: f.write(starts.tobytes()))
-        mil.write_whole(path, lambda f, documents=documents: f.write(np.array(list(itertools.chain(*documents)), dtype=kind).tobytes()))
+        mil.write_whole(path, lambda f, documents=documents: f.write(np.concatenate(documents).astype(token_type(encoding)).tobytes()))
+
+
+def token_type(encoding):
+    """What stores a token of this vocabulary, and ~ of it."""
+    return np.int16 if encoding.n_vocab <= 2**15 else np.int32
 
 
 def read_corpus(s, encoding, stored, key, source, tokenizer):
     """The Corpus in these four files. MilError when it is too little."""
-    kinds = [np.int16 if encoding.n_vocab <= 2**15 else np.int32] * 2 + [np.int64] * 2
+    kinds = [token_type(encoding)] * 2 + [np.int64] * 2
     train, val, *begins = (np.memmap(p, dtype=kind, mode="r") if p.stat().st_size else np.zeros(0, kind) for p, kind in zip(stored, kinds))
     for name, part, rows in (("training", train, s.batch), ("validation", val, 1)):
         if len(part) < rows * s.context + 1:
@@ -562,9 +575,9 @@ def evaluation_batches(run, corpus):
         yield to_device(x, y if len(mine) else torch.full_like(y, -100), pos, run.device)
 
 
-def ahead(make, first, last):
+def ahead(make, first, last, device=""):
     """make(first) … make(last - 1), each made while the one before it is used."""
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, initializer=pick_device, initargs=(device,)) as pool:  # a thread has a current GPU of its own
         coming = pool.submit(make, first)
         for i in range(first, last):
             made, coming = coming.result(), pool.submit(make, i + 1) if i + 1 < last else None
@@ -628,7 +641,7 @@ def prompts_of(s, paths, encoding):
     """What the training documents of `paths` ask: of each a record for a .jsonl, and its token ids. Of messages, those before the assistant's first; of
     prompt and completion, the prompt; of a text, the first quarter of every --context of its tokens."""
     files = find_files(paths, s.out) if paths else standard_library()
-    named, most = set(map(Path, paths)), s.context - 1
+    named, most = set(map(Path, paths)), s.context - s.answer_tokens  # so long a prompt leaves room for an answer; of a longer one the end
     documents = [d for f in files for d in read_documents(f, f in named)]
     for document in (split(documents) or (documents,))[0]:
         talk = Conversation(encoding)
@@ -651,7 +664,7 @@ def prompts_of(s, paths, encoding):
 
 
 def answered(run, paths, place, encoding, tokenizer):
-    """A Corpus whose training part is what the teacher in `place` answers to the training part of `paths`. The answers are sampled at temperature 1 and written, as they
+    """A Corpus whose training part is what the teacher in `place` answers to the training part of `paths`; validation stays theirs. The answers are sampled at temperature 1 and written, as they
     come, to out/data/….answers.1of1.jsonl (of several processes a file each), a line an answer with its seed; those there are not made again."""
     s, rows = run.s, min(64, run.s.batch)
     with first(run):
@@ -660,6 +673,9 @@ def answered(run, paths, place, encoding, tokenizer):
     key = hashlib.sha256(json.dumps([corpus.key, weights, s.seed, s.answers, s.answer_tokens, s.context, rows]).encode()).hexdigest()[:16]
     files = [Path(s.out) / "data" / f"{key}.answers.{rank + 1}of{run.size}.jsonl" for rank in range(run.size)]
     file, stop = files[run.rank], stop_tokens(encoding)
+    stored = [Path(s.out) / "data" / name for name in (f"{key}.answers.bin", f"{corpus.key}.val.bin", f"{key}.answers.begins.bin", f"{corpus.key}.val.begins.bin")]
+    if all(path.exists() for path in stored):
+        return read_corpus(s, encoding, stored, key, f"the teacher's answers ({file.with_name(key)}.…)", tokenizer)
     work = list(itertools.islice(prompts_of(s, paths, encoding), s.answers or None))
     batches = [work[i:i + rows] for i in range(0, len(work), rows)]
     mine = range(run.rank, len(batches), run.size)
@@ -695,10 +711,8 @@ def answered(run, paths, place, encoding, tokenizer):
             show(f"answers: batch {turn + 1} of {len(mine)}  {made / seconds:,.0f} tokens/s  ETA {clock(seconds / (turn + 1 - done) * (len(mine) - turn - 1))}",
                  done=turn == len(mine) - 1)
     together(run)
-    stored = [Path(s.out) / "data" / f"{key}.answers.bin", Path(s.out) / "data" / f"{corpus.key}.val.bin",
-              Path(s.out) / "data" / f"{key}.answers.begins.bin", Path(s.out) / "data" / f"{corpus.key}.val.begins.bin"]
     with first(run):
-        if not (stored[0].exists() and stored[2].exists()):
+        if not all(path.exists() for path in stored):
             records = [json.loads(line) for part in files for line in part.read_text(encoding="utf-8").split("\n")[:-1]]
             store(encoding, [(stored[0], stored[2], [record["tokens"] for record in sorted(records, key=lambda record: record["number"])])])
         return read_corpus(s, encoding, stored, key, f"the teacher's answers to {len(work)} prompts ({file})", tokenizer)
@@ -774,47 +788,59 @@ class Pair(nn.Module):
         self.layers = nn.ModuleList(Both(*pair) for pair in itertools.zip_longest(teacher.layers if teacher else [], student.layers))
         self.ends = nn.ModuleList(part for model in filter(None, self.models) for part in (model.embed_tokens, model.norm, model.lm_head))
 
-    teacher, student = (property(lambda self, i=i: self.models[i]) for i in (0, 1))
+    @property
+    def teacher(self):
+        return self.models[0]
+
+    @property
+    def student(self):
+        return self.models[1]
+
+    def forward(self, batch, stage=None, scale=1.0):
+        """What the stage's `loss` says, or "reference", and without a stage "compare": a method below. All go through here, where FSDP2 gathers the tensors."""
+        targets = batch.y.flatten() if batch.at is None else batch.y.flatten()[batch.at]
+        if stage is None:
+            return self.compare(batch, targets)
+        return {"distill": self.distill, "dpo": self.dpo, "reference": self.reference}[stage.loss](batch, targets, stage, scale)
 
     def hidden(self, batch, teach, learn=True):
         """What their heads read (tokens, d), of the places that are learned: teacher's and student's, None where it is not asked for."""
-        starts = [model.start(batch.x, None, batch.docs) if wish else (None, None) for model, wish in ((self.teacher, teach), (self.student, learn))]
-        (wanted, *_), (u, *_), angles = *starts, [angles for _, angles in starts]
+        wanted, teachers = self.teacher.start(batch.x, None, batch.docs) if teach else (None, None)
+        u, students = self.student.start(batch.x, None, batch.docs) if learn else (None, None)
         for both in self.layers:
-            wanted, u = both(wanted, u, angles, batch.docs)
+            wanted, u = both(wanted, u, (teachers, students), batch.docs)
         out = []
         for model, t in ((self.teacher, wanted), (self.student, u)):
             t = t if t is None else mil.rms_norm(t, model.norm).flatten(0, 1)
             out.append(t if t is None or batch.at is None else t[batch.at])
         return out
 
-    def forward(self, batch, stage=None, scale=1.0, reference=False):
-        """The batch's part of the stage's loss, `scale` times the sum over its tokens or pairs, and two numbers for the log, scaled alike: the sums of
-        CE and KL, or of how often and by how much the chosen answer is preferred. Without a stage `compare`; with `reference` the teacher's
-        log-probability of each row."""
-        targets = batch.y.flatten() if batch.at is None else batch.y.flatten()[batch.at]
-        if stage is None:
-            return self.compare(batch, targets)
-        preferred = stage.loss == "dpo"
-        wanted, hidden = self.hidden(batch, reference or not preferred and stage.beta > 0, not reference)
+    def distill(self, batch, targets, stage, scale):
+        """Eq. 2: the batch's part of the loss, `scale` times the sum over its tokens; and for the log the sums of CE and KL, scaled alike."""
+        wanted, hidden = self.hidden(batch, stage.beta > 0)
         weight = torch.full(targets.shape, scale, device=targets.device)
-        if reference:
-            return self.log_probabilities(batch, wanted, self.teacher.lm_head.weight, targets)
-        if not preferred:
-            loss, ce, kl = DistillationLoss.apply(hidden, self.student.lm_head.weight, wanted, self.teacher and self.teacher.lm_head.weight, targets,
-                                                  stage.alpha * weight, stage.beta * weight, stage.temperature, stage.reverse)
-            return loss, torch.stack([ce.sum(), kl.sum()]).detach() * scale
-        chosen, rejected = (self.log_probabilities(batch, hidden.detach(), self.student.lm_head.weight, targets) - batch.reference.T.flatten()).chunk(2)
+        loss, ce, kl = DistillationLoss.apply(hidden, self.student.lm_head.weight, wanted, self.teacher and self.teacher.lm_head.weight, targets,
+                                              stage.alpha * weight, stage.beta * weight, stage.temperature, stage.reverse)
+        return loss, torch.stack([ce.sum(), kl.sum()]).detach() * scale
+
+    def dpo(self, batch, targets, stage, scale):
+        """Eq. 4: the same over pairs; for the log, how often and by how much the chosen answer is preferred."""
+        hidden, head = self.hidden(batch, False)[1], self.student.lm_head.weight
+        chosen, rejected = (self.log_probabilities(batch, hidden.detach(), head, targets) - batch.reference.T.flatten()).chunk(2)
         margin = stage.beta * (chosen - rejected)                                              # (pairs,)
         loss, more = -F.logsigmoid(margin).sum() * scale, torch.stack([(margin > 0).float().sum(), margin.sum()]) * scale
-        if torch.is_grad_enabled():  # the gradient of Eq. 4 is that of the rows' CE, so weighted: the second pass over the head is cheap, its logits are not
+        if torch.is_grad_enabled():  # the gradient of Eq. 4 is that of the rows' CE, so weighted: a second pass over the head, so that no logits are kept
             slope = scale * stage.beta * torch.sigmoid(-margin)
-            alpha = torch.cat([slope, -slope])[self.rows(batch)]
-            same, *_ = DistillationLoss.apply(hidden, self.student.lm_head.weight, None, None, targets, alpha, alpha, 1.0, False)
+            alpha = torch.cat([slope, -slope])[self.row_of(batch)]
+            same, *_ = DistillationLoss.apply(hidden, head, None, None, targets, alpha, alpha, 1.0, False)
             loss = same - same.detach() + loss
         return loss, more
 
-    def rows(self, batch):
+    def reference(self, batch, targets, stage, scale):
+        """The teacher's log-probability of each row."""
+        return self.log_probabilities(batch, self.hidden(batch, True, False)[0], self.teacher.lm_head.weight, targets)
+
+    def row_of(self, batch):
         """The row of each learned place."""
         length = batch.x.shape[1]
         return (torch.arange(batch.y.numel(), device=batch.y.device) if batch.at is None else batch.at) // length
@@ -824,7 +850,7 @@ class Pair(nn.Module):
         """The log-probability of what is learned of each row (rows,)."""
         weight = torch.ones(targets.shape, device=targets.device)
         _, ce, _ = DistillationLoss.apply(hidden, head.detach(), None, None, targets, weight, weight, 1.0, False)
-        return -torch.zeros(len(batch.x), device=ce.device, dtype=ce.dtype).index_add(0, self.rows(batch), ce)
+        return -torch.zeros(len(batch.x), device=ce.device, dtype=ce.dtype).index_add(0, self.row_of(batch), ce)
 
     def compare(self, batch, targets):
         """For an evaluation, sums over the learned tokens: the student's CE, its KL from the teacher, how often their likeliest tokens agree, the
@@ -856,11 +882,11 @@ class Run:
 
 def begin(s):
     """The Run of this process: one of several when torchrun started it."""
-    if "LOCAL_RANK" not in os.environ:
-        return Run(s, pick_device(s.device))
-    kind = torch.device(s.device or ("cuda" if torch.cuda.is_available() else "cpu")).type
-    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if kind == "cuda" else "cpu")
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    device = pick_device(s.device)
+    if not {"RANK", "LOCAL_RANK"} <= os.environ.keys():
+        return Run(s, device)
+    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}") if device.type == "cuda" else device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))  # process 0 may tokenise for long
     return Run(s, device, dist.get_rank(), dist.get_world_size())
 
 
@@ -887,9 +913,10 @@ def added_up(run, t):
     return t
 
 
-def whole(w):
-    """All of a tensor of which this process may hold a part, on the CPU."""
-    return (w.full_tensor() if hasattr(w, "full_tensor") else w).detach().cpu()
+def whole(run, tensors):
+    """All of tensors, by name, of which this process may hold a part: on the CPU of process 0, None elsewhere."""
+    full = ((name, w.full_tensor() if hasattr(w, "full_tensor") else w) for name, w in tensors.items())  # the processes do this together, one by one
+    return {name: w.detach().cpu() if run.rank == 0 else None for name, w in full}
 
 
 def shard(run, pair):
@@ -929,6 +956,7 @@ class State:
     own: dict = field(default_factory=dict)         # the student's tensors that have been trained, float32
     moments: list = field(default_factory=list)     # AdamW's state of what trains
     seconds: float = 0.0                            # trained in this stage
+    before: float = 0.0                             # the validation KL before it
     rows: list = field(default_factory=list)        # of the table
     settings: dict = field(default_factory=dict)
 
@@ -938,18 +966,19 @@ def checkpoints(run):
     return sorted((Path(run.s.out) / "checkpoints").glob("[0-9]*.pt"))
 
 
-def save_state(run, state, pair, optimizer):
-    """Write what the run needs to go on, and drop what is older than the newest few."""
-    own = {name: whole(w) for name, w in pair.student.named_parameters() if name in state.own or w.requires_grad}
-    moments = [{key: whole(value) for key, value in optimizer.state[w].items()} for group in optimizer.param_groups for w in group["params"]]
+def save_state(run, state, pair, optimizer=None):
+    """Write what the run needs to go on, without an optimizer at the end of a stage, and drop what is older than the newest few."""
+    own = whole(run, {name: w for name, w in pair.student.named_parameters() if name in state.own or w.requires_grad})
+    moments = [whole(run, optimizer.state[w]) for group in optimizer.param_groups for w in group["params"]] if optimizer else []
+    place = Path(run.s.out) / "checkpoints" / f"{state.stage:02d}-{state.step:08d}.pt"
     if run.rank == 0:
-        place = Path(run.s.out) / "checkpoints" / f"{state.stage:02d}-{state.step:08d}.pt"
         mil.make_directory(place.parent)
         saved = {**vars(state), "own": own, "moments": moments}
         mil.write_whole(place, lambda f: torch.save(saved, f))
         for old in checkpoints(run)[:-run.s.keep_checkpoints]:
             old.unlink()
     together(run)
+    return own if run.size == 1 else torch.load(place, map_location="cpu", weights_only=True, mmap=True)["own"]
 
 
 FREE = {"out", "device", "resume", "save_minutes", "keep_checkpoints", "recompute", "compile", "prompt", "accumulate", "recipe"}  # may differ when a run goes on
@@ -959,7 +988,7 @@ def load_state(run, stages, corpus):
     """The state of the newest checkpoint that can be read, or a new one. MilError where it belongs to other settings, or --resume is not given."""
     said = {k: v for k, v in dataclasses.asdict(run.s).items() if k not in FREE}
     said.update(data=[*run.s.data, corpus.key])  # the key: of what the files hold
-    said.update({stage.name: dataclasses.asdict(stage) for stage in stages})
+    said["stages"] = [dataclasses.asdict(stage) for stage in stages]
     for place in reversed(checkpoints(run)):
         if not run.s.resume:
             raise MilError(f"--out {run.s.out}: holds an unfinished run; --resume goes on with it, and without {place.parent} it is forgotten")
@@ -968,10 +997,12 @@ def load_state(run, stages, corpus):
         except Exception as e:  # as the damage has it
             show(f"note: {place}: not a whole checkpoint, passed over: {str(e).splitlines()[0]}")
             continue
-        was = {k: v for k, v in state.settings.items() if said.get(k) != v}
-        other = [f"--{k} was {v!r} and is {said[k]!r}" for k, v in was.items() if k in said and not isinstance(v, dict)]
-        if other or was:
-            other = other or [f"{name}: {key} was {value!r}" for name, stage in was.items() for key, value in stage.items() if said.get(name, {}).get(key) != value]
+        was = state.settings
+        other = [f"--{k} was {was.get(k)!r} and is {v!r}" for k, v in said.items() if k != "stages" and was.get(k) != v]
+        if not other and len(was["stages"]) != len(stages):
+            other = [f"there were {len(was['stages'])} stages and are {len(stages)}"]
+        other = other or [f"stage {i}: {k} was {a[k]!r} and is {b[k]!r}" for i, (a, b) in enumerate(zip(was["stages"], said["stages"]), 1) for k in b if a[k] != b[k]]
+        if other:
             raise MilError(f"--resume: {place} was made with other settings: {'; '.join(other)}")
         return state
     return State(settings=said)
@@ -989,13 +1020,15 @@ def fit(run, state, stage, pair, batches, journal, kept):
     """Train what of the pair's student requires gradients, from state.step on. Stops with MilError when the loss is not finite; `kept` says which
     model is then the last good one."""
     s, device, began, saved = run.s, run.device, time.perf_counter() - state.seconds, time.monotonic()
+    if run.size > 1:
+        pair.reshard()  # an evaluation leaves some tensors gathered, and those are not the ones that train
     train = [w for w in pair.student.parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(train, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda")
     if state.moments:
         optimizer.load_state_dict({"state": dict(enumerate(map(spread, state.moments, train))), "param_groups": optimizer.state_dict()["param_groups"]})
         state.moments = []
     every, recent, names = min(10, max(1, stage.steps // 100)), [], ("chosen", "margin") if stage.loss == "dpo" else ("ce", "kl")
-    for step, (parts, count) in enumerate(ahead(batches, state.step, stage.steps), state.step):
+    for step, (parts, count) in enumerate(ahead(batches, state.step, stage.steps, str(device)), state.step):
         for group in optimizer.param_groups:
             group["lr"] = stage.lr * rate(stage, step)
         sums = torch.zeros(4, device=device)
@@ -1029,11 +1062,11 @@ def fit(run, state, stage, pair, batches, journal, kept):
                  + f"{speed:,.0f} tokens/s  " * (stage.loss != "dpo") + f"ETA {clock(ahead_of)}",
                  done=last or not sys.stdout.isatty() and state.step % (20 * max(every, stage.steps // 100)) == 0)
             recent = []
-            if (due or stop) and not last:
+            if (due or stop) and not last:  # after the last, distill saves
                 save_state(run, state, pair, optimizer)
                 saved = time.monotonic()
-            if stop:
-                leave(run)
+                if stop:
+                    leave(run)
 
 
 def leave(run):
@@ -1043,7 +1076,7 @@ def leave(run):
 
 
 def listen(run):
-    """SIGTERM and Ctrl-C ask the run to stop after its step, with a checkpoint; a second one stops it at once."""
+    """SIGTERM and Ctrl-C ask the run to stop after its step (of several processes, after at most ten), with a checkpoint; a second one stops it at once."""
     def heard(number, _):
         if run.stop:
             raise KeyboardInterrupt
@@ -1082,7 +1115,7 @@ def references(run, pair, pairs, teacher):
         for turn, i in enumerate(turns):
             mine = range(i, min(i + size * run.size, len(pairs)))[run.rank::run.size] or range(1)  # all processes take part in every turn
             batch = pair_batch(run, [pairs[k] for k in mine])
-            found = pair(batch, Stage(loss="dpo"), reference=True).view(2, -1).T
+            found = pair(batch, Stage(loss="reference")).view(2, -1).T
             if mine.start >= i:
                 out[list(mine)] = found
             show(f"reference: {min(i + size * run.size, len(pairs))} of {len(pairs)} pairs", done=turn == len(turns) - 1)
@@ -1102,8 +1135,9 @@ def preferences(run, stage, pair, pairs, reference):
         mine = range(i, min(i + size * run.size, len(pairs)))[run.rank::run.size]
         use = mine or range(1)
         total += pair(pair_batch(run, [pairs[k] for k in use], reference[list(use)]), stage)[1] * bool(mine)
-    right, margin = (added_up(run, total) / len(pairs)).tolist()
-    return {"preferred": right, "preferred_error": (right * (1 - right) / len(pairs)) ** 0.5, "margin": margin}
+    right, margin = added_up(run, total).tolist()
+    rather = (right + 1) / (len(pairs) + 2)  # so that a few pairs that agree are not taken for certain
+    return {"preferred": right / len(pairs), "preferred_error": (rather * (1 - rather) / (len(pairs) + 2)) ** 0.5, "margin": margin / len(pairs)}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1176,7 +1210,7 @@ def prepare(run, pair):
 
 def save_student(run, pair, place, tokenizer, base_type, **notes):
     """Write the student as a model of its own, in the type of the Llama it began as."""
-    weights = {name: whole(w) for name, w in pair.student.named_parameters()}
+    weights = whole(run, dict(pair.student.named_parameters()))
     if run.rank == 0:
         with torch.device("meta"):
             model = mil.Hybrid(pair.student.config)
@@ -1188,13 +1222,12 @@ def save_student(run, pair, place, tokenizer, base_type, **notes):
     together(run)
 
 
-def get_teacher(run, state, corpus, encoding, tokenizer, journal):
-    """A Llama trained on the corpus, or the one of an earlier run when it was made from the same settings and data: its folder."""
+def get_teacher(run, state, corpus, encoding, tokenizer, journal, place):
+    """Has a Llama trained on the corpus in the folder `place`, or the one of an earlier run when it was made from the same settings and data."""
     s = run.s
     config = mil.Config(v=encoding.n_vocab, context=s.context, rope_theta=10000.0, **{name: getattr(s, name) for name in SIZES})
     recipe = {"data": corpus.key, "torch": torch.__version__,
               **{k: getattr(s, k) for k in ("seed", "batch", "context", "teacher_steps", "teacher_lr", "warmup", "clip", "dtype", "schedule")}}
-    place = Path(s.out) / "teacher"
     if state.stage == 0 and not state.step and (place / "config.json").exists():
         about = mil.read_config(place)
         if about.get("recipe") == recipe and about["config"] == config:
@@ -1214,8 +1247,9 @@ def get_teacher(run, state, corpus, encoding, tokenizer, journal):
         fit(run, state, stage, pair, training_batches(run, corpus, [s.seed, 0]), journal, "This run saved no teacher")
         save_student(run, pair, place, tokenizer, torch.float32, recipe=recipe)
         state.rows = [{"model": "teacher", **evaluate(run, pair, corpus, encoding)[0], **speed(run, state, stage)}]
-        state.stage, state.step, state.own, state.seconds = 1, 0, {}, 0.0
-    return place
+        state.stage, state.step, state.seconds = 1, 0, 0.0
+        save_state(run, state, pair)
+    state.own = {} if state.stage <= 1 and not state.step else state.own  # a checkpoint at this point holds the teacher
 
 
 def speed(run, state, stage):
@@ -1234,7 +1268,8 @@ def distill(run, state, stages, source, corpora, encoding, tokenizer, journal):
         if not math.isfinite(row["loss"]):
             raise MilError(f"{name}: the validation loss is {row['loss']}; stopped. {kept}. Try lower learning rates")
         preferred = f", chosen preferred {more['preferred']:.1%} ± {more['preferred_error']:.1%}, margin {more['margin']:.4f}" if "preferred" in more else ""
-        show(f"{name}: validation loss {row['loss']:.4f}, KL to the teacher {row['kl']:.4f}{preferred}")
+        was = f" (before: {more['kl_before']:.4f})" if "kl_before" in more else ""
+        show(f"{name}: validation loss {row['loss']:.4f}, KL to the teacher {row['kl']:.4f}{was}{preferred}")
 
     if len(state.rows) < 2:
         untrained = dataclasses.replace(stages[0], mixers=stages[-1].mixers, train="mixers")
@@ -1244,6 +1279,7 @@ def distill(run, state, stages, source, corpora, encoding, tokenizer, journal):
             kept = f"The last good checkpoint is {place}, after {stage.name}"
             continue
         pair = assemble(run, *source.models(), stage, number, state.own)
+        state.before = state.before if state.step else evaluate(run, pair, validation, encoding)[1]["kl"]
         more = lambda: {}  # noqa: E731
         if stage.loss == "dpo":
             train, held = load_pairs(s, stage.data, encoding)
@@ -1254,11 +1290,11 @@ def distill(run, state, stages, source, corpora, encoding, tokenizer, journal):
         else:
             batches = training_batches(run, corpora(stage.data, answers=s.pseudo_labels and not stage.data), [s.seed, number])
         fit(run, state, stage, pair, batches, journal, kept)
-        report(stage.name, pair, {**(speed(run, state, stage) if stage.loss == "distill" else {"seconds": state.seconds}), **more()})
-        state.own = {name: whole(w) for name, w in pair.student.named_parameters() if name in state.own or stage.trains(name)}
+        report(stage.name, pair, {**(speed(run, state, stage) if stage.loss == "distill" else {"seconds": state.seconds}), "kl_before": state.before, **more()})
         save_student(run, pair, place, tokenizer, kind, stage=stage.name)
         kept = f"The last good checkpoint is {place}, after {stage.name}"
         state.stage, state.step, state.seconds = number + 1, 0, 0.0
+        state.own = save_state(run, state, pair)
         del pair, batches, more  # the next student comes before this one would go
 # ---------------------------------------------------------------------------------------------------------------
 # What a stage costs
@@ -1292,7 +1328,7 @@ def flops(teacher, student, stage, context):
     return (forward_flops(teacher, context) if asked else 0) + 2 * forward_flops(student, context) + 2 * matrices(student, stage.trains)
 
 
-def memory_needed(s, student, stage, teacher_bytes, base_bytes=0, processes=1):
+def memory_needed(s, student, stage, teacher_bytes, base_bytes=0, processes=1, kind="cuda"):
     """About how many bytes each process takes at most, by part. teacher_bytes and base_bytes: of the teacher's weights and, where the student does not
     begin as the teacher, of its Llama's. What trains is float32, with AdamW's two moments; its gradients come while the activations go, so that the
     larger of the two counts. Kept for the backward pass, a token: what the layers' operations read (kernels.norm_linears and mlp), in the arithmetic's
@@ -1304,11 +1340,11 @@ def memory_needed(s, student, stage, teacher_bytes, base_bytes=0, processes=1):
     inside = [2 * student.d_ff * (1 - share_recomputed(s)) + kept[mixer] for mixer in student.mixers]
     one = max(kept[mixer] + 6 * student.d_ff for mixer in student.mixers)                     # a layer at work, in its backward pass
     activations = tokens * short * (student.d * (2 - (s.recompute == "block")) * student.n_layers + sum(inside) * (s.recompute != "block") + one + 4 * student.d)
-    loss = min(LOGITS["cuda" if short == 2 else "cpu"], tokens * student.v) * 3 * short + head * (4 + short)
+    loss = min(LOGITS[kind], tokens * student.v) * 3 * short + head * (4 + short)
     parts = {"teacher": teacher_bytes + base_bytes, "student": 4 * trained, "AdamW": 8 * trained}
     parts = {part: size / processes for part, size in parts.items()}
     largest = tokens * short * (one + 4 * student.d) + 4 * trained / processes
-    parts["activations, loss, gradients"] = activations + loss + 4 * trained / processes if s.accumulate > 1 else max(activations + loss, largest)
+    parts["activations, loss, gradients"] = activations + loss + 4 * trained if s.accumulate > 1 else max(activations + loss, largest)
     return parts
 
 
@@ -1327,13 +1363,15 @@ def announce(run, stages, teacher, base):
     """Says, before a run begins, what its stages are and what they will cost."""
     s, rate = run.s, speed_of(run)
     there = torch.cuda.get_device_properties(run.device).total_memory if run.device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    given = weights_of(s, s.teacher, teacher), weights_of(s, s.init_from, base) if base is not teacher else 0
+    given = [weights_of(s, s.teacher, teacher), weights_of(s, s.init_from, base) if s.init_from else 0]
+    if s.student_layers:
+        given[1] = given[0] * matrices(base) / matrices(teacher)
     lines = [f"{'':<38}{'attention':>10}{'trained':>10}{'tokens':>10}{'lr':>9}{'α':>6}{'β':>6}{'memory':>11}{'time':>8}"]
     first_ = [Stage(train="all", beta=0, steps=s.teacher_steps, lr=s.teacher_lr, name="teacher", mixers=teacher.mixers)] * (not s.teacher)
     for stage in first_ + stages:
         config, alone = dataclasses.replace(base, mixers=stage.mixers) if stage not in first_ else teacher, stage in first_
         trained, tokens = sum(w.numel() for name, w in blank(config).named_parameters() if stage.trains(name)), stage.steps * s.batch * s.context
-        parts = memory_needed(s, config, stage, *([0, 0] if alone else given), run.size)
+        parts = memory_needed(s, config, stage, *([0, 0] if alone else given), run.size, run.device.type)
         run.cost = max(run.cost, parts, key=lambda parts: sum(parts.values()))
         seconds = flops(None if alone else teacher, config, stage, s.context) * tokens / (0.5 * rate * run.size)
         kept, many = f"{stage.mixers.count('attention')} of {len(stage.mixers)}", f"{tokens / 1e6:,.1f} M" if tokens else "a pass"
@@ -1459,8 +1497,10 @@ def work(run, argv, began):
     if s.batch % (rows := run.size * s.accumulate * (1 + paired)):
         raise MilError(f"--batch is {s.batch}, expected a multiple of {rows}: {run.size} processes × --accumulate {s.accumulate}{' × the 2 of a pair' * paired}")
     for stage in stages:
-        if stage.loss == "dpo":
-            load_pairs(s, stage.data, encoding)  # MilError now rather than after the stages before
+        if stage.loss == "dpo":  # MilError now rather than after the stages before
+            load_pairs(s, stage.data, encoding)
+        elif stage.data:
+            find_files(stage.data, s.out)
     mil.make_directory(s.out)
     announce(run, stages, config, base)
     with first(run):
@@ -1468,12 +1508,14 @@ def work(run, argv, began):
     show(f"data: {corpus.about}")
     results = Path(s.out) / "results.json"
     state = load_state(run, stages, corpus)
-    if s.resume and not checkpoints(run) and results.exists() and json.loads(results.read_text()).get("state") == json.loads(json.dumps(state.settings)):
+    if s.resume and not checkpoints(run) and results.exists() and json.loads(results.read_text()).get("made_from") == json.loads(json.dumps(state.settings)):
         return show(f"{results}: this run is finished")
     together(run)
     if run.rank == 0:
         results.unlink(missing_ok=True)
     made = {((), False): corpus}
+
+    place = Path(s.teacher or Path(s.out) / "teacher")
 
     def corpora(paths=(), answers=False):
         if (key := (tuple(paths), answers)) not in made:
@@ -1487,7 +1529,8 @@ def work(run, argv, began):
 
     listen(run)
     with open_journal(run, state, stages) as journal:
-        place = Path(s.teacher) if s.teacher else get_teacher(run, state, corpus, encoding, tokenizer, journal)
+        if not s.teacher:
+            get_teacher(run, state, corpus, encoding, tokenizer, journal, place)
         state.stage = max(1, state.stage)
         show(f"teacher: {sum(w.numel() for w in blank(config).parameters()) / 1e6:.1f} M parameters, {config.n_layers} layers of width {config.d}")
         distill(run, state, stages, Source(run, place), corpora, encoding, tokenizer, journal)
@@ -1504,7 +1547,7 @@ def finish(run, state, config, place, encoding, corpus, seconds):
     show(f"\n{table(rows)}\n\nstudent / teacher validation loss: {rows[-1]['loss'] / rows[0]['loss']:.4f}   "
          f"peak memory {memory / 2**30:.2f} GiB   {seconds:.0f} s in all on {machine}, torch {torch.__version__}")
     results = {"rows": rows, "seconds": seconds, "peak_memory_bytes": memory, "machine": machine, "torch": torch.__version__,
-               "python": platform.python_version(), "teacher_parameters": sum(w.numel() for w in blank(config).parameters()), "settings": dataclasses.asdict(s), "state": state.settings}
+               "python": platform.python_version(), "teacher_parameters": sum(w.numel() for w in blank(config).parameters()), "settings": dataclasses.asdict(s), "made_from": state.settings}
     mil.write_whole(Path(s.out) / "results.json", lambda f: f.write(json.dumps(results, indent=1).encode()))
     figure = plot(Path(s.out) / "log.jsonl", Path(s.out) / "loss.png")
     texts = [sample(mil.load(model, device, getattr(torch, s.dtype)), encoding, s, device) for model in (place, Path(s.out) / "student")]

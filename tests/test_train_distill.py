@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -281,14 +282,24 @@ def test_a_recipe_is_a_list_of_stages_and_the_command_line_says_the_rest(tmp_pat
     ([{"keep": 0.1}], "stage 1: keep 0.1 of 4 layers would keep none of them; expected 0, or 0.25"), ([{"replace": [4]}], "replaces layer 4; the model has layers 0 to 3"),
     ([{"keep": 0.5, "replace": [1]}], "keep and replace: expected one of them"), ([{"keep": 0.5, "alpha": 0, "beta": 0}], "stage 1: alpha is 0 and beta 0: nothing would be learned"),
     ([{"stpes": 3}], "stage 1 has 'stpes', expected some of keep, replace.*did you mean steps"), ([{"steps": "3"}], "stage 1: steps is '3', expected int"),
-    ([{"reverse": 1}], "reverse is 1, expected bool"), ([{"replace": ["a"]}], "expected a list of int"), ([{"train": "mixers"}], "trains the mixers, and none is replaced"),
+    ([{"reverse": 1}], "reverse is 1, expected bool"), ([{"replace": ["a"]}], "expected a list of int"), ([{"train": "mixers"}], "trains the mixers, and there is none to train"),
     ([{"train": "some"}], "train is 'some', expected mixers or all"), ([{"keep": 0.5, "steps": 0}], "steps is 0"), ([{"loss": "dpo"}], "has the loss dpo and no data"),
     ([{"keep": 2}], "keep is 2"), ([{"keep": 0.5, "lr": -1}], "lr -1"), ([{"keep": 0.5, "temperature": 0}], "temperature 0"), ([], "expected a list of stages"), ([3], "expected a list of stages"),
-    ([{"keep": 0.5, "warmup": 2}], "warmup 2"), ([{"schedule": "up"}], "schedule is 'up'")])
+    ([{"keep": 0.5, "warmup": 2}], "warmup 2"), ([{"keep": -0.5}], "keep is -0.5"), ([{"keep": 0.25}, {"keep": 0.5}], "keep is 0.5, but the stages before leave only 1 of 4"),
+    ([{"keep": 0.5, "lr": math.nan}], "lr is nan"), ([{"keep": 0.5, "mixer": "none"}], "there is none to train"), ([{"keep": 0.5, "lr": math.inf}], "lr inf"), ([{"schedule": "up"}], "schedule is 'up'")])
 def test_a_stage_that_cannot_be_is_refused_in_one_line(tmp_path, stages, match):
     with pytest.raises(MilError, match=match) as e:
         plans(4, recipe=recipe(tmp_path, *stages))
-    assert "\n" not in str(e.value) and "recipe.json" in str(e.value) or "keep is 2" in str(e.value)
+    assert "\n" not in str(e.value) and "recipe.json" in str(e.value)
+
+
+def test_without_a_mixer_everything_trains(job, text, tmp_path):
+    """The paper's ablation: there is nothing that could train alone."""
+    out, _ = job
+    t.main(["--out", str(tmp_path / "o"), "--teacher", str(out / "teacher"), "--data", str(text), "--batch", "4", "--eval_sequences", "4", "--device", DEVICE, "--mixer", "none", "--stage1_steps", "3",
+            "--stage2_steps", "4"])
+    assert mil.load(tmp_path / "o" / "student").config.mixers == ["none", "attention"] * 2
+    assert json.loads((tmp_path / "o" / "log.jsonl").read_text().splitlines()[-1])["step"] == 7
 
 
 def test_a_recipe_that_is_no_json_is_refused(tmp_path):
@@ -496,7 +507,8 @@ def test_distilling_goes_on_stage_by_stage_with_the_users_flags_and_leaves_the_t
 
 
 def teacher_made(run, corpus):
-    return t.get_teacher(run, t.State(), corpus, g.load_tokenizer("bytes"), "bytes", io.StringIO())
+    t.get_teacher(run, t.State(), corpus, g.load_tokenizer("bytes"), "bytes", io.StringIO(), Path(run.s.out) / "teacher")
+    return Path(run.s.out) / "teacher"
 
 
 def test_another_seed_is_another_teacher(tmp_path):
