@@ -354,13 +354,15 @@ def resolve(stages, config, where):
     return stages
 
 
-def rate(stage, step):
+def lr_share(stage, step):
     """The share of the peak rate at `step`: rises over the warm-up, then goes as the stage's schedule says."""
     rising = max(1, round(stage.warmup * stage.steps))
     if step < rising:
         return (step + 1) / rising
     left = (stage.steps - step) / (stage.steps - rising)  # from 1 to almost 0
     return {"cosine": 0.5 * (1 - math.cos(math.pi * left)), "linear": left, "constant": 1}[stage.schedule]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Data: documents -> tokens on disk, split into training and validation by document (within each when there are few)
 
@@ -633,6 +635,8 @@ def pair_batches(run, pairs, reference, seed):
         mine = order[step * count - epochs[0] * len(pairs):][:count]
         return [pair_batch(run, [pairs[i] for i in mine[part]], reference[mine[part]]) for part in shares(run, count)], count
     return batch
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Pseudo-labels: what the teacher answers to the prompts of the training data (sequence-level distillation)
 
@@ -667,7 +671,7 @@ def answered(run, paths, place, encoding, tokenizer):
     """A Corpus whose training part is what the teacher in `place` answers to the training part of `paths`; validation stays theirs. The answers are sampled at temperature 1 and written, as they
     come, to out/data/….answers.1of1.jsonl (of several processes a file each), a line an answer with its seed; those there are not made again."""
     s, rows = run.s, min(64, run.s.batch)
-    with first(run):
+    with in_turn(run):
         corpus = load_corpus(s, paths, encoding, tokenizer)
     weights = [(file, (place / file).stat().st_size, (place / file).stat().st_mtime_ns) for file in mil.read_config(place)["weights"]]
     key = hashlib.sha256(json.dumps([corpus.key, weights, s.seed, s.answers, s.answer_tokens, s.context, rows]).encode()).hexdigest()[:16]
@@ -711,11 +715,13 @@ def answered(run, paths, place, encoding, tokenizer):
             show(f"answers: batch {turn + 1} of {len(mine)}  {made / seconds:,.0f} tokens/s  ETA {clock(seconds / (turn + 1 - done) * (len(mine) - turn - 1))}",
                  done=turn == len(mine) - 1)
     together(run)
-    with first(run):
+    with in_turn(run):
         if not all(path.exists() for path in stored):
             records = [json.loads(line) for part in files for line in part.read_text(encoding="utf-8").split("\n")[:-1]]
             store(encoding, [(stored[0], stored[2], [record["tokens"] for record in sorted(records, key=lambda record: record["number"])])])
         return read_corpus(s, encoding, stored, key, f"the teacher's answers to {len(work)} prompts ({file})", tokenizer)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Losses
 
@@ -779,22 +785,22 @@ class Both(nn.Module):
         return wanted, u
 
 
-class Pair(nn.Module):
+class Models(nn.Module):
     """A teacher, or None, and a student over the same batch."""
 
     def __init__(self, teacher, student):
         super().__init__()
-        self.models = teacher, student  # a tuple hides them: each layer is to be found in one place only, in its Both
-        self.layers = nn.ModuleList(Both(*pair) for pair in itertools.zip_longest(teacher.layers if teacher else [], student.layers))
-        self.ends = nn.ModuleList(part for model in filter(None, self.models) for part in (model.embed_tokens, model.norm, model.lm_head))
+        self.two = teacher, student  # a tuple hides them: each layer is to be found in one place only, in its Both
+        self.layers = nn.ModuleList(Both(*layers) for layers in itertools.zip_longest(teacher.layers if teacher else [], student.layers))
+        self.ends = nn.ModuleList(part for model in filter(None, self.two) for part in (model.embed_tokens, model.norm, model.lm_head))
 
     @property
     def teacher(self):
-        return self.models[0]
+        return self.two[0]
 
     @property
     def student(self):
-        return self.models[1]
+        return self.two[1]
 
     def forward(self, batch, stage=None, scale=1.0):
         """What the stage's `loss` says, or "reference", and without a stage "compare": a method below. All go through here, where FSDP2 gathers the tensors."""
@@ -897,7 +903,7 @@ def together(run):
 
 
 @contextlib.contextmanager
-def first(run):
+def in_turn(run):
     """Process 0 goes ahead, the others follow."""
     if run.rank:
         together(run)
@@ -919,14 +925,14 @@ def whole(run, tensors):
     return {name: w.detach().cpu() if run.rank == 0 else None for name, w in full}
 
 
-def shard(run, pair):
+def shard(run, models):
     """Spread a pair's tensors over all processes: each layer is gathered when it is used, and its gradient shared out (FSDP2)."""
     if run.size > 1:
         from torch.distributed.fsdp import fully_shard
         mesh = dist.init_device_mesh(run.device.type, (run.size,))
-        for module in (*pair.layers, pair):
+        for module in (*models.layers, models):
             fully_shard(module, mesh=mesh)
-    return pair
+    return models
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -966,9 +972,9 @@ def checkpoints(run):
     return sorted((Path(run.s.out) / "checkpoints").glob("[0-9]*.pt"))
 
 
-def save_state(run, state, pair, optimizer=None):
+def save_state(run, state, models, optimizer=None):
     """Write what the run needs to go on, without an optimizer at the end of a stage, and drop what is older than the newest few."""
-    own = whole(run, {name: w for name, w in pair.student.named_parameters() if name in state.own or w.requires_grad})
+    own = whole(run, {name: w for name, w in models.student.named_parameters() if name in state.own or w.requires_grad})
     moments = [whole(run, optimizer.state[w]) for group in optimizer.param_groups for w in group["params"]] if optimizer else []
     place = Path(run.s.out) / "checkpoints" / f"{state.stage:02d}-{state.step:08d}.pt"
     if run.rank == 0:
@@ -1016,13 +1022,13 @@ def spread(moments, w):
     return {key: distribute_tensor(t.to(w.device), w.device_mesh, w.placements) if t.dim() else t.clone() for key, t in moments.items()}
 
 
-def fit(run, state, stage, pair, batches, journal, kept):
-    """Train what of the pair's student requires gradients, from state.step on. Stops with MilError when the loss is not finite; `kept` says which
+def fit(run, state, stage, models, batches, journal, last_good):
+    """Train what of the pair's student requires gradients, from state.step on. Stops with MilError when the loss is not finite; `last_good` says which
     model is then the last good one."""
     s, device, began, saved = run.s, run.device, time.perf_counter() - state.seconds, time.monotonic()
     if run.size > 1:
-        pair.reshard()  # an evaluation leaves some tensors gathered, and those are not the ones that train
-    train = [w for w in pair.student.parameters() if w.requires_grad]
+        models.reshard()  # an evaluation leaves some tensors gathered, and those are not the ones that train
+    train = [w for w in models.student.parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(train, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda")
     if state.moments:
         optimizer.load_state_dict({"state": dict(enumerate(map(spread, state.moments, train))), "param_groups": optimizer.state_dict()["param_groups"]})
@@ -1030,12 +1036,12 @@ def fit(run, state, stage, pair, batches, journal, kept):
     every, recent, names = min(10, max(1, stage.steps // 100)), [], ("chosen", "margin") if stage.loss == "dpo" else ("ce", "kl")
     for step, (parts, count) in enumerate(ahead(batches, state.step, stage.steps, str(device)), state.step):
         for group in optimizer.param_groups:
-            group["lr"] = stage.lr * rate(stage, step)
+            group["lr"] = stage.lr * lr_share(stage, step)
         sums = torch.zeros(4, device=device)
         for i, part in enumerate(parts):
             if run.size > 1:
-                pair.set_requires_gradient_sync(i == len(parts) - 1)
-            loss, more = pair(part, stage, run.size / max(1, count))  # FSDP takes the mean over processes
+                models.set_requires_gradient_sync(i == len(parts) - 1)
+            loss, more = models(part, stage, run.size / max(1, count))  # FSDP takes the mean over processes
             loss.backward()
             sums[:3] += torch.cat([loss.detach()[None], more]) / run.size
         norm = torch.nn.utils.clip_grad_norm_(train, s.clip)
@@ -1050,20 +1056,20 @@ def fit(run, state, stage, pair, batches, journal, kept):
             for i, value in enumerate(values[::4]):
                 if not math.isfinite(value):
                     raise MilError(f"{stage.name}: the loss became {value} at step {step + 2 - len(recent) + i} of {stage.steps}; stopped. "
-                                   f"{kept}. Try a lower learning rate (this stage had {stage.lr:g})")
+                                   f"{last_good}. Try a lower learning rate (this stage had {stage.lr:g})")
             means = [sum(values[i::4]) / len(recent) for i in range(4)]
             state.seconds = time.perf_counter() - began
             speed, ahead_of = state.step * s.batch * s.context / state.seconds, state.seconds / state.step * (stage.steps - state.step)
             if run.rank == 0:
                 journal.write(json.dumps({"stage": stage.name, "step": state.step, "loss": means[0], names[0]: means[1], names[1]: means[2], "gradient": means[3],
-                                          "lr": stage.lr * rate(stage, step), "seconds": round(state.seconds, 2)}) + "\n")
+                                          "lr": stage.lr * lr_share(stage, step), "seconds": round(state.seconds, 2)}) + "\n")
                 journal.flush()
             show(f"{stage.name}  step {state.step}/{stage.steps}  loss {means[0]:.4f}  {names[0]} {means[1]:.4f}  {names[1]} {means[2]:.4f}  "
                  + f"{speed:,.0f} tokens/s  " * (stage.loss != "dpo") + f"ETA {clock(ahead_of)}",
                  done=last or not sys.stdout.isatty() and state.step % (20 * max(every, stage.steps // 100)) == 0)
             recent = []
             if (due or stop) and not last:  # after the last, distill saves
-                save_state(run, state, pair, optimizer)
+                save_state(run, state, models, optimizer)
                 saved = time.monotonic()
                 if stop:
                     leave(run)
@@ -1083,18 +1089,20 @@ def listen(run):
         run.stop = signal.Signals(number).name
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, heard)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
 @torch.no_grad()
-def evaluate(run, pair, corpus, encoding):
+def evaluate(run, models, corpus, encoding):
     """The rows of a table for the teacher and for the student: loss, perplexity, bits per byte, KL to the teacher and top-1 agreement with it, on
     validation text."""
-    sizes = torch.tensor([len(token_bytes(encoding, i)) for i in range(pair.student.config.v)], device=run.device)
+    sizes = torch.tensor([len(token_bytes(encoding, i)) for i in range(models.student.config.v)], device=run.device)
     total = torch.zeros(6, dtype=torch.float64, device=run.device)
     for batch in evaluation_batches(run, corpus):
-        total += torch.cat([pair(batch), sizes[batch.y[batch.y >= 0]].sum().double()[None]])
+        total += torch.cat([models(batch), sizes[batch.y[batch.y >= 0]].sum().double()[None]])
     ce, kl, agree, own, count, size = added_up(run, total).tolist()
     count = max(count, 1)
 
@@ -1105,7 +1113,7 @@ def evaluate(run, pair, corpus, encoding):
 
 
 @torch.no_grad()
-def references(run, pair, pairs, teacher):
+def references(run, models, pairs, teacher):
     """The log-probabilities of all pairs (n, 2) by the teacher in that folder, made once and kept in out/data."""
     weights = [(Path(teacher) / file).stat() for file in mil.read_config(teacher)["weights"]]
     key = hashlib.sha256(repr([pairs, [(stat.st_size, stat.st_mtime_ns) for stat in weights], run.s.dtype]).encode()).hexdigest()[:16]
@@ -1115,7 +1123,7 @@ def references(run, pair, pairs, teacher):
         for turn, i in enumerate(turns):
             mine = range(i, min(i + size * run.size, len(pairs)))[run.rank::run.size] or range(1)  # all processes take part in every turn
             batch = pair_batch(run, [pairs[k] for k in mine])
-            found = pair(batch, Stage(loss="reference")).view(2, -1).T
+            found = models(batch, Stage(loss="reference")).view(2, -1).T
             if mine.start >= i:
                 out[list(mine)] = found
             show(f"reference: {min(i + size * run.size, len(pairs))} of {len(pairs)} pairs", done=turn == len(turns) - 1)
@@ -1128,13 +1136,13 @@ def references(run, pair, pairs, teacher):
 
 
 @torch.no_grad()
-def preferences(run, stage, pair, pairs, reference):
+def preferences(run, stage, models, pairs, reference):
     """How often the chosen answer gains more over the teacher than the rejected one, its standard error, and by how much (β times, in nats)."""
     size, total = max(1, run.s.batch // 2 // (run.size * run.s.accumulate)), torch.zeros(2, device=run.device)
     for i in range(0, len(pairs), size * run.size):
         mine = range(i, min(i + size * run.size, len(pairs)))[run.rank::run.size]
         use = mine or range(1)
-        total += pair(pair_batch(run, [pairs[k] for k in use], reference[list(use)]), stage)[1] * bool(mine)
+        total += models(pair_batch(run, [pairs[k] for k in use], reference[list(use)]), stage)[1] * bool(mine)
     right, margin = added_up(run, total).tolist()
     rather = (right + 1) / (len(pairs) + 2)  # so that a few pairs that agree are not taken for certain
     return {"preferred": right / len(pairs), "preferred_error": (rather * (1 - rather) / (len(pairs) + 2)) ** 0.5, "margin": margin / len(pairs)}
@@ -1163,16 +1171,16 @@ class Source:
     def __init__(self, run, place):
         self.run, self.place, self.kept = run, place, None
 
-    def models(self):
+    def read(self):
         """The teacher and the student's Llama, in the types of their files where the arithmetic is bfloat16: they only read."""
         if self.kept:
             return self.kept
         s, single = self.run.s, self.run.size == 1
-        read = lambda place: mil.load(place, self.run.device if single else None, None if s.dtype == "bfloat16" else torch.float32)  # noqa: E731
-        teacher = read(self.place)
-        models = teacher, read(s.init_from) if s.init_from else mil.keep_layers(teacher, chosen_layers(s)) if s.student_layers else teacher
-        self.kept = models if single else None
-        return models
+        load = lambda place: mil.load(place, self.run.device if single else None, None if s.dtype == "bfloat16" else torch.float32)  # noqa: E731
+        teacher = load(self.place)
+        found = teacher, load(s.init_from) if s.init_from else mil.keep_layers(teacher, chosen_layers(s)) if s.student_layers else teacher
+        self.kept = found if single else None
+        return found
 
 
 def assemble(run, teacher, base, stage, number, own):
@@ -1190,30 +1198,30 @@ def assemble(run, teacher, base, stage, number, own):
     owned(student, names, own)
     for name, w in student.named_parameters():
         w.requires_grad_(stage.trains(name))
-    return prepare(run, Pair(teacher, student))
+    return prepare(run, Models(teacher, student))
 
 
-def prepare(run, pair):
+def prepare(run, models):
     """The arithmetic's type, what is computed again, torch.compile, and the processes."""
     s = run.s
-    for model in filter(None, (pair.teacher, pair.student)):
+    for model in filter(None, (models.teacher, models.student)):
         model.compute = getattr(torch, s.dtype)
-    for i, both in enumerate(pair.layers):
+    for i, both in enumerate(models.layers):
         if both.student is not None:
-            n, share = len(pair.student.layers), share_recomputed(s)
+            n, share = len(models.student.layers), share_recomputed(s)
             both.student.mlp.again = math.floor((i + 1) * share) > math.floor(i * share)
             both.again = s.recompute == "block"
         for layer in filter(None, (both.teacher, both.student)) if s.compile else ():
             layer.compile()
-    return shard(run, pair)
+    return shard(run, models)
 
 
-def save_student(run, pair, place, tokenizer, base_type, **notes):
+def save_student(run, models, place, tokenizer, base_type, **notes):
     """Write the student as a model of its own, in the type of the Llama it began as."""
-    weights = whole(run, dict(pair.student.named_parameters()))
+    weights = whole(run, dict(models.student.named_parameters()))
     if run.rank == 0:
         with torch.device("meta"):
-            model = mil.Hybrid(pair.student.config)
+            model = mil.Hybrid(models.student.config)
         for name, w in weights.items():
             where, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(where), leaf, nn.Parameter(w if mil.stays_wide(name) else w.to(base_type)))
@@ -1243,59 +1251,61 @@ def get_teacher(run, state, corpus, encoding, tokenizer, journal, place):
         torch.manual_seed(s.seed)
         stage = Stage(train="all", alpha=1, beta=0, steps=s.teacher_steps, lr=s.teacher_lr, warmup=s.warmup, schedule=s.schedule, name="teacher", mixers=config.mixers)
         model = owned(mil.Hybrid(config).to(run.device), state.own, state.own)
-        pair = prepare(run, Pair(None, model))
-        fit(run, state, stage, pair, training_batches(run, corpus, [s.seed, 0]), journal, "This run saved no teacher")
-        save_student(run, pair, place, tokenizer, torch.float32, recipe=recipe)
-        state.rows = [{"model": "teacher", **evaluate(run, pair, corpus, encoding)[0], **speed(run, state, stage)}]
+        models = prepare(run, Models(None, model))
+        fit(run, state, stage, models, training_batches(run, corpus, [s.seed, 0]), journal, "This run saved no teacher")
+        save_student(run, models, place, tokenizer, torch.float32, recipe=recipe)
+        state.rows = [{"model": "teacher", **evaluate(run, models, corpus, encoding)[0], **throughput(run, state, stage)}]
         state.stage, state.step, state.seconds = 1, 0, 0.0
-        save_state(run, state, pair)
+        save_state(run, state, models)
     state.own = {} if state.stage <= 1 and not state.step else state.own  # a checkpoint at this point holds the teacher
 
 
-def speed(run, state, stage):
+def throughput(run, state, stage):
     return {"seconds": state.seconds, "tokens_per_second": stage.steps * run.s.batch * run.s.context / max(state.seconds, 1e-9)}
 
 
 def distill(run, state, stages, source, corpora, encoding, tokenizer, journal):
     """The stages from state.stage on (1 is the first). Appends a row of evaluation to state.rows after each."""
-    s, place, kept, validation = run.s, Path(run.s.out) / "student", "This run saved no student", corpora()
-    kind = source.models()[1].embed_tokens.weight.dtype
+    s, place, last_good, validation = run.s, Path(run.s.out) / "student", "This run saved no student", corpora()
+    kind = source.read()[1].embed_tokens.weight.dtype
 
-    def report(name, pair, more):
-        first_row, row = evaluate(run, pair, validation, encoding)
+    def report(name, models, more):
+        first_row, row = evaluate(run, models, validation, encoding)
         state.rows = state.rows or [{"model": "teacher", **first_row}]
         state.rows.append({"model": name, **row, **more})
         if not math.isfinite(row["loss"]):
-            raise MilError(f"{name}: the validation loss is {row['loss']}; stopped. {kept}. Try lower learning rates")
+            raise MilError(f"{name}: the validation loss is {row['loss']}; stopped. {last_good}. Try lower learning rates")
         preferred = f", chosen preferred {more['preferred']:.1%} ± {more['preferred_error']:.1%}, margin {more['margin']:.4f}" if "preferred" in more else ""
         was = f" (before: {more['kl_before']:.4f})" if "kl_before" in more else ""
         show(f"{name}: validation loss {row['loss']:.4f}, KL to the teacher {row['kl']:.4f}{was}{preferred}")
 
     if len(state.rows) < 2:
         untrained = dataclasses.replace(stages[0], mixers=stages[-1].mixers, train="mixers")
-        report("student, not trained", assemble(run, *source.models(), untrained, 0, {}), {})
+        report("student, not trained", assemble(run, *source.read(), untrained, 0, {}), {})
     for number, stage in enumerate(stages, 1):
         if number < state.stage:
-            kept = f"The last good checkpoint is {place}, after {stage.name}"
+            last_good = f"The last good checkpoint is {place}, after {stage.name}"
             continue
-        pair = assemble(run, *source.models(), stage, number, state.own)
-        state.before = state.before if state.step else evaluate(run, pair, validation, encoding)[1]["kl"]
+        models = assemble(run, *source.read(), stage, number, state.own)
+        state.before = state.before if state.step else evaluate(run, models, validation, encoding)[1]["kl"]
         more = lambda: {}  # noqa: E731
         if stage.loss == "dpo":
             train, held = load_pairs(s, stage.data, encoding)
-            reference = references(run, pair, [*train, *held], source.place)
+            reference = references(run, models, [*train, *held], source.place)
             stage.steps = stage.steps or max(1, len(train) // (s.batch // 2))
             batches = pair_batches(run, train, reference[:len(train)], [s.seed, number])
-            more = lambda pair=pair, stage=stage, held=held, rest=reference[len(train):]: preferences(run, stage, pair, held, rest)  # noqa: E731
+            more = lambda models=models, stage=stage, held=held, rest=reference[len(train):]: preferences(run, stage, models, held, rest)  # noqa: E731
         else:
             batches = training_batches(run, corpora(stage.data, answers=s.pseudo_labels and not stage.data), [s.seed, number])
-        fit(run, state, stage, pair, batches, journal, kept)
-        report(stage.name, pair, {**(speed(run, state, stage) if stage.loss == "distill" else {"seconds": state.seconds}), "kl_before": state.before, **more()})
-        save_student(run, pair, place, tokenizer, kind, stage=stage.name)
-        kept = f"The last good checkpoint is {place}, after {stage.name}"
+        fit(run, state, stage, models, batches, journal, last_good)
+        report(stage.name, models, {**(throughput(run, state, stage) if stage.loss == "distill" else {"seconds": state.seconds}), "kl_before": state.before, **more()})
+        save_student(run, models, place, tokenizer, kind, stage=stage.name)
+        last_good = f"The last good checkpoint is {place}, after {stage.name}"
         state.stage, state.step, state.seconds = number + 1, 0, 0.0
-        state.own = save_state(run, state, pair)
-        del pair, batches, more  # the next student comes before this one would go
+        state.own = save_state(run, state, models)
+        del models, batches, more  # the next student comes before this one would go
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # What a stage costs
 
@@ -1348,7 +1358,7 @@ def memory_needed(s, student, stage, teacher_bytes, base_bytes=0, processes=1, k
     return parts
 
 
-def speed_of(run):
+def device_flops(run):
     """Matrix operations a second that this device does, of matrices of a few thousand rows."""
     a = torch.randn((4096 if run.device.type == "cuda" else 512,) * 2, device=run.device, dtype=getattr(torch, run.s.dtype))
     times = []
@@ -1361,25 +1371,25 @@ def speed_of(run):
 
 def announce(run, stages, teacher, base):
     """Says, before a run begins, what its stages are and what they will cost."""
-    s, rate = run.s, speed_of(run)
+    s, peak = run.s, device_flops(run)
     there = torch.cuda.get_device_properties(run.device).total_memory if run.device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     given = [weights_of(s, s.teacher, teacher), weights_of(s, s.init_from, base) if s.init_from else 0]
     if s.student_layers:
         given[1] = given[0] * matrices(base) / matrices(teacher)
     lines = [f"{'':<38}{'attention':>10}{'trained':>10}{'tokens':>10}{'lr':>9}{'α':>6}{'β':>6}{'memory':>11}{'time':>8}"]
-    first_ = [Stage(train="all", beta=0, steps=s.teacher_steps, lr=s.teacher_lr, name="teacher", mixers=teacher.mixers)] * (not s.teacher)
-    for stage in first_ + stages:
-        config, alone = dataclasses.replace(base, mixers=stage.mixers) if stage not in first_ else teacher, stage in first_
+    before = [Stage(train="all", beta=0, steps=s.teacher_steps, lr=s.teacher_lr, name="teacher", mixers=teacher.mixers)] * (not s.teacher)
+    for stage in before + stages:
+        config, alone = dataclasses.replace(base, mixers=stage.mixers) if stage not in before else teacher, stage in before
         trained, tokens = sum(w.numel() for name, w in blank(config).named_parameters() if stage.trains(name)), stage.steps * s.batch * s.context
         parts = memory_needed(s, config, stage, *([0, 0] if alone else given), run.size, run.device.type)
         run.cost = max(run.cost, parts, key=lambda parts: sum(parts.values()))
-        seconds = flops(None if alone else teacher, config, stage, s.context) * tokens / (0.5 * rate * run.size)
+        seconds = flops(None if alone else teacher, config, stage, s.context) * tokens / (0.5 * peak * run.size)
         kept, many = f"{stage.mixers.count('attention')} of {len(stage.mixers)}", f"{tokens / 1e6:,.1f} M" if tokens else "a pass"
         lines.append(f"{stage.name:<38}{kept:>10}{trained / 1e6:>8,.1f} M{many:>10}"
                      f"{stage.lr:>9.1e}{stage.alpha:>6g}{stage.beta:>6g}{sum(parts.values()) / 2**30:>7.1f} GiB{clock(seconds) if tokens else '':>8}")
     show("\n".join(lines))
     show(f"memory: about {sum(run.cost.values()) / 2**30:.1f} GiB of {there / 2**30:.1f} ({', '.join(f'{part} {size / 2**30:.1f}' for part, size in run.cost.items())})"
-         f"{'; MORE THAN THERE IS' * (sum(run.cost.values()) > there)}; {LOWER}. time: at half of this device's {rate / 1e12:.3g} TFLOP/s")
+         f"{'; MORE THAN THERE IS' * (sum(run.cost.values()) > there)}; {LOWER}. time: at half of this device's {peak / 1e12:.3g} TFLOP/s")
 
 
 LOWER = "--accumulate, --recompute mlp or block, --batch and --context lower it, and --stage2_steps 0"
@@ -1503,7 +1513,7 @@ def work(run, argv, began):
             find_files(stage.data, s.out)
     mil.make_directory(s.out)
     announce(run, stages, config, base)
-    with first(run):
+    with in_turn(run):
         corpus = load_corpus(s, s.data, encoding, tokenizer)
     show(f"data: {corpus.about}")
     results = Path(s.out) / "results.json"
@@ -1522,7 +1532,7 @@ def work(run, argv, began):
             if answers:
                 made[key] = answered(run, s.data, place, encoding, tokenizer)
             else:
-                with first(run):
+                with in_turn(run):
                     made[key] = load_corpus(s, paths, encoding, tokenizer)
             show(f"data: {made[key].about}")
         return made[key]
@@ -1554,8 +1564,8 @@ def finish(run, state, config, place, encoding, corpus, seconds):
     show(f"\n{'teacher':<58} │ student")
     show(side_by_side(*texts))
     more = "--chat" if (corpus.train[:10**6] < 0).any() else f"--prompt {shlex.quote(s.prompt)}"
-    models = f"--model {s.teacher} --draft {s.out}/student" if s.student_layers and s.teacher else f"--model {s.out}/student"
-    show(f"\nstudent: {s.out}/student   table: {s.out}/results.json" + f"   losses: {s.out}/loss.png" * figure + f"\ntry: python generate.py {models} {more}")
+    flags = f"--model {s.teacher} --draft {s.out}/student" if s.student_layers and s.teacher else f"--model {s.out}/student"
+    show(f"\nstudent: {s.out}/student   table: {s.out}/results.json" + f"   losses: {s.out}/loss.png" * figure + f"\ntry: python generate.py {flags} {more}")
     shutil.rmtree(Path(s.out) / "checkpoints", ignore_errors=True)
 
 

@@ -273,7 +273,7 @@ def test_the_preference_loss_equals_equation_4_and_so_do_its_gradients(seed, bet
     teacher, student = build(config, seed=1), build(Config(**{**vars(config), "mixers": ["mamba2", "attention"]}), seed=2)
     pairs = [tuple([*(~rng.integers(0, 19, 3)), *rng.integers(0, 19, rng.integers(1, 6))] for _ in range(2)) for _ in range(2)]
     pairs = [tuple([int(i) for i in side] for side in pair) for pair in pairs]
-    pair, stage = t.Pair(teacher, student), t.Stage(loss="dpo", beta=beta)
+    pair, stage = t.Models(teacher, student), t.Stage(loss="dpo", beta=beta)
     with torch.no_grad():
         reference = pair(t.pair_batch(run, pairs), t.Stage(loss="reference")).view(2, -1).T
         want = torch.stack([torch.stack([log_probability(teacher, side) for side in pair]) for pair in pairs])

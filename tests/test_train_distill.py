@@ -444,14 +444,14 @@ def test_weights_loss_and_gradients_are_float32_under_bfloat16(tmp_path):
 
 def evaluated(run, student, teacher, corpus, encoding="bytes"):
     """The student's row of a table."""
-    return t.evaluate(run, t.Pair(teacher, student), corpus, g.load_tokenizer(encoding) if isinstance(encoding, str) else encoding)[1]
+    return t.evaluate(run, t.Models(teacher, student), corpus, g.load_tokenizer(encoding) if isinstance(encoding, str) else encoding)[1]
 
 
 def test_evaluation_is_on_validation_text_by_hand(tmp_path):
     run = small_run(tmp_path)
     val = np.random.default_rng(0).integers(0, 256, 16 * 4 + 1).astype(np.uint16)   # exactly its four windows
     student, teacher = tiny_teacher(1), tiny_teacher(2)
-    row, got = t.evaluate(run, t.Pair(teacher, student), some_tokens(val), g.load_tokenizer("bytes"))
+    row, got = t.evaluate(run, t.Models(teacher, student), some_tokens(val), g.load_tokenizer("bytes"))
     x = torch.from_numpy(val.astype(np.int64)).to(DEVICE)
     with torch.no_grad():
         q, p = (m(x[:-1].view(4, 16)).flatten(0, 1).log_softmax(-1) for m in (student, teacher))
@@ -498,7 +498,7 @@ def test_distilling_goes_on_stage_by_stage_with_the_users_flags_and_leaves_the_t
 
     monkeypatch.setattr(t, "fit", spy)
     monkeypatch.setattr(mil, "replace_attention", lambda m, layers, mixer, init="attention", **k: (layers and inits.add(init)) or replace(m, layers, mixer, init, **k))
-    source = SimpleNamespace(models=lambda: (teacher, teacher), place=tmp_path)
+    source = SimpleNamespace(read=lambda: (teacher, teacher), place=tmp_path)
     t.distill(run, t.State(stage=1), t.plan(run.s, teacher.config), source, lambda *_, **__: data, g.load_tokenizer("bytes"), "bytes", io.StringIO())
     assert fits == [(2, 0.01, 0.5, 0.25), (2, 0.01, 0.5, 0.25), (3, 0.02, 0.5, 0.25)] and inits == {"random"}
     assert all(torch.equal(w, before[k]) for k, w in teacher.state_dict().items())
@@ -550,7 +550,7 @@ def test_a_batch_with_documents_gives_the_loss_and_gradients_of_each_alone(tmp_p
     losses = []
     for rows in ([batch], [t.to_device(batch.x[:, a:b].cpu(), batch.y[:, a:b].cpu(), torch.arange(b - a)[None], run.device) for a, b in ((0, 5), (5, 6), (6, 12))]):
         student.zero_grad()
-        loss = sum(t.Pair(teacher, student)(row, t.Stage(temperature=2.0), 1 / 10)[0] for row in rows if row.learned)
+        loss = sum(t.Models(teacher, student)(row, t.Stage(temperature=2.0), 1 / 10)[0] for row in rows if row.learned)
         loss.backward()
         losses.append((loss.detach(), [w.grad.clone() for w in student.parameters()]))
     (a, da), (b, db) = losses
