@@ -566,15 +566,23 @@ def shares(run, rows):
     return [slice((part * run.size + run.rank) * size, (part * run.size + run.rank + 1) * size) for part in range(run.s.accumulate)]
 
 
-def evaluation_batches(run, corpus):
-    """The same evenly spread windows every time, this process's share of them; all processes have as many batches."""
-    s, data = run.s, corpus.val
-    count, size = min(s.eval_sequences, (len(data) - 1) // s.context), max(1, s.batch // (run.size * s.accumulate))
-    starts = np.linspace(0, len(data) - s.context - 1, count).astype(int)
+def turns(run, count, rows):
+    """Which of `count` things this process takes in each turn, as many at a time as `rows` rows of a step leave to it, and whether these are its own: where it
+    has none left the first stands in, since all processes take part in every turn."""
+    size = max(1, rows // (run.size * run.s.accumulate))
     for i in range(0, count, size * run.size):
-        mine = starts[i:i + size * run.size][run.rank::run.size]
-        x, y, pos = windows(data, corpus.begins[1], mine if len(mine) else starts[:1], s.context)
-        yield to_device(x, y if len(mine) else torch.full_like(y, -100), pos, run.device)
+        mine = list(range(i, min(i + size * run.size, count))[run.rank::run.size])
+        yield mine or [0], bool(mine)
+
+
+def evaluation_batches(run, corpus):
+    """The same evenly spread windows every time."""
+    s, data = run.s, corpus.val
+    count = min(s.eval_sequences, (len(data) - 1) // s.context)
+    starts = np.linspace(0, len(data) - s.context - 1, count).astype(int)
+    for mine, own in turns(run, count, s.batch):
+        x, y, pos = windows(data, corpus.begins[1], starts[mine], s.context)
+        yield to_device(x, y if own else torch.full_like(y, -100), pos, run.device)
 
 
 def ahead(make, first, last, device=""):
@@ -1117,16 +1125,12 @@ def references(run, models, pairs, teacher):
     """The log-probabilities of all pairs (n, 2) by the teacher in that folder, made once and kept in out/data."""
     weights = [(Path(teacher) / file).stat() for file in mil.read_config(teacher)["weights"]]
     key = hashlib.sha256(repr([pairs, [(stat.st_size, stat.st_mtime_ns) for stat in weights], run.s.dtype]).encode()).hexdigest()[:16]
-    place, size = Path(run.s.out) / "data" / f"{key}.reference.npy", max(1, run.s.batch // 2 // (run.size * run.s.accumulate))
+    place = Path(run.s.out) / "data" / f"{key}.reference.npy"
     if not place.exists():
-        out, turns = torch.zeros(len(pairs), 2, device=run.device), range(0, len(pairs), size * run.size)
-        for turn, i in enumerate(turns):
-            mine = range(i, min(i + size * run.size, len(pairs)))[run.rank::run.size] or range(1)  # all processes take part in every turn
-            batch = pair_batch(run, [pairs[k] for k in mine])
-            found = models(batch, Stage(loss="reference")).view(2, -1).T
-            if mine.start >= i:
-                out[list(mine)] = found
-            show(f"reference: {min(i + size * run.size, len(pairs))} of {len(pairs)} pairs", done=turn == len(turns) - 1)
+        out = torch.zeros(len(pairs), 2, device=run.device)
+        for mine, own in turns(run, len(pairs), run.s.batch // 2):
+            out[mine] += own * models(pair_batch(run, [pairs[i] for i in mine]), Stage(loss="reference")).view(2, -1).T
+            show(f"reference: {mine[-1] + 1} of {len(pairs)} pairs", done=mine[-1] == len(pairs) - 1)
         out = added_up(run, out).cpu().numpy()
         if run.rank == 0:
             mil.make_directory(place.parent)
@@ -1138,11 +1142,9 @@ def references(run, models, pairs, teacher):
 @torch.no_grad()
 def preferences(run, stage, models, pairs, reference):
     """How often the chosen answer gains more over the teacher than the rejected one, its standard error, and by how much (β times, in nats)."""
-    size, total = max(1, run.s.batch // 2 // (run.size * run.s.accumulate)), torch.zeros(2, device=run.device)
-    for i in range(0, len(pairs), size * run.size):
-        mine = range(i, min(i + size * run.size, len(pairs)))[run.rank::run.size]
-        use = mine or range(1)
-        total += models(pair_batch(run, [pairs[k] for k in use], reference[list(use)]), stage)[1] * bool(mine)
+    total = torch.zeros(2, device=run.device)
+    for mine, own in turns(run, len(pairs), run.s.batch // 2):
+        total += own * models(pair_batch(run, [pairs[i] for i in mine], reference[mine]), stage)[1]
     right, margin = added_up(run, total).tolist()
     rather = (right + 1) / (len(pairs) + 2)  # so that a few pairs that agree are not taken for certain
     return {"preferred": right / len(pairs), "preferred_error": (rather * (1 - rather) / (len(pairs) + 2)) ** 0.5, "margin": margin / len(pairs)}
