@@ -1,0 +1,250 @@
+"""What reaches the stages of a run, and what a run keeps: found by planting faults that the tests beside this file did not see."""
+import dataclasses
+import io
+import json
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import DEVICE, assert_close
+from test_train_distill import (HALF, fitted, plain_loss, plans, random_batches, recipe, small_run, some_tokens, tiny_teacher)
+from test_runs import CLEAN, server  # noqa: F401
+
+import generate as g
+import mil
+import train_distill as t
+from mil import Config, MilError
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_stages_weights_temperature_and_direction_reach_the_loss(tmp_path, reverse):
+    run, student, teacher = small_run(tmp_path), tiny_teacher(1), tiny_teacher(2)
+    (batch,), count = random_batches(run)(0)
+    loss, _ = t.Models(teacher, student)(batch, t.Stage(alpha=0.3, beta=0.7, temperature=2.0, reverse=reverse), 1 / count)
+    logits = [m(batch.x).flatten(0, 1) for m in (student, teacher)]
+    assert_close(loss, plain_loss(*logits, batch.y.flatten(), 0.3, 0.7, 2.0, reverse), 1e-5)
+
+
+def test_the_flags_of_the_loss_and_of_the_rate_reach_every_stage():
+    flags = dict(alpha=0.3, beta=0.2, temperature=2.0, reverse=True, schedule="linear", warmup=0.5)
+    assert [{k: getattr(stage, k) for k in flags} for stage in plans(4, **flags)] == [flags] * 3
+
+
+def test_what_is_computed_again_is_not_kept_and_changes_no_gradient_with_documents(tmp_path):
+    x, y = torch.randint(257, (2, 2, 16), generator=torch.Generator().manual_seed(0))
+    kept, found = [], []
+    for recompute in ("none", "mlp", "block"):
+        run, teacher, size = small_run(tmp_path, recompute=recompute), tiny_teacher(), {}
+        pair = t.assemble(run, teacher, teacher, t.Stage(train="all", mixers=HALF), 1, {})
+        batch = t.to_device(x, y, torch.arange(16).remainder(7).expand(2, 16), run.device)
+        pack = lambda w, size=size: size.__setitem__(w.untyped_storage().data_ptr(), (w.untyped_storage().nbytes(), w)) or w  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda w: w):
+            loss, _ = pair(batch, t.Stage(), 1 / 32)
+        kept.append(sum(n for n, _ in size.values()))
+        loss.backward()
+        found.append({k: w.grad for k, w in pair.student.named_parameters()})
+    assert kept[0] > kept[1] > kept[2]
+    for again in found[1:]:
+        for k, w in again.items():
+            assert_close(w, found[0][k], 1e-5, k, noise=1e-8)
+
+
+def test_what_a_stage_trained_stays_through_later_ones_and_their_checkpoints(tmp_path, monkeypatch):
+    run, teacher, after, saved, seen = small_run(tmp_path), tiny_teacher(), [], [], []
+    run.s.recipe = recipe(tmp_path, {"keep": 0.75, "train": "all", "steps": 1, "lr": 0.1}, *[{"keep": keep, "train": "mixers", "steps": 1, "lr": 0.1} for keep in (0.5, 0.25)])
+    honest, evaluate = t.fit, t.evaluate
+
+    def fit(run, state, stage, pair, *rest):
+        honest(run, state, stage, pair, *rest)
+        t.save_state(run, state, pair, SimpleNamespace(param_groups=[], state={}))
+        after.append(pair.student.norm.weight.detach().cpu().clone())
+        saved.append(torch.load(t.checkpoints(run)[-1])["own"].get("norm.weight"))
+
+    monkeypatch.setattr(t, "fit", fit)
+    monkeypatch.setattr(t, "evaluate", lambda run, pair, *rest: seen.append(list(pair.student.config.mixers)) or evaluate(run, pair, *rest))
+    data = some_tokens(np.random.default_rng(0).integers(0, 256, 500).astype(np.uint16))
+    stages = t.plan(run.s, teacher.config)
+    t.distill(run, t.State(stage=1), stages, SimpleNamespace(read=lambda: (teacher, teacher), place=tmp_path), lambda *_, **__: data, g.load_tokenizer("bytes"), "bytes", io.StringIO())
+    assert not torch.equal(after[0], teacher.norm.weight.cpu()) and all(torch.equal(w, after[0]) for w in after)
+    assert all(w is not None and torch.equal(w, after[0]) for w in saved)
+    assert seen == [stages[-1].mixers, *[stage.mixers for stage in stages for _ in (0, 1)]]   # not trained: what the whole run replaces
+
+
+def test_the_seconds_of_a_stage_count_those_before_it_was_interrupted(tmp_path):
+    run, stage, log = small_run(tmp_path), t.Stage(train="all", mixers=HALF, beta=0, steps=2, lr=0.1), io.StringIO()
+    state = t.State(step=1, seconds=1000.0)
+    t.fit(run, state, stage, t.assemble(run, None, tiny_teacher(), stage, 1, {}), random_batches(run), log, "")
+    assert 1000 < state.seconds < 1100 and json.loads(log.getvalue())["seconds"] > 1000
+
+
+def test_a_student_that_is_its_teacher_gains_nothing_on_held_out_pairs_in_one_epoch(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i}", "chosen": f"{i}", "rejected": "no" * (i % 4)}) for i in range(40)))
+    run, teacher, log = small_run(tmp_path), tiny_teacher(), io.StringIO()
+    mil.save(teacher, tmp_path / "teacher", tokenizer="bytes")
+    run.s.recipe = recipe(tmp_path, {"loss": "dpo", "data": [str(tmp_path / "pairs.jsonl")], "lr": 0})
+    state, data = t.State(stage=1), some_tokens(np.zeros(500, np.int16))
+    t.distill(run, state, t.plan(run.s, teacher.config), SimpleNamespace(read=lambda: (teacher, teacher), place=tmp_path / "teacher"), lambda *_, **__: data, g.load_tokenizer("bytes"), "bytes", log)
+    assert abs(state.rows[-1]["margin"]) < 1e-4 and json.loads(log.getvalue().splitlines()[-1])["step"] == 38
+
+
+def test_another_teacher_gives_other_references_and_other_answers(tmp_path):
+    run, encoding, found, answers = small_run(tmp_path), g.load_tokenizer("bytes"), [], []
+    (tmp_path / "a.txt").write_text("".join(f"{i} and {i}\n" for i in range(200)))
+    for seed in (1, 2):
+        teacher, place = tiny_teacher(seed), tmp_path / str(seed)
+        mil.save(teacher, place, tokenizer="bytes")
+        run.s.answers, run.s.answer_tokens = 9, 4
+        found.append(t.references(run, t.Models(teacher, teacher), [([~1, 2], [~1, 3])], place))
+        answers.append(t.answered(run, [str(tmp_path / "a.txt")], place, encoding, "bytes").train.tolist())
+    assert not torch.equal(*found) and answers[0] != answers[1]
+
+
+def test_the_answers_of_two_processes_are_in_the_order_of_the_prompts(tmp_path, monkeypatch):
+    monkeypatch.setattr(t, "together", lambda run: None)
+    (tmp_path / "a.txt").write_text("".join(f"{i} and {i}\n" for i in range(200)))
+    mil.save(tiny_teacher(1), tmp_path / "teacher", tokenizer="bytes")
+    made = {}
+    for size in (1, 2):
+        run = small_run(tmp_path / str(size))
+        run.s.answers, run.s.answer_tokens, run.size = 7, 4, size
+        for run.rank in range(size):
+            try:
+                made[size] = t.answered(run, [str(tmp_path / "a.txt")], tmp_path / "teacher", g.load_tokenizer("bytes"), "bytes").train
+            except FileNotFoundError:   # what the other process has yet to write
+                assert (size, run.rank) == (2, 0)
+    assert np.array_equal(made[1], made[2])
+
+
+def test_the_processes_of_an_evaluation_share_its_windows(tmp_path):
+    corpus, found = some_tokens(np.arange(16 * 3 + 1).astype(np.int16)), {}
+    for size in (1, 2):
+        batches = [list(t.evaluation_batches(t.Run(small_run(tmp_path).s, torch.device("cpu"), rank, size), corpus)) for rank in range(size)]
+        assert len({len(mine) for mine in batches}) == 1
+        found[size] = sorted(row for mine in batches for batch in mine for row in batch.y.tolist() if max(row) >= 0)
+    assert found[1] == found[2] and len(found[1]) == 3
+
+
+def test_the_share_of_preferred_pairs_its_error_and_its_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(t, "added_up", lambda run, total: total)
+    pair = lambda batch, stage: (None, torch.stack([(batch.reference[:, 0] > 0).float().sum(), batch.reference[:, 0].sum()]))  # noqa: E731
+    reference, pairs = torch.tensor([[1.0, 0], [2, 0], [-6, 0], [4, 0], [5, 0]]), [([~1, 2], [~1, 3])] * 5
+    for size in (1, 2, 4):
+        parts = [t.preferences(t.Run(small_run(tmp_path).s, torch.device("cpu"), rank, size), None, pair, pairs, reference) for rank in range(size)]
+        assert sum(part["preferred"] for part in parts) == pytest.approx(0.8) and sum(part["margin"] for part in parts) == pytest.approx(1.2)
+    whole = t.preferences(t.Run(small_run(tmp_path).s, torch.device("cpu")), None, pair, pairs, reference)
+    assert whole["preferred_error"] == pytest.approx((5 / 7 * 2 / 7 / 7) ** 0.5)   # of one more on either side
+
+
+def fit_shared(rank, place, stage, teacher, corpus):
+    dist.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2)
+    fit_log(t.Run(t.Settings(batch=4, context=16, dtype="float32", accumulate=2, out=str(place)), torch.device("cpu"), rank, 2), place / f"two{rank}", stage, teacher, corpus)
+    dist.destroy_process_group()
+
+
+def fit_log(run, path, stage, teacher, corpus):
+    log = io.StringIO()
+    t.fit(run, t.State(), stage, t.assemble(run, teacher, teacher, stage, 1, {}), t.training_batches(run, corpus, [7]), log, "")
+    path.write_text(log.getvalue())
+
+
+def test_two_processes_and_two_parts_train_and_log_as_one(tmp_path):
+    """The loop itself, of which the test of the gradients has only a copy."""
+    teacher, corpus = tiny_teacher().cpu(), some_tokens(np.random.default_rng(1).integers(0, 256, 400))
+    stage = t.Stage(train="all", mixers=HALF, steps=4, lr=1e-2)
+    fit_log(t.Run(t.Settings(batch=4, context=16, dtype="float32"), torch.device("cpu")), tmp_path / "one", stage, teacher, corpus)
+    workers = [CLEAN.Process(target=fit_shared, args=(rank, tmp_path, stage, teacher, corpus)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(100)
+    one, two = ([json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in ("one", "two0"))
+    for key in ("loss", "ce", "kl", "gradient"):
+        assert [record[key] for record in two] == pytest.approx([record[key] for record in one], rel=1e-3), key
+
+
+def test_the_memory_said_falls_with_processes_and_with_the_type():
+    config, stage, s = Config(v=1000, d=64, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=100, mixers=HALF), t.Stage(mixers=HALF), t.Settings(batch=4, context=4096, dtype="bfloat16")
+    part = lambda s, **more: t.memory_needed(s, config, stage, 0, **more)["activations, loss, gradients"]  # noqa: E731
+    assert part(s, processes=2) < 0.7 * part(s) and part(dataclasses.replace(s, dtype="float32")) > 1.3 * part(s)
+
+
+@pytest.mark.parametrize("content", [b"x", b"\xff", b"[1]"])
+def test_what_is_wrong_with_pairs_names_pairs(tmp_path, content):
+    (tmp_path / "p.jsonl").write_bytes(content)
+    with pytest.raises(MilError, match="^--pairs .*p.jsonl: "):
+        t.load_pairs(small_run(tmp_path).s, [tmp_path / "p.jsonl"], g.load_tokenizer("bytes"))
+
+
+def test_of_a_long_prompt_the_teacher_reads_the_end_and_of_one_text_nothing_of_its_validation_part(tmp_path):
+    encoding, s = g.load_tokenizer("bytes"), t.Settings(out=str(tmp_path), context=20, answer_tokens=5)
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(record) for record in (
+        {"messages": [{"role": "user", "content": "a" * 50 + "?"}, {"role": "assistant", "content": "b"}]}, {"prompt": "a" * 50 + "?", "completion": "b"})))
+    talk, plain = (bytes(ids) for _, ids in t.prompts_of(s, [str(tmp_path / "a.jsonl")], encoding))
+    assert talk.endswith(b"a?\nassistant:\n") and plain.endswith(b"a?") and len(talk) == len(plain) == 15
+    (tmp_path / "b.txt").write_text("a" * 180 + "b" * 20)
+    asked = [record["prompt"] for record, _ in t.prompts_of(s, [str(tmp_path / "b.txt")], encoding)]
+    assert len(asked) == 9 and not any("b" in text for text in asked)
+
+
+def test_a_run_goes_on_with_other_flags_of_speed_and_with_no_other(tmp_path):
+    run, stages = small_run(tmp_path), plans(4)
+    corpus, pair = some_tokens(np.zeros(99, np.int16)), t.Models(None, tiny_teacher())
+    t.save_state(run, t.load_state(run, stages, corpus), pair, SimpleNamespace(param_groups=[], state={}))
+    run.s.resume = True
+    free = dict(save_minutes=1.0, keep_checkpoints=9, recompute="block", compile=True, prompt="x", accumulate=2)
+    assert t.load_state(t.Run(dataclasses.replace(run.s, **free), run.device), stages, corpus).settings
+    for name in {f.name for f in dataclasses.fields(run.s)} - {"out", "device", "resume", "recipe", *free}:
+        value = getattr(run.s, name)
+        other = dataclasses.replace(run.s, **{name: not value if isinstance(value, bool) else [*value, "x"] if isinstance(value, list) else value + type(value)(1)})
+        with pytest.raises(MilError, match=f"made with other settings: --{name} was"):
+            t.load_state(t.Run(other, run.device), stages, corpus)
+    with pytest.raises(MilError, match="made with other settings: --data was"):
+        t.load_state(run, stages, dataclasses.replace(corpus, key="another"))
+
+
+def test_a_step_in_which_nothing_is_to_be_learned_changes_nothing(tmp_path):
+    run, stage, teacher = small_run(tmp_path), t.Stage(train="all", mixers=HALF, steps=1, lr=0.1), tiny_teacher()
+    pair = t.assemble(run, teacher, teacher, stage, 1, {})
+    before = {k: w.clone() for k, w in pair.student.state_dict().items()}
+    corpus = some_tokens(np.full(99, ~7, np.int16))
+    _, (record,) = fitted(run, pair, stage, t.training_batches(run, corpus, [0]))
+    assert record["loss"] == 0 and all(torch.equal(w, before[k]) for k, w in pair.student.state_dict().items())
+
+
+def test_a_checkpoint_comes_every_so_many_minutes(tmp_path, monkeypatch):
+    run, stage, now, saved = small_run(tmp_path, save_minutes=1.0), t.Stage(train="all", mixers=HALF, beta=0, steps=6, lr=0.1), iter(range(0, 10**6, 30)), []
+    monkeypatch.setattr(t, "time", SimpleNamespace(perf_counter=time.perf_counter, monotonic=lambda: next(now)))
+    monkeypatch.setattr(t, "save_state", lambda run, state, *_: saved.append(state.step))
+    fitted(run, t.assemble(run, None, tiny_teacher(), stage, 1, {}), stage, random_batches(run))
+    assert saved == [2, 4]
+
+
+def test_in_bfloat16_the_teacher_is_read_and_the_student_written_as_the_teachers_file_is(tmp_path):
+    run = small_run(tmp_path, dtype="bfloat16", stage1_steps=2, stage2_steps=1)
+    mil.save(tiny_teacher().bfloat16(), tmp_path / "teacher", tokenizer="bytes")
+    source, data = t.Source(run, tmp_path / "teacher"), some_tokens(np.random.default_rng(0).integers(0, 256, 500).astype(np.int16))
+    teacher, base = source.read()
+    assert teacher is base is source.read()[0] and teacher.lm_head.weight.dtype == torch.bfloat16
+    t.distill(run, t.State(stage=1), t.plan(run.s, teacher.config), source, lambda *_, **__: data, g.load_tokenizer("bytes"), "bytes", io.StringIO())
+    assert {w.dtype for k, w in mil.load(tmp_path / "student").named_parameters() if not mil.stays_wide(k)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("sign, code", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_stopped_run_ends_with_its_signals_code(sign, code):
+    with pytest.raises(SystemExit) as e:
+        t.leave(SimpleNamespace(stop=sign))
+    assert e.value.code == code
+
+
+def test_the_teachers_forward_costs_where_it_is_asked_and_nowhere_else():
+    teacher, student = Config(v=99, d=16, n_layers=2, n_heads=2, n_kv_heads=1), Config(v=99, d=16, n_layers=2, n_heads=2, n_kv_heads=1, mixers=["mamba2", "attention"])
+    cost = lambda teacher, **more: t.flops(teacher, student, t.Stage(mixers=student.mixers, **more), 32)  # noqa: E731
+    assert cost(teacher) - cost(None) == t.forward_flops(teacher, 32) and cost(teacher, beta=0) == cost(teacher, loss="dpo") == cost(None)
+
+
+def test_the_bounds_of_documents_in_several_rows():
+    docs = mil.Documents(torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]), torch.device("cpu"))
+    assert docs.bounds.tolist() == [0, 3, 5, 6, 10] and docs.longest == 4
