@@ -661,7 +661,7 @@ def test_a_compiled_hybrid_is_one_graph_for_lengths_of_a_kind_and_equals_the_eag
         for l in (20, 33, 41) if DEVICE == "cuda" else (3, 5, 7):
             tokens = torch.arange(l, device=DEVICE)[None] % 9
             for a, e in zip(run(compiled, tokens), run(model, tokens)):
-                assert_close(a, e, 1e-5)
+                assert_close(a, e, 1e-4)
     assert len(graphs) == 2  # for the first length, then for others (far longer ones, cut into segments, have their own)
 
 
@@ -1262,7 +1262,7 @@ def test_a_cast_copy_of_a_weight_is_not_kept():
 @FORMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_an_mlp_that_computes_its_products_again_has_the_bits_of_one_that_keeps_them(which, dtype):
-    tensors = operands("mlp", (2, 9, 33, 70), 5, dtype, torch.float32)
+    tensors = operands("mlp", (2, 19, 33, 70), 5, dtype, torch.float32)   # more tokens than go to decoding's kernels
     with form(which):
         runs = [values_and_gradients(OPERATIONS[name][0], tensors) for name in ("mlp", "mlp recomputed")]
         with torch.no_grad():

@@ -50,6 +50,7 @@ def server():
     """Starts what the clean processes fork from, which finds this module by PYTHONPATH alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")   # a fork of a process that has looked for GPUs cannot
         forkserver.ensure_running()
 
 
