@@ -676,8 +676,9 @@ def prompts_of(s, paths, encoding):
 
 
 def answered(run, paths, place, encoding, tokenizer):
-    """A Corpus whose training part is what the teacher in `place` answers to the training part of `paths`; validation stays theirs. The answers are sampled at temperature 1 and written, as they
-    come, to out/data/….answers.1of1.jsonl (of several processes a file each), a line an answer with its seed; those there are not made again."""
+    """A Corpus whose training part is what the teacher in `place` answers to the training part of `paths`; validation stays theirs. The answers are
+    sampled at temperature 1, in batches of one seed each, and written as they come to out/data/….answers.1of1.jsonl (of several processes a file
+    each), a line an answer, with its seed and its tokens; those there are not made again."""
     s, rows = run.s, min(64, run.s.batch)
     with in_turn(run):
         corpus = load_corpus(s, paths, encoding, tokenizer)
@@ -704,7 +705,8 @@ def answered(run, paths, place, encoding, tokenizer):
             if turn < done:
                 continue
             batch = batches[i]
-            generator.manual_seed(s.seed * 2**20 + i)
+            seed = (s.seed * 2**20 + i) % 2**63
+            generator.manual_seed(seed)
             if decoder is None or len(batch) != rows:
                 decoder = Decoder(teacher, len(batch), s.context, generator=generator)
             replies = [[] for _ in batch]
@@ -714,7 +716,7 @@ def answered(run, paths, place, encoding, tokenizer):
             for number, ((record, ids), reply) in enumerate(zip(batch, replies), i * rows):
                 text = b"".join(token_bytes(encoding, token) for token in reply if token not in stop).decode("utf-8", "replace")
                 record = {"messages": [*record["messages"], {"role": "assistant", "content": text}]} if "messages" in record else {**record, "completion": text}
-                out.write(json.dumps({**record, "number": number, "seed": s.seed * 2**20 + i, "tokens": [*(~i for i in ids), *reply]}, ensure_ascii=False) + "\n")
+                out.write(json.dumps({**record, "number": number, "seed": seed, "tokens": [*(~i for i in ids), *reply]}, ensure_ascii=False) + "\n")
             out.flush()
             if run.stop:
                 leave(run)
@@ -934,7 +936,7 @@ def whole(run, tensors):
 
 
 def shard(run, models):
-    """Spread a pair's tensors over all processes: each layer is gathered when it is used, and its gradient shared out (FSDP2)."""
+    """Spread the tensors of both models over all processes: each layer is gathered when it is used, and its gradient shared out (FSDP2)."""
     if run.size > 1:
         from torch.distributed.fsdp import fully_shard
         mesh = dist.init_device_mesh(run.device.type, (run.size,))
@@ -959,6 +961,7 @@ def show(line, done=True):
 
 
 def clock(seconds):
+    """Minutes and seconds."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
@@ -1031,7 +1034,7 @@ def spread(moments, w):
 
 
 def fit(run, state, stage, models, batches, journal, last_good):
-    """Train what of the pair's student requires gradients, from state.step on. Stops with MilError when the loss is not finite; `last_good` says which
+    """Train what of the student requires gradients, from state.step on. Stops with MilError when the loss is not finite; `last_good` says which
     model is then the last good one."""
     s, device, began, saved = run.s, run.device, time.perf_counter() - state.seconds, time.monotonic()
     if run.size > 1:
@@ -1186,7 +1189,7 @@ class Source:
 
 
 def assemble(run, teacher, base, stage, number, own):
-    """The Pair of a stage: the student is `base` with attention replaced as the stage says, the tensors trained before (`own`) put in; what trains now
+    """The Models of a stage: the student is `base` with attention replaced as the stage says, the tensors trained before (`own`) put in; what trains now
     requires gradients and is float32, and everything else is the base's own tensor."""
     torch.manual_seed(run.s.seed + 1 + number)  # of what no earlier stage trained
     student = base
@@ -1263,6 +1266,7 @@ def get_teacher(run, state, corpus, encoding, tokenizer, journal, place):
 
 
 def throughput(run, state, stage):
+    """How long a stage took, and at what rate."""
     return {"seconds": state.seconds, "tokens_per_second": stage.steps * run.s.batch * run.s.context / max(state.seconds, 1e-9)}
 
 
