@@ -14,7 +14,7 @@ A Llama is the stack with attention in every layer; there is no other model clas
 b batch, l length, d width, h query heads, g kv heads, p channels per head, n state size per head, w conv width,
 v vocabulary. In attention p is head_dim and n = p.
 
-In this file, top to bottom: Config; the mixers Attention, Mamba and Mamba2; Hybrid, the stack; Cache, what decoding
+In this file, top to bottom: Config; the mixers Attention, Mamba and Mamba2, and Documents, rows of several; Hybrid, the stack; Cache, what decoding
 remembers; replace_attention and keep_layers; checkpoints, ours and the world's.
 """
 import contextlib

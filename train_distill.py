@@ -100,7 +100,7 @@ class Settings:
     pairs: list = flag([], ".jsonl files of prompt, chosen, rejected: adds a stage of preferences (DPO)", nargs="+", action="extend", metavar="path")
     seed: int = flag(0, "of initial values and of the order of the data")
     device: str = flag("", "cpu, cuda, cuda:1 …; empty: cuda if there is one")
-    dtype: str = flag("", "of the arithmetic, bfloat16 or float32; what is trained is float32. Empty: bfloat16 on cuda")
+    dtype: str = flag("", "of the arithmetic, bfloat16 or float32 (never TF32); what is trained is float32. Empty: bfloat16 on cuda")
     n_layers: int = sized("n_layers", "teacher: layers; --keep says how many keep their attention")
     d: int = sized("d", "teacher: width; cost grows with its square")
     n_heads: int = sized("n_heads", "teacher: query heads; each d / n_heads wide")
@@ -134,6 +134,27 @@ class Settings:
     keep_checkpoints: int = flag(2, "how many of the newest checkpoints stay")
     resume: bool = flag(False, "go on from the newest checkpoint in --out, with the same settings; from the beginning where there is none", action="store_true")
     prompt: str = flag("def ", "for the sample at the end")
+
+
+CHOICES = {"mixer": mil.MIXERS[1:], "init": ("attention", "random"), "dtype": ("float32", "bfloat16"), "schedule": ("cosine", "linear", "constant"),
+           "train": ("mixers", "all"), "loss": ("distill", "dpo")}
+LIMITS = {**dict.fromkeys(("alpha", "beta", "lr", "teacher_lr", "stage1_lr", "stage2_lr", "stage3_lr", "save_minutes", "answers", "steps", "stage3_steps"), (0, sys.float_info.max)),
+          **dict.fromkeys(("clip", "temperature", "dpo_beta"), (sys.float_info.min, math.inf)), **dict.fromkeys(("accumulate", "keep_checkpoints"), (1, math.inf)),
+          "warmup": (0, 1), "keep": (0, 1), "seed": (0, 2**63 - 2)}
+
+
+def check(of, where):
+    """MilError for a value of Settings or of a Stage that is none of its choices or outside its limits; `where` stands before its name."""
+    for name, allowed in CHOICES.items():
+        if getattr(of, name, allowed[0]) not in allowed:
+            raise MilError(f"{where}{name} is {getattr(of, name)!r}, expected one of {', '.join(allowed)}")
+    for name, (least, most) in LIMITS.items():
+        value = getattr(of, name, None)
+        if value is not None and not least <= value <= most:
+            span = f"{least:g} to {most}" if most < 2**63 else "more than 0" if 0 < least < 1 else f"{least} or more"
+            raise MilError(f"{where}{name} is {value}, expected {span}")
+    if getattr(of, "alpha", 1) == getattr(of, "beta", 1) == 0:
+        raise MilError(f"{where}alpha and beta are both 0: nothing would be learned; expected at least one above 0")
 
 
 def chosen_layers(s):
@@ -181,26 +202,12 @@ def complete(s, device, teacher_config=None):
         raise MilError(f"--context is {s.context}, but the teacher in {s.teacher} was trained for {teacher_config.context}")
     s.dtype = s.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     s.answer_tokens = s.answer_tokens or max(1, s.context * 3 // 4)
-    for name, allowed in (("mixer", mil.MIXERS[1:]), ("init", ("attention", "random")), ("dtype", ("float32", "bfloat16")), ("schedule", SCHEDULES)):
-        if getattr(s, name) not in allowed:
-            raise MilError(f"--{name} is {getattr(s, name)!r}, expected one of {', '.join(allowed)}")
-    for name in ("alpha", "beta", "teacher_lr", "stage1_lr", "stage2_lr", "stage3_lr", "save_minutes", "answers", "stage3_steps"):
-        if not 0 <= getattr(s, name) < math.inf:
-            raise MilError(f"--{name} is {getattr(s, name)}, expected 0 or more")
-    for name in ("clip", "temperature", "dpo_beta", "accumulate", "keep_checkpoints"):
-        if not getattr(s, name) > 0:
-            raise MilError(f"--{name} is {getattr(s, name)}, expected more than 0{' (inf: no clipping)' * (name == 'clip')}")
+    check(s, "--")
     if not 1 <= s.answer_tokens < s.context:
         raise MilError(f"--answer_tokens is {s.answer_tokens}, expected 1 to {s.context - 1}, less than --context")
     share_recomputed(s)
-    if not 0 <= s.seed < 2**63 - 1:
-        raise MilError(f"--seed is {s.seed}, expected 0 to 2^63 - 2")
     if not s.prompt or s.context < 2:
         raise MilError(f"--prompt is {s.prompt!r} and --context {s.context}; expected some text and at least 2")
-    if s.alpha == s.beta == 0:
-        raise MilError("--alpha and --beta are both 0: nothing would be learned; expected at least one above 0")
-    if not 0 <= s.warmup <= 1:
-        raise MilError(f"--warmup is {s.warmup}, expected a share between 0 and 1")
     if s.student_layers and (s.init_from or s.recipe):
         raise MilError("--student_layers: a small student has neither --init_from nor --recipe; expected one of them")
     if teacher_config is None and s.d % (2 * s.n_heads):
@@ -212,8 +219,6 @@ def complete(s, device, teacher_config=None):
 
 # ---------------------------------------------------------------------------------------------------------------
 # Stages
-
-SCHEDULES = ("cosine", "linear", "constant")
 
 
 @dataclass
@@ -304,14 +309,10 @@ def resolve(stages, config, where):
     for i, stage in enumerate(stages, 1):
         def refuse(what):
             raise MilError(f"{where}{i}: {what}")  # noqa: B023
-        for name, allowed in (("mixer", mil.MIXERS[1:]), ("train", ("mixers", "all")), ("loss", ("distill", "dpo")), ("schedule", SCHEDULES)):
-            if getattr(stage, name) not in allowed:
-                refuse(f"{name} is {getattr(stage, name)!r}, expected {' or '.join(allowed)}")
+        check(stage, f"{where}{i}: ")
         if stage.keep is not None and stage.replace:
             refuse("keep and replace: expected one of them")
         if stage.keep is not None:
-            if not 0 <= stage.keep <= 1:
-                refuse(f"keep is {stage.keep:g}, expected a share between 0 and 1")
             count = len(mil.interleaved_layers(n, stage.keep))
             if count == n and stage.keep > 0:
                 refuse(f"keep {stage.keep:g} of {n} layers would keep none of them; expected 0, or {1 / n:g} at least")
@@ -336,12 +337,8 @@ def resolve(stages, config, where):
         stage.mixers = mixers
         if stage.loss == "dpo" and not stage.data:
             refuse("has the loss dpo and no data; expected --pairs, or \"data\": a list of .jsonl files of prompt, chosen and rejected")
-        if stage.alpha == stage.beta == 0 or stage.loss == "dpo" and not stage.beta > 0:
-            refuse(f"alpha is {stage.alpha:g} and beta {stage.beta:g}: nothing would be learned")
-        numbers = stage.alpha, stage.beta, stage.lr, stage.warmup, stage.temperature
-        if min(numbers) < 0 or max(numbers) == math.inf or stage.warmup > 1 or not stage.temperature:
-            refuse(f"alpha {stage.alpha:g}, beta {stage.beta:g}, lr {stage.lr:g}, temperature {stage.temperature:g}, warmup {stage.warmup:g}: expected none "
-                   f"below 0, a temperature above it and a warmup of at most 1")
+        if stage.loss == "dpo" and not stage.beta:
+            refuse("beta is 0: no preference would be learned; expected more")
         if stage.steps < (stage.loss == "distill"):
             refuse(f"steps is {stage.steps}, expected 1 or more")
         replaced = sum(mixer != "attention" for mixer in mixers)

@@ -280,13 +280,13 @@ def test_a_recipe_is_a_list_of_stages_and_the_command_line_says_the_rest(tmp_pat
 @pytest.mark.parametrize("stages, match", [
     ([{"keep": 0.5}, {"replace": [0]}], "stage 2: replaces layer 0, which holds mamba2 by then: it is replaced twice"), ([{"replace": [1, 1]}], "stage 1: replaces layer 1"),
     ([{"keep": 0.1}], "stage 1: keep 0.1 of 4 layers would keep none of them; expected 0, or 0.25"), ([{"replace": [4]}], "replaces layer 4; the model has layers 0 to 3"),
-    ([{"keep": 0.5, "replace": [1]}], "keep and replace: expected one of them"), ([{"keep": 0.5, "alpha": 0, "beta": 0}], "stage 1: alpha is 0 and beta 0: nothing would be learned"),
+    ([{"keep": 0.5, "replace": [1]}], "keep and replace: expected one of them"), ([{"keep": 0.5, "alpha": 0, "beta": 0}], "stage 1: alpha and beta are both 0: nothing would be learned"),
     ([{"stpes": 3}], "stage 1 has 'stpes', expected some of keep, replace.*did you mean steps"), ([{"steps": "3"}], "stage 1: steps is '3', expected int"),
     ([{"reverse": 1}], "reverse is 1, expected bool"), ([{"replace": ["a"]}], "expected a list of int"), ([{"train": "mixers"}], "trains the mixers, and there is none to train"),
-    ([{"train": "some"}], "train is 'some', expected mixers or all"), ([{"keep": 0.5, "steps": 0}], "steps is 0"), ([{"loss": "dpo"}], "has the loss dpo and no data"),
-    ([{"keep": 2}], "keep is 2"), ([{"keep": 0.5, "lr": -1}], "lr -1"), ([{"keep": 0.5, "temperature": 0}], "temperature 0"), ([], "expected a list of stages"), ([3], "expected a list of stages"),
-    ([{"keep": 0.5, "warmup": 2}], "warmup 2"), ([{"keep": -0.5}], "keep is -0.5"), ([{"keep": 0.25}, {"keep": 0.5}], "keep is 0.5, but the stages before leave only 1 of 4"),
-    ([{"keep": 0.5, "lr": math.nan}], "lr is nan"), ([{"keep": 0.5, "mixer": "none"}], "there is none to train"), ([{"keep": 0.5, "lr": math.inf}], "lr inf"), ([{"schedule": "up"}], "schedule is 'up'")])
+    ([{"train": "some"}], "train is 'some', expected one of mixers, all"), ([{"keep": 0.5, "steps": 0}], "steps is 0"), ([{"loss": "dpo"}], "has the loss dpo and no data"),
+    ([{"keep": 2}], "keep is 2"), ([{"keep": 0.5, "lr": -1}], "lr is -1, expected 0 or more"), ([{"keep": 0.5, "temperature": 0}], "temperature is 0, expected more than 0"), ([], "expected a list of stages"), ([3], "expected a list of stages"),
+    ([{"keep": 0.5, "warmup": 2}], "warmup is 2, expected 0 to 1"), ([{"keep": -0.5}], "keep is -0.5"), ([{"keep": 0.25}, {"keep": 0.5}], "keep is 0.5, but the stages before leave only 1 of 4"),
+    ([{"keep": 0.5, "lr": math.nan}], "lr is nan"), ([{"keep": 0.5, "mixer": "none"}], "there is none to train"), ([{"keep": 0.5, "lr": math.inf}], "lr is inf"), ([{"schedule": "up"}], "schedule is 'up'")])
 def test_a_stage_that_cannot_be_is_refused_in_one_line(tmp_path, stages, match):
     with pytest.raises(MilError, match=match) as e:
         plans(4, recipe=recipe(tmp_path, *stages))
