@@ -42,6 +42,7 @@ import sys
 import sysconfig
 import textwrap
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -80,7 +81,7 @@ def sized(name, help):
 
 @dataclass
 class Settings:
-    out: str = flag("out", "where teacher/, student/, checkpoints/, results.json and log.jsonl go")
+    out: str = flag("out", "where teacher/, student/, data/, checkpoints/, results.json, log.jsonl and loss.png go")
     data: list = flag([], "text files, folders, or .jsonl (text, messages, or prompt and completion); empty: Python's standard library",
                       nargs="+", action="extend", metavar="path")
     tokenizer: str = flag("", "bytes, a Llama-3 tokenizer.model, a tokenizer.json, or a tiktoken name; empty: the teacher's, or bytes")
@@ -116,7 +117,7 @@ class Settings:
     stage1_steps: int = sized("stage1_steps", "steps of stage 1, all replacement steps together: the new mixers learn")
     stage2_steps: int = flag(-1, f"steps of stage 2: everything learns; 0: no stage 2 (default {PRESETS['cpu']['stage2_steps']} on cpu, "
                                  f"{PRESETS['cuda']['stage2_steps']} on cuda)")
-    stage3_steps: int = flag(0, "steps of the stage of preferences, --batch / 2 pairs each; 0: every pair once")
+    stage3_steps: int = flag(0, "steps of the stage of preferences, --batch / 2 pairs each; 0: every training pair once")
     teacher_lr: float = flag(3e-3, "peak learning rate of the teacher; small models bear large rates")
     stage1_lr: float = flag(3e-3, "stage 1; the paper's 8e-5 is for 8B parameters")
     stage2_lr: float = flag(1e-3, "stage 2; the paper's 2e-5 is for 8B parameters")
@@ -203,13 +204,18 @@ def complete(s, device, teacher_config=None):
     s.dtype = s.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     s.answer_tokens = s.answer_tokens or max(1, s.context * 3 // 4)
     check(s, "--")
+    for name, asked, by in (("stage3_steps", "pairs", s.pairs or s.recipe), ("answers", "pseudo_labels", s.pseudo_labels)):
+        if getattr(s, name) and not by:
+            raise MilError(f"--{name} is {getattr(s, name)}, without --{asked} it means nothing; expected both or neither")
+    if s.context < 2:
+        raise MilError(f"--context is {s.context}, expected 2 or more")
     if not 1 <= s.answer_tokens < s.context:
         raise MilError(f"--answer_tokens is {s.answer_tokens}, expected 1 to {s.context - 1}, less than --context")
     share_recomputed(s)
-    if not s.prompt or s.context < 2:
-        raise MilError(f"--prompt is {s.prompt!r} and --context {s.context}; expected some text and at least 2")
+    if not s.prompt:
+        raise MilError("--prompt is '', expected some text")
     if s.student_layers and (s.init_from or s.recipe):
-        raise MilError("--student_layers: a small student has neither --init_from nor --recipe; expected one of them")
+        raise MilError("--student_layers: a small student has neither --init_from nor --recipe; leave them out")
     if teacher_config is None and s.d % (2 * s.n_heads):
         raise MilError(f"--d is {s.d}, expected a multiple of twice --n_heads {s.n_heads}: a head's channels turn in pairs")
     if teacher_config is not None and set(teacher_config.mixers) != {"attention"}:
@@ -251,7 +257,7 @@ def read_recipe(path):
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise MilError(f"--recipe {path}: cannot be read as JSON: {e}") from e
+        raise MilError(f"--recipe {path}: cannot be read as JSON: {getattr(e, 'strerror', None) or e}") from e
     if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
         raise MilError(f"--recipe {path}: expected a list of stages, such as [{{\"keep\": 0.5, \"steps\": 900}}, {{\"train\": \"all\"}}]")
     kinds = {f.name: f.type for f in dataclasses.fields(Stage) if f.name != "mixers"}  # what is said of a stage
@@ -465,10 +471,15 @@ class Corpus:
     about: str            # a line for the reader
 
 
-def identity(s, files, tokenizer, encoding, *more):
-    """A name for what is made from these files as they are now."""
-    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
-    return hashlib.sha256(json.dumps([stats, tokenizer, repr(vocabulary(encoding)), chat_format(encoding), *more]).encode()).hexdigest()[:16]
+def identity(files, *more):
+    """A name for what is made from these files as they are now, and from `more`."""
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in map(Path, files) if f.exists()]
+    return hashlib.sha256(json.dumps([stats, *more]).encode()).hexdigest()[:16]
+
+
+def weights_in(place):
+    """The files of weights of the checkpoint in a folder."""
+    return [Path(place) / file for file in mil.read_config(place)["weights"]]
 
 
 def split(documents):
@@ -479,7 +490,7 @@ def split(documents):
 def load_corpus(s, paths, encoding, tokenizer):
     """Tokenise `paths` once and keep it in out/data, under a name made from the files, their sizes and their times."""
     files = find_files(paths, s.out) if paths else standard_library()
-    key = identity(s, files, tokenizer, encoding)
+    key = identity(files, tokenizer, repr(vocabulary(encoding)), chat_format(encoding))
     stored = [Path(s.out) / "data" / f"{key}.{part}.bin" for part in ("train", "val", "train.begins", "val.begins")]
     if not all(p.exists() for p in stored):
         named = set(map(Path, paths))
@@ -510,14 +521,14 @@ def token_type(encoding):
     return np.int16 if encoding.n_vocab <= 2**15 else np.int32
 
 
-def read_corpus(s, encoding, stored, key, source, tokenizer):
-    """The Corpus in these four files. MilError when it is too little."""
+def read_corpus(s, encoding, stored, key, source, tokenizer, more="give more text"):
+    """The Corpus in these four files. MilError when it is too little, with what would make it `more`."""
     kinds = [token_type(encoding)] * 2 + [np.int64] * 2
     train, val, *begins = (np.memmap(p, dtype=kind, mode="r") if p.stat().st_size else np.zeros(0, kind) for p, kind in zip(stored, kinds))
     for name, part, rows in (("training", train, s.batch), ("validation", val, 1)):
         if len(part) < rows * s.context + 1:
             raise MilError(f"--data: {len(part)} {name} tokens, but {rows} of --context {s.context} need "
-                           f"{rows * s.context + 1}: give more text, or lower --context{' or --batch' * (rows > 1)}")
+                           f"{rows * s.context + 1}: {more}, or lower --context{' or --batch' * (rows > 1)}")
         if not (part[:] >= 0).any():
             raise MilError(f"--data: nothing to learn in the {name} part: no message is the assistant's, and there is no other text")
     learned = f", {np.mean(train[:] >= 0):.0%} of them to be learned" * bool((train[:] < 0).any())
@@ -603,7 +614,7 @@ def load_pairs(s, paths, encoding):
         for i, record in read_records(file, read_text(file, True, "--pairs"), "--pairs"):
             texts = [record.get(key) for key in ("prompt", "chosen", "rejected")]
             if not all(isinstance(text, str) for text in texts):
-                raise MilError(f"--pairs {file}: line {i} has {', '.join(record) or 'no keys'}; expected prompt, chosen and rejected, all of them text")
+                raise MilError(f"--pairs {file}: line {i} has {', '.join(f'{k}: {type(v).__name__}' for k, v in record.items()) or 'no keys'}; expected prompt, chosen and rejected, all of them text")
             talks = [[{"role": "user", "content": texts[0]}, {"role": "assistant", "content": text}] for text in texts[1:]]
             pairs.append(tuple(cut(document_tokens(encoding, talk), s.context + 1) for talk in talks))
     if not split(pairs) or len(split(pairs)[0]) < s.batch // 2:
@@ -679,8 +690,7 @@ def answered(run, paths, place, encoding, tokenizer):
     s, rows = run.s, min(64, run.s.batch)
     with in_turn(run):
         corpus = load_corpus(s, paths, encoding, tokenizer)
-    weights = [(file, (place / file).stat().st_size, (place / file).stat().st_mtime_ns) for file in mil.read_config(place)["weights"]]
-    key = hashlib.sha256(json.dumps([corpus.key, weights, s.seed, s.answers, s.answer_tokens, s.context, rows]).encode()).hexdigest()[:16]
+    key = identity(weights_in(place), corpus.key, s.seed, s.answers, s.answer_tokens, s.context, rows)
     files = [Path(s.out) / "data" / f"{key}.answers.{rank + 1}of{run.size}.jsonl" for rank in range(run.size)]
     file, stop = files[run.rank], stop_tokens(encoding)
     stored = [Path(s.out) / "data" / name for name in (f"{key}.answers.bin", f"{corpus.key}.val.bin", f"{key}.answers.begins.bin", f"{corpus.key}.val.begins.bin")]
@@ -726,7 +736,8 @@ def answered(run, paths, place, encoding, tokenizer):
         if not all(path.exists() for path in stored):
             records = [json.loads(line) for part in files for line in part.read_text(encoding="utf-8").split("\n")[:-1]]
             store(encoding, [(stored[0], stored[2], [record["tokens"] for record in sorted(records, key=lambda record: record["number"])])])
-        return read_corpus(s, encoding, stored, key, f"the teacher's answers to {len(work)} prompts ({file})", tokenizer)
+        return read_corpus(s, encoding, stored, key, f"the teacher's answers to {len(work)} prompts ({file.with_name(key)}.answers.…)", tokenizer,
+                           "have more --answers, or longer (--answer_tokens)")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -936,6 +947,7 @@ def shard(run, models):
     """Spread the tensors of both models over all processes: each layer is gathered when it is used, and its gradient shared out (FSDP2)."""
     if run.size > 1:
         from torch.distributed.fsdp import fully_shard
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # that a layer returns a view: of a tensor nobody else has
         mesh = dist.init_device_mesh(run.device.type, (run.size,))
         for module in (*models.layers, models):
             fully_shard(module, mesh=mesh)
@@ -958,8 +970,9 @@ def show(line, done=True):
 
 
 def clock(seconds):
-    """Minutes and seconds."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+    """Hours, where there are any, minutes and seconds."""
+    minutes = f"{int(seconds) // 60 % 60}:{int(seconds) % 60:02d}"
+    return minutes if seconds < 3600 else f"{int(seconds) // 3600}:{minutes:0>5}"
 
 
 @dataclass
@@ -1001,8 +1014,9 @@ FREE = {"out", "device", "resume", "save_minutes", "keep_checkpoints", "recomput
 def load_state(run, stages, corpus):
     """The state of the newest checkpoint that can be read, or a new one. MilError where it belongs to other settings, or --resume is not given."""
     said = {k: v for k, v in dataclasses.asdict(run.s).items() if k not in FREE}
-    said.update(data=[*run.s.data, corpus.key])  # the key: of what the files hold
     said["stages"] = [dataclasses.asdict(stage) for stage in stages]
+    said["files"] = {"--data": corpus.key, **{f"--{name}": identity(weights_in(getattr(run.s, name))) for name in ("teacher", "init_from") if getattr(run.s, name)},
+                     **{f"stage {i}": identity(find_files(stage.data, run.s.out)) for i, stage in enumerate(stages, 1) if stage.data}}
     for place in reversed(checkpoints(run)):
         if not run.s.resume:
             raise MilError(f"--out {run.s.out}: holds an unfinished run; --resume goes on with it, and without {place.parent} it is forgotten")
@@ -1012,10 +1026,11 @@ def load_state(run, stages, corpus):
             show(f"note: {place}: not a whole checkpoint, passed over: {str(e).splitlines()[0]}")
             continue
         was = state.settings
-        other = [f"--{k} was {was.get(k)!r} and is {v!r}" for k, v in said.items() if k != "stages" and was.get(k) != v]
+        other = [f"--{k} was {was.get(k)!r} and is {v!r}" for k, v in said.items() if k not in ("stages", "files") and was.get(k) != v]
         if not other and len(was["stages"]) != len(stages):
             other = [f"there were {len(was['stages'])} stages and are {len(stages)}"]
         other = other or [f"stage {i}: {k} was {a[k]!r} and is {b[k]!r}" for i, (a, b) in enumerate(zip(was["stages"], said["stages"]), 1) for k in b if a[k] != b[k]]
+        other = other or [f"the files of {k} have changed (size or time)" for k, v in said["files"].items() if was["files"].get(k) != v]
         if other:
             raise MilError(f"--resume: {place} was made with other settings: {'; '.join(other)}")
         return state
@@ -1123,8 +1138,7 @@ def evaluate(run, models, corpus, encoding):
 @torch.no_grad()
 def references(run, models, pairs, teacher):
     """The log-probabilities of all pairs (n, 2) by the teacher in that folder, made once and kept in out/data."""
-    weights = [(Path(teacher) / file).stat() for file in mil.read_config(teacher)["weights"]]
-    key = hashlib.sha256(repr([pairs, [(stat.st_size, stat.st_mtime_ns) for stat in weights], run.s.dtype]).encode()).hexdigest()[:16]
+    key = identity(weights_in(teacher), repr(pairs), run.s.dtype)
     place = Path(run.s.out) / "data" / f"{key}.reference.npy"
     if not place.exists():
         out = torch.zeros(len(pairs), 2, device=run.device)
@@ -1295,7 +1309,6 @@ def distill(run, state, stages, source, corpora, encoding, tokenizer, journal):
         if stage.loss == "dpo":
             train, held = load_pairs(s, stage.data, encoding)
             reference = references(run, models, [*train, *held], source.place)
-            stage.steps = stage.steps or max(1, len(train) // (s.batch // 2))
             batches = pair_batches(run, train, reference[:len(train)], [s.seed, number])
             more = lambda models=models, stage=stage, held=held, rest=reference[len(train):]: preferences(run, stage, models, held, rest)  # noqa: E731
         else:
@@ -1387,12 +1400,21 @@ def announce(run, stages, teacher, base):
         parts = memory_needed(s, config, stage, *([0, 0] if alone else given), run.size, run.device.type)
         run.cost = max(run.cost, parts, key=lambda parts: sum(parts.values()))
         seconds = flops(None if alone else teacher, config, stage, s.context) * tokens / (0.5 * peak * run.size)
-        kept, many = f"{stage.mixers.count('attention')} of {len(stage.mixers)}", f"{tokens / 1e6:,.1f} M" if tokens else "a pass"
-        lines.append(f"{stage.name:<38}{kept:>10}{trained / 1e6:>8,.1f} M{many:>10}"
-                     f"{stage.lr:>9.1e}{stage.alpha:>6g}{stage.beta:>6g}{sum(parts.values()) / 2**30:>7.1f} GiB{clock(seconds) if tokens else '':>8}")
+        kept, alpha = f"{stage.mixers.count('attention')} of {len(stage.mixers)}", f"{stage.alpha:g}" if stage.loss == "distill" else ""
+        lines.append(f"{stage.name:<38}{kept:>10}{count(trained):>10}{count(tokens):>10}{stage.lr:>9.1e}{alpha:>6}{stage.beta:>6g}{gib(sum(parts.values())):>11}{clock(seconds):>8}")
     show("\n".join(lines))
-    show(f"memory: about {sum(run.cost.values()) / 2**30:.1f} GiB of {there / 2**30:.1f} ({', '.join(f'{part} {size / 2**30:.1f}' for part, size in run.cost.items())})"
+    show(f"memory: about {gib(sum(run.cost.values()))} of {gib(there)} ({', '.join(f'{part} {gib(size)}' for part, size in run.cost.items())})"
          f"{'; MORE THAN THERE IS' * (sum(run.cost.values()) > there)}; {LOWER}. time: at half of this device's {peak / 1e12:.3g} TFLOP/s")
+
+
+def count(n):
+    """A number of parameters or tokens, in four characters or so."""
+    return f"{n / 1e9:,.2f} G" if n >= 1e9 else f"{n / 1e6:,.1f} M" if n >= 1e5 else f"{n / 1e3:.1f} K"
+
+
+def gib(size):
+    """Bytes, in GiB or, where they are few, in MiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 LOWER = "--accumulate, --recompute mlp or block, --batch and --context lower it, and --stage2_steps 0"
@@ -1476,8 +1498,8 @@ def main(argv):
     try:
         work(run, argv, began)
     except torch.OutOfMemoryError as e:
-        parts = ", ".join(f"{part} {size / 2**30:.1f}" for part, size in run.cost.items())
-        raise MilError(f"the GPU's memory is full; about {sum(run.cost.values()) / 2**30:.1f} GiB were expected ({parts}). {LOWER}. ({str(e).splitlines()[0]})") from e
+        parts = ", ".join(f"{part} {gib(size)}" for part, size in run.cost.items())
+        raise MilError(f"the GPU's memory is full; about {gib(sum(run.cost.values()))} were expected ({parts}). {LOWER}. ({str(e).splitlines()[0]})") from e
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1508,12 +1530,11 @@ def work(run, argv, began):
     stages = plan(s, base)
     paired = any(stage.loss == "dpo" for stage in stages)
     if s.batch % (rows := run.size * s.accumulate * (1 + paired)):
-        raise MilError(f"--batch is {s.batch}, expected a multiple of {rows}: {run.size} processes × --accumulate {s.accumulate}{' × the 2 of a pair' * paired}")
+        raise MilError(f"--batch is {s.batch}, expected a multiple of {rows}: {run.size} process{'es' * (run.size > 1)} × --accumulate {s.accumulate}{' × the 2 of a pair' * paired}")
     for stage in stages:
         if stage.loss == "dpo":  # MilError now rather than after the stages before
-            load_pairs(s, stage.data, encoding)
-        elif stage.data:
-            find_files(stage.data, s.out)
+            stage.steps = stage.steps or max(1, len(load_pairs(s, stage.data, encoding)[0]) // (s.batch // 2))
+    find_files(s.data, s.out)
     mil.make_directory(s.out)
     announce(run, stages, config, base)
     with in_turn(run):
@@ -1521,8 +1542,13 @@ def work(run, argv, began):
     show(f"data: {corpus.about}")
     results = Path(s.out) / "results.json"
     state = load_state(run, stages, corpus)
-    if s.resume and not checkpoints(run) and results.exists() and json.loads(results.read_text()).get("made_from") == json.loads(json.dumps(state.settings)):
-        return show(f"{results}: this run is finished")
+    if not checkpoints(run) and results.exists():
+        same = json.loads(results.read_text()).get("made_from") == json.loads(json.dumps(state.settings))
+        if s.resume and not same:
+            raise MilError(f"--resume: {results} is of a finished run with other settings; without --resume it is replaced, another --out leaves it")
+        if s.resume:
+            return show(f"{results}: this run is finished")
+        show(f"note: {s.out} holds a finished run, which is replaced")
     together(run)
     if run.rank == 0:
         results.unlink(missing_ok=True)
@@ -1540,6 +1566,9 @@ def work(run, argv, began):
             show(f"data: {made[key].about}")
         return made[key]
 
+    for stage in stages:
+        if stage.data and stage.loss == "distill":
+            corpora(stage.data)  # MilError now
     listen(run)
     with open_journal(run, state, stages) as journal:
         if not s.teacher:
@@ -1556,7 +1585,7 @@ def finish(run, state, config, place, encoding, corpus, seconds):
     s, device, rows = run.s, run.device, state.rows
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    machine = f"{run.size} × {machine}" if run.size > 1 else machine
+    machine = f"{run.size} processes, each with {machine}" if run.size > 1 else machine
     show(f"\n{table(rows)}\n\nstudent / teacher validation loss: {rows[-1]['loss'] / rows[0]['loss']:.4f}   "
          f"peak memory {memory / 2**30:.2f} GiB   {seconds:.0f} s in all on {machine}, torch {torch.__version__}")
     results = {"rows": rows, "seconds": seconds, "peak_memory_bytes": memory, "machine": machine, "torch": torch.__version__,

@@ -181,6 +181,14 @@ def test_other_settings_are_named_and_an_unfinished_run_is_not_overwritten(data,
     other.write_text(Path(data[data.index("--data") + 1]).read_text().replace("it is", "that is"))
     with pytest.raises(MilError, match=r"other settings: --data was \[.*chat.jsonl.*and is \[.*other.jsonl"):
         t.main([*data, "--out", str(out), "--resume", "--data", str(other)])
+    for flag, name in (("--data", "--data"), ("--pairs", "stage 3")):
+        path = Path(data[data.index(flag) + 1])
+        before, times = path.read_text(), path.stat()
+        path.write_text(before.replace("it is", "it isn't"))
+        with pytest.raises(MilError, match=f"other settings: the files of {name} have changed"):
+            t.main([*data, "--out", str(out), "--resume"])
+        path.write_text(before)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 def test_resume_without_a_checkpoint_begins_and_of_a_finished_run_says_so(data, tmp_path):
@@ -189,8 +197,10 @@ def test_resume_without_a_checkpoint_begins_and_of_a_finished_run_says_so(data, 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*.*")}
     finish(argv, said)
     assert f"{tmp_path}/o/results.json: this run is finished" in said.read_text() and before == {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*.*")}
-    finish([*argv, "--stage2_steps", "2"], said)
-    assert said.read_text().count("student / teacher validation loss") == 2
+    with started([*argv, "--stage2_steps", "2"], said) as (_, wait):
+        assert wait() == 1 and "is of a finished run with other settings; without --resume it is replaced" in said.read_text()
+    finish([flag for flag in argv if flag != "--resume"], said)
+    assert said.read_text().count("student / teacher validation loss") == 2 and "holds a finished run, which is replaced" in said.read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -241,7 +251,7 @@ def test_a_run_of_two_processes_says_what_a_run_of_one_says(data, undisturbed, t
                           capture_output=True, text=True, timeout=300,
                           env={**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("chosen preferred") == 1 and "2 × " in done.stdout
+    assert done.stdout.count("chosen preferred") == 1 and "2 processes, each with " in done.stdout and "FSDP2-wrapped" not in done.stderr
     (weights, log, rows), (_, want, want_rows) = left(tmp_path / "o"), undisturbed
     assert len(log) == len(want)
     for mine, theirs in zip(log, want):
@@ -309,9 +319,9 @@ def test_every_pair_comes_once_an_epoch():
     assert torch.equal(make(4)[0][0].y, t.pair_batches(run, pairs, reference, [0])(4)[0][0].y)
 
 
-@pytest.mark.parametrize("lines, match", [(['{"prompt": "a", "chosen": "b"}'], "line 1 has prompt, chosen; expected prompt, chosen and rejected, all of them text"),
+@pytest.mark.parametrize("lines, match", [(['{"prompt": "a", "chosen": "b"}'], "line 1 has prompt: str, chosen: str; expected prompt, chosen and rejected, all of them text"),
                                           (['{"prompt": "a", "chosen": "b", "rejected": "c"}'] * 3, "3 pairs; expected 10 at least"), (["x"], "line 1 is not JSON"),
-                                          (['{"prompt": "a", "chosen": "b", "rejected": 3}'], "line 1 has prompt, chosen, rejected")])
+                                          (['{"prompt": "a", "chosen": "b", "rejected": 3}'], "line 1 has prompt: str, chosen: str, rejected: int")])
 def test_pairs_that_are_none_are_refused_before_any_work(tmp_path, lines, match):
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
     with pytest.raises(MilError, match=match) as e:
@@ -390,7 +400,7 @@ def test_a_larger_teacher_teaches_a_smaller_llama(data, tmp_path):
         t.main([*argv, "--init_from", str(tmp_path / "other")])
     with pytest.raises(MilError, match="holds attention, mamba2; expected a Llama"):
         t.main([*argv, "--init_from", str(tmp_path / "o" / "student"), "--out", str(tmp_path / "p")])
-    with pytest.raises(MilError, match="has neither --init_from nor --recipe"):
+    with pytest.raises(MilError, match="has neither --init_from nor --recipe; leave them out"):
         t.main([*argv, "--init_from", str(tmp_path / "small"), "--student_layers", "0"])
 
 
@@ -398,7 +408,7 @@ def test_a_full_memory_is_said_with_the_estimate_and_what_lowers_it(data, tmp_pa
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
     monkeypatch.setattr(t, "fit", full)
-    with pytest.raises(MilError, match=r"the GPU's memory is full; about \d+.\d GiB were expected \(teacher .*AdamW.*--accumulate, --recompute mlp or block, --batch") as e:
+    with pytest.raises(MilError, match=r"the GPU's memory is full; about \d+ MiB were expected \(teacher .*AdamW.*--accumulate, --recompute mlp or block, --batch") as e:
         t.main([*data, "--out", str(tmp_path / "o")])
     assert "\n" not in str(e.value)
 
@@ -411,7 +421,8 @@ def test_the_losses_become_a_figure(tmp_path):
 
 def test_a_recipe_may_train_on_preferences_alone(data, tmp_path):
     pairs = data[data.index("--pairs") + 1]
-    stages = recipe(tmp_path, {"keep": 0.5, "steps": 2}, {"loss": "dpo", "data": [pairs], "steps": 2, "train": "mixers"})
+    stages = recipe(tmp_path, {"keep": 0.5, "steps": 2}, {"loss": "dpo", "data": [pairs], "train": "mixers"})
     t.main([*data, "--pairs", pairs, "--out", str(tmp_path / "o"), "--teacher_steps", "2", "--recipe", stages])
     rows = json.loads((tmp_path / "o" / "results.json").read_text())["rows"]
     assert [row["model"] for row in rows] == ["teacher", "student, not trained", "stage 1.1, 1 of 2 layers replaced", "stage 3, preferences"] and rows[-1]["kl"] < 1
+    assert json.loads((tmp_path / "o" / "log.jsonl").read_text().splitlines()[-1])["step"] == 19   # 38 training pairs, two a step, once
