@@ -2,6 +2,7 @@
 
     python tests/bench.py kernels            prints tables 1 to 5 below and writes them to bench-kernels.json
     python tests/bench.py decode             tables 6 to 9, to bench-decode.json
+    python tests/bench.py train              table 11, to bench-train.json
     python tests/bench.py decode TARGET DRAFT                 and table 10, of two checkpoints over the same tokens
     … --small                                sizes for a CPU
 
@@ -32,6 +33,9 @@ replayed, which leaves out Python and the launches. – is what is not installed
    compiled, in the second captured), eight prompts of this file's text: tokens/s, the share of the draft's tokens that is kept, tokens per
    pass, whether the greedy text is the plain one, and how many of the windows of eight tokens are distinct: a text that repeats itself is
    easy to propose.
+
+11. Training, by train_distill.py's own loop, random weights and tokens: tokens/s from the tenth step on, peak memory, what memory_needed says beforehand,
+   and model FLOPs (train_distill.flops, what is computed twice counted once) over the rate of a large matrix product. "Again": what the backward computes again.
 """
 import dataclasses
 import gc
@@ -425,6 +429,7 @@ def speculation(target, draft):
 EIGHT, ONE = mil.Config(), mil.Config(d=2048, n_layers=16, n_heads=32, n_kv_heads=8, d_ff=8192, tied=True)
 TRAINING = [  # name, shape, what trains, what the Mamba layers are, batch, --recompute
     ("8B, stage 1, b4", EIGHT, "mixers", "mamba2", 4, "none"), ("8B, stage 1, b4, 0.6 of the MLPs again", EIGHT, "mixers", "mamba2", 4, "0.6"),
+    ("8B, stage 1, b4, MLPs again", EIGHT, "mixers", "mamba2", 4, "mlp"),
     ("8B, stage 1, b1", EIGHT, "mixers", "mamba2", 1, "none"), ("1B, stage 1, b1", ONE, "mixers", "mamba2", 1, "none"),
     ("1B, stage 1, b1, MLPs again", ONE, "mixers", "mamba2", 1, "mlp"),
     ("1B, stage 2, b8", ONE, "all", "mamba2", 8, "none"), ("1B, stage 2, b8, half the MLPs again", ONE, "all", "mamba2", 8, "0.5"),
