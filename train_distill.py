@@ -552,7 +552,7 @@ def to_device(x, y, pos, device, **more):
     """A batch: x, y (b, l), docs their Documents (None where every row is one), `at` the places in the flattened targets that are learned (None: all)."""
     at = (y.flatten() >= 0).nonzero()[:, 0]
     send = lambda t: t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t  # noqa: E731
-    return SimpleNamespace(x=send(x), y=send(y), at=None if len(at) == y.numel() else send(at), learned=len(at),
+    return SimpleNamespace(x=send(x), y=send(y), at=None if len(at) == y.numel() else send(at),
                            docs=mil.Documents(pos, device) if (pos[:, 1:] == 0).any() else None, **{k: send(t) for k, t in more.items()})
 
 
@@ -593,9 +593,9 @@ def evaluation_batches(run, corpus):
         yield to_device(x, y if own else torch.full_like(y, -100), pos, run.device)
 
 
-def ahead(make, first, last, device=""):
+def ahead(make, first, last, device):
     """make(first) … make(last - 1), each made while the one before it is used."""
-    with ThreadPoolExecutor(1, initializer=pick_device, initargs=(device,)) as pool:  # a thread has a current GPU of its own
+    with ThreadPoolExecutor(1, initializer=pick_device, initargs=(str(device),)) as pool:  # a thread has a current GPU of its own
         coming = pool.submit(make, first)
         for i in range(first, last):
             made, coming = coming.result(), pool.submit(make, i + 1) if i + 1 < last else None
@@ -606,8 +606,9 @@ def ahead(make, first, last, device=""):
 
 
 def load_pairs(s, paths, encoding):
-    """The pairs of .jsonl files, (training, validation): each a list of (chosen, rejected), documents as document_tokens gives them."""
-    pairs = []
+    """The pairs of .jsonl files, (training, validation): each a list of (chosen, rejected), documents as document_tokens gives them. All pairs of
+    a prompt are in the same part."""
+    pairs = {}
     for file in map(Path, paths):
         if not file.is_file():
             raise MilError(f"--pairs {file}: no such file")
@@ -616,10 +617,11 @@ def load_pairs(s, paths, encoding):
             if not all(isinstance(text, str) for text in texts):
                 raise MilError(f"--pairs {file}: line {i} has {', '.join(f'{k}: {type(v).__name__}' for k, v in record.items()) or 'no keys'}; expected prompt, chosen and rejected, all of them text")
             talks = [[{"role": "user", "content": texts[0]}, {"role": "assistant", "content": text}] for text in texts[1:]]
-            pairs.append(tuple(cut(document_tokens(encoding, talk), s.context + 1) for talk in talks))
-    if not split(pairs) or len(split(pairs)[0]) < s.batch // 2:
-        raise MilError(f"--pairs: {len(pairs)} pairs; expected 10 at least, and as many as half of --batch {s.batch} to train on")
-    return split(pairs)
+            pairs.setdefault(texts[0], []).append(tuple(cut(document_tokens(encoding, talk), s.context + 1) for talk in talks))
+    train, held = ([pair for group in part for pair in group] for part in split(list(pairs.values())) or ((), ()))
+    if not held or len(train) < s.batch // 2:
+        raise MilError(f"--pairs: pairs for {len(pairs)} different prompts; expected 10 at least, and as many pairs as half of --batch {s.batch} to train on")
+    return train, held
 
 
 def cut(ids, most):
@@ -642,7 +644,7 @@ def pair_batch(run, pairs, reference=None):
 
 
 def pair_batches(run, pairs, reference, seed):
-    """As training_batches; what all of them count is pairs. Every pair once, in a random order, then again in another."""
+    """As training_batches, the second number being that of the pairs. Every pair once, in a random order, then again in another."""
     count = run.s.batch // 2
 
     def batch(step):
@@ -1057,7 +1059,7 @@ def fit(run, state, stage, models, batches, journal, last_good):
         optimizer.load_state_dict({"state": dict(enumerate(map(spread, state.moments, train))), "param_groups": optimizer.state_dict()["param_groups"]})
         state.moments = []
     every, recent, names = min(10, max(1, stage.steps // 100)), [], ("chosen", "margin") if stage.loss == "dpo" else ("ce", "kl")
-    for step, (parts, count) in enumerate(ahead(batches, state.step, stage.steps, str(device)), state.step):
+    for step, (parts, count) in enumerate(ahead(batches, state.step, stage.steps, device), state.step):
         for group in optimizer.param_groups:
             group["lr"] = stage.lr * lr_share(stage, step)
         sums = torch.zeros(4, device=device)
@@ -1401,13 +1403,13 @@ def announce(run, stages, teacher, base):
         run.cost = max(run.cost, parts, key=lambda parts: sum(parts.values()))
         seconds = flops(None if alone else teacher, config, stage, s.context) * tokens / (0.5 * peak * run.size)
         kept, alpha = f"{stage.mixers.count('attention')} of {len(stage.mixers)}", f"{stage.alpha:g}" if stage.loss == "distill" else ""
-        lines.append(f"{stage.name:<38}{kept:>10}{count(trained):>10}{count(tokens):>10}{stage.lr:>9.1e}{alpha:>6}{stage.beta:>6g}{gib(sum(parts.values())):>11}{clock(seconds):>8}")
+        lines.append(f"{stage.name:<38}{kept:>10}{short(trained):>10}{short(tokens):>10}{stage.lr:>9.1e}{alpha:>6}{stage.beta:>6g}{gib(sum(parts.values())):>11}{clock(seconds):>8}")
     show("\n".join(lines))
     show(f"memory: about {gib(sum(run.cost.values()))} of {gib(there)} ({', '.join(f'{part} {gib(size)}' for part, size in run.cost.items())})"
          f"{'; MORE THAN THERE IS' * (sum(run.cost.values()) > there)}; {LOWER}. time: at half of this device's {peak / 1e12:.3g} TFLOP/s")
 
 
-def count(n):
+def short(n):
     """A number of parameters or tokens, in four characters or so."""
     return f"{n / 1e9:,.2f} G" if n >= 1e9 else f"{n / 1e6:,.1f} M" if n >= 1e5 else f"{n / 1e3:.1f} K"
 

@@ -447,7 +447,7 @@ class Enough(Exception):
 
 def training(limits):
     """Table 11, on train_distill's own loop."""
-    rows, names = [], {}
+    rows = []
     print(f"{'11. ' + str(LENGTH) + ' tokens, random weights':<40}{'tokens/s':>10}{'peak':>12}{'said':>12}{'MFU':>6}{'loss':>9}")
     for name, config, train, mixer, batch, recompute in TRAINING:
         if CUDA:
@@ -457,13 +457,13 @@ def training(limits):
             base = mil.Hybrid(config)
         base = mil.cast(base, TYPE).to_empty(device=DEVICE)
         base.tie()
-        for i, w in enumerate(base.parameters()):
+        for w in base.parameters():
             torch.nn.init.ones_(w) if w.dim() == 1 else w.data.normal_(std=0.02)
         s = train_distill.Settings(context=LENGTH, batch=batch, recompute=recompute, dtype=str(TYPE)[6:])
         run = train_distill.Run(s, torch.device(DEVICE))
         replaced = mil.interleaved_layers(config.n_layers, 0.5)
         stage = train_distill.Stage(train=train, beta=1.0, steps=1000, lr=1e-5, name=name, mixers=[mixer if i in replaced else "attention" for i in range(config.n_layers)])
-        pair, log, steps = train_distill.assemble(run, base, base, stage, 1, {}), io.StringIO(), 30 if config is not EIGHT else 20
+        models, log, steps = train_distill.assemble(run, base, base, stage, 1, {}), io.StringIO(), 30 if config is not EIGHT else 20
 
         def batches(step):
             if step == steps:
@@ -473,7 +473,7 @@ def training(limits):
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
         try:
-            train_distill.fit(run, train_distill.State(), stage, pair, batches, log, "")
+            train_distill.fit(run, train_distill.State(), stage, models, batches, log, "")
         except Enough:
             pass
         except torch.OutOfMemoryError as e:
@@ -486,11 +486,10 @@ def training(limits):
         mfu = speed * train_distill.flops(config, student, stage, LENGTH) / limits[1]
         rows.append(dict(name=name, tokens_s=speed, peak=peak, said=said, mfu=mfu, loss=lines[-1]["loss"]))
         print(f"{name:<40}{speed:>10,.0f}{peak / 2**30:>8.1f} GiB{said / 2**30:>8.1f} GiB{mfu:>6.0%}{lines[-1]['loss']:>9.4f}", flush=True)
-        names[name] = speed
-        del pair, base
-    whole, halved = (names.get(k) for k in (("1B, stage 2, b8, attention", "1B, stage 2, b8") if LENGTH == 2048 else ("small, stage 2, attention", "small, stage 2")))
-    if whole and halved:
-        print(f"a step of stage 2 with half the attention replaced by Mamba-2 takes {whole / halved:.3f} of one with all of it")
+        del models, base
+    rates, all_, half = {row["name"]: row["tokens_s"] for row in rows}, TRAINING[-1][0], TRAINING[-1][0].removesuffix(", attention")
+    if {all_, half} <= rates.keys():
+        print(f"a step of stage 2 with half the attention replaced by Mamba-2 takes {rates[all_] / rates[half]:.3f} of one with all of it")
     return rows
 
 

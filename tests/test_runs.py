@@ -232,7 +232,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, train, accumulate):
     """Sharded with FSDP2, stage 1 with tensors that teacher and student share, and a batch in which some rows teach more than others."""
     teacher = tiny_teacher(tied=True).cpu()
     tokens = np.random.default_rng(1).integers(0, 256, 400)
-    corpus = some_tokens(np.where(np.arange(400) % 100 < 60, tokens, ~tokens))
+    corpus = some_tokens(np.where(np.arange(400) % 11 < 4, tokens, ~tokens))
     stage = t.Stage(train=train, mixers=["mamba2", "attention", "mamba2", "attention"])
     single = gradients(t.Run(t.Settings(batch=4, context=16, dtype="float32"), torch.device("cpu")), stage, teacher, corpus)
     workers = [CLEAN.Process(target=shared_work, args=(rank, tmp_path, accumulate, stage, teacher, corpus)) for rank in range(2)]
@@ -307,6 +307,13 @@ def test_of_a_long_prompt_the_end_is_kept_and_of_a_long_answer_the_beginning(pro
     assert len(got) == min(most, prompt + answer) and (prompt + answer <= most or len(asked) <= max(most // 2, most - answer)) and len(asked) >= min(prompt, most // 2)
 
 
+def test_pairs_of_one_prompt_are_all_learned_or_all_held_out(tmp_path):
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i % 30}?", "chosen": "y", "rejected": f"{i}"}) for i in range(90)))
+    train, held = t.load_pairs(t.Settings(batch=4, context=64), [tmp_path / "p.jsonl"], g.load_tokenizer("bytes"))
+    asked = lambda pairs: {tuple(i for i in chosen if i < 0) for chosen, _ in pairs}  # noqa: E731
+    assert (len(train), len(held)) == (84, 6) and len(asked(held)) == 2 and not asked(train) & asked(held)
+
+
 def test_every_pair_comes_once_an_epoch():
     run, pairs = t.Run(t.Settings(batch=6), torch.device("cpu")), [([~1, i], [~1, i + 50]) for i in range(10)]
     reference, seen = torch.arange(20.0).view(10, 2), []
@@ -320,7 +327,7 @@ def test_every_pair_comes_once_an_epoch():
 
 
 @pytest.mark.parametrize("lines, match", [(['{"prompt": "a", "chosen": "b"}'], "line 1 has prompt: str, chosen: str; expected prompt, chosen and rejected, all of them text"),
-                                          (['{"prompt": "a", "chosen": "b", "rejected": "c"}'] * 3, "3 pairs; expected 10 at least"), (["x"], "line 1 is not JSON"),
+                                          (['{"prompt": "a", "chosen": "b", "rejected": "c"}'] * 3, "pairs for 1 different prompts; expected 10 at least"), (["x"], "line 1 is not JSON"),
                                           (['{"prompt": "a", "chosen": "b", "rejected": 3}'], "line 1 has prompt: str, chosen: str, rejected: int")])
 def test_pairs_that_are_none_are_refused_before_any_work(tmp_path, lines, match):
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))

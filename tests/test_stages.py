@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import DEVICE, assert_close
+from conftest import assert_close
 from test_train_distill import (HALF, fitted, plain_loss, plans, random_batches, recipe, small_run, some_tokens, tiny_teacher)
 from test_runs import CLEAN, server  # noqa: F401
 

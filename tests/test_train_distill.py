@@ -219,6 +219,23 @@ def test_the_loss_in_chunks_equals_the_formula_and_so_do_its_gradients(reverse, 
         assert_close(got, exact, 1e-8, noise=1e-12)
 
 
+def test_the_loss_of_bf16_activations_has_a_gradient_of_a_float32_head_that_is_not_rounded_to_bf16(monkeypatch):
+    """Over several chunks, added up in float32; on a GPU by products of bf16 matrices into it."""
+    monkeypatch.setattr(t, "LOGITS", dict.fromkeys(t.LOGITS, 7 * 300))
+    gen = torch.Generator().manual_seed(0)
+    hidden, wanted = (torch.randn(40, 24, generator=gen).to(DEVICE, torch.bfloat16) for _ in range(2))
+    head, wanted_head, targets = *(0.2 * torch.randn(2, 300, 24, generator=gen)).to(DEVICE), torch.randint(300, (40,), generator=gen).to(DEVICE)
+    head, hidden, weight = head.requires_grad_(), hidden.requires_grad_(), torch.full((40,), 1 / 40, device=DEVICE)
+    loss, *_ = t.DistillationLoss.apply(hidden, head, wanted, wanted_head, targets, weight, weight, 1.0, False)
+    exact = [x.detach().bfloat16().double().requires_grad_() for x in (hidden, head)]
+    want = plain_loss(exact[0] @ exact[1].T, wanted.double() @ wanted_head.bfloat16().double().T, targets, 1.0, 1.0)
+    assert_close(loss, want, 1e-2)
+    (d_hidden, d_head), (x_hidden, x_head) = torch.autograd.grad(loss, (hidden, head)), torch.autograd.grad(want, exact)
+    assert d_hidden.dtype == torch.bfloat16 and d_head.dtype == torch.float32 and (d_head != d_head.bfloat16()).float().mean() > 0.5
+    assert_close(d_hidden, x_hidden, 3e-2)
+    assert_close(d_head, x_head, 3e-2)
+
+
 def test_the_loss_takes_no_more_memory_for_more_tokens(monkeypatch):
     monkeypatch.setattr(t, "LOGITS", dict.fromkeys(t.LOGITS, 1000))
     seen = []
@@ -547,11 +564,11 @@ def test_a_batch_with_documents_gives_the_loss_and_gradients_of_each_alone(tmp_p
     student, teacher = build(Config(v=31, d=8, n_layers=3, n_heads=2, n_kv_heads=1, d_ff=12, d_state=2, mixers=["mamba", "attention", "mamba2"])), build(Config(v=31, d=8, n_layers=3, n_heads=2, n_kv_heads=1, d_ff=12))
     tokens, begins = np.random.default_rng(0).integers(0, 31, 13), np.array([0, 5, 6])
     (batch,), count = t.training_batches(run, t.Corpus(tokens, tokens, [begins, begins], "", ""), [0])(0)
-    assert batch.docs.bounds.tolist() == [0, 5, 6, 12] and batch.docs.longest == 6 and count == 10 == batch.learned
+    assert batch.docs.bounds.tolist() == [0, 5, 6, 12] and batch.docs.longest == 6 and count == 10 == len(batch.at)
     losses = []
     for rows in ([batch], [t.to_device(batch.x[:, a:b].cpu(), batch.y[:, a:b].cpu(), torch.arange(b - a)[None], run.device) for a, b in ((0, 5), (5, 6), (6, 12))]):
         student.zero_grad()
-        loss = sum(t.Models(teacher, student)(row, t.Stage(temperature=2.0), 1 / 10)[0] for row in rows if row.learned)
+        loss = sum(t.Models(teacher, student)(row, t.Stage(temperature=2.0), 1 / 10)[0] for row in rows if (row.y >= 0).any())
         loss.backward()
         losses.append((loss.detach(), [w.grad.clone() for w in student.parameters()]))
     (a, da), (b, db) = losses
