@@ -649,7 +649,7 @@ class Launched:
                 self.graph = torch.cuda.CUDAGraph()
                 if self.generator:
                     self.graph.register_generator_state(self.generator)
-                with torch.cuda.graph(self.graph, stream=torch.cuda.Stream()):
+                with torch.cuda.graph(self.graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):  # other threads may go on
                     self.out = self.f()
             self.graph.replay()
         return self.out

@@ -146,11 +146,12 @@ def biased(t, part):
 
 class Documents:
     """Several documents in a row, one after the other: nothing passes from one to the next. pos (b, l), whole numbers on the CPU, is the place of
-    each token in its document, 0 where a row begins."""
+    each token in its document, 0 where a row begins. With `most` the sizes of all tensors are the same for up to `most` documents of any lengths."""
 
-    def __init__(self, pos, device):
-        bounds = F.pad((pos.flatten() == 0).nonzero()[:, 0], (0, 1), value=pos.numel()).int()
-        self.longest, send = int(bounds.diff().max()), lambda t: t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
+    def __init__(self, pos, device, most=0):
+        begins = (pos.flatten() == 0).nonzero()[:, 0]
+        bounds = F.pad(begins, (0, 1 + max(0, most - len(begins))), value=pos.numel()).int()  # those at the end are of documents without tokens
+        self.longest, send = pos.shape[1] if most else int(bounds.diff().max()), lambda t: t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
         self.pos, self.bounds = send(pos.int()), send(bounds)  # bounds: where in the flattened batch a document begins, and the end
 
     @functools.cached_property

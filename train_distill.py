@@ -58,7 +58,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 import mil
-from generate import (Conversation, Decoder, TextStream, chat_format, encode, flag, generate, load_tokenizer, parse_flags, pick_device,
+from generate import (Conversation, Decoder, Launched, TextStream, chat_format, encode, flag, generate, load_tokenizer, parse_flags, pick_device,
                       run_command, save_with_tokenizer, stop_tokens, token_bytes, tokenizer_of, vocabulary)
 from mil import MilError
 
@@ -113,6 +113,8 @@ class Settings:
     recompute: str = flag("none", "what the backward pass computes again in place of keeping it: none; mlp, the MLPs' inside; a share of the layers, "
                           "such as 0.5, whose MLPs'; block, all of each layer")
     compile: bool = flag(False, "torch.compile the layers: minutes at first, then perhaps faster", action="store_true")
+    graph: bool = flag(False, "on one GPU, replay a step as a CUDA graph where it is so small that launching its kernels takes longer than they run: up to twice as fast",
+                       action="store_true")
     teacher_steps: int = sized("teacher_steps", "training steps of the teacher; a better teacher gives a better student")
     stage1_steps: int = sized("stage1_steps", "steps of stage 1, all replacement steps together: the new mixers learn")
     stage2_steps: int = flag(-1, f"steps of stage 2: everything learns; 0: no stage 2 (default {PRESETS['cpu']['stage2_steps']} on cpu, "
@@ -138,7 +140,7 @@ class Settings:
 
 
 CHOICES = {"mixer": mil.MIXERS[1:], "init": ("attention", "random"), "dtype": ("float32", "bfloat16"), "schedule": ("cosine", "linear", "constant"),
-           "train": ("mixers", "all"), "loss": ("distill", "dpo")}
+           "train": ("mixers", "mlps", "all"), "loss": ("distill", "dpo")}
 LIMITS = {**dict.fromkeys(("alpha", "beta", "lr", "teacher_lr", "stage1_lr", "stage2_lr", "stage3_lr", "save_minutes", "answers", "steps", "stage3_steps"), (0, sys.float_info.max)),
           **dict.fromkeys(("clip", "temperature", "dpo_beta"), (sys.float_info.min, math.inf)), **dict.fromkeys(("accumulate", "keep_checkpoints"), (1, math.inf)),
           "warmup": (0, 1), "keep": (0, 1), "seed": (0, 2**63 - 2)}
@@ -233,7 +235,7 @@ class Stage:
     keep: float = None          # the share of attention left when it begins; left out: nothing is replaced
     replace: list = field(default_factory=list)  # or these layers lose theirs
     mixer: str = "mamba2"       # and get this in its place
-    train: str = "mixers"       # mixers: what attention was replaced by, now or before; all: everything
+    train: str = "mixers"       # mixers: what attention was replaced by, now or before; mlps: these and all MLPs; all: everything
     loss: str = "distill"       # Eq. 2, or dpo, Eq. 4, on data of pairs
     alpha: float = 1.0          # of the cross-entropy
     beta: float = 1.0           # of the KL; of dpo, its β
@@ -249,7 +251,7 @@ class Stage:
 
     def trains(self, name):
         """Whether the student's parameter of this name learns."""
-        return self.train == "all" or ".mixer." in name and self.mixers[int(name.split(".")[1])] != "attention"
+        return self.train == "all" or self.train == "mlps" and ".mlp." in name or ".mixer." in name and self.mixers[int(name.split(".")[1])] != "attention"
 
 
 def read_recipe(path):
@@ -301,7 +303,7 @@ def plan(s, config):
     for i, entry in enumerate(entries):
         preferred = entry.get("loss") == "dpo"
         train = entry.get("train", "all" if preferred or not {"keep", "replace"} & entry.keys() else "mixers")
-        steps, lr = (0, s.stage3_lr) if preferred else (s.stage1_steps, s.stage1_lr) if train == "mixers" else (s.stage2_steps, s.stage2_lr)
+        steps, lr = (0, s.stage3_lr) if preferred else (s.stage1_steps, s.stage1_lr) if train != "all" else (s.stage2_steps, s.stage2_lr)
         given = {"train": train, "steps": steps, "lr": lr, "beta": s.dpo_beta if preferred else s.beta, "data": s.pairs if preferred else [], **entry}
         stages.append(Stage(**{**shared, **given}))
     return resolve(stages, config, where)
@@ -348,9 +350,9 @@ def resolve(stages, config, where):
         if stage.steps < (stage.loss == "distill"):
             refuse(f"steps is {stage.steps}, expected 1 or more")
         replaced = sum(mixer != "attention" for mixer in mixers)
-        if stage.train == "mixers" and not {"mamba", "mamba2"} & set(mixers):
+        if stage.train != "all" and not {"mamba", "mamba2"} & set(mixers):
             refuse("trains the mixers, and there is none to train; expected keep or replace with a Mamba, or train all")
-        kind = "dpo" if stage.loss == "dpo" else stage.train
+        kind = "dpo" if stage.loss == "dpo" else "all" if stage.train == "all" else "mixers"
         names[kind] += 1
         stage.name = stage.name or {"mixers": f"stage 1.{names[kind]}, {replaced} of {n} layers replaced", "all": "stage 2, all parameters",
                                     "dpo": "stage 3, preferences"}[kind] + f" ({names[kind]})" * (kind != "mixers" and names[kind] > 1)
@@ -548,23 +550,25 @@ def windows(data, begins, starts, length):
     return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(pos)
 
 
-def to_device(x, y, pos, device, **more):
-    """A batch: x, y (b, l), docs their Documents (None where every row is one), `at` the places in the flattened targets that are learned (None: all)."""
+def to_device(x, y, pos, device, most=0, **more):
+    """A batch: x, y (b, l), docs their Documents (None where every row is one), `at` the places in the flattened targets that are learned (None: all).
+    With `most`, one for a CUDA graph, whose tensors have the same shape every time: all places, and room for so many documents."""
     at = (y.flatten() >= 0).nonzero()[:, 0]
     send = lambda t: t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t  # noqa: E731
-    return SimpleNamespace(x=send(x), y=send(y), at=None if len(at) == y.numel() else send(at),
-                           docs=mil.Documents(pos, device) if (pos[:, 1:] == 0).any() else None, **{k: send(t) for k, t in more.items()})
+    return SimpleNamespace(x=send(x), y=send(y), at=None if most or len(at) == y.numel() else send(at), graph=most > 0,
+                           docs=mil.Documents(pos, device, most) if most or (pos[:, 1:] == 0).any() else None, **{k: send(t) for k, t in more.items()})
 
 
-def training_batches(run, corpus, seed):
+def training_batches(run, corpus, seed, graph=False):
     """step -> the parts of that step's batch that this process takes, and how many tokens all of them learn: windows at random places, which depend
-    on the seed and the step and on nothing else."""
+    on the seed and the step and on nothing else. With `graph`, as a CUDA graph takes them."""
     s, (data, begins) = run.s, (corpus.train, corpus.begins[0])
+    most = s.batch + 64 + 2 * s.batch * s.context * len(begins) // len(data) if graph else 0  # twice as many documents as there are on average
 
     def batch(step):
         starts = np.random.default_rng([*seed, step]).integers(0, len(data) - s.context, size=s.batch)
         x, y, pos = windows(data, begins, starts, s.context)
-        return [to_device(x[mine], y[mine], pos[mine], run.device) for mine in shares(run, s.batch)], int((y >= 0).sum())
+        return [to_device(x[mine], y[mine], pos[mine], run.device, most) for mine in shares(run, s.batch)], int((y >= 0).sum())
     return batch
 
 
@@ -844,7 +848,7 @@ class Models(nn.Module):
     def distill(self, batch, targets, stage, scale):
         """Eq. 2: the batch's part of the loss, `scale` times the sum over its tokens; and for the log the sums of CE and KL, scaled alike."""
         wanted, hidden = self.hidden(batch, stage.beta > 0)
-        weight = torch.full(targets.shape, scale, device=targets.device)
+        weight = torch.ones(targets.shape, device=targets.device) * scale
         loss, ce, kl = DistillationLoss.apply(hidden, self.student.lm_head.weight, wanted, self.teacher and self.teacher.lm_head.weight, targets,
                                               stage.alpha * weight, stage.beta * weight, stage.temperature, stage.reverse)
         return loss, torch.stack([ce.sum(), kl.sum()]).detach() * scale
@@ -1010,7 +1014,7 @@ def save_state(run, state, models, optimizer=None):
     return own if run.size == 1 else torch.load(place, map_location="cpu", weights_only=True, mmap=True)["own"]
 
 
-FREE = {"out", "device", "resume", "save_minutes", "keep_checkpoints", "recompute", "compile", "prompt", "accumulate", "recipe"}  # may differ when a run goes on
+FREE = {"out", "device", "resume", "save_minutes", "keep_checkpoints", "recompute", "compile", "graph", "prompt", "accumulate", "recipe"}  # may differ when a run goes on
 
 
 def load_state(run, stages, corpus):
@@ -1047,6 +1051,40 @@ def spread(moments, w):
     return {key: distribute_tensor(t.to(w.device), w.device_mesh, w.placements) if t.dim() else t.clone() for key, t in moments.items()}
 
 
+GRAPHED = 3e13  # a step of fewer FLOPs a GPU has done before Python has launched its kernels
+
+
+def graphs(run, stage, models):
+    """Whether a stage's steps are to be replayed: with --graph, where they are small enough, and made of what a CUDA graph can hold."""
+    s, (teacher, student) = run.s, models.two
+    return (s.graph and run.device.type == "cuda" and run.size == s.accumulate == 1 and stage.loss == "distill" and s.recompute != "block" and not s.compile
+            and flops(teacher and teacher.config, student.config, stage, s.context) * s.batch * s.context < GRAPHED)
+
+
+class Replayed:
+    """update(parts, scale) of batches that to_device has made for a CUDA graph: each is copied to where the graph reads it (generate.Launched), at the first
+    two calls while the kernels are compiled and captured. Of a batch with more documents than there is room for, update itself."""
+
+    def __init__(self, update, device):
+        self.update, self.device, self.launch = update, device, None
+
+    def __call__(self, parts, scale):
+        (part,) = parts
+        if self.launch is None:
+            def again(update=self.update, mine=part, scale=torch.tensor(scale, device=self.device)):  # self, in it, would keep the graph alive for long
+                vars(mine.docs).pop("mask", None)  # of another batch
+                return update([mine], scale)
+            self.part, self.scale = part, again.__defaults__[2]
+            self.launch = Launched(again, self.device if self.device.type == "cuda" else None)
+        pairs = [(getattr(a, name), getattr(b, name)) for a, b, names in ((self.part, part, "xy"), (self.part.docs, part.docs, ("pos", "bounds"))) for name in names]
+        if any(a.shape != b.shape for a, b in pairs):
+            return self.update(parts, scale)
+        for a, b in pairs:
+            a.copy_(b)
+        self.scale.fill_(scale)
+        return self.launch().clone()
+
+
 def fit(run, state, stage, models, batches, journal, last_good):
     """Train what of the student requires gradients, from state.step on. Stops with MilError when the loss is not finite; `last_good` says which
     model is then the last good one."""
@@ -1054,29 +1092,38 @@ def fit(run, state, stage, models, batches, journal, last_good):
     if run.size > 1:
         models.reshard()  # an evaluation leaves some tensors gathered, and those are not the ones that train
     train = [w for w in models.student.parameters() if w.requires_grad]
-    optimizer = torch.optim.AdamW(train, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda")
+    graph = graphs(run, stage, models)
+    optimizer = torch.optim.AdamW(train, lr=torch.tensor(float(stage.lr), device=device) if graph else stage.lr, betas=(0.9, 0.98), weight_decay=0.0,
+                                  fused=device.type == "cuda", capturable=graph)
     if state.moments:
         optimizer.load_state_dict({"state": dict(enumerate(map(spread, state.moments, train))), "param_groups": optimizer.state_dict()["param_groups"]})
         state.moments = []
     every, recent, names = min(10, max(1, stage.steps // 100)), [], ("chosen", "margin") if stage.loss == "dpo" else ("ce", "kl")
-    for step, (parts, count) in enumerate(ahead(batches, state.step, stage.steps, device), state.step):
-        for group in optimizer.param_groups:
-            group["lr"] = stage.lr * lr_share(stage, step)
+
+    def update(parts, scale):
+        """Forward, backward, clipping and AdamW; for the log the loss, two more sums and the gradient's norm, of this process."""
         sums = torch.zeros(4, device=device)
         for i, part in enumerate(parts):
             if run.size > 1:
                 models.set_requires_gradient_sync(i == len(parts) - 1)
-            loss, more = models(part, stage, run.size / max(1, count))  # FSDP takes the mean over processes
+            loss, more = models(part, stage, scale)
             loss.backward()
             sums[:3] += torch.cat([loss.detach()[None], more]) / run.size
         norm = torch.nn.utils.clip_grad_norm_(train, s.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         sums[3] = (norm.full_tensor() if run.size > 1 else norm) / run.size
-        recent.append(sums)
+        return sums
+
+    replayed = Replayed(update, device)
+    for step, (parts, count) in enumerate(ahead(batches, state.step, stage.steps, device), state.step):
+        for group in optimizer.param_groups:
+            rate = stage.lr * lr_share(stage, step)
+            group["lr"] = group["lr"].fill_(rate) if graph else rate  # where a graph finds it
+        recent.append((replayed if parts[0].graph else update)(parts, run.size / max(1, count)))  # FSDP takes the mean over processes
         state.step, last = step + 1, step == stage.steps - 1
         if step % every == every - 1 or last or run.size == 1 and run.stop:  # reading the loss waits for the device, so not every step
-            wish = sums.new_tensor([bool(run.stop), not run.rank and time.monotonic() - saved >= 60 * s.save_minutes])
+            wish = recent[-1].new_tensor([bool(run.stop), not run.rank and time.monotonic() - saved >= 60 * s.save_minutes])
             *values, stop, due = added_up(run, torch.cat([*recent, wish])).tolist()
             for i, value in enumerate(values[::4]):
                 if not math.isfinite(value):
@@ -1270,7 +1317,7 @@ def get_teacher(run, state, corpus, encoding, tokenizer, journal, place):
         stage = Stage(train="all", alpha=1, beta=0, steps=s.teacher_steps, lr=s.teacher_lr, warmup=s.warmup, schedule=s.schedule, name="teacher", mixers=config.mixers)
         model = owned(mil.Hybrid(config).to(run.device), state.own, state.own)
         models = prepare(run, Models(None, model))
-        fit(run, state, stage, models, training_batches(run, corpus, [s.seed, 0]), journal, "This run saved no teacher")
+        fit(run, state, stage, models, training_batches(run, corpus, [s.seed, 0], graphs(run, stage, models)), journal, "This run saved no teacher")
         save_student(run, models, place, tokenizer, torch.float32, recipe=recipe)
         state.rows = [{"model": "teacher", **evaluate(run, models, corpus, encoding)[0], **throughput(run, state, stage)}]
         state.stage, state.step, state.seconds = 1, 0, 0.0
@@ -1314,7 +1361,7 @@ def distill(run, state, stages, source, corpora, encoding, tokenizer, journal):
             batches = pair_batches(run, train, reference[:len(train)], [s.seed, number])
             more = lambda models=models, stage=stage, held=held, rest=reference[len(train):]: preferences(run, stage, models, held, rest)  # noqa: E731
         else:
-            batches = training_batches(run, corpora(stage.data, answers=s.pseudo_labels and not stage.data), [s.seed, number])
+            batches = training_batches(run, corpora(stage.data, answers=s.pseudo_labels and not stage.data), [s.seed, number], graphs(run, stage, models))
         fit(run, state, stage, models, batches, journal, last_good)
         report(stage.name, models, {**(throughput(run, state, stage) if stage.loss == "distill" else {"seconds": state.seconds}), "kl_before": state.before, **more()})
         save_student(run, models, place, tokenizer, kind, stage=stage.name)

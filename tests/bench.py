@@ -431,7 +431,7 @@ TRAINING = [  # name, shape, what trains, what the Mamba layers are, batch, --re
     ("8B, stage 1, b4", EIGHT, "mixers", "mamba2", 4, "none"), ("8B, stage 1, b4, 0.6 of the MLPs again", EIGHT, "mixers", "mamba2", 4, "0.6"),
     ("8B, stage 1, b4, MLPs again", EIGHT, "mixers", "mamba2", 4, "mlp"),
     ("8B, stage 1, b1", EIGHT, "mixers", "mamba2", 1, "none"), ("1B, stage 1, b1", ONE, "mixers", "mamba2", 1, "none"),
-    ("1B, stage 1, b1, MLPs again", ONE, "mixers", "mamba2", 1, "mlp"),
+    ("1B, stage 1, b1, MLPs again", ONE, "mixers", "mamba2", 1, "mlp"), ("1B, stage 1, b1, --graph", ONE, "mixers", "mamba2", 1, "none"),
     ("1B, stage 2, b8", ONE, "all", "mamba2", 8, "none"), ("1B, stage 2, b8, half the MLPs again", ONE, "all", "mamba2", 8, "0.5"),
     ("1B, stage 2, b8, Mamba", ONE, "all", "mamba", 8, "none"), ("1B, stage 2, b8, attention", ONE, "all", "attention", 8, "none")]
 LENGTH = 2048
@@ -459,17 +459,18 @@ def training(limits):
         base.tie()
         for w in base.parameters():
             torch.nn.init.ones_(w) if w.dim() == 1 else w.data.normal_(std=0.02)
-        s = train_distill.Settings(context=LENGTH, batch=batch, recompute=recompute, dtype=str(TYPE)[6:])
+        s = train_distill.Settings(context=LENGTH, batch=batch, recompute=recompute, dtype=str(TYPE)[6:], graph=name.endswith("--graph"))
         run = train_distill.Run(s, torch.device(DEVICE))
         replaced = mil.interleaved_layers(config.n_layers, 0.5)
         stage = train_distill.Stage(train=train, beta=1.0, steps=1000, lr=1e-5, name=name, mixers=[mixer if i in replaced else "attention" for i in range(config.n_layers)])
         models, log, steps = train_distill.assemble(run, base, base, stage, 1, {}), io.StringIO(), 30 if config is not EIGHT else 20
+        most = batch if train_distill.graphs(run, stage, models) else 0
 
         def batches(step):
             if step == steps:
                 raise Enough
             x, y = torch.randint(config.v, (2, batch, LENGTH), generator=torch.Generator().manual_seed(step))
-            return [train_distill.to_device(x, y, torch.arange(LENGTH).expand(batch, -1), run.device)], batch * LENGTH
+            return [train_distill.to_device(x, y, torch.arange(LENGTH).expand(batch, -1), run.device, most)], batch * LENGTH
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
         try:

@@ -1,0 +1,166 @@
+"""tests/reproduce.py: its text, its measures, its arms; and all of it, of the smallest size."""
+import copy
+import json
+import math
+import random
+import re
+
+import pytest
+import reproduce as r
+import torch
+from conftest import DEVICE, assert_close, build, run_script
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mil
+import train_distill as td
+
+
+@given(st.integers(0, 99), st.integers(320, 640))
+def test_every_note_is_asked_for_once_after_it_and_within_the_context_and_the_rest_is_the_text(seed, context):
+    text = "".join(f"{'    ' * (i % 3)}x_{i} = {i}\n" for i in range(400))
+    noted = r.with_notes(text, context, random.Random(seed))
+    assert re.sub(r"(?m)^# \w{3}( is|\?) \d{4}\n", "", noted) == text
+    notes = {(m[1], m[2]): m.end() for m in re.finditer(r"# (\w{3}) is (\d{4})\n", noted)}
+    questions = {(m[1], m[2]): m.start() for m in re.finditer(r"# (\w{3})\? (\d{4})\n", noted)}
+    assert len(notes) >= 20 and noted.count("? ") == len(questions) >= len(notes) - 10
+    assert all(0 <= at - notes[asked] < context for asked, at in questions.items())
+
+
+@pytest.mark.parametrize("header, body, whole", [
+    ("def f(x):\n", "    return x\nprint(", True),                      # what follows the function is none of it
+    ("    def f(x):\n", "        if x:\n            return 1\n    def", True),
+    ("def f(x):\n", "    return (x\n\ndef g", False),
+    ("def f(x):\n", "    if x:\n", False),                              # the text ends before the block does
+    ("def f(x):\n", "    y = 1\n# kdw is 5821\n    return y\n", True),
+    ("def f(x):\n", "    return x +", False),                           # nothing but a broken line
+    ("def f(x):\n", "    return x\n        y = 2\n", False)])
+def test_a_function_parses_up_to_where_it_ends(header, body, whole):
+    assert r.parses(header, body) is whole
+
+
+def test_functions_are_cut_where_their_bodies_begin():
+    (before, header, after), = r.functions(["import os\n\ndef f(a, b=(1, 2)):\n    return a\n"], 5, 12, 8, random.Random(0))
+    assert header == "def f(a, b=(1, 2)):\n" and before == header[-12:] and after == "    retu"
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    return r.Lab(r.SMOKE, tmp_path_factory.mktemp("lab"), torch.device(DEVICE))
+
+
+@given(length=st.integers(128, 999), depth=st.floats(0, 1), seed=st.integers(0, 9))
+def test_a_haystack_has_its_length_one_note_where_it_should_be_and_the_question_at_its_end(lab, length, depth, seed):
+    text = bytes(lab.haystack(length, depth, random.Random(seed))).decode()
+    (name, number), = re.findall(r"(?m)^# (\w{3}) is (\d{4})$", text)
+    assert len(text) == length and text.endswith(f"\n# {name}? {number}")
+    room, at = length - 25, text.index(f"# {name} is")
+    assert at <= depth * (room - 1) + 1 and "\n" not in text[at + 14:int(depth * (room - 1)) + 14]  # behind the last whole line there
+
+
+def test_a_needle_is_found_by_whom_all_digits_are_likeliest_and_only_then(lab):
+    class Knows(torch.nn.Module):
+        def __init__(self, wrong):
+            super().__init__()
+            self.wrong = wrong
+
+        def hidden(self, tokens):
+            return tokens
+
+        def logits(self, tokens):  # the number is what follows " is ", in reach of a model that has read all of it
+            out = []
+            for row in self.rows:
+                number = re.search(r"# \w{3} is (\d{4})", bytes(row).decode())[1]
+                out.append([ord(c) for c in number[:3] + (str((int(number[3]) + self.wrong) % 10))])
+            return torch.nn.functional.one_hot(torch.tensor(out), 257)
+    for wrong, share in ((0, 1), (1, 0)):
+        model = Knows(wrong)
+        model.hidden = lambda tokens, model=model: setattr(model, "rows", tokens.tolist()) or tokens
+        assert lab.needles(model) == {128: [share] * 2, 256: [share] * 2}
+
+
+def test_perplexity_by_place_is_that_of_the_bytes_there(lab):
+    model = build(mil.Config(v=257, d=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=8, context=128), torch.float32)
+    found = lab.by_position(model)
+    assert list(found) == [8, 16, 32, 64, 128, 256]
+    rows = [t for t in lab.long_texts if len(t) > 256]
+    rows = torch.tensor([[*t[i:i + 257].encode()] for t in rows for i in range(0, len(t) - 256, 256)][:16], device=DEVICE)
+    with torch.no_grad():
+        loss = -model(rows[:, :-1]).log_softmax(-1).gather(2, rows[:, 1:, None])[..., 0]
+    assert_close(torch.tensor([found[16], found[256]]), torch.stack([loss[:, 8:16].mean().exp(), loss[:, 128:].mean().exp()]), 1e-4)
+
+
+def test_arms_replace_the_papers_layers_step_by_step_and_each_is_named_once():
+    arms = r.arms(32, r.TABLES)
+    by_name = {arm.name: arm for arm in arms}
+    assert len(by_name) == len(arms) == 13
+    assert [len(path) for path in by_name["mamba2"].path] == [8, 16, 24, 28, 32]
+    assert by_name["mamba2"].path[0] == tuple(range(0, 32, 4)) and by_name["mamba2"].path[1] == tuple(range(0, 32, 2))
+    for arm in arms:
+        assert all(set(a) < set(b) for a, b in zip(arm.path, arm.path[1:])), arm.name
+    assert by_name["half, the first layers"].path[-1] == tuple(range(16)) and by_name["quarter, the last layers"].path[-1] == tuple(range(8, 32))
+    assert {arm.name for arm in r.arms(8, ("order",))} == {"mamba2", *(name for name in by_name if name.startswith(("half", "quarter")))}
+
+
+def test_mamba_without_decay_is_linear_attention_that_does_not_learn_it():
+    config = mil.Config(v=17, d=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=8, context=64, mixers=["mamba"], d_state=4)
+    model = build(config, torch.float32)
+    mixer = model.layers[0].mixer
+    r.freeze_linear(model)
+    x, dt, B, C = (torch.randn(2, 9, h, 4, generator=torch.Generator().manual_seed(h + i)).to(DEVICE) for i, h in enumerate((2, 4, 2, 4)))
+    dt, z = mil.linear(torch.randn(2, 9, mixer.dt_rank, device=DEVICE), mixer.dt_proj.weight).unflatten(2, (-1, 4)), torch.full_like(C, 20.0)
+    with torch.no_grad():
+        mixer.conv1d.weight.zero_(), mixer.D.zero_()
+        mixer.conv1d.bias.fill_(1.0)
+        y = mixer.scan(x, dt, B, C, z)[0]
+    one = torch.nn.functional.silu(torch.ones((), device=DEVICE))  # what the convolution makes of any x
+    B, C = mil.kernels.repeat_heads(B, 4), C
+    want = torch.einsum("blhn,bshn,ls->blh", C, B, torch.ones(9, 9, device=DEVICE).tril())[..., None] * one * torch.nn.functional.silu(z)
+    assert_close(y, want.expand_as(y), 1e-4)
+    assert not any(w.requires_grad for w in (mixer.A_log, *mixer.dt_proj.parameters())) and mixer.in_proj_x.weight.requires_grad
+
+
+def test_a_claim_holds_beyond_the_errors_only():
+    rows = lambda *values: [dict(kl=v) for v in values]  # noqa: E731
+    table = r.Table("t", "T", ["a"])
+    for a, b, verdict in (((1, 1.1), (2, 2.1), "holds"), ((2, 2.1), (1, 1.1), "does not hold"), ((1, 2), (1.2, 2.2), "within the error"), ((1,), (1,), "within the error")):
+        table.claim("what", rows(*a), rows(*b))
+        assert table.claims[-1][2] == verdict
+    table.claim("nothing to compare", rows(1), [])
+    assert len(table.claims) == 4
+    assert r.mean(rows(1, 2, 3), "kl") == (2, pytest.approx(1 / math.sqrt(3)))
+
+
+def test_a_stage_may_train_mlps_as_well():
+    stage = td.Stage(train="mlps", mixers=["mamba2", "attention"])
+    names = {name for name, _ in build(mil.Config(v=17, d=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=8, mixers=stage.mixers)).named_parameters() if stage.trains(name)}
+    assert {name.split(".")[1] for name in names if ".mlp." in name} == {"0", "1"} and {name.split(".")[1] for name in names if ".mixer." in name} == {"0"}
+    assert not any("norm" in name.split(".")[2] or name.startswith(("embed", "norm", "lm_head")) for name in names)
+
+
+@pytest.mark.parametrize("argv, match", [(["qualty"], "there is no table 'qualty'; expected some of quality"), (["--seeds", "0"], "--seeds is 0"), (["--minutes", "nan"], "--minutes is nan")])
+def test_what_cannot_be_reproduced_is_refused_in_one_line(argv, match):
+    with pytest.raises(mil.MilError, match=match):
+        r.main(argv)
+
+
+def test_all_tables_are_made_from_nothing(tmp_path):
+    said = run_script("tests/reproduce.py", "--smoke", "--seeds", "1", "--out", tmp_path / "o", "--assets", tmp_path / "pictures")
+    assert said.returncode == 0, said.stderr[-3000:] + said.stdout[-3000:]
+    report = json.loads((tmp_path / "o" / "reproduce.json").read_text())
+    assert list(report["tables"]) == ["quality", "init", "order", "mixer", "stages", "long", "position", "speculation", "cost"]
+    assert [len(rows) - 1 for rows in report["tables"].values()] == [9, 8, 8, 4, 3, 9, 9, 32, 15]
+    assert "smoke size: the figures mean nothing" in said.stdout
+    for row in report["rows"]:
+        assert math.isfinite(row["kl"]) and row["seed"] in (0,) and (row["stages"] == "draft" or row["rate"] in row["rates"])
+    arms = {(row["arm"], row["replaced"], row["stages"]) for row in report["rows"] if row["stages"] != "draft"}
+    assert len(arms) == 8 + 8 + 1 + 6 + 6 + 2 + 1 and len(report["sweep"]) == 13 * len(report["size"]["rates"])
+    same = copy.copy(report["teacher"])
+    assert same["context"] == 128 and set(same["needles"]) == {"128", "256"}
+    text = (tmp_path / "o" / "reproduce.md").read_text()
+    assert text.count("### ") == 9 and "| teacher" in text
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"quality.png", "needle.png", "speculation.png", "cost.png", "scan.png"}
