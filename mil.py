@@ -49,13 +49,12 @@ class MilError(ValueError):
     """What went wrong, said to the person who typed: the file or flag, what was found, what was expected."""
 
 
-MIXERS = ("attention", "mamba", "mamba2", "none")  # CLASSES below holds the modules
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass
 class Config:
-    """Sizes of a stack. The defaults are Llama-3-8B's; `mixers` names one of MIXERS per layer."""
+    """Sizes of a stack. The defaults are Llama-3-8B's; `mixers` names one of CLASSES per layer."""
     v: int = 128256                # vocabulary
     d: int = 4096                  # model width
     n_layers: int = 32
@@ -110,7 +109,9 @@ class Config:
 # ---------------------------------------------------------------------------------------------------------------
 # Mixers: what moves information between tokens. forward(u, angles, log, norm, docs): u (b, l, d), angles the RoPE of the tokens' positions,
 # log this layer's part of the Cache or None in training, docs the Documents that a row holds or None for one. Each returns u + mixer(norm u),
-# or, without a norm, mixer(u). READS names the projections of its input. A weight may be of another type than u: it is used in u's.
+# or, without a norm, mixer(u). READS names the projections of its input; inherit(attention) pairs its tensors with attention's; new_log(cache) is its
+# log. One with a state has `scan`, which the StateLog calls, and may have `replay`, the same by the kernels for decoding. A weight may be of another
+# type than u: it is used in u's.
 
 
 def rope_angles(config, pos):
@@ -365,6 +366,7 @@ class NoMixer(nn.Module):
 
 
 CLASSES = {"attention": Attention, "mamba": Mamba, "mamba2": Mamba2, "none": NoMixer}
+MIXERS = tuple(CLASSES)  # attention, and what may replace it
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -492,6 +494,7 @@ class Cache:
         self.turns = rope_angles(c, torch.arange(size, device=self.device)[None]) if "attention" in c.mixers else ()  # of all positions
         self.small = max(c.head_dim, c.d_state) <= 128 and c.n_heads // c.n_kv_heads <= 16  # what the kernels hold in registers
         self.logs = [layer.mixer.new_log(self) for layer in model.layers]
+        self.small &= all(hasattr(layer.mixer, "replay") for layer, log in zip(model.layers, self.logs) if isinstance(log, StateLog))
 
     def fusable(self, l):
         """Whether a pass of l tokens a row, all of them real, is made of the kernels for decoding."""
@@ -1057,7 +1060,7 @@ def export(source, target, format, dtype=None):
     the authors' layout, for a hybrid of attention and one kind of Mamba. In `dtype`, or the file's. Tokenizer files go along."""
     source, target, about = Path(source), Path(target), read_config(source)
     c, kinds = about["config"], set(about["config"].mixers) - {"attention"}
-    fits = {"mil": True, "hf": not kinds, "mambainllama": len(kinds) == 1 and "none" not in kinds}
+    fits = {"mil": True, "hf": not kinds, "mambainllama": kinds in ({"mamba"}, {"mamba2"})}
     if format not in fits:
         raise MilError(f"--format is {format}, expected hf, mambainllama or mil")
     if not fits[format]:

@@ -34,6 +34,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import shutil
@@ -350,7 +351,7 @@ def resolve(stages, config, where):
         if stage.steps < (stage.loss == "distill"):
             refuse(f"steps is {stage.steps}, expected 1 or more")
         replaced = sum(mixer != "attention" for mixer in mixers)
-        if stage.train != "all" and not {"mamba", "mamba2"} & set(mixers):
+        if stage.train != "all" and set(mixers) <= {"attention", "none"}:
             refuse("trains the mixers, and there is none to train; expected keep or replace with a Mamba, or train all")
         kind = "dpo" if stage.loss == "dpo" else "all" if stage.train == "all" else "mixers"
         names[kind] += 1
@@ -448,7 +449,7 @@ def read_records(file, text, flag="--data"):
 def read_documents(file, named):
     """The documents of one file: every line of a .jsonl, or the whole text."""
     text = read_text(file, named)
-    if file.suffix == ".json" and text.lstrip().startswith("[") and '"messages"' in text[:9999]:
+    if file.suffix == ".json" and re.match(r"\s*\[\s*\{", text) and (named or '"messages"' in text[:9999]):
         raise MilError(f"--data {file}: a list in one piece; expected one record a line, in a file named .jsonl")
     if file.suffix != ".jsonl":
         return [text] if text.strip() else []
@@ -827,11 +828,11 @@ class Models(nn.Module):
         return self.two[1]
 
     def forward(self, batch, stage=None, scale=1.0):
-        """What the stage's `loss` says, or "reference", and without a stage "compare": a method below. All go through here, where FSDP2 gathers the tensors."""
+        """What the method that the stage's `loss` names says, and without a stage "compare". All go through here, where FSDP2 gathers the tensors."""
         targets = batch.y.flatten() if batch.at is None else batch.y.flatten()[batch.at]
         if stage is None:
             return self.compare(batch, targets)
-        return {"distill": self.distill, "dpo": self.dpo, "reference": self.reference}[stage.loss](batch, targets, stage, scale)
+        return getattr(self, stage.loss)(batch, targets, stage, scale)
 
     def hidden(self, batch, teach, learn=True):
         """What their heads read (tokens, d), of the places that are learned: teacher's and student's, None where it is not asked for."""
@@ -1393,7 +1394,7 @@ def forward_flops(config, context):
     """Of one token: two a parameter of a matrix; of attention 4 a channel and key, of which on average half are seen; of a recurrence 4 a state element."""
     wide = config.n_heads * config.head_dim
     mix = {"attention": 2 * context * wide, "mamba": 4 * wide * config.d_state, "mamba2": 4 * wide * config.head_dim, "none": 0}
-    return 2 * matrices(config) + sum(mix[mixer] for mixer in config.mixers)
+    return 2 * matrices(config) + sum(mix.get(mixer, mix["mamba2"]) for mixer in config.mixers)
 
 
 def flops(teacher, student, stage, context):
@@ -1412,8 +1413,9 @@ def memory_needed(s, student, stage, teacher_bytes, base_bytes=0, processes=1, k
     trained = sum(w.numel() for name, w in blank(student).named_parameters() if stage.trains(name))
     wide, narrow, head = student.n_heads * p, student.n_kv_heads * p, student.v * student.d * (stage.train == "all")
     kept = {"attention": 2 * wide + 2 * narrow, "mamba": 8 * wide + 2 * narrow + wide * student.d_state // 4, "mamba2": 6 * wide + 4 * narrow, "none": 0}
-    inside = [2 * student.d_ff * (1 - share_recomputed(s)) + kept[mixer] for mixer in student.mixers]
-    one = max(kept[mixer] + 6 * student.d_ff for mixer in student.mixers)                     # a layer at work, in its backward pass
+    mixing = [kept.get(mixer, kept["mamba2"]) for mixer in student.mixers]
+    inside = [2 * student.d_ff * (1 - share_recomputed(s)) + size for size in mixing]
+    one = max(mixing) + 6 * student.d_ff                     # a layer at work, in its backward pass
     activations = tokens * short * (student.d * (2 - (s.recompute == "block")) * student.n_layers + sum(inside) * (s.recompute != "block") + one + 4 * student.d)
     loss = min(LOGITS[kind], tokens * student.v) * 3 * short + head * (4 + short)
     parts = {"teacher": teacher_bytes + base_bytes, "student": 4 * trained, "AdamW": 8 * trained}

@@ -726,7 +726,7 @@ def scans(size):
             td.show(f"cost: the scan of {kind}, {length:,} tokens", done=False)
             for who, ways in bench.contenders(bench.inputs(kind, *shape, 1, length)).items():
                 if who != "attention" or kind == bench.MAMBA2[0]:
-                    times = [m["wall"] for way in ways if (m := bench.measure(*way, True))]
+                    times = [m["gpu"] or m["wall"] for way in ways if (m := bench.measure(*way, True))]
                     rows.append(dict(name=who if who == "attention" else f"{who}, {kind}", length=length, ms=min(times, default=None)))
     return rows
 
