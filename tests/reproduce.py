@@ -101,7 +101,7 @@ SMOKE = Size(d=32, n_heads=2, n_kv_heads=1, d_ff=32, context=128, batch=4, stude
 
 
 def with_notes(text, context, dice):
-    """The text with a note about every 120 characters, and each asked for again within the context."""
+    """The text with a note about every 120 characters, and each asked for again, up to three quarters of the context later."""
     out, due, at, next_note = [], [], 0, dice.randrange(240)
     for line in text.splitlines(keepends=True):
         out.append(line)

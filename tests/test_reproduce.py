@@ -16,15 +16,15 @@ import mil
 import train_distill as td
 
 
-@given(st.integers(0, 99), st.integers(320, 640))
-def test_every_note_is_asked_for_once_after_it_and_within_the_context_and_the_rest_is_the_text(seed, context):
+@given(st.integers(0, 99), st.integers(100, 640))
+def test_every_note_is_asked_for_once_after_it_and_not_too_late_and_the_rest_is_the_text(seed, context):
     text = "".join(f"{'    ' * (i % 3)}x_{i} = {i}\n" for i in range(400))
     noted = r.with_notes(text, context, random.Random(seed))
     assert re.sub(r"(?m)^# \w{3}( is|\?) \d{4}\n", "", noted) == text
     notes = {(m[1], m[2]): m.end() for m in re.finditer(r"# (\w{3}) is (\d{4})\n", noted)}
     questions = {(m[1], m[2]): m.start() for m in re.finditer(r"# (\w{3})\? (\d{4})\n", noted)}
     assert len(notes) >= 20 and noted.count("? ") == len(questions) >= len(notes) - 10
-    assert all(0 <= at - notes[asked] < context for asked, at in questions.items())
+    assert all(0 <= at - notes[asked] < context * 3 // 4 + 150 for asked, at in questions.items())  # 150: a line, and other questions that are due
 
 
 @pytest.mark.parametrize("header, body, whole", [
