@@ -252,7 +252,8 @@ class Stage:
 
     def trains(self, name):
         """Whether the student's parameter of this name learns."""
-        return self.train == "all" or self.train == "mlps" and ".mlp." in name or ".mixer." in name and self.mixers[int(name.split(".")[1])] != "attention"
+        mixer = ".mixer." in name and self.mixers[int(name.split(".")[1])] != "attention"
+        return self.train == "all" or mixer or (self.train == "mlps" and ".mlp." in name)
 
 
 def read_recipe(path):
@@ -351,7 +352,7 @@ def resolve(stages, config, where):
         if stage.steps < (stage.loss == "distill"):
             refuse(f"steps is {stage.steps}, expected 1 or more")
         replaced = sum(mixer != "attention" for mixer in mixers)
-        if stage.train != "all" and set(mixers) <= {"attention", "none"}:
+        if stage.train == "mixers" and set(mixers) <= {"attention", "none"}:
             refuse("trains the mixers, and there is none to train; expected keep or replace with a Mamba, or train all")
         kind = "dpo" if stage.loss == "dpo" else "all" if stage.train == "all" else "mixers"
         names[kind] += 1
@@ -553,11 +554,13 @@ def windows(data, begins, starts, length):
 
 def to_device(x, y, pos, device, most=0, **more):
     """A batch: x, y (b, l), docs their Documents (None where every row is one), `at` the places in the flattened targets that are learned (None: all).
-    With `most`, one for a CUDA graph, whose tensors have the same shape every time: all places, and room for so many documents."""
+    With `most`, one for a CUDA graph (`graph`), whose tensors have the same shape every time: all places (losses skip those that are not learned), and
+    room for so many documents; with more of them than that it is an ordinary one."""
+    graph = bool((pos == 0).sum() <= most)
     at = (y.flatten() >= 0).nonzero()[:, 0]
     send = lambda t: t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t  # noqa: E731
-    return SimpleNamespace(x=send(x), y=send(y), at=None if most or len(at) == y.numel() else send(at), graph=most > 0,
-                           docs=mil.Documents(pos, device, most) if most or (pos[:, 1:] == 0).any() else None, **{k: send(t) for k, t in more.items()})
+    return SimpleNamespace(x=send(x), y=send(y), at=None if graph or len(at) == y.numel() else send(at), graph=graph,
+                           docs=mil.Documents(pos, device, most * graph) if graph or (pos[:, 1:] == 0).any() else None, **{k: send(t) for k, t in more.items()})
 
 
 def training_batches(run, corpus, seed, graph=False):
@@ -827,6 +830,11 @@ class Models(nn.Module):
     def student(self):
         return self.two[1]
 
+    @property
+    def configs(self):
+        """Of the teacher, or None, and of the student."""
+        return [model and model.config for model in self.two]
+
     def forward(self, batch, stage=None, scale=1.0):
         """What the method that the stage's `loss` names says, and without a stage "compare". All go through here, where FSDP2 gathers the tensors."""
         targets = batch.y.flatten() if batch.at is None else batch.y.flatten()[batch.at]
@@ -1055,16 +1063,17 @@ def spread(moments, w):
 GRAPHED = 3e13  # a step of fewer FLOPs a GPU has done before Python has launched its kernels
 
 
-def graphs(run, stage, models):
-    """Whether a stage's steps are to be replayed: with --graph, where they are small enough, and made of what a CUDA graph can hold."""
-    s, (teacher, student) = run.s, models.two
+def graphs(run, stage, teacher, student):
+    """Whether the steps of a stage of models of these configurations are to be replayed: with --graph, where they are small enough, and made of what a CUDA
+    graph can hold."""
+    s = run.s
     return (s.graph and run.device.type == "cuda" and run.size == s.accumulate == 1 and stage.loss == "distill" and s.recompute != "block" and not s.compile
-            and flops(teacher and teacher.config, student.config, stage, s.context) * s.batch * s.context < GRAPHED)
+            and flops(teacher, student, stage, s.context) * s.batch * s.context < GRAPHED)
 
 
 class Replayed:
-    """update(parts, scale) of batches that to_device has made for a CUDA graph: each is copied to where the graph reads it (generate.Launched), at the first
-    two calls while the kernels are compiled and captured. Of a batch with more documents than there is room for, update itself."""
+    """update(parts, scale) of batches that to_device has made for a CUDA graph: each is copied to where the graph reads it. The first call runs update as it is, which
+    compiles its kernels, the second captures it and runs the graph, as all later ones do (generate.Launched)."""
 
     def __init__(self, update, device):
         self.update, self.device, self.launch = update, device, None
@@ -1072,28 +1081,28 @@ class Replayed:
     def __call__(self, parts, scale):
         (part,) = parts
         if self.launch is None:
-            def again(update=self.update, mine=part, scale=torch.tensor(scale, device=self.device)):  # self, in it, would keep the graph alive for long
-                vars(mine.docs).pop("mask", None)  # of another batch
-                return update([mine], scale)
-            self.part, self.scale = part, again.__defaults__[2]
+            self.part, self.scale = part, torch.tensor(scale, device=self.device)
+
+            def again(update=self.update, part=self.part, scale=self.scale):  # with self in it the graph would outlive its stage
+                vars(part.docs).pop("mask", None)  # of another batch
+                return update([part], scale)
             self.launch = Launched(again, self.device if self.device.type == "cuda" else None)
-        pairs = [(getattr(a, name), getattr(b, name)) for a, b, names in ((self.part, part, "xy"), (self.part.docs, part.docs, ("pos", "bounds"))) for name in names]
-        if any(a.shape != b.shape for a, b in pairs):
-            return self.update(parts, scale)
-        for a, b in pairs:
-            a.copy_(b)
+        for name in ("x", "y"):
+            getattr(self.part, name).copy_(getattr(part, name))
+        for name in ("pos", "bounds"):
+            getattr(self.part.docs, name).copy_(getattr(part.docs, name))
         self.scale.fill_(scale)
         return self.launch().clone()
 
 
 def fit(run, state, stage, models, batches, journal, last_good):
-    """Train what of the student requires gradients, from state.step on. Stops with MilError when the loss is not finite; `last_good` says which
-    model is then the last good one."""
+    """Train what of the student requires gradients, from state.step on: batches(step) gives the parts of a step's batch, and how many tokens, or pairs, all
+    processes learn of. Stops with MilError when the loss is not finite; `last_good` is a sentence of it that says which model is then the last good one."""
     s, device, began, saved = run.s, run.device, time.perf_counter() - state.seconds, time.monotonic()
     if run.size > 1:
         models.reshard()  # an evaluation leaves some tensors gathered, and those are not the ones that train
     train = [w for w in models.student.parameters() if w.requires_grad]
-    graph = graphs(run, stage, models)
+    graph = graphs(run, stage, *models.configs)
     optimizer = torch.optim.AdamW(train, lr=torch.tensor(float(stage.lr), device=device) if graph else stage.lr, betas=(0.9, 0.98), weight_decay=0.0,
                                   fused=device.type == "cuda", capturable=graph)
     if state.moments:
@@ -1318,7 +1327,7 @@ def get_teacher(run, state, corpus, encoding, tokenizer, journal, place):
         stage = Stage(train="all", alpha=1, beta=0, steps=s.teacher_steps, lr=s.teacher_lr, warmup=s.warmup, schedule=s.schedule, name="teacher", mixers=config.mixers)
         model = owned(mil.Hybrid(config).to(run.device), state.own, state.own)
         models = prepare(run, Models(None, model))
-        fit(run, state, stage, models, training_batches(run, corpus, [s.seed, 0], graphs(run, stage, models)), journal, "This run saved no teacher")
+        fit(run, state, stage, models, training_batches(run, corpus, [s.seed, 0], graphs(run, stage, *models.configs)), journal, "This run saved no teacher")
         save_student(run, models, place, tokenizer, torch.float32, recipe=recipe)
         state.rows = [{"model": "teacher", **evaluate(run, models, corpus, encoding)[0], **throughput(run, state, stage)}]
         state.stage, state.step, state.seconds = 1, 0, 0.0
@@ -1362,7 +1371,7 @@ def distill(run, state, stages, source, corpora, encoding, tokenizer, journal):
             batches = pair_batches(run, train, reference[:len(train)], [s.seed, number])
             more = lambda models=models, stage=stage, held=held, rest=reference[len(train):]: preferences(run, stage, models, held, rest)  # noqa: E731
         else:
-            batches = training_batches(run, corpora(stage.data, answers=s.pseudo_labels and not stage.data), [s.seed, number], graphs(run, stage, models))
+            batches = training_batches(run, corpora(stage.data, answers=s.pseudo_labels and not stage.data), [s.seed, number], graphs(run, stage, *models.configs))
         fit(run, state, stage, models, batches, journal, last_good)
         report(stage.name, models, {**(throughput(run, state, stage) if stage.loss == "distill" else {"seconds": state.seconds}), "kl_before": state.before, **more()})
         save_student(run, models, place, tokenizer, kind, stage=stage.name)
@@ -1444,18 +1453,21 @@ def announce(run, stages, teacher, base):
     if s.student_layers:
         given[1] = given[0] * matrices(base) / matrices(teacher)
     lines = [f"{'':<38}{'attention':>10}{'trained':>10}{'tokens':>10}{'lr':>9}{'α':>6}{'β':>6}{'memory':>11}{'time':>8}"]
+    replayed = []
     before = [Stage(train="all", beta=0, steps=s.teacher_steps, lr=s.teacher_lr, name="teacher", mixers=teacher.mixers)] * (not s.teacher)
     for stage in before + stages:
         config, alone = dataclasses.replace(base, mixers=stage.mixers) if stage not in before else teacher, stage in before
         trained, tokens = sum(w.numel() for name, w in blank(config).named_parameters() if stage.trains(name)), stage.steps * s.batch * s.context
         parts = memory_needed(s, config, stage, *([0, 0] if alone else given), run.size, run.device.type)
         run.cost = max(run.cost, parts, key=lambda parts: sum(parts.values()))
+        replayed += [stage.name] * graphs(run, stage, None if alone else teacher, config)
         seconds = flops(None if alone else teacher, config, stage, s.context) * tokens / (0.5 * peak * run.size)
         kept, alpha = f"{stage.mixers.count('attention')} of {len(stage.mixers)}", f"{stage.alpha:g}" if stage.loss == "distill" else ""
         lines.append(f"{stage.name:<38}{kept:>10}{short(trained):>10}{short(tokens):>10}{stage.lr:>9.1e}{alpha:>6}{stage.beta:>6g}{gib(sum(parts.values())):>11}{clock(seconds):>8}")
     show("\n".join(lines))
     show(f"memory: about {gib(sum(run.cost.values()))} of {gib(there)} ({', '.join(f'{part} {gib(size)}' for part, size in run.cost.items())})"
-         f"{'; MORE THAN THERE IS' * (sum(run.cost.values()) > there)}; {LOWER}. time: at half of this device's {peak / 1e12:.3g} TFLOP/s")
+         f"{'; MORE THAN THERE IS' * (sum(run.cost.values()) > there)}; {LOWER}. time: at half of this device's {peak / 1e12:.3g} TFLOP/s"
+         + f"; replayed as CUDA graphs: {', '.join(replayed) or 'no stage'}" * s.graph)
 
 
 def short(n):

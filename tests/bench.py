@@ -464,7 +464,7 @@ def training(limits):
         replaced = mil.interleaved_layers(config.n_layers, 0.5)
         stage = train_distill.Stage(train=train, beta=1.0, steps=1000, lr=1e-5, name=name, mixers=[mixer if i in replaced else "attention" for i in range(config.n_layers)])
         models, log, steps = train_distill.assemble(run, base, base, stage, 1, {}), io.StringIO(), 30 if config is not EIGHT else 20
-        most = batch if train_distill.graphs(run, stage, models) else 0
+        most = batch if train_distill.graphs(run, stage, *models.configs) else 0
 
         def batches(step):
             if step == steps:

@@ -29,7 +29,7 @@ def draw(report, place):
 
 def students(report, arm):
     """{share of attention kept: an arm's rows after stage 2, one for each seed}, the largest share first."""
-    rows = [r for r in report.get("rows") or [] if r.get("arm") == arm and r.get("stages") == "1 + 2"]
+    rows = [r for r in report.get("rows") or [] if r.get("arm") == arm and r.get("stages") == "1 + 2" and "diverged" not in r]
     return {1 - c / report["size"]["n_layers"]: [r for r in rows if r["replaced"] == c] for c in sorted({r["replaced"] for r in rows})}
 
 
@@ -42,10 +42,9 @@ def needles(report, found):
 
 
 def mean(values):
-    """Mean and standard error (0 of a single value) of those that are numbers."""
-    values = [v for v in values if v is not None and math.isfinite(v)]
+    """Mean and standard error, NaN where there are none, or one."""
     middle = sum(values) / len(values) if values else math.nan
-    return middle, math.sqrt(sum((v - middle) ** 2 for v in values) / (len(values) - 1) / len(values)) if len(values) > 1 else 0
+    return middle, math.sqrt(sum((v - middle) ** 2 for v in values) / (len(values) - 1) / len(values)) if len(values) > 1 else math.nan
 
 
 def look(i):
@@ -151,6 +150,6 @@ def scan(report, rows, subplots):
     """Time of forward and backward against length; what was not measured breaks the line off."""
     figure, axis = subplots(figsize=(7, 5), layout="constrained")
     by_length(axis, {name: {r["length"]: r["ms"] for r in rows if r["name"] == name} for name in dict.fromkeys(r["name"] for r in rows)})
-    axis.set(xlabel="length in tokens (k = 1024)", ylabel="forward + backward, ms")
+    axis.set(xlabel="length in tokens (k = 1024)", ylabel="forward + backward, ms of the GPU")
     figure.legend(loc="outside upper center", ncols=2)
     return figure

@@ -15,9 +15,10 @@
 
 Signs and orderings are the claim, not digits. One teacher, a Llama over bytes, learns the sources of Python's standard library, in which notes
 (`# kdw is 5821`) are strewn and asked for some hundred bytes on (`# kdw? 5821`): so it has to use its context, and a needle is something that it
-can find. A student is trained by train_distill.py's own functions. Every arm's learning rate is the best of Size.rates for it, by the KL at the end of stage 1
-with a seed that is not used again (*: the lowest or highest of them); then it runs with --seeds others (order of the data, initial values), of which
-mean ± standard error is printed.
+can find. A student is trained by train_distill.py's own functions, its steps replayed as CUDA graphs (--graph). Every arm's learning rate is the best of
+Size.rates for it, or beyond them where that is at an end (*: it stayed there), by the KL at the end of its stage 1 with a seed that is not used
+again; then it runs with --seeds others (order of the data, initial values), of which mean ± standard error is printed. What that error leaves out: there is one
+teacher, and all students are measured on the same text, functions and needles. A claim holds where the difference is beyond Student's t at 95 %.
 
 Figures are printed, and written to OUT/reproduce.json with every arm's settings, OUT/reproduce.md, and, where matplotlib is, drawn to --assets.
 """
@@ -71,6 +72,7 @@ class Size:
     batch: int = 64              # rows of a step: the teacher's
     student_batch: int = 32
     rates: tuple = (1e-3, 3e-3, 6e-3, 1.2e-2)  # of stage 1; stage 2 has a third of it
+    more_rates: int = 2          # how many may be tried beyond these
     teacher_steps: int = 3000
     layer_steps: int = 40        # of stage 1, for each layer replaced
     stage2_steps: int = 450
@@ -80,10 +82,11 @@ class Size:
     prompts: int = 192           # functions to be written
     written: int = 160           # bytes of each
     samples: int = 8             # needles at each length and depth
+    windows: int = 64            # texts of which the perplexity is measured by length
     lengths: tuple = (0.5, 1, 2, 4, 8, 12, 16, 20)  # × context
     depths: int = 8
     pairs: int = 1024            # prompts answered twice for the preferences
-    texts: int = 4               # continued speculatively, one by one
+    texts: int = 8               # continued speculatively, one by one
     speculated: int = 128        # tokens of each
     Ks: tuple = (2, 4, 6, 8)
     cost_lengths: tuple = (1024, 4096, 16384, 65536, 131072)
@@ -91,8 +94,8 @@ class Size:
     cost: mil.Config = dataclasses.field(default_factory=lambda: mil.Config(d=2048, n_layers=16, n_heads=32, n_kv_heads=8, d_ff=8192, tied=True, context=2**18))
 
 
-SMOKE = Size(d=32, n_heads=2, n_kv_heads=1, d_ff=32, context=128, batch=4, student_batch=2, rates=(1e-3, 3e-3), teacher_steps=4, layer_steps=1, stage2_steps=1, dpo_steps=1, draft_steps=1,
-             eval_sequences=2, prompts=4, written=48, samples=1, lengths=(1, 2), depths=2, pairs=16, texts=1, speculated=8, Ks=(2,), cost_lengths=(64, 256), scan_lengths=(64, 128),
+SMOKE = Size(d=32, n_heads=2, n_kv_heads=1, d_ff=32, context=128, batch=4, student_batch=2, rates=(1e-3, 3e-3), more_rates=0, teacher_steps=4, layer_steps=1, stage2_steps=1, dpo_steps=1, draft_steps=1,
+             eval_sequences=2, prompts=4, written=48, samples=1, windows=2, lengths=(1, 2), depths=2, pairs=16, texts=1, speculated=8, Ks=(2,), cost_lengths=(64, 256), scan_lengths=(64, 128),
              cost=mil.Config(v=64, d=32, n_layers=8, n_heads=2, n_kv_heads=1, d_ff=32, context=2**18))
 
 
@@ -128,23 +131,29 @@ def note(dice):
 
 
 def functions(documents, count, before, after, dice):
-    """`count` places where a function begins: (the text before, at most so many bytes, its header the end of it; its header; what really follows)."""
-    places = [(text, m) for text in documents for m in re.finditer(r"^ *def \w+\([^\n]*\)[^\n]*:\n", text, re.M)]
-    return [(text[:m.end()][-before:], m[0], text[m.end():m.end() + after]) for text, m in dice.sample(places, min(count, len(places)))]
+    """`count` places where a function begins: (the document's number; the text before, at most so many bytes, its header the end of it; its header; what
+    really follows)."""
+    places = [(i, text, m) for i, text in enumerate(documents) for m in re.finditer(r"^ *def \w+\([^\n]*\)[^\n]*:\n", text, re.M)]
+    return [(i, text[:m.end()][-before:], m[0], text[m.end():m.end() + after]) for i, text, m in dice.sample(places, min(count, len(places)))]
 
 
-def parses(header, body):
-    """Whether a function with this header and text is Python, up to where it ends: at a line that is indented no more than the header. Of a text that breaks
-    off, the last line is left out; notes are no part of it."""
+def body(header, text):
+    """A function's own part of the text after its header: up to a line that is indented no more than the header. Of a text that breaks off, the last line is
+    left out; notes are no part of it."""
     indent, lines = len(header) - len(header.lstrip()), []
-    for line in body.split("\n")[:-1]:
+    for line in text.split("\n")[:-1]:
         if line.strip() and len(line) - len(line.lstrip()) <= indent and not line.startswith("#"):
             break
         lines += [line] * (not line.startswith("# "))
+    return "\n".join(lines)
+
+
+def parses(header, text):
+    """Whether a function with this header is Python, as far as it goes."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ast.parse(textwrap.dedent(header + "\n".join(lines)))
+            ast.parse(textwrap.dedent(header + body(header, text)))
         return True
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return False
@@ -164,7 +173,7 @@ class Lab:
         self.kind = getattr(torch, self.s.dtype)
         raw = [text for text in (td.read_text(file, False) for file in td.standard_library()) if text.strip()]
         self.raw, self.unseen = td.split(raw)
-        noted = self.out / "noted.jsonl"
+        noted = self.out / f"noted-{td.identity(td.standard_library(), size.context, DIGITS)}.jsonl"
         if not noted.exists():
             dice = random.Random(0)
             mil.make_directory(self.out)
@@ -201,10 +210,10 @@ class Lab:
     def writing(self, model, seed=1):
         """Of functions the model completes: the share that parses, and how unlikely the teacher finds what it wrote, in nats a byte."""
         asked = functions(self.unseen, self.size.prompts, self.size.context - self.size.written - 1, self.size.written, random.Random(0))
-        prompts = [generate.encode(self.encoding, before)[-(self.size.context - self.size.written - 1):] for before, *_ in asked]
+        prompts = [generate.encode(self.encoding, before)[-(self.size.context - self.size.written - 1):] for _, before, *_ in asked]
         texts = self.complete(model, prompts, seed)
-        good = [parses(header, self.encoding.decode(ids)) for (_, header, _), ids in zip(asked, texts)]
-        real = [parses(header, after) for _, header, after in asked]
+        read = [(header, self.encoding.decode(ids)) for (*_, header, _), ids in zip(asked, texts)]
+        real = [(header, after) for *_, header, after in asked]
         nats = []
         for i in range(0, len(prompts), 64):
             rows = [prompt + text for prompt, text in zip(prompts[i:i + 64], texts[i:i + 64])]
@@ -213,7 +222,9 @@ class Lab:
                 row[:len(ids)] = torch.tensor(ids)
             loss = self.losses(self.teacher, block.clamp(min=0).to(self.device)).cpu()
             nats += [loss[j, len(prompt) - 1:len(row) - 1].mean().item() for j, (prompt, row) in enumerate(zip(prompts[i:], rows))]
-        return dict(parses=sum(good) / len(good), real=sum(real) / len(real), teacher_nats=sum(nats) / len(nats))
+        share = lambda f, some: sum(f(*one) for one in some) / len(some)  # noqa: E731
+        length = lambda *one: len(body(*one))  # noqa: E731
+        return dict(parses=share(parses, read), length=share(length, read), teacher_nats=sum(nats) / len(nats), real_parses=share(parses, real), real_length=share(length, real))
 
     @torch.no_grad()
     def losses(self, model, tokens):
@@ -249,17 +260,21 @@ class Lab:
             found[length] = [sum(hits[i:i + self.size.samples]) / self.size.samples for i in range(0, len(hits), self.size.samples)]
         return found
 
-    def by_position(self, model):
-        """The perplexity of unseen text by the place of a byte: {the end of a span of places: perplexity}, spans of doubling length."""
-        most = int(max(self.size.lengths) * self.size.context)
-        texts = [t for t in self.long_texts if len(t) > most]
-        rows = [[*t[i:i + most + 1].encode()] for t in texts for i in range(0, len(t) - most, most)][:16] or [[*max(self.long_texts, key=len)[:most + 1].encode()]]
-        loss = torch.cat([self.losses(model, part) for part in torch.tensor(rows, device=self.device).split(4)]).mean(0)
-        ends, out, begin = [*(self.size.context // 2**i for i in (4, 3, 2, 1)), *(self.size.context * 2**i for i in range(10))], {}, 0
-        for end in (min(end, len(loss)) for end in ends):
-            if end > begin:
-                out[end], begin = math.exp(loss[begin:end].mean().item()), end
-        return out
+    @functools.cached_property
+    def windows(self):
+        """Unseen texts of the greatest length, from places at random."""
+        most, dice = int(max(self.size.lengths) * self.size.context) + 1, random.Random(2)
+        texts = [t for t in self.long_texts if len(t) >= most]
+        begins = [(text, dice.randrange(len(text) - most + 1)) for text in dice.choices(texts, k=self.size.windows)]
+        return torch.tensor([[*text[i:i + most].encode()] for text, i in begins], device=self.device)
+
+    def by_length(self, model):
+        """The perplexity of the same bytes, a quarter of a context each, at the end of texts of growing length: {length: perplexity}."""
+        found, last = {}, self.size.context // 4
+        for length in (int(x * self.size.context) for x in self.size.lengths):
+            parts = self.windows[:, -length - 1:].split(max(1, min(64, 2**17 // length)))
+            found[length] = math.exp(torch.cat([self.losses(model, part)[:, -last:] for part in parts]).mean().item())
+        return found
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -268,21 +283,18 @@ class Lab:
 
 @dataclass(frozen=True)
 class Arm:
+    """A way to make a student. Places are those in `path`, -1 the last."""
     name: str
     path: tuple                  # of stage 1: the layers without attention after each of its steps
-    report: tuple = ()           # after which of these steps (-1: the last) the student is measured
-    then: tuple = ()             # and after which of them stage 2 follows, on a copy
+    report: tuple = ()           # after which of these the student is measured
+    then: tuple = ()             # and after which stage 2 follows, on a copy
+    prefer: tuple = ()           # and after which of these, preferences
     mixer: str = "mamba2"
     init: str = "attention"
     train: str = "mixers"        # in stage 1
-    more_steps: bool = False     # stage 1 has the steps of stage 2 as well
+    longer: bool = False         # stage 1 has the steps of stage 2 as well
     linear: bool = False         # Mamba with A = 0 and Δ = 1, not learned
-    prefer: tuple = ()           # after which of `then` preferences follow
-    judge: bool = False          # whether what it writes, and what it finds in long texts, is measured
-
-
-def spread(n, count):
-    return tuple(mil.interleaved_layers(n, 1 - count / n))
+    judge: bool = False          # whether what it writes, and what it finds in long texts, is measured, and one of them kept
 
 
 def steps_to(n, count):
@@ -293,27 +305,27 @@ def steps_to(n, count):
 
 
 def arms(n, tables):
-    """The arms that these tables need, by name."""
-    chain, half = steps_to(n, n), steps_to(n, n // 2)
-    quarter = steps_to(n, n * 3 // 4)
+    """The arms that these tables need. Within a table, all arms choose their rate at the same place."""
+    chain, half, quarter = steps_to(n, n), steps_to(n, n // 2), steps_to(n, n * 3 // 4)
+    layers, every = lambda a, b: tuple(range(a, b)), (1, 2, 3, 4)  # noqa: E731
+    asked = lambda *names: bool({*names} & {*tables})  # noqa: E731
+    then, judge = every if asked("quality", "long", "speculation") else (1,), asked("quality", "long", "speculation", "stages")
     all_ = {
-        "quality init order mixer stages long speculation": [
-            Arm("mamba2", chain, (1, 2, 3, 4), (1, 2, 3, 4), judge=True, prefer=(1,))],
-        "quality mixer long speculation": [Arm("mamba", chain, (1, 2, 3, 4), (1, 2, 3, 4), mixer="mamba", judge=True)],
+        "quality init stages long speculation": [
+            Arm("mamba2", chain, every, then * judge, (1,) * asked("stages"), judge=judge)],
+        "quality long speculation": [Arm("mamba", chain, every, every, mixer="mamba", judge=True)],
         "init": [Arm(f"{init}, {train}", chain, (1, 4), init=init, train=train) for init, train in (("random", "mixers"), ("attention", "mlps"), ("random", "mlps"))],
-        "order": [Arm("half, at once", (half[-1],), (-1,)), Arm("half, the first layers", (range_(0, n // 4), range_(0, n // 2)), (-1,)),
-                  Arm("half, the last layers", (range_(n * 3 // 4, n), range_(n // 2, n)), (-1,)),
-                  Arm("quarter, at once", (quarter[-1],), (-1,)),
-                  Arm("quarter, the first layers", (range_(0, n // 4), range_(0, n // 2), range_(0, n * 3 // 4)), (-1,)),
-                  Arm("quarter, the last layers", (range_(n * 3 // 4, n), range_(n // 2, n), range_(n // 4, n)), (-1,))],
-        "mixer": [Arm("linear attention", half, (-1,), (-1,), mixer="mamba", linear=True),
-                  Arm("no mixer", (half[-1],), (-1,), mixer="none", train="all", more_steps=True)],
+        "order mixer": [Arm("half, stepwise", half, (-1,), (-1,) * asked("mixer"))],
+        "order": [Arm("half, at once", (half[-1],), (-1,)), Arm("half, the first layers", (layers(0, n // 4), layers(0, n // 2)), (-1,)),
+                  Arm("half, the last layers", (layers(n * 3 // 4, n), layers(n // 2, n)), (-1,)),
+                  Arm("quarter, stepwise", quarter, (-1,)), Arm("quarter, at once", (quarter[-1],), (-1,)),
+                  Arm("quarter, the first layers", (layers(0, n // 4), layers(0, n // 2), layers(0, n * 3 // 4)), (-1,)),
+                  Arm("quarter, the last layers", (layers(n * 3 // 4, n), layers(n // 2, n), layers(n // 4, n)), (-1,))],
+        "mixer": [Arm("half, Mamba", half, (), (-1,), mixer="mamba"), Arm("half, linear attention", half, (), (-1,), mixer="mamba", linear=True),
+                  Arm("half, nothing", half, (), (-1,), mixer="none", train="all")],
+        "stages": [Arm("half, stage 1 longer", half, (-1,), longer=True)],
     }
     return [arm for needs, some in all_.items() if set(needs.split()) & set(tables) for arm in some]
-
-
-def range_(a, b):
-    return tuple(range(a, b))
 
 
 def freeze_linear(model):
@@ -329,58 +341,64 @@ def freeze_linear(model):
 
 
 def learn(lab, arm, seed, rate, sweep):
-    """Train a student by an arm: a row of figures for each place that it is to be measured at; with `sweep` the last of stage 1 alone."""
-    size, rows, own, tokens = lab.size, [], {}, 0
+    """Train a student by an arm: a row of figures for each place that it is to be measured at; with `sweep` the last of stage 1 alone. One that diverges has
+    the rows before, and one that says so."""
+    rows = []
+    try:
+        train_student(lab, arm, seed, rate, sweep, rows)
+    except MilError as e:
+        rows.append(dict(arm=arm.name, seed=seed, rate=rate, kl=math.inf, diverged=str(e)))
+    return rows
+
+
+def train_student(lab, arm, seed, rate, sweep, rows):
+    size, own, tokens = lab.size, {}, 0
     s = dataclasses.replace(lab.s, seed=seed, init=arm.init, batch=size.student_batch)
-    run = td.Run(s, lab.device)
-    last = len(arm.path) - 1
+    run, last = td.Run(s, lab.device), len(arm.path) - 1
     at = lambda places: {i % len(arm.path) for i in places}  # noqa: E731
 
     def train(stage, number, own, batches=None):
+        """A stage, on a copy of what has been trained before; its Models, and what is trained by then."""
+        nonlocal tokens
         models = td.assemble(run, lab.teacher, lab.teacher, stage, number, own)
         if arm.linear:
             freeze_linear(models.student)
-        batches = batches or td.training_batches(run, lab.corpus, [seed, number], td.graphs(run, stage, models))
-        td.fit(run, td.State(), stage, models, batches, io.StringIO(), arm.name)
+        batches = batches or td.training_batches(run, lab.corpus, [seed, number], td.graphs(run, stage, *models.configs))
+        td.fit(run, td.State(), stage, models, batches, io.StringIO(), "No student was saved")
+        tokens += stage.steps * s.batch * s.context * (stage.loss == "distill")
         return models, {name: w for name, w in models.student.named_parameters() if name in own or w.requires_grad}
 
-    def measure(models, stages, replaced, judge):
-        evaluated = td.evaluate(dataclasses.replace(run, s=lab.s), models, lab.corpus, lab.encoding)
-        row = dict(arm=arm.name, mixer=arm.mixer, replaced=len(replaced), stages=stages, seed=seed, rate=rate, rates=size.rates, tokens=tokens,
-                   share=tokens / (size.teacher_steps * size.batch * size.context), ratio=evaluated[1]["perplexity"] / evaluated[0]["perplexity"], **evaluated[1])
+    def measure(models, stages, replaced, judge, **more):
+        theirs, row = td.evaluate(dataclasses.replace(run, s=lab.s), models, lab.corpus, lab.encoding)
+        rows.append(dict(arm=arm.name, mixer=arm.mixer, replaced=len(replaced), stages=stages, seed=seed, rate=rate, tokens=tokens,
+                         share=tokens / (size.teacher_steps * size.batch * size.context), ratio=row["perplexity"] / theirs["perplexity"], **row, **more))
         if judge:
-            row.update(lab.writing(models.student), needles=lab.needles(models.student), by_position=lab.by_position(models.student))
-        rows.append(row)
+            rows[-1].update(lab.writing(models.student), needles=lab.needles(models.student), by_length=lab.by_length(models.student))
 
     for i, replaced in enumerate(arm.path):
         mixers = [arm.mixer if k in replaced else "attention" for k in range(size.n_layers)]
         new = len(replaced) - (len(arm.path[i - 1]) if i else 0)
-        stage = td.Stage(train=arm.train, steps=new * size.layer_steps + arm.more_steps * size.stage2_steps, lr=rate, name=f"{arm.name} 1.{i + 1}", mixers=mixers)
+        stage = td.Stage(train=arm.train, steps=new * size.layer_steps + (arm.longer and i == last) * size.stage2_steps, lr=rate, name=f"stage 1.{i + 1}", mixers=mixers)
         models, own = train(stage, i, own)
-        tokens += stage.steps * s.batch * s.context
         if i in at(arm.report) and not sweep or i == last and sweep:
-            measure(models, "1 + 2" if arm.more_steps else "1", replaced, False)
+            measure(models, "1", replaced, False)
         if i in at(arm.then) and not sweep:
             before = tokens
-            second = dataclasses.replace(stage, train="all", steps=size.stage2_steps, lr=rate / 3, name=f"{arm.name} 2 after 1.{i + 1}")
+            second = dataclasses.replace(stage, train="all", steps=size.stage2_steps, lr=rate / 3, name=f"stage 2 after 1.{i + 1}")
             models, full = train(second, 50 + i, own)
-            tokens += second.steps * s.batch * s.context
             measure(models, "1 + 2", replaced, arm.judge)
             if seed == 0 and arm.judge:
-                with contextlib.redirect_stdout(io.StringIO()):
-                    td.save_student(run, models, lab.out / "models" / f"{arm.name}-{len(replaced)}", "bytes", torch.float32)
+                td.save_student(run, models, lab.out / "models" / f"{arm.name}-{len(replaced)}", "bytes", torch.float32)
             if i in at(arm.prefer):
                 pairs = json.loads((lab.out / "pairs.json").read_text())
-                held, learned = pairs[::4], [pair for k, pair in enumerate(pairs) if k % 4]
-                third = dataclasses.replace(second, loss="dpo", beta=0.1, steps=size.dpo_steps, lr=3e-5, name=f"{arm.name} 3")
+                held, learned = ([pair for number, *pair in pairs if (number % 4 == 0) == out] for out in (True, False))  # by file
+                third = dataclasses.replace(second, loss="dpo", beta=0.1, steps=size.dpo_steps, lr=3e-5, name="stage 3")
                 reference = td.references(run, models, [*learned, *held], lab.out / "teacher")
-                before_it = td.preferences(run, third, models.requires_grad_(False), held, reference[len(learned):])
+                rows[-1].update(td.preferences(run, third, models, held, reference[len(learned):]), held_out=len(held))
                 models, _ = train(third, 90 + i, full, td.pair_batches(run, learned, reference[:len(learned)], [seed, 90]))
-                measure(models, "1 + 2 + 3", replaced, arm.judge)
-                rows[-1].update(td.preferences(run, third, models, held, reference[len(learned):]), preferred_before=before_it["preferred"])
+                measure(models, "1 + 2 + 3", replaced, arm.judge, **td.preferences(run, third, models, held, reference[len(learned):]))
             tokens = before
         del models
-    return rows
 
 
 DRAFTS = {"attention, 2 layers": ("attention", 2), "mamba2, 2 layers": ("mamba2", 2), "attention, 4 layers": ("attention", 4), "mamba2, 4 layers": ("mamba2", 4)}
@@ -394,7 +412,7 @@ def make_draft(lab, name):
     run, base = td.Run(s, lab.device), mil.keep_layers(lab.teacher, layers)
     stage = td.Stage(train="all", steps=lab.size.draft_steps, lr=1e-3, name=name, mixers=[mixer] * count)
     models = td.assemble(run, lab.teacher, base, stage, 1, {})
-    td.fit(run, td.State(), stage, models, td.training_batches(run, lab.corpus, [7, 0], td.graphs(run, stage, models)), io.StringIO(), name)
+    td.fit(run, td.State(), stage, models, td.training_batches(run, lab.corpus, [7, 0], td.graphs(run, stage, *models.configs)), io.StringIO(), "No draft was saved")
     td.save_student(run, models, lab.out / "models" / name, "bytes", torch.float32)
     return [dict(arm=f"draft, {name}", stages="draft", seed=0, **td.evaluate(dataclasses.replace(run, s=lab.s), models, lab.corpus, lab.encoding)[1])]
 
@@ -440,48 +458,55 @@ class Inline(contextlib.nullcontext):
 
 def all_arms(lab, pool, tables, seeds, began, journal):
     """The rows of every arm: the best rate by the sweep, then all seeds; and the sweep's own rows. Each goes to the journal as it comes."""
-    rows, swept, waiting, plan = [], [], {}, arms(lab.size.n_layers, tables)
+    rows, swept, waiting, plan, done = [], [], {}, arms(lab.size.n_layers, tables), 0
+    rates = {arm.name: list(lab.size.rates) for arm in plan}
+
     def submit(f, *args):
         waiting[pool.submit(work, f, *args)] = f, args
     for arm in plan:
-        for rate in lab.size.rates:
+        for rate in rates[arm.name]:
             submit(learn, arm, SWEEP, rate, True)
     for name in DRAFTS if "speculation" in tables else ():
         submit(make_draft, name)
-    total, done = len(waiting) + len(plan) * seeds, 0
+    total = len(waiting) + len(plan) * seeds
     while waiting:
         for future in wait(waiting, return_when=FIRST_COMPLETED)[0]:
-            f, args = waiting.pop(future)
-            try:
-                (found, seconds), done = future.result(), done + 1
-            except MilError as e:  # an arm may diverge at a rate
-                found, seconds, done = [dict(arm=args[0].name, rate=args[2], seed=args[1], kl=math.inf, failed=str(e))] if f is learn else [], 0, done + 1
-            sweep = f is learn and args[3]
+            (f, args), (found, seconds), done = waiting.pop(future), future.result(), done + 1
+            arm, sweep = args[0], f is learn and args[3]
             (swept if sweep else rows).extend(found)
             journal.write("".join(json.dumps(row) + "\n" for row in found))
             journal.flush()
-            td.show(f"{done} of {total} students  {time.perf_counter() - began:.0f} s  {args[0] if f is not learn else args[0].name}"
-                    + (f", rate {args[2]:g}, {'sweep' if sweep else f'seed {args[1]}'}" if f is learn else "") + f": {seconds:.1f} s", done=not sys.stdout.isatty() and done % 10 == 0)
-            mine = [row for row in swept if row["arm"] == getattr(args[0], "name", None)]
-            if sweep and len(mine) == len(lab.size.rates):
-                best = min(mine, key=lambda row: row["kl"] if row["kl"] == row["kl"] else math.inf)
+            td.show(f"{done} of {total} students  {time.perf_counter() - began:.0f} s  " + (f"{arm.name}, rate {args[2]:.3g}, {'sweep' if sweep else f'seed {args[1]}'}"
+                    if f is learn else arm) + f": {seconds:.1f} s", done=not sys.stdout.isatty() and done % 10 == 0)
+            if not sweep or len(mine := [row for row in swept if row["arm"] == arm.name]) < len(rates[arm.name]):
+                continue
+            best, tried = min(mine, key=lambda row: row["kl"])["rate"], sorted(rates[arm.name])
+            beyond = {tried[0]: tried[0] / 2, tried[-1]: tried[-1] * 2}.get(best)
+            if beyond and len(tried) < len(lab.size.rates) + lab.size.more_rates:
+                rates[arm.name].append(beyond)
+                submit(learn, arm, SWEEP, beyond, True)
+                total += 1
+            else:
                 for seed in range(seeds):
-                    submit(learn, args[0], seed, best["rate"], False)
+                    submit(learn, arm, seed, best, False)
+    for row in rows:
+        row["edge"] = row.get("rate") in (min(rates[row["arm"]]), max(rates[row["arm"]])) if row["arm"] in rates else False
     return rows, swept
 
 
 def make_pairs(lab):
-    """Preferences: functions of the training text that the teacher completes twice; where one parses and the other does not, that one is preferred."""
+    """Preferences: functions of the training text that the teacher completes twice; where one parses and the other does not, that one is preferred. Each is
+    (number of its file, chosen, rejected), as train_distill has pairs."""
     before = lab.size.context - lab.size.written - 1
     asked = functions(lab.raw, lab.size.pairs, before, 0, random.Random(1))
-    prompts = [generate.encode(lab.encoding, text)[-before:] for text, *_ in asked]
+    prompts = [generate.encode(lab.encoding, text)[-before:] for _, text, *_ in asked]
     twice, pairs = [lab.complete(lab.teacher, prompts, seed) for seed in (11, 10**6)], []
-    for (_, header, _), prompt, *texts in zip(asked, prompts, *twice):
+    for (number, _, header, _), prompt, *texts in zip(asked, prompts, *twice):
         good = [parses(header, lab.encoding.decode(ids)) for ids in texts]
         if good[0] != good[1]:
-            pairs.append([[*(~i for i in prompt), *texts[good.index(right)]] for right in (True, False)])
+            pairs.append([number, *([*(~i for i in prompt), *texts[good.index(right)]] for right in (True, False))])
     if len(pairs) < 8:  # of a teacher that has not learned to write
-        pairs = [[[*(~i for i in prompt), *ids] for ids in texts] for prompt, *texts in zip(prompts, *twice)][:8]
+        pairs = [[number, *([*(~i for i in prompt), *ids] for ids in texts)] for number, (prompt, *texts) in enumerate(zip(prompts, *twice))][:8]
     mil.write_whole(lab.out / "pairs.json", lambda f: f.write(json.dumps(pairs).encode()))
     return len(pairs)
 
@@ -491,12 +516,8 @@ def make_pairs(lab):
 
 
 def mean(rows, key):
-    """Mean and standard error over seeds."""
-    values = [row[key] for row in rows if key in row]
-    if not values:
-        return math.nan, math.nan
-    middle = sum(values) / len(values)
-    return middle, (sum((v - middle) ** 2 for v in values) / (len(values) - 1) / len(values)) ** 0.5 if len(values) > 1 else math.nan
+    """Mean and standard error over seeds (NaN of one alone)."""
+    return pictures.mean([row[key] for row in rows if key in row])
 
 
 def cell(rows, key, digits=3, percent=False):
@@ -509,8 +530,10 @@ def cell(rows, key, digits=3, percent=False):
 
 def rate(rows):
     """The learning rate of an arm, with a * where it is the lowest or highest that was tried."""
-    value = rows[0]["rate"]
-    return f"{value:g}" + "*" * (value in (rows[0]["rates"][0], rows[0]["rates"][-1]))
+    return f"{rows[0]['rate']:.2g}" + "*" * rows[0].get("edge", False) if rows else "–"
+
+
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # Student's t, two-sided, of 1, 2 … degrees of freedom
 
 
 @dataclass
@@ -519,132 +542,151 @@ class Table:
     title: str
     columns: list
     rows: list = dataclasses.field(default_factory=list)
-    claims: list = dataclasses.field(default_factory=list)  # (what the paper finds, what is found here, holds)
+    claims: list = dataclasses.field(default_factory=list)  # (what is claimed, what is found, whether it holds)
+    notes: list = dataclasses.field(default_factory=list)
 
     def claim(self, what, a, b, key="kl"):
-        """That `key` of the rows a is less than that of b, beyond the standard errors of both."""
-        (x, ex), (y, ey) = mean(a, key), mean(b, key)
-        if x != x or y != y:
-            return
-        error = math.hypot(*(e if e == e else 0 for e in (ex, ey)))
-        verdict = "holds" if y - x > error else "does not hold" if x - y > error else "within the error"
-        self.claims.append((what, f"{key} {x:.4g} and {y:.4g}", verdict))
+        """That `key` of the rows a is less than that of b: it holds, or its opposite does, beyond the error of the difference at 95 %."""
+        (x, ex), (y, ey), freedom = mean(a, key), mean(b, key), len(a) + len(b) - 2
+        if x == x and y == y:
+            known = [e for e in (ex, ey) if e == e]
+            error = T95[min(freedom, len(T95)) - 1] * math.hypot(*known) if known else math.inf
+            verdict = "one student each, not judged" if not known else "holds" if y - x > error else "the opposite holds" if x - y > error else "within the error"
+            self.claims.append((what, f"{key} {x:.4g} and {y:.4g}", verdict))
 
     def text(self, bar=" "):
         """For the terminal, or with bar="|" in markdown."""
-        cells = [self.columns, *self.rows]
+        cells, markdown = [self.columns, *self.rows], bar == "|"
         widths = [max(len(str(row[i])) for row in cells) for i in range(len(self.columns))]
         line = lambda row: bar.join(["", *(f" {c:<{w}} " if i == 0 else f" {c:>{w}} " for i, (c, w) in enumerate(zip(row, widths))), ""]).rstrip()  # noqa: E731
-        rule = [bar.join(["", *("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)), ""])] if bar == "|" else []
-        head = f"### {self.title}\n" if bar == "|" else f"\n{self.title}"
-        said = [f"{'- ' if bar == '|' else '  '}{verdict}: {what} ({found})" for what, found, verdict in self.claims]
-        return "\n".join([head, line(cells[0]), *rule, *map(line, cells[1:]), *([""] * (bar == "|" and bool(said))), *said]) + "\n" * (bar == "|")
+        rule = [bar.join(["", *("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)), ""])] * markdown
+        said = [*(f"{verdict}: {what} ({found})" for what, found, verdict in self.claims), *self.notes]
+        said = [("- " if markdown else "  ") + one for one in said]
+        head = f"### {self.title}\n" if markdown else f"\n{self.title}"
+        return "\n".join([head, line(cells[0]), *rule, *map(line, cells[1:]), *([""] * (markdown and bool(said))), *said]) + "\n" * markdown
 
 
 class Rows(list):
     """Rows of arms, and how to pick some."""
 
     def of(self, arm, replaced=None, stages=None):
-        return [r for r in self if r["arm"] == arm and (replaced is None or r.get("replaced") == replaced) and (stages is None or r["stages"] == stages)]
+        return [r for r in self if r["arm"] == arm and "diverged" not in r and (replaced is None or r["replaced"] == replaced) and (stages is None or r["stages"] == stages)]
 
 
-QUALITY_PAPER = {0.5: "1.03", 0.25: "1.09", 0.125: "1.22 (6.25 %)", 0: "1.66"}
+def percent(replaced, n):
+    """The share of attention that is left."""
+    return f"{100 - 100 * replaced / n:g} %"
+
+
+def kinds(n):
+    """The students that quality and long contexts are measured of."""
+    return [(mixer, c) for mixer in ("mamba2", "mamba") for c in (n // 2, n * 3 // 4, n * 7 // 8, n)]
+
+
+def rank_correlation(a, b):
+    """Spearman's, of numbers without ties."""
+    ranks, n = [[sorted(values).index(v) for v in values] for values in (a, b)], len(a)
+    return 1 - 6 * sum((x - y) ** 2 for x, y in zip(*ranks)) / (n * (n * n - 1))
 
 
 def quality(rows, n, teacher):
-    t = Table("quality", "Quality by attention kept (Table 6 left; ppl and its ratio to the teacher's, KL and agreement on unseen text; the functions it writes)",
-              ["student", "attention", "tokens", "ppl", "÷ teacher", "paper ÷", "KL", "agree", "parses", "teacher's nats"])
-    t.rows.append(["teacher", "100 %", "100 %", f"{teacher['perplexity']:.3f}", "1", "1", "0", "100 %", f"{teacher['parses']:.1%}", f"{teacher['teacher_nats']:.3f}"])
-    for mixer in ("mamba2", "mamba"):
-        for c in (n // 2, n * 3 // 4, n * 7 // 8, n):
-            r, kept = rows.of(mixer, c, "1 + 2"), 1 - c / n
-            if r:
-                t.rows.append([mixer, f"{kept:.3g}".replace("0.", ".") if 0 else f"{100 * kept:g} %", f"{r[0]['share']:.0%}", cell(r, "perplexity"), cell(r, "ratio", 4), QUALITY_PAPER.get(kept, ""),
-                               cell(r, "kl", 4), cell(r, "agreement", 1, True), cell(r, "parses", 1, True), cell(r, "teacher_nats")])
-        for a, b in ((n // 2, n * 3 // 4), (n * 3 // 4, n * 7 // 8), (n * 7 // 8, n)):
-            t.claim(f"{mixer}: {100 - 100 * a / n:g} % of attention is nearer to the teacher than {100 - 100 * b / n:g} %", rows.of(mixer, a, "1 + 2"), rows.of(mixer, b, "1 + 2"))
-            t.claim(f"{mixer}: what {100 - 100 * a / n:g} % of attention writes is likelier to the teacher than what {100 - 100 * b / n:g} % writes", rows.of(mixer, a, "1 + 2"),
-                    rows.of(mixer, b, "1 + 2"), "teacher_nats")
-    order = {key: sorted(((m, c) for m in ("mamba2", "mamba") for c in (n // 2, n * 3 // 4, n * 7 // 8, n) if rows.of(m, c, "1 + 2")),
-                         key=lambda k: sign * mean(rows.of(*k, "1 + 2"), key)[0]) for key, sign in (("perplexity", 1), ("kl", 1), ("parses", -1), ("teacher_nats", 1))}
-    for key in ("kl", "parses", "teacher_nats"):
-        names = [f"{m} {100 - 100 * c / n:g} %" for m, c in order[key]]
-        same = order[key] == order["perplexity"]
-        t.claims.append((f"the order of students by {key} is that by perplexity", ", ".join(names), "holds" if same else "does not hold"))
+    t = Table("quality", "Quality by attention kept (Table 6 left): on unseen text, and of functions that are completed",
+              ["student", "attention", "tokens ÷ teacher's", "ppl", "÷ teacher", "paper ÷", "KL", "agree", "parses", "length", "teacher's nats"])
+    t.rows.append(["teacher", "100 %", "1", f"{teacher['perplexity']:.3f}", "1", "1", "0", "100 %", f"{teacher['parses']:.1%}", f"{teacher['length']:.0f}", f"{teacher['teacher_nats']:.3f}"])
+    for mixer, c in kinds(n):
+        r, kept = rows.of(mixer, c, "1 + 2"), 1 - c / n
+        paper = f"{pictures.PAPER[kept]:.2f}" if mixer == "mamba" and kept in pictures.PAPER else ""
+        t.rows.append([mixer, percent(c, n), f"{r[0]['share']:.2f}" if r else "–", cell(r, "perplexity"), cell(r, "ratio", 4), paper, cell(r, "kl", 4), cell(r, "agreement", 1, True),
+                       cell(r, "parses", 1, True), cell(r, "length", 0), cell(r, "teacher_nats")])
+    for (mixer, a), (other, b) in zip(kinds(n), kinds(n)[1:]):
+        if mixer == other:
+            for key, what in (("kl", "is nearer to the teacher than"), ("teacher_nats", "writes what the teacher finds likelier than what is written by")):
+                t.claim(f"{mixer}: {percent(a, n)} of attention {what} {percent(b, n)}", rows.of(mixer, a, "1 + 2"), rows.of(mixer, b, "1 + 2"), key)
+    for c in (n // 2, n):
+        t.claim(f"{percent(c, n)} of attention: Mamba-2 is nearer to the teacher than Mamba", rows.of("mamba2", c, "1 + 2"), rows.of("mamba", c, "1 + 2"))
+    there = [r for k in kinds(n) if (r := rows.of(*k, "1 + 2"))]
+    if len(there) > 2:
+        values = {key: [sign * mean(r, key)[0] for r in there] for key, sign in (("perplexity", 1), ("kl", 1), ("parses", -1), ("teacher_nats", 1))}
+        t.notes.append("rank correlation of the students by perplexity with those " + ", ".join(
+            f"by {key} {rank_correlation(values['perplexity'], values[key]):.2f}" for key in ("kl", "parses", "teacher_nats")))
+    t.notes.append(f"of the real functions {teacher['real_parses']:.1%} parse, {teacher['real_length']:.0f} bytes long: a text that breaks off inside a block does not")
     return t
 
 
 def init(rows, n, teacher):
-    t = Table("init", "Initialisation and frozen MLPs, after stage 1 (Tables 7 left and 8)", ["attention", "new layers from", "MLPs", "rate", "ppl", "÷ teacher", "KL", "paper ppl"])
+    t = Table("init", "Initialisation and frozen MLPs, after stage 1, rates chosen at 0 % (Tables 7 left and 8)", ["attention", "new layers from", "MLPs", "rate", "ppl", "÷ teacher", "KL", "paper ppl"])
     paper = {(0, "attention", "frozen"): "3.36", (0, "random", "frozen"): "18.2", (0, "attention", "trained"): "66.7", (0.5, "attention", "frozen"): "2.09",
              (0.5, "random", "frozen"): "7.4", (0.5, "attention", "trained"): "9.1"}
     names = {("attention", "frozen"): "mamba2", ("random", "frozen"): "random, mixers", ("attention", "trained"): "attention, mlps", ("random", "trained"): "random, mlps"}
     for c in (n // 2, n):
-        for (begin, mlps), arm in names.items():
-            if r := rows.of(arm, c, "1"):
-                t.rows.append([f"{100 - 100 * c / n:g} %", begin, mlps, rate(r), cell(r, "perplexity"), cell(r, "ratio"), cell(r, "kl"), paper.get((1 - c / n, begin, mlps), "")])
-        t.claim(f"{100 - 100 * c / n:g} %: attention's weights beat random ones", rows.of("mamba2", c, "1"), rows.of("random, mixers", c, "1"))
-        t.claim(f"{100 - 100 * c / n:g} %: frozen MLPs beat trained ones", rows.of("mamba2", c, "1"), rows.of("attention, mlps", c, "1"))
+        found = {key: rows.of(arm, c, "1") for key, arm in names.items()}
+        for (begin, mlps), r in found.items():
+            t.rows.append([percent(c, n), begin, mlps, rate(r), cell(r, "perplexity"), cell(r, "ratio"), cell(r, "kl"), paper.get((1 - c / n, begin, mlps), "")])
+        for mlps in ("frozen", "trained"):
+            t.claim(f"{percent(c, n)}, MLPs {mlps}: attention's weights beat random ones", found["attention", mlps], found["random", mlps])
+        for begin in ("attention", "random"):
+            t.claim(f"{percent(c, n)}, from {begin}: frozen MLPs beat trained ones", found[begin, "frozen"], found[begin, "trained"])
     return t
 
 
 def order(rows, n, teacher):
     t = Table("order", "Order of replacement, after stage 1, same tokens (Table 7 right)", ["attention", "which layers keep it", "replaced", "rate", "ppl", "÷ teacher", "KL", "paper ppl"])
-    for kept, c, share, paper in (("50 %", n // 2, "half", {"stepwise": "2.09", "first": "2.41"}), ("25 %", n * 3 // 4, "quarter", {"stepwise": "2.20", "at once": "2.29", "first": "2.89"})):
-        best = rows.of("mamba2", c, "1")
-        for name, layers, how, key in (("mamba2", "evenly spread", "stepwise", "stepwise"), (f"{share}, at once", "evenly spread", "at once", "at once"),
-                                       (f"{share}, the first layers", "the last", "stepwise", "first"), (f"{share}, the last layers", "the first", "stepwise", "last")):
-            if r := rows.of(name, c, "1"):
-                t.rows.append([kept, layers, how, rate(r), cell(r, "perplexity"), cell(r, "ratio"), cell(r, "kl", 4), paper.get(key, "")])
-        t.claim(f"{kept}: stepwise beats at once", best, rows.of(f"{share}, at once"))
-        t.claim(f"{kept}: attention spread evenly beats attention in the last layers", best, rows.of(f"{share}, the first layers"))
-        t.claim(f"{kept}: attention spread evenly beats attention in the first layers", best, rows.of(f"{share}, the last layers"))
+    ways = {"stepwise": ("evenly spread", "stepwise"), "at once": ("evenly spread", "at once"), "the first layers": ("the last", "stepwise"), "the last layers": ("the first", "stepwise")}
+    paper = {("half", "stepwise"): "2.09", ("quarter", "stepwise"): "2.20", ("quarter", "at once"): "2.29"}
+    for share, c in (("half", n // 2), ("quarter", n * 3 // 4)):
+        found = {way: rows.of(f"{share}, {way}", c, "1") for way in ways}
+        for way, r in found.items():
+            t.rows.append([percent(c, n), *ways[way], rate(r), cell(r, "perplexity"), cell(r, "ratio"), cell(r, "kl", 4), paper.get((share, way), "")])
+        for way, what in (("at once", "stepwise beats at once"), ("the first layers", "attention spread evenly beats attention in the last layers"),
+                          ("the last layers", "attention spread evenly beats attention in the first layers")):
+            t.claim(f"{percent(c, n)}: {what}", found["stepwise"], found[way])
+    t.notes.append("the paper's, not interleaved: 2.41 at 50 %, 2.89 at 25 %")
     return t
 
 
 def mixer(rows, n, teacher):
-    t = Table("mixer", "What half of the layers must have in attention's place, same steps (Table 9)", ["in its place", "rate", "ppl", "÷ teacher", "KL", "agree", "paper (LAMBADA ppl)"])
-    for name, label, paper in (("mamba2", "Mamba-2", ""), ("mamba", "Mamba", "6.20"), ("linear attention", "Mamba with A = 0, Δ = 1", ""), ("no mixer", "nothing", "151.98")):
-        if r := rows.of(name, n // 2, "1 + 2"):
-            t.rows.append([label, rate(r), cell(r, "perplexity"), cell(r, "ratio"), cell(r, "kl", 4), cell(r, "agreement", 1, True), paper])
-    t.claim("Mamba beats nothing", rows.of("mamba", n // 2, "1 + 2"), rows.of("no mixer"))
-    t.claim("Mamba beats linear attention", rows.of("mamba", n // 2, "1 + 2"), rows.of("linear attention", n // 2, "1 + 2"))
+    t = Table("mixer", "What half of the layers must have in attention's place, after stage 2, same steps (Table 9); with nothing there all that is left trains in stage 1",
+              ["in its place", "rate", "ppl", "÷ teacher", "KL", "agree", "paper (LAMBADA ppl)"])
+    found = {name: rows.of(f"half, {name}", n // 2, "1 + 2") for name in ("stepwise", "Mamba", "linear attention", "nothing")}
+    for (name, r), label, paper in zip(found.items(), ("Mamba-2", "Mamba", "Mamba with A = 0, Δ = 1", "nothing"), ("", "6.20", "", "151.98")):
+        t.rows.append([label, rate(r), cell(r, "perplexity"), cell(r, "ratio"), cell(r, "kl", 4), cell(r, "agreement", 1, True), paper])
+    t.claim("Mamba beats nothing", found["Mamba"], found["nothing"])
+    t.claim("Mamba-2 beats nothing", found["stepwise"], found["nothing"])
+    t.claim("Mamba beats linear attention", found["Mamba"], found["linear attention"])
     return t
 
 
 def stages(rows, n, teacher):
-    t = Table("stages", "Stages, half Mamba-2 (Table 6 right); preferences: of two functions, the one that parses", ["stages", "ppl", "÷ teacher", "KL", "parses", "teacher's nats", "preferred, held out"])
-    for name in ("1", "1 + 2", "1 + 2 + 3"):
-        r = rows.of("mamba2", n // 2, name)
-        third = rows.of("mamba2", n // 2, "1 + 2 + 3")
-        rather = cell(third, "preferred", 1, True) if name == "1 + 2 + 3" else cell(third, "preferred_before", 1, True) if name == "1 + 2" else ""
-        t.rows.append([name, cell(r, "perplexity"), cell(r, "ratio", 4), cell(r, "kl", 4), cell(r, "parses", 1, True), cell(r, "teacher_nats"), rather])
-    t.claim("stage 2 lowers the loss", rows.of("mamba2", n // 2, "1 + 2"), rows.of("mamba2", n // 2, "1"), "loss")
-    t.claim("preferences raise the share that parses", [dict(parses=-r["parses"]) for r in rows.of("mamba2", n // 2, "1 + 2 + 3")], [dict(parses=-r["parses"]) for r in rows.of("mamba2", n // 2, "1 + 2")], "parses")
+    t = Table("stages", "Stages, half Mamba-2 (Table 6 right); preferences: of two functions, the one that parses",
+              ["stages", "tokens ÷ teacher's", "ppl", "÷ teacher", "KL", "parses", "length", "teacher's nats", "preferred, held out"])
+    found = {"1": rows.of("mamba2", n // 2, "1"), "1, as long as 1 + 2": rows.of("half, stage 1 longer"), **{name: rows.of("mamba2", n // 2, name) for name in ("1 + 2", "1 + 2 + 3")}}
+    for name, r in found.items():
+        t.rows.append([name, f"{r[0]['share']:.2f}" if r else "–", cell(r, "perplexity"), cell(r, "ratio", 4), cell(r, "kl", 4), cell(r, "parses", 1, True), cell(r, "length", 0),
+                       cell(r, "teacher_nats"), cell(r, "preferred", 1, True)])
+    t.claim("stage 2 is nearer to the teacher than as many more steps of stage 1", found["1 + 2"], found["1, as long as 1 + 2"])
+    t.claim("after preferences fewer functions do not parse", *([dict(broken=1 - x["parses"]) for x in found[k]] for k in ("1 + 2 + 3", "1 + 2")), "broken")
+    for x in found["1 + 2"][:1]:
+        t.notes.append(f"preferred: of {x['held_out']} pairs of files that no pair is learned from, those in which the chosen function has gained more over the teacher")
     return t
 
 
 def long(rows, n, teacher):
-    lengths = [int(k) for k in teacher["needles"]]
-    t = Table("long", "Needle in a haystack: the share of numbers found whole, mean over depths (Figure 4), by length in bytes; distilled at the teacher's length",
-              ["model", "attention", *(f"{k:,}" for k in lengths)])
-    people = [("teacher", "100 %", [teacher])] + [(m, f"{100 - 100 * c / n:g} %", rows.of(m, c, "1 + 2")) for m in ("mamba2", "mamba") for c in (n // 2, n * 3 // 4, n * 7 // 8, n)]
-    value = lambda r, k: dict(found=sum(r["needles"][k]) / len(r["needles"][k]))  # noqa: E731
+    people = [("teacher", "100 %", [teacher])] + [(m, percent(c, n), rows.of(m, c, "1 + 2")) for m, c in kinds(n)]
+    lengths = list(teacher["needles"])
+    t = Table("long", f"Needle in a haystack (Figure 4): the share of numbers found whole, mean over depths, by length in bytes; distilled at {teacher['context']}",
+              ["model", "attention", *(f"{int(k):,}" for k in lengths)])
+    more = Table("context", f"Perplexity of the same {teacher['context'] // 4} bytes at the end of texts of growing length", ["model", "attention", *(f"{int(k):,}" for k in lengths)])
+    found = lambda r, k, lost=False: [dict(found=abs(lost - sum(x["needles"][k]) / len(x["needles"][k]))) for x in r]  # noqa: E731
+    at = lambda r, k: [dict(perplexity=x["by_length"][k]) for x in r]  # noqa: E731
     for name, kept, r in people:
-        if r:
-            t.rows.append([name, kept, *(cell([value(x, k) for x in r], "found", 0, True) for k in teacher["needles"])])
-    spans = list(teacher["by_position"])
-    more = Table("position", "Perplexity of unseen text by place, up to each of these bytes", ["model", "attention", *(f"{int(k):,}" for k in spans)])
-    for name, kept, r in people:
-        if r:
-            more.rows.append([name, kept, *(cell([x["by_position"] for x in r], k, 2) for k in spans)])
-    far, n_context = list(teacher["needles"])[-1], teacher["context"]
-    within = [k for k in spans if int(k) <= n_context][-1]
+        t.rows.append([name, kept, *(cell(found(r, k), "found", 0, True) for k in lengths)])
+        more.rows.append([name, kept, *(cell(at(r, k), "perplexity", 2) for k in lengths)])
+    far, near = lengths[-1], [k for k in lengths if int(k) <= teacher["context"]][-1]
+    missed = lambda r: [dict(missed=x["found"]) for x in found(r, far, True)]  # noqa: E731
     for name, kept, r in people[1:]:
-        if r:
-            t.claim(f"{name}, {kept} of attention: misses fewer at {int(far):,} bytes than the teacher", *([dict(missed=1 - value(x, far)["found"]) for x in some] for some in (r, [teacher])), "missed")
-            more.claim(f"{name}, {kept} of attention: is less perplexed there than the teacher", *([dict(perplexity=x["by_position"][spans[-1]]) for x in some] for some in (r, [teacher])), "perplexity")
-            more.claim(f"{name}, {kept} of attention: is less perplexed there than within {n_context} bytes", *([dict(perplexity=x["by_position"][k]) for x in r] for k in (spans[-1], within)), "perplexity")
+        t.claim(f"{name}, {kept} of attention: misses fewer at {int(far):,} bytes than the teacher", missed(r), missed([teacher]), "missed")
+        more.claim(f"{name}, {kept} of attention: less perplexed after {int(far):,} bytes than the teacher", at(r, far), at([teacher], far), "perplexity")
+        more.claim(f"{name}, {kept} of attention: less perplexed after {int(far):,} bytes than after {int(near):,}", at(r, far), at(r, near), "perplexity")
     return t, more
 
 
@@ -652,27 +694,28 @@ def speculation(lab):
     """Every target with every draft, greedy and sampled: tokens a pass, acceptance, speed."""
     size, n = lab.size, lab.size.n_layers
     load = lambda place: mil.pack(mil.load(place, lab.device, lab.kind))  # noqa: E731
-    targets = {"Llama": load(lab.out / "teacher"), **{f"{m}, {100 - 100 * c / n:g} %": load(lab.out / "models" / f"{m}-{c}")
+    targets = {"Llama": load(lab.out / "teacher"), **{f"{m}, {percent(c, n)}": load(lab.out / "models" / f"{m}-{c}")
                                                        for m, c in (("mamba2", n // 2), ("mamba2", n), ("mamba", n))}}
     drafts = {name: load(lab.out / "models" / name) for name in DRAFTS}
     asked = functions(lab.unseen, size.texts, size.context // 4, 0, random.Random(5))
-    prompts = [generate.encode(lab.encoding, text)[-size.context // 4:] for text, *_ in asked]
+    prompts = [generate.encode(lab.encoding, text)[-size.context // 4:] for _, text, *_ in asked]
     rows = []
 
     def timed(model, temperature, draft=None, K=0):
-        """tokens/s after the warm-up, and per text tokens a pass and the share kept."""
+        """tokens/s from a text's second round on, and of each text tokens a pass and the share kept."""
         plan = generate.Speculation(K)
         decoder = generate.Decoder(model, 1, size.context, temperature, generator=torch.Generator(lab.device).manual_seed(3), draft=draft, speculate=plan)
         seconds, tokens, per_pass, kept = 0, 0, [], []
-        for prompt in prompts[:1] + prompts:  # the first twice: kernels are compiled and graphs captured in it
-            plan.passes = plan.accepted = plan.proposed = 0
-            began, count = bench.now(), 0
+        for warm, prompt in enumerate(prompts[:1] + prompts):  # the first twice: kernels are compiled and graphs captured in it
+            plan.passes = plan.accepted = plan.proposed = count = first = 0
             for (new,) in decoder.decode([prompt], size.speculated):
                 count += len(new)
-            took = bench.now() - began
-            per_pass.append(count / max(1, plan.passes)), kept.append(plan.accepted / max(1, plan.proposed))
-            seconds, tokens = (0, 0) if len(per_pass) == 1 else (seconds + took, tokens + count)
-        return tokens / seconds, per_pass[1:], kept[1:]
+                if not first:
+                    first, began = count, bench.now()
+            if warm:
+                per_pass.append(count / max(1, plan.passes)), kept.append(plan.accepted / max(1, plan.proposed))
+                seconds, tokens = seconds + bench.now() - began, tokens + count - first
+        return tokens / seconds, per_pass, kept
     for name, model in targets.items():
         for temperature in (0, 1):
             plain = timed(model, temperature)[0]
@@ -702,10 +745,11 @@ def cost(lab):
         model = bench.random_model(bench.stacked(size.cost, mixers))
         mine = []
         for length in size.cost_lengths:
-            for _ in range(2 if length < 2**16 else 1):  # once for what is new in it
-                began = bench.now()
+            read = math.inf
+            for _ in range(2):  # the first time, what is new in it is compiled
+                cache, began = None, bench.now()
                 cache = bench.filled(model, 1, length)
-                read = bench.now() - began
+                read = min(read, bench.now() - began)
             mine.append(dict(mixers=mixers, length=length, read=read, step_ms=bench.step_ms(model, cache, 1), bytes=bench.cache_bytes(cache, length)))
             td.show(f"cost: {' + '.join(mixers)}, {length:,} tokens", done=False)
             del cache
@@ -726,8 +770,8 @@ def scans(size):
             td.show(f"cost: the scan of {kind}, {length:,} tokens", done=False)
             for who, ways in bench.contenders(bench.inputs(kind, *shape, 1, length)).items():
                 if who != "attention" or kind == bench.MAMBA2[0]:
-                    times = [m["gpu"] or m["wall"] for way in ways if (m := bench.measure(*way, True))]
-                    rows.append(dict(name=who if who == "attention" else f"{who}, {kind}", length=length, ms=min(times, default=None)))
+                    times = [m["gpu" if bench.CUDA else "wall"] for way in ways if (m := bench.measure(*way, True))]
+                    rows.append(dict(name=who if who == "attention" else f"{who}, {kind}", length=length, ms=min(filter(None, times), default=None)))
     return rows
 
 
@@ -740,7 +784,7 @@ def main(argv):
     parser.add_argument("--minutes", type=float, default=10, help="about how long it may take on one H200: steps are scaled (10)")
     parser.add_argument("--seeds", type=int, default=3, help="students of every arm (3)")
     parser.add_argument("--out", default="out/reproduce", help="where teacher, students and tables go; a teacher found there is used again")
-    parser.add_argument("--assets", default="", help="where the pictures go (assets; of the smallest sizes OUT/assets)")
+    parser.add_argument("--assets", default="", help="where the pictures go (OUT/assets; the README's are in assets)")
     parser.add_argument("--workers", type=int, default=0, help="students trained at once, on a GPU (default: 6, or half the CPU cores)")
     parser.add_argument("--smoke", action="store_true", help="the smallest sizes, as on a CPU")
     o = parser.parse_args(argv)
@@ -773,13 +817,13 @@ def main(argv):
         for old in td.checkpoints(lab.run):
             old.unlink()
         models = td.prepare(lab.run, td.Models(None, lab.teacher))
-        teacher = {"context": size.context, **td.evaluate(lab.run, models, lab.corpus, lab.encoding)[0], **lab.writing(lab.teacher), "needles": lab.needles(lab.teacher), "by_position": lab.by_position(lab.teacher)}
+        teacher = {"context": size.context, **td.evaluate(lab.run, models, lab.corpus, lab.encoding)[0], **lab.writing(lab.teacher), "needles": lab.needles(lab.teacher), "by_length": lab.by_length(lab.teacher)}
         parameters, within = sum(w.numel() for w in lab.teacher.parameters()), [k for k in teacher["needles"] if k <= size.context][-1]
         td.show(f"teacher: {parameters / 1e6:.1f} M parameters, {size.teacher_steps * size.batch * size.context / 1e6:.0f} M tokens; perplexity {teacher['perplexity']:.3f}; within its "
-                f"{size.context} bytes it finds {sum(teacher['needles'][within]) / size.depths:.0%} of the needles; perplexity by place "
-                + ", ".join(f"…{k}: {v:.2f}" for k, v in teacher["by_position"].items()) + f"; its functions parse {teacher['parses']:.0%}, the real ones {teacher['real']:.0%}")
+                f"{size.context} bytes it finds {sum(teacher['needles'][within]) / size.depths:.0%} of the needles; perplexity of the same bytes at the "
+                "end of texts of " + ", ".join(f"{k}: {v:.2f}" for k, v in teacher["by_length"].items()))
         lap("teacher")
-    if "stages" in tables or "quality" in tables:
+    if "stages" in tables:
         td.show(f"preferences: {make_pairs(lab)} pairs")
         lap("pairs")
     rows, swept = Rows(), []
@@ -807,6 +851,9 @@ def main(argv):
             lap(name)
     for table in made:
         print(table.text())
+    for row in rows:
+        if "diverged" in row:
+            print(f"left out: {row['arm']}, seed {row['seed']}, rate {row['rate']:.2g}: {row['diverged']}")
     seconds = time.perf_counter() - began
     print(f"\n{seconds:.0f} s in all: {', '.join(f'{k} {v:.0f}' for k, v in clock.items())}; {versions}")
     report = dict(versions=versions, seconds=seconds, clock=clock, size=dataclasses.asdict(size), seeds=o.seeds, teacher=teacher, rows=rows, sweep=swept, **more,
@@ -815,7 +862,7 @@ def main(argv):
     mil.write_whole(lab.out / "reproduce.json", lambda f: f.write(json.dumps(report, indent=1).encode()))
     mil.write_whole(lab.out / "reproduce.md", lambda f: f.write(("\n".join(t.text("|") for t in made) + f"\n{seconds:.0f} s on {versions}\n").encode()))
     try:
-        pictures.draw(json.loads(json.dumps(report)), o.assets or (lab.out / "assets" if small else "assets"))
+        pictures.draw(json.loads(json.dumps(report)), o.assets or lab.out / "assets")
     except ImportError:
         td.show("no pictures: matplotlib is not installed")
     return report

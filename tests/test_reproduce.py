@@ -1,5 +1,4 @@
 """tests/reproduce.py: its text, its measures, its arms; and all of it, of the smallest size."""
-import copy
 import json
 import math
 import random
@@ -40,7 +39,7 @@ def test_a_function_parses_up_to_where_it_ends(header, body, whole):
 
 
 def test_functions_are_cut_where_their_bodies_begin():
-    (before, header, after), = r.functions(["import os\n\ndef f(a, b=(1, 2)):\n    return a\n"], 5, 12, 8, random.Random(0))
+    (_, before, header, after), = r.functions(["import os\n\ndef f(a, b=(1, 2)):\n    return a\n"], 5, 12, 8, random.Random(0))
     assert header == "def f(a, b=(1, 2)):\n" and before == header[-12:] and after == "    retu"
 
 
@@ -79,27 +78,44 @@ def test_a_needle_is_found_by_whom_all_digits_are_likeliest_and_only_then(lab):
         assert lab.needles(model) == {128: [share] * 2, 256: [share] * 2}
 
 
-def test_perplexity_by_place_is_that_of_the_bytes_there(lab):
+def test_perplexity_by_length_is_that_of_the_same_bytes_after_more_and_more_text(lab):
     model = build(mil.Config(v=257, d=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=8, context=128), torch.float32)
-    found = lab.by_position(model)
-    assert list(found) == [8, 16, 32, 64, 128, 256]
-    rows = [t for t in lab.long_texts if len(t) > 256]
-    rows = torch.tensor([[*t[i:i + 257].encode()] for t in rows for i in range(0, len(t) - 256, 256)][:16], device=DEVICE)
+    found = lab.by_length(model)
+    assert list(found) == [128, 256] and lab.windows.shape == (2, 257)
+    text = "".join(lab.unseen).encode("ascii", "replace")
+    assert all(bytes(row) in text for row in lab.windows.tolist())
     with torch.no_grad():
-        loss = -model(rows[:, :-1]).log_softmax(-1).gather(2, rows[:, 1:, None])[..., 0]
-    assert_close(torch.tensor([found[16], found[256]]), torch.stack([loss[:, 8:16].mean().exp(), loss[:, 128:].mean().exp()]), 1e-4)
+        for length, perplexity in found.items():
+            rows = lab.windows[:, -length - 1:]
+            loss = -model(rows[:, :-1]).log_softmax(-1).gather(2, rows[:, 1:, None])[:, -32:, 0]
+            assert perplexity == pytest.approx(loss.mean().exp().item(), rel=1e-4)
 
 
 def test_arms_replace_the_papers_layers_step_by_step_and_each_is_named_once():
     arms = r.arms(32, r.TABLES)
     by_name = {arm.name: arm for arm in arms}
-    assert len(by_name) == len(arms) == 13
+    assert len(by_name) == len(arms) == 17
     assert [len(path) for path in by_name["mamba2"].path] == [8, 16, 24, 28, 32]
     assert by_name["mamba2"].path[0] == tuple(range(0, 32, 4)) and by_name["mamba2"].path[1] == tuple(range(0, 32, 2))
     for arm in arms:
         assert all(set(a) < set(b) for a, b in zip(arm.path, arm.path[1:])), arm.name
     assert by_name["half, the first layers"].path[-1] == tuple(range(16)) and by_name["quarter, the last layers"].path[-1] == tuple(range(8, 32))
-    assert {arm.name for arm in r.arms(8, ("order",))} == {"mamba2", *(name for name in by_name if name.startswith(("half", "quarter")))}
+    order = {arm.name: arm for arm in r.arms(8, ("order",))}
+    assert {*order} == {name for name in by_name if name.endswith(("stepwise", "at once", "layers"))} and not any(arm.then or arm.judge for arm in order.values())
+
+
+def test_no_table_needs_what_only_another_makes():
+    for table in r.TABLES[:-1]:
+        for arm in r.arms(8, (table,)):
+            assert bool(arm.prefer) <= (table == "stages") and set(arm.prefer) <= set(arm.then), (table, arm.name)
+    assert {(arm.name, arm.then) for arm in r.arms(8, ("speculation",))} == {("mamba2", (1, 2, 3, 4)), ("mamba", (1, 2, 3, 4))}
+
+
+def test_arms_of_a_table_train_as_long_and_choose_their_rate_at_the_same_place():
+    last = lambda *names: {(len(arm.path[-1]), arm.longer) for arm in r.arms(8, r.TABLES) if arm.name in names}  # noqa: E731
+    assert len(last("half, stepwise", "half, at once", "half, the first layers", "half, the last layers", "half, Mamba", "half, linear attention", "half, nothing")) == 1
+    assert len(last("quarter, stepwise", "quarter, at once", "quarter, the first layers", "quarter, the last layers")) == 1
+    assert len(last("mamba2", "mamba", "random, mixers", "attention, mlps", "random, mlps")) == 1
 
 
 def test_mamba_without_decay_is_linear_attention_that_does_not_learn_it():
@@ -123,11 +139,12 @@ def test_mamba_without_decay_is_linear_attention_that_does_not_learn_it():
 def test_a_claim_holds_beyond_the_errors_only():
     rows = lambda *values: [dict(kl=v) for v in values]  # noqa: E731
     table = r.Table("t", "T", ["a"])
-    for a, b, verdict in (((1, 1.1), (2, 2.1), "holds"), ((2, 2.1), (1, 1.1), "does not hold"), ((1, 2), (1.2, 2.2), "within the error"), ((1,), (1,), "within the error")):
+    for a, b, verdict in (((1, 1.1), (2, 2.1), "holds"), ((2, 2.1), (1, 1.1), "the opposite holds"), ((1, 2), (1.2, 2.2), "within the error"), ((1,), (2,), "one student each, not judged"),
+                          ((1, 1.1, 1.2), (1.3,), "within the error"), ((1, 1.1, 1.2), (1.6,), "holds")):  # 4.30 standard errors of 0.058 are 0.25
         table.claim("what", rows(*a), rows(*b))
         assert table.claims[-1][2] == verdict
     table.claim("nothing to compare", rows(1), [])
-    assert len(table.claims) == 4
+    assert len(table.claims) == 6
     assert r.mean(rows(1, 2, 3), "kl") == (2, pytest.approx(1 / math.sqrt(3)))
 
 
@@ -148,15 +165,15 @@ def test_all_tables_are_made_from_nothing(tmp_path):
     said = run_script("tests/reproduce.py", "--smoke", "--seeds", "1", "--out", tmp_path / "o", "--assets", tmp_path / "pictures")
     assert said.returncode == 0, said.stderr[-3000:] + said.stdout[-3000:]
     report = json.loads((tmp_path / "o" / "reproduce.json").read_text())
-    assert list(report["tables"]) == ["quality", "init", "order", "mixer", "stages", "long", "position", "speculation", "cost"]
-    assert [len(rows) - 1 for rows in report["tables"].values()] == [9, 8, 8, 4, 3, 9, 9, 32, 15]
+    assert list(report["tables"]) == ["quality", "init", "order", "mixer", "stages", "long", "context", "speculation", "cost"]
+    assert [len(rows) - 1 for rows in report["tables"].values()] == [9, 8, 8, 4, 4, 9, 9, 32, 15]
     assert "smoke size: the figures mean nothing" in said.stdout
     for row in report["rows"]:
-        assert math.isfinite(row["kl"]) and row["seed"] in (0,) and (row["stages"] == "draft" or row["rate"] in row["rates"])
+        assert math.isfinite(row["kl"]) and row["seed"] in (0,) and (row["stages"] == "draft" or row["rate"] in report["size"]["rates"])
     arms = {(row["arm"], row["replaced"], row["stages"]) for row in report["rows"] if row["stages"] != "draft"}
-    assert len(arms) == 8 + 8 + 1 + 6 + 6 + 2 + 1 and len(report["sweep"]) == 13 * len(report["size"]["rates"])
-    same = copy.copy(report["teacher"])
-    assert same["context"] == 128 and set(same["needles"]) == {"128", "256"}
+    assert len(arms) == (4 + 4 + 1) + (4 + 4) + 6 + 8 + 1 + 3 + 1 and len(report["sweep"]) == 17 * len(report["size"]["rates"])
+    assert not any("–" in row for name in ("init", "order", "mixer") for row in report["tables"][name])
+    assert report["teacher"]["context"] == 128 and set(report["teacher"]["needles"]) == set(report["teacher"]["by_length"]) == {"128", "256"}
     text = (tmp_path / "o" / "reproduce.md").read_text()
     assert text.count("### ") == 9 and "| teacher" in text
     try:
