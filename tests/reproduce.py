@@ -94,7 +94,7 @@ class Size:
     cost: mil.Config = dataclasses.field(default_factory=lambda: mil.Config(d=2048, n_layers=16, n_heads=32, n_kv_heads=8, d_ff=8192, tied=True, context=2**18))
 
 
-SMOKE = Size(d=32, n_heads=2, n_kv_heads=1, d_ff=32, context=128, batch=4, student_batch=2, rates=(1e-3, 3e-3), more_rates=0, teacher_steps=4, layer_steps=1, stage2_steps=1, dpo_steps=1, draft_steps=1,
+SMOKE = Size(d=32, n_heads=2, n_kv_heads=1, d_ff=32, context=128, batch=4, student_batch=2, rates=(3e-3,), more_rates=0, teacher_steps=4, layer_steps=1, stage2_steps=1, dpo_steps=1, draft_steps=1,
              eval_sequences=2, prompts=4, written=48, samples=1, windows=2, lengths=(1, 2), depths=2, pairs=16, texts=1, speculated=8, Ks=(2,), cost_lengths=(64, 256), scan_lengths=(64, 128),
              cost=mil.Config(v=64, d=32, n_layers=8, n_heads=2, n_kv_heads=1, d_ff=32, context=2**18))
 

@@ -1,8 +1,12 @@
 """tests/reproduce.py: its text, its measures, its arms; and all of it, of the smallest size."""
+import dataclasses
+import io
 import json
 import math
 import random
 import re
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import reproduce as r
@@ -134,6 +138,39 @@ def test_mamba_without_decay_is_linear_attention_that_does_not_learn_it():
     want = torch.einsum("blhn,bshn,ls->blh", C, B, torch.ones(9, 9, device=DEVICE).tril())[..., None] * one * torch.nn.functional.silu(z)
     assert_close(y, want.expand_as(y), 1e-4)
     assert not any(w.requires_grad for w in (mixer.A_log, *mixer.dt_proj.parameters())) and mixer.in_proj_x.weight.requires_grad
+
+
+@pytest.mark.parametrize("best, tried", [(3e-3, [1e-3, 3e-3, 6e-3, 1.2e-2]), (1.2e-2, [1e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2]), (5e-4, [2.5e-4, 5e-4, 1e-3, 3e-3, 6e-3, 1.2e-2]),
+                                         (1.0, [1e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2]), (1e-9, [2.5e-4, 5e-4, 1e-3, 3e-3, 6e-3, 1.2e-2])])
+def test_every_arm_runs_at_the_rate_that_was_best_for_it_with_seeds_that_did_not_choose_it(best, tried):
+    class Pool:
+        def submit(self, work, f, *args):
+            future = Future()
+            arm, seed, rate, sweep = args
+            assert f is r.learn and sweep == (seed == r.SWEEP)
+            goal = best if arm.name == "half, at once" else 3e-3
+            future.set_result(([dict(arm=arm.name, seed=seed, rate=rate, kl=abs(math.log(rate / goal)) if rate < 9e-3 or goal > 9e-3 else math.inf)], 0.0))
+            return future
+    size = dataclasses.replace(r.SMOKE, rates=(1e-3, 3e-3, 6e-3, 1.2e-2), more_rates=2)
+    journal = io.StringIO()
+    rows, swept = r.all_arms(SimpleNamespace(size=size), Pool(), ("order",), 3, 0.0, journal)
+    mine = [row for row in rows if row["arm"] == "half, at once"]
+    assert sorted(row["rate"] for row in swept if row["arm"] == "half, at once") == tried
+    assert sorted(row["seed"] for row in mine) == [0, 1, 2] and {row["rate"] for row in mine} == {min(tried, key=lambda rate: abs(math.log(rate / best)))}
+    assert all(row["edge"] == (best in (1.0, 1e-9)) for row in mine)
+    others = [row for row in rows if row["arm"] != "half, at once"]
+    assert len(others) == 21 and all(row["rate"] == 3e-3 and not row["edge"] for row in others)
+    assert len(journal.getvalue().splitlines()) == len(rows) + len(swept)
+
+
+def test_a_student_that_diverges_keeps_the_rows_before_and_says_so(lab, monkeypatch):
+    def train(lab, arm, seed, rate, sweep, rows):
+        rows.append(dict(arm=arm.name, replaced=2, stages="1", kl=1.0))
+        raise mil.MilError("the loss became nan")
+    monkeypatch.setattr(r, "train_student", train)
+    arm, = [arm for arm in r.arms(8, ("order",)) if arm.name == "half, at once"]
+    rows = r.Rows(r.learn(lab, arm, 1, 3e-3, False))
+    assert rows[1]["diverged"] == "the loss became nan" and rows[1]["kl"] == math.inf and rows.of("half, at once") == rows[:1]
 
 
 def test_a_claim_holds_beyond_the_errors_only():
