@@ -73,11 +73,11 @@ class Size:
     student_batch: int = 32
     rates: tuple = (1e-3, 3e-3, 6e-3, 1.2e-2)  # of stage 1; stage 2 has a third of it
     more_rates: int = 2          # how many may be tried beyond these
-    teacher_steps: int = 3000
-    layer_steps: int = 40        # of stage 1, for each layer replaced
-    stage2_steps: int = 450
+    teacher_steps: int = 2400
+    layer_steps: int = 30        # of stage 1, for each layer replaced
+    stage2_steps: int = 360
     dpo_steps: int = 60
-    draft_steps: int = 600
+    draft_steps: int = 500
     eval_sequences: int = 256
     prompts: int = 192           # functions to be written
     written: int = 160           # bytes of each
