@@ -109,7 +109,7 @@ def with_notes(text, context, dice):
     for line in text.splitlines(keepends=True):
         out.append(line)
         at += len(line)
-        if line.endswith("\\\n"):
+        if line.endswith("\\\n") or not line.endswith("\n"):
             continue
         if at >= next_note:
             name, number = note(dice)

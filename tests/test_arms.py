@@ -55,7 +55,7 @@ def test_needles_are_counted_for_each_depth(lab):
         for row in model.rows:
             found = re.search(r"# \w{3} is (\d{4})", bytes(row).decode())
             out.append([*found[1].encode()] if found.start() < 9 else [0] * 4)
-        return torch.nn.functional.one_hot(torch.tensor(out), 257)
+        return torch.nn.functional.one_hot(torch.tensor(out, device=DEVICE), 257)
     model.logits, model.hidden = logits, lambda tokens: setattr(model, "rows", tokens.tolist()) or tokens
     assert lab.needles(model) == {64: [1, 0, 0]}
 
@@ -245,3 +245,27 @@ def test_the_claims_compare_the_rows_of_the_arms_that_they_name(figures):
             want[f"{name}: {a} % of attention is nearer to the teacher than {b} %"] = (name, x, "1 + 2"), (name, y, "1 + 2")
     want["stage 2 is nearer to the teacher than as many more steps of stage 1"] = ("mamba2", 4, "1 + 2"), ("half, stage 1 longer", 4, "1")
     assert found == {what: (f"kl {kls[a]:.4g} and {kls[b]:.4g}", "holds" if kls[a] < kls[b] else "the opposite holds") for what, (a, b) in want.items()}
+
+
+def test_preferences_and_stage_2_are_claimed_to_do_what_the_paper_says_of_them(figures):
+    for parses, kl, verdict in ((0.9, 1e-6, "holds"), (0.0, 9, "the opposite holds")):
+        rows = r.Rows({**row, "parses": parses + row["kl"] / 1e3 if row["stages"] == "1 + 2 + 3" else 0.5, "kl": kl + row["kl"] / 1e3 if row["stages"] == "1 + 2" else row["kl"]} for row in figures[0])
+        assert [claim[2] for claim in r.stages(rows, 8, {}).claims] == [verdict] * 2
+
+
+def test_of_long_texts_it_is_claimed_what_is_missed_and_what_perplexes_at_the_greatest_length():
+    row = lambda found, last: dict(arm="mamba", replaced=4, stages="1 + 2", context=64, needles={64: [1, 1], 128: found}, by_length={64: 2.0, 128: last})  # noqa: E731
+    needles, texts = r.long(r.Rows([row([1, 0.5], 2.5), row([1, 0.52], 2.6)]), 8, row([0, 0.5], 9.0))
+    assert [line[:2] + line[-1:] for line in needles.rows if line[-1] != "–"] == [["teacher", "100 %", "25 %"], ["mamba", "50 %", "76 ± 1 %"]]
+    assert [line[2:] for line in texts.rows if line[-1] != "–"] == [["2.00", "9.00"], ["2.00 ± 0.00", "2.55 ± 0.05"]]
+    assert [claim[1:] for claim in needles.claims] == [("missed 0.245 and 0.75", "holds")]
+    assert [claim[1:] for claim in texts.claims] == [("perplexity 2.55 and 9", "holds"), ("perplexity 2.55 and 2", "the opposite holds")]
+
+
+def test_students_are_ranked_by_what_they_write_from_the_best(figures):
+    assert r.quality(figures[0], 8, TEACHER).notes[0].startswith("rank correlation of the students by perplexity with those by kl 1.00, by parses -1.00")  # who is worse parses more there
+    assert r.rank_correlation([1, 2, 3, 4], [10, 30, 20, 40]) == pytest.approx(0.8)
+
+
+def test_a_rate_at_an_end_of_those_that_were_tried_has_a_star():
+    assert (r.rate([dict(rate=0.012, edge=True)]), r.rate([dict(rate=3e-3, edge=False)]), r.rate([])) == ("0.012*", "0.003", "–")

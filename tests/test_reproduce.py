@@ -75,7 +75,7 @@ def test_a_needle_is_found_by_whom_all_digits_are_likeliest_and_only_then(lab):
             for row in self.rows:
                 number = re.search(r"# \w{3} is (\d{4})", bytes(row).decode())[1]
                 out.append([ord(c) for c in number[:3] + (str((int(number[3]) + self.wrong) % 10))])
-            return torch.nn.functional.one_hot(torch.tensor(out), 257)
+            return torch.nn.functional.one_hot(torch.tensor(out, device=DEVICE), 257)
     for wrong, share in ((0, 1), (1, 0)):
         model = Knows(wrong)
         model.hidden = lambda tokens, model=model: setattr(model, "rows", tokens.tolist()) or tokens
