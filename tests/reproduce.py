@@ -9,7 +9,7 @@
     order         stepwise or at once; the layers that keep attention spread evenly, or all at one end (Table 7 right)
     mixer         what the new layers must have: Mamba-2, Mamba, Mamba without decay (linear attention), nothing (Table 9)
     stages        stage 1, 1 + 2, 1 + 2 + preferences (Table 6 right)
-    long          a needle in a haystack up to 20 times the length of distillation; perplexity by position (Figure 4)
+    long          a needle in a haystack up to 20 times the length of distillation; perplexity after longer and longer texts (Figure 4)
     speculation   tokens a pass of the target, and speed, by draft, target and K (Tables 1 and 5)
     cost          time and memory of reading and writing from 1k to 128k tokens, by share of attention
 
@@ -237,8 +237,8 @@ class Lab:
         name, number = note(dice)
         needle, question = f"# {name} is {number}\n", f"# {name}? {number}"
         room = length - len(needle) - len(question)
-        text = dice.choice([t for t in self.long_texts if len(t) > room]) if any(len(t) > room for t in self.long_texts) else max(self.long_texts, key=len)
-        begin = dice.randrange(max(1, len(text) - room))
+        text = dice.choice([t for t in self.long_texts if len(t) > room])
+        begin = dice.randrange(len(text) - room)
         text = text[begin:begin + room - 1] + "\n"
         at = text.rfind("\n", 0, int(depth * (room - 1)) + 1) + 1  # after the last whole line there
         return [*(text[:at] + needle + text[at:] + question).encode("ascii")]
@@ -730,8 +730,8 @@ def speculation(lab):
         for temperature in (0, 1):
             for draft in drafts:
                 best = max((r for r in rows if (r["target"], r["draft"], r["temperature"]) == (name, draft, temperature)), key=lambda r: r["tokens_s"])
-                spread_ = mean([dict(x=x) for x in best["per_pass"]], "x")
-                t.rows.append([name, draft, "sampled" if temperature else "greedy", best["K"], f"{spread_[0]:.2f} ± {spread_[1]:.2f}", f"{sum(best['kept']) / len(best['kept']):.0%}",
+                middle, error = pictures.mean(best["per_pass"])
+                t.rows.append([name, draft, "sampled" if temperature else "greedy", best["K"], f"{middle:.2f} ± {error:.2f}", f"{sum(best['kept']) / len(best['kept']):.0%}",
                                f"{best['tokens_s'] / best['plain']:.2f}", f"{best['tokens_s']:.0f}"])
     return t, rows
 
