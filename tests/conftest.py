@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of numpy, which torch imports
+
 import torch
 
 if not torch.cuda.is_available():
@@ -18,6 +20,19 @@ from hypothesis import strategies as st
 
 import kernels
 import mil
+
+if os.environ.get("TRITON_INTERPRET") and kernels.triton is not None:  # two thirds of what interpreted kernels cost these tests is left out
+    from triton.runtime import interpreter
+    object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)  # tests of their own read rows 2^31 elements apart
+    first, patched = interpreter.InterpretedFunction.__call__, set()
+
+    def call(self, *args, **kwargs):
+        """A function that a kernel calls: Triton patches its module's triton.language for every call, though once is enough."""
+        if self.fn.__module__ in patched:
+            return self.rewrite()(*args, **kwargs)
+        patched.add(self.fn.__module__)
+        return first(self, *args, **kwargs)
+    interpreter.InterpretedFunction.__call__ = call
 
 kernels.INTERPRET = False  # the interpreter is slow: on the CPU only the tests that ask for form("triton") take it
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,6 +64,14 @@ def assert_close(got, want, tolerance, name="", noise=0.0):
     scale = want.abs() + want.square().mean().sqrt() + 1e-30
     worst = (((got - want).abs() - noise) / scale).max().item() if want.numel() else 0.0
     assert worst <= tolerance, f"{name}: relative error {worst:.2e}, allowed {tolerance:.0e}"
+
+
+def assert_same_bits(got, want):
+    """On a GPU. The interpreter's products are numpy's, in which the bits of a row may depend on the rows beside it: there, nearly."""
+    if DEVICE == "cuda":
+        assert torch.equal(got, want)
+    else:
+        assert_close(got, want, 1e-5)
 
 
 def run_script(*argv, stdin=""):
