@@ -39,11 +39,6 @@ from torch import nn
 import kernels
 from kernels import causal_conv, gated_norm, linear, linears, ssm_scan
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.11
-    varlen_attn = None
-
 
 class MilError(ValueError):
     """What went wrong, said to the person who typed: the file or flag, what was found, what was expected."""
@@ -145,6 +140,16 @@ def biased(t, part):
     return t if part.bias is None else t + part.bias.to(t.dtype)
 
 
+@functools.cache
+def packed_attention():
+    """PyTorch's attention within packed sequences, in bf16 on a GPU, from torch 2.11 on, or None. To import it takes a second, so only who needs it does."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+        return varlen_attn
+    except ImportError:
+        return None
+
+
 class Documents:
     """Several documents in a row, one after the other: nothing passes from one to the next. pos (b, l), whole numbers on the CPU, is the place of
     each token in its document, 0 where a row begins. With `most` the sizes of all tensors are the same for up to `most` documents of any lengths."""
@@ -154,6 +159,7 @@ class Documents:
         bounds = F.pad(begins, (0, 1 + max(0, most - len(begins))), value=pos.numel()).int()  # those at the end are of documents without tokens
         self.longest, send = pos.shape[1] if most else int(bounds.diff().max()), lambda t: t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
         self.pos, self.bounds = send(pos.int()), send(bounds)  # bounds: where in the flattened batch a document begins, and the end
+        self.packed = packed_attention() if device.type == "cuda" else None
 
     @functools.cached_property
     def mask(self):
@@ -163,9 +169,9 @@ class Documents:
 
     def attend(self, q, k, v):
         """Attention within documents: q (b, l, h, p), k and v (b, l, g, p) -> (b, l, h, p)."""
-        if varlen_attn is None or not q.is_cuda or q.dtype.itemsize > 2:
+        if self.packed is None or q.dtype.itemsize > 2:
             return sdpa(q, k, v, self.mask)
-        return varlen_attn(*[t.flatten(0, 1) for t in (q, k, v)], self.bounds, self.bounds, self.longest, self.longest, window_size=(-1, 0)).view(q.shape)
+        return self.packed(*[t.flatten(0, 1) for t in (q, k, v)], self.bounds, self.bounds, self.longest, self.longest, window_size=(-1, 0)).view(q.shape)
 
 
 def sdpa(q, k, v, mask=None):
