@@ -596,9 +596,9 @@ def evaluation_batches(run, corpus):
     s, data = run.s, corpus.val
     count = min(s.eval_sequences, (len(data) - 1) // s.context)
     starts = np.linspace(0, len(data) - s.context - 1, count).astype(int)
-    for mine, own in turns(run, count, s.batch):
+    for mine, real in turns(run, count, s.batch):
         x, y, pos = windows(data, corpus.begins[1], starts[mine], s.context)
-        yield to_device(x, y if own else torch.full_like(y, -100), pos, run.device)
+        yield to_device(x, y if real else torch.full_like(y, -100), pos, run.device)
 
 
 def ahead(make, first, last, device):
@@ -756,13 +756,13 @@ def answered(run, paths, place, encoding, tokenizer):
 LOGITS = {"cpu": 2**22, "cuda": 2**27}  # the most logits of a model at once: 1,024 tokens of 131,072 words
 
 
-def chunks(hidden, head, wanted, wanted_head):
+def chunks(hidden, head, teacher_hidden, teacher_head):
     """(slice, student's logits, teacher's logits or None), a few tokens at a time. hidden (n, d), head (v, d); the teacher's may be wider."""
-    head, wanted_head = head.to(hidden.dtype), wanted_head if wanted is None else wanted_head.to(wanted.dtype)
+    head, teacher_head = head.to(hidden.dtype), teacher_head if teacher_hidden is None else teacher_head.to(teacher_hidden.dtype)
     size = max(1, LOGITS[hidden.device.type] // len(head))
     for i in range(0, len(hidden), size):
         at = slice(i, min(i + size, len(hidden)))
-        yield at, hidden[at] @ head.T, None if wanted is None else wanted[at] @ wanted_head.T
+        yield at, hidden[at] @ head.T, None if teacher_hidden is None else teacher_hidden[at] @ teacher_head.T
 
 
 class DistillationLoss(torch.autograd.Function):
@@ -770,12 +770,12 @@ class DistillationLoss(torch.autograd.Function):
     heads read, and never with the logits of more than a few tokens in memory: their gradient is made in the forward, in their place."""
 
     @staticmethod
-    def forward(ctx, hidden, head, wanted, wanted_head, targets, alpha, beta, temperature, reverse):
+    def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, alpha, beta, temperature, reverse):
         learns = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_head = torch.zeros_like(head, dtype=torch.promote_types(head.dtype, torch.float32)) if ctx.needs_input_grad[1] else None
         ce, kl, cast = torch.empty_like(alpha), torch.empty_like(alpha), head.to(hidden.dtype)
-        for at, logits, theirs in chunks(hidden, cast, wanted, wanted_head):
+        for at, logits, theirs in chunks(hidden, cast, teacher_hidden, teacher_head):
             ce[at], kl[at] = kernels.token_losses(logits, theirs, targets[at], alpha[at], None if theirs is None else beta[at], temperature, reverse, learns)
             if d_hidden is not None:
                 torch.mm(logits, cast, out=d_hidden[at])
@@ -783,7 +783,7 @@ class DistillationLoss(torch.autograd.Function):
                 kernels.add_product(d_head, logits.T, hidden[at])
         ctx.save_for_backward(d_hidden, d_head)
         ctx.mark_non_differentiable(ce, kl)
-        return (alpha * ce + (beta * kl if wanted is not None else 0)).sum(), ce, kl
+        return (alpha * ce + (beta * kl if teacher_hidden is not None else 0)).sum(), ce, kl
 
     @staticmethod
     def backward(ctx, d, *_):
@@ -803,14 +803,14 @@ class Both(nn.Module):
         super().__init__()
         self.teacher, self.student = teacher, student
 
-    def forward(self, wanted, u, angles, docs):
-        if self.teacher is not None and wanted is not None:
+    def forward(self, teacher_u, u, angles, docs):
+        if self.teacher is not None and teacher_u is not None:
             with torch.no_grad():
-                wanted = self.teacher(wanted, angles[0], None, docs)
+                teacher_u = self.teacher(teacher_u, angles[0], None, docs)
         if self.student is not None and u is not None:
             layer = self.student
             u = checkpoint(layer, u, angles[1], None, docs, use_reentrant=False) if self.again and torch.is_grad_enabled() else layer(u, angles[1], None, docs)
-        return wanted, u
+        return teacher_u, u
 
 
 class Models(nn.Module):
@@ -844,21 +844,21 @@ class Models(nn.Module):
 
     def hidden(self, batch, teach, learn=True):
         """What their heads read (tokens, d), of the places that are learned: teacher's and student's, None where it is not asked for."""
-        wanted, teachers = self.teacher.start(batch.x, None, batch.docs) if teach else (None, None)
+        teacher_u, teachers = self.teacher.start(batch.x, None, batch.docs) if teach else (None, None)
         u, students = self.student.start(batch.x, None, batch.docs) if learn else (None, None)
         for both in self.layers:
-            wanted, u = both(wanted, u, (teachers, students), batch.docs)
+            teacher_u, u = both(teacher_u, u, (teachers, students), batch.docs)
         out = []
-        for model, t in ((self.teacher, wanted), (self.student, u)):
+        for model, t in ((self.teacher, teacher_u), (self.student, u)):
             t = t if t is None else mil.rms_norm(t, model.norm).flatten(0, 1)
             out.append(t if t is None or batch.at is None else t[batch.at])
         return out
 
     def distill(self, batch, targets, stage, scale):
         """Eq. 2: the batch's part of the loss, `scale` times the sum over its tokens; and for the log the sums of CE and KL, scaled alike."""
-        wanted, hidden = self.hidden(batch, stage.beta > 0)
+        teacher_hidden, hidden = self.hidden(batch, stage.beta > 0)
         weight = torch.ones(targets.shape, device=targets.device) * scale
-        loss, ce, kl = DistillationLoss.apply(hidden, self.student.lm_head.weight, wanted, self.teacher and self.teacher.lm_head.weight, targets,
+        loss, ce, kl = DistillationLoss.apply(hidden, self.student.lm_head.weight, teacher_hidden, self.teacher and self.teacher.lm_head.weight, targets,
                                               stage.alpha * weight, stage.beta * weight, stage.temperature, stage.reverse)
         return loss, torch.stack([ce.sum(), kl.sum()]).detach() * scale
 
@@ -894,13 +894,13 @@ class Models(nn.Module):
     def compare(self, batch, targets):
         """For an evaluation, sums over the learned tokens: the student's CE, its KL from the teacher, how often their likeliest tokens agree, the
         teacher's CE, and their number. Without a teacher the student is its own."""
-        wanted, hidden = self.hidden(batch, self.teacher is not None)
-        wanted, head = (hidden, self.student.lm_head.weight) if wanted is None else (wanted, self.teacher.lm_head.weight)
+        teacher_hidden, hidden = self.hidden(batch, self.teacher is not None)
+        teacher_hidden, head = (hidden, self.student.lm_head.weight) if teacher_hidden is None else (teacher_hidden, self.teacher.lm_head.weight)
         total, ones = torch.zeros(5, dtype=torch.float64, device=targets.device), torch.ones(targets.shape, device=targets.device)
-        for at, logits, theirs in chunks(hidden, self.student.lm_head.weight, wanted, head):
+        for at, logits, theirs in chunks(hidden, self.student.lm_head.weight, teacher_hidden, head):
             ce, kl = kernels.token_losses(logits, theirs, targets[at], ones[at], ones[at])
-            own, _ = kernels.token_losses(theirs, None, targets[at], ones[at], None)
-            total += torch.stack([ce.sum(), kl.sum(), (logits.argmax(-1) == theirs.argmax(-1)).sum(), own.sum(), ones[at].sum()]).double()
+            teacher_ce, _ = kernels.token_losses(theirs, None, targets[at], ones[at], None)
+            total += torch.stack([ce.sum(), kl.sum(), (logits.argmax(-1) == theirs.argmax(-1)).sum(), teacher_ce.sum(), ones[at].sum()]).double()
         return total
 
 
@@ -995,7 +995,7 @@ class State:
     """How far a run is: what a checkpoint holds."""
     stage: int = 0                                  # of run's stages
     step: int = 0                                   # the next one
-    own: dict = field(default_factory=dict)         # the student's tensors that have been trained, float32
+    trained: dict = field(default_factory=dict)     # the student's tensors that have been trained, float32
     moments: list = field(default_factory=list)     # AdamW's state of what trains
     seconds: float = 0.0                            # trained in this stage
     before: float = 0.0                             # the validation KL before it
@@ -1010,17 +1010,17 @@ def checkpoints(run):
 
 def save_state(run, state, models, optimizer=None):
     """Write what the run needs to go on, without an optimizer at the end of a stage, and drop what is older than the newest few."""
-    own = whole(run, {name: w for name, w in models.student.named_parameters() if name in state.own or w.requires_grad})
+    trained = whole(run, {name: w for name, w in models.student.named_parameters() if name in state.trained or w.requires_grad})
     moments = [whole(run, optimizer.state[w]) for group in optimizer.param_groups for w in group["params"]] if optimizer else []
     place = Path(run.s.out) / "checkpoints" / f"{state.stage:02d}-{state.step:08d}.pt"
     if run.rank == 0:
         mil.make_directory(place.parent)
-        saved = {**vars(state), "own": own, "moments": moments}
+        saved = {**vars(state), "trained": trained, "moments": moments}
         mil.write_whole(place, lambda f: torch.save(saved, f))
         for old in checkpoints(run)[:-run.s.keep_checkpoints]:
             old.unlink()
     together(run)
-    return own if run.size == 1 else torch.load(place, map_location="cpu", weights_only=True, mmap=True)["own"]
+    return trained if run.size == 1 else torch.load(place, map_location="cpu", weights_only=True, mmap=True)["trained"]
 
 
 FREE = {"out", "device", "resume", "save_minutes", "keep_checkpoints", "recompute", "compile", "graph", "prompt", "accumulate", "recipe"}  # may differ when a run goes on
@@ -1185,13 +1185,13 @@ def evaluate(run, models, corpus, encoding):
     total = torch.zeros(6, dtype=torch.float64, device=run.device)
     for batch in evaluation_batches(run, corpus):
         total += torch.cat([models(batch), sizes[batch.y[batch.y >= 0]].sum().double()[None]])
-    ce, kl, agree, own, count, size = added_up(run, total).tolist()
+    ce, kl, agree, teacher_ce, count, size = added_up(run, total).tolist()
     count = max(count, 1)
 
     def row(ce, kl, agree):
         return {"loss": ce / count, "perplexity": math.exp(min(ce / count, 700)), "bits_per_byte": ce / math.log(2) / max(size, 1), "kl": kl / count,
                 "agreement": agree / count}
-    return row(own, 0.0, count), row(ce, kl, agree)
+    return row(teacher_ce, 0.0, count), row(ce, kl, agree)
 
 
 @torch.no_grad()
@@ -1201,8 +1201,8 @@ def references(run, models, pairs, teacher):
     place = Path(run.s.out) / "data" / f"{key}.reference.npy"
     if not place.exists():
         out = torch.zeros(len(pairs), 2, device=run.device)
-        for mine, own in turns(run, len(pairs), run.s.batch // 2):
-            out[mine] += own * models(pair_batch(run, [pairs[i] for i in mine]), Stage(loss="reference")).view(2, -1).T
+        for mine, real in turns(run, len(pairs), run.s.batch // 2):
+            out[mine] += real * models(pair_batch(run, [pairs[i] for i in mine]), Stage(loss="reference")).view(2, -1).T
             show(f"reference: {mine[-1] + 1} of {len(pairs)} pairs", done=mine[-1] == len(pairs) - 1)
         out = added_up(run, out).cpu().numpy()
         if run.rank == 0:
@@ -1216,8 +1216,8 @@ def references(run, models, pairs, teacher):
 def preferences(run, stage, models, pairs, reference):
     """How often the chosen answer gains more over the teacher than the rejected one, its standard error, and by how much (β times, in nats)."""
     total = torch.zeros(2, device=run.device)
-    for mine, own in turns(run, len(pairs), run.s.batch // 2):
-        total += own * models(pair_batch(run, [pairs[i] for i in mine], reference[mine]), stage)[1]
+    for mine, real in turns(run, len(pairs), run.s.batch // 2):
+        total += real * models(pair_batch(run, [pairs[i] for i in mine], reference[mine]), stage)[1]
     right, margin = added_up(run, total).tolist()
     rather = (right + 1) / (len(pairs) + 2)  # so that a few pairs that agree are not taken for certain
     return {"preferred": right / len(pairs), "preferred_error": (rather * (1 - rather) / (len(pairs) + 2)) ** 0.5, "margin": margin / len(pairs)}
@@ -1258,9 +1258,9 @@ class Source:
         return found
 
 
-def assemble(run, teacher, base, stage, number, own):
-    """The Models of a stage: the student is `base` with attention replaced as the stage says, the tensors trained before (`own`) put in; what trains now
-    requires gradients and is float32, and everything else is the base's own tensor."""
+def assemble(run, teacher, base, stage, number, trained):
+    """The Models of a stage: the student is `base` with attention replaced as the stage says, the tensors trained before (`trained`) put in; what trains
+    now requires gradients and is float32, and everything else is the base's own tensor."""
     torch.manual_seed(run.s.seed + 1 + number)  # of what no earlier stage trained
     student = base
     for mixer in dict.fromkeys(mixer for mixer in stage.mixers if mixer != "attention"):
@@ -1269,8 +1269,8 @@ def assemble(run, teacher, base, stage, number, own):
         student = mil.replace_attention(base, [], run.s.mixer, share=True)
     for w in [*teacher.parameters(), *base.parameters()] if teacher else base.parameters():
         w.requires_grad_(False)
-    names = {name for name, _ in student.named_parameters() if name in own or stage.trains(name)}
-    owned(student, names, own)
+    names = {name for name, _ in student.named_parameters() if name in trained or stage.trains(name)}
+    owned(student, names, trained)
     for name, w in student.named_parameters():
         w.requires_grad_(stage.trains(name))
     return prepare(run, Models(teacher, student))
@@ -1325,14 +1325,14 @@ def get_teacher(run, state, corpus, encoding, tokenizer, journal, place):
     if state.stage == 0:
         torch.manual_seed(s.seed)
         stage = Stage(train="all", alpha=1, beta=0, steps=s.teacher_steps, lr=s.teacher_lr, warmup=s.warmup, schedule=s.schedule, name="teacher", mixers=config.mixers)
-        model = owned(mil.Hybrid(config).to(run.device), state.own, state.own)
+        model = owned(mil.Hybrid(config).to(run.device), state.trained, state.trained)
         models = prepare(run, Models(None, model))
         fit(run, state, stage, models, training_batches(run, corpus, [s.seed, 0], graphs(run, stage, *models.configs)), journal, "This run saved no teacher")
         save_student(run, models, place, tokenizer, torch.float32, recipe=recipe)
         state.rows = [{"model": "teacher", **evaluate(run, models, corpus, encoding)[0], **throughput(run, state, stage)}]
         state.stage, state.step, state.seconds = 1, 0, 0.0
         save_state(run, state, models)
-    state.own = {} if state.stage <= 1 and not state.step else state.own  # a checkpoint at this point holds the teacher
+    state.trained = {} if state.stage <= 1 and not state.step else state.trained  # a checkpoint at this point holds the teacher
 
 
 def throughput(run, state, stage):
@@ -1362,7 +1362,7 @@ def distill(run, state, stages, source, corpora, encoding, tokenizer, journal):
         if number < state.stage:
             last_good = f"The last good checkpoint is {place}, after {stage.name}"
             continue
-        models = assemble(run, *source.read(), stage, number, state.own)
+        models = assemble(run, *source.read(), stage, number, state.trained)
         state.before = state.before if state.step else evaluate(run, models, validation, encoding)[1]["kl"]
         more = lambda: {}  # noqa: E731
         if stage.loss == "dpo":
@@ -1377,7 +1377,7 @@ def distill(run, state, stages, source, corpora, encoding, tokenizer, journal):
         save_student(run, models, place, tokenizer, kind, stage=stage.name)
         last_good = f"The last good checkpoint is {place}, after {stage.name}"
         state.stage, state.step, state.seconds = number + 1, 0, 0.0
-        state.own = save_state(run, state, models)
+        state.trained = save_state(run, state, models)
         del models, batches, more  # the next student comes before this one would go
 
 

@@ -352,21 +352,21 @@ def learn(lab, arm, seed, rate, sweep):
 
 
 def train_student(lab, arm, seed, rate, sweep, rows):
-    size, own, tokens = lab.size, {}, 0
+    size, trained, tokens = lab.size, {}, 0
     s = dataclasses.replace(lab.s, seed=seed, init=arm.init, batch=size.student_batch)
     run, last = td.Run(s, lab.device), len(arm.path) - 1
     at = lambda places: {i % len(arm.path) for i in places}  # noqa: E731
 
-    def train(stage, number, own, batches=None):
+    def train(stage, number, trained, batches=None):
         """A stage, on a copy of what has been trained before; its Models, and what is trained by then."""
         nonlocal tokens
-        models = td.assemble(run, lab.teacher, lab.teacher, stage, number, own)
+        models = td.assemble(run, lab.teacher, lab.teacher, stage, number, trained)
         if arm.linear:
             freeze_linear(models.student)
         batches = batches or td.training_batches(run, lab.corpus, [seed, number], td.graphs(run, stage, *models.configs))
         td.fit(run, td.State(), stage, models, batches, io.StringIO(), "No student was saved")
         tokens += stage.steps * s.batch * s.context * (stage.loss == "distill")
-        return models, {name: w for name, w in models.student.named_parameters() if name in own or w.requires_grad}
+        return models, {name: w for name, w in models.student.named_parameters() if name in trained or w.requires_grad}
 
     def measure(models, stages, replaced, judge, **more):
         theirs, row = td.evaluate(dataclasses.replace(run, s=lab.s), models, lab.corpus, lab.encoding)
@@ -379,13 +379,13 @@ def train_student(lab, arm, seed, rate, sweep, rows):
         mixers = [arm.mixer if k in replaced else "attention" for k in range(size.n_layers)]
         new = len(replaced) - (len(arm.path[i - 1]) if i else 0)
         stage = td.Stage(train=arm.train, steps=new * size.layer_steps + (arm.longer and i == last) * size.stage2_steps, lr=rate, name=f"stage 1.{i + 1}", mixers=mixers)
-        models, own = train(stage, i, own)
+        models, trained = train(stage, i, trained)
         if i in at(arm.report) and not sweep or i == last and sweep:
             measure(models, "1", replaced, False)
         if i in at(arm.then) and not sweep:
             before = tokens
             second = dataclasses.replace(stage, train="all", steps=size.stage2_steps, lr=rate / 3, name=f"stage 2 after 1.{i + 1}")
-            models, full = train(second, 50 + i, own)
+            models, full = train(second, 50 + i, trained)
             measure(models, "1 + 2", replaced, arm.judge)
             if seed == 0 and arm.judge:
                 td.save_student(run, models, lab.out / "models" / f"{arm.name}-{len(replaced)}", "bytes", torch.float32)

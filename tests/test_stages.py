@@ -61,7 +61,7 @@ def test_what_a_stage_trained_stays_through_later_ones_and_their_checkpoints(tmp
         honest(run, state, stage, pair, *rest)
         t.save_state(run, state, pair, SimpleNamespace(param_groups=[], state={}))
         after.append(pair.student.norm.weight.detach().cpu().clone())
-        saved.append(torch.load(t.checkpoints(run)[-1])["own"].get("norm.weight"))
+        saved.append(torch.load(t.checkpoints(run)[-1])["trained"].get("norm.weight"))
 
     monkeypatch.setattr(t, "fit", fit)
     monkeypatch.setattr(t, "evaluate", lambda run, pair, *rest: seen.append(list(pair.student.config.mixers)) or evaluate(run, pair, *rest))

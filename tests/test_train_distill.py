@@ -174,20 +174,20 @@ HALF = ["mamba2", "attention", "mamba2", "attention"]
 
 
 def test_stage_1_trains_the_mixers_only_stage_2_everything_and_the_teacher_stays(tmp_path):
-    run, teacher, own = small_run(tmp_path), tiny_teacher(), {}
+    run, teacher, trained = small_run(tmp_path), tiny_teacher(), {}
     teachers = {k: w.clone() for k, w in teacher.state_dict().items()}
     for train in ("mixers", "all"):
         stage = t.Stage(train=train, mixers=HALF, steps=3, lr=1e-2)
-        pair = t.assemble(run, teacher, teacher, stage, 1, own)
+        pair = t.assemble(run, teacher, teacher, stage, 1, trained)
         before = {k: w.clone() for k, w in pair.student.state_dict().items()}
-        assert all(torch.equal(w.cpu(), before[k].cpu()) for k, w in own.items()) and len(own) == (0 if train == "mixers" else 16)
+        assert all(torch.equal(w.cpu(), before[k].cpu()) for k, w in trained.items()) and len(trained) == (0 if train == "mixers" else 16)
         theirs = {id(w) for w in teacher.parameters()}
         assert all((id(w) in theirs) == (train == "mixers" and not k.startswith(("layers.0.mixer", "layers.2.mixer"))) for k, w in pair.student.named_parameters())
         fitted(run, pair, stage, random_batches(run))
         for k, w in pair.student.state_dict().items():
             assert torch.equal(w, before[k]) != (train == "all" or k.startswith(("layers.0.mixer", "layers.2.mixer"))), k
         assert all(w.grad is None for w in pair.student.parameters())
-        own = {k: w.detach().cpu() for k, w in pair.student.named_parameters() if stage.trains(k)}
+        trained = {k: w.detach().cpu() for k, w in pair.student.named_parameters() if stage.trains(k)}
     assert all(torch.equal(w, teachers[k]) for k, w in teacher.state_dict().items())
 
 
