@@ -14,11 +14,12 @@
     cost          time and memory of reading and writing from 1k to 128k tokens, by share of attention
 
 Signs and orderings are the claim, not digits. One teacher, a Llama over bytes, learns the sources of Python's standard library, in which notes
-(`# kdw is 5821`) are strewn and asked for some hundred bytes on (`# kdw? 5821`): so it has to use its context, and a needle is something that it
-can find. A student is trained by train_distill.py's own functions, its steps replayed as CUDA graphs (--graph). Every arm's learning rate is the best of
-Size.rates for it, or beyond them where that is at an end (*: it stayed there), by the KL at the end of its stage 1 with a seed that is not used
-again; then it runs with --seeds others (order of the data, initial values), of which mean ± standard error is printed. What that error leaves out: there is one
-teacher, and all students are measured on the same text, functions and needles. A claim holds where the difference is beyond Student's t at 95 %.
+(`# kd=582`) are strewn and repeated some hundred bytes on: so it has to use its context, and a needle is something that it can find. A student
+is trained by train_distill.py's own functions, its steps replayed as CUDA graphs (--graph). Every arm's learning rate is the best of Size.rates
+for it, or beyond them where that is at an end (*: it stayed there), by the KL at the end of its stage 1 with a seed that is not used again; then
+it runs with --seeds others (order of the data, initial values), of which mean ± standard error is printed. What that error leaves out: there is
+one teacher, and all students are measured on the same text, functions and needles. A claim holds where the difference is beyond Student's t at
+95 %.
 
 Figures are printed, and written to OUT/reproduce.json with every arm's settings, OUT/reproduce.md, and, where matplotlib is, drawn to --assets.
 """
@@ -103,8 +104,16 @@ SMOKE = Size(d=32, n_heads=2, n_kv_heads=1, d_ff=32, context=128, batch=4, stude
 # The text: Python with notes strewn in, and what is asked of it
 
 
+DIGITS = 3
+
+
+def note(dice):
+    """A name and a number. They touch, and the name is short, so that one layer of Mamba can tie them: its convolution sees four bytes."""
+    return f"# {''.join(dice.choices('bcdfghjklmnpqrstvwxz', k=2))}={''.join(dice.choices('0123456789', k=DIGITS))}\n"
+
+
 def with_notes(text, context, dice):
-    """The text with a note about every 120 characters, and each asked for again, up to three quarters of the context later."""
+    """The text with a note about every 120 characters, and each of them again, up to three quarters of the context later."""
     out, due, at, next_note = [], [], 0, dice.randrange(240)
     for line in text.splitlines(keepends=True):
         out.append(line)
@@ -112,22 +121,13 @@ def with_notes(text, context, dice):
         if line.endswith("\\\n") or not line.endswith("\n"):
             continue
         if at >= next_note:
-            name, number = note(dice)
-            out.append(f"# {name} is {number}\n")
-            due.append((at + dice.randrange(context * 3 // 4), name, number))
+            out.append(note(dice))
+            due.append((at + dice.randrange(context * 3 // 4), out[-1]))
             next_note = at + dice.randrange(240)
-        asked, due = [item for item in due if item[0] <= at], [item for item in due if item[0] > at]
-        out += [f"# {name}? {number}\n" for _, name, number in asked]
-        at += sum(map(len, out[len(out) - len(asked):]))
+        again, due = [item for item in due if item[0] <= at], [item for item in due if item[0] > at]
+        out += [line for _, line in again]
+        at += sum(map(len, out[len(out) - len(again):]))
     return "".join(out)
-
-
-DIGITS = 4
-
-
-def note(dice):
-    """A name and a number."""
-    return "".join(dice.choices("bcdfghjklmnpqrstvwxz", k=3)), "".join(dice.choices("0123456789", k=DIGITS))
 
 
 def functions(documents, count, before, after, dice):
@@ -233,15 +233,14 @@ class Lab:
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1)
 
     def haystack(self, length, depth, dice):
-        """So many bytes of unseen Python with one note at this depth, from 0 to 1, and asked for at the end; and the answer's digits."""
-        name, number = note(dice)
-        needle, question = f"# {name} is {number}\n", f"# {name}? {number}"
-        room = length - len(needle) - len(question)
+        """So many bytes of unseen Python with one note at this depth, from 0 to 1, and again at the end."""
+        needle = note(dice)
+        room = length - 2 * len(needle) + 1
         text = dice.choice([t for t in self.long_texts if len(t) > room])
         begin = dice.randrange(len(text) - room)
         text = text[begin:begin + room - 1] + "\n"
         at = text.rfind("\n", 0, int(depth * (room - 1)) + 1) + 1  # after the last whole line there
-        return [*(text[:at] + needle + text[at:] + question).encode("ascii")]
+        return [*(text[:at] + needle + text[at:] + needle[:-1]).encode("ascii")]
 
     @functools.cached_property
     def long_texts(self):

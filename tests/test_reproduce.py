@@ -23,11 +23,13 @@ import train_distill as td
 def test_every_note_is_asked_for_once_after_it_and_not_too_late_and_the_rest_is_the_text(seed, context):
     text = "".join(f"{'    ' * (i % 3)}x_{i} = {i}\n" for i in range(400))
     noted = r.with_notes(text, context, random.Random(seed))
-    assert re.sub(r"(?m)^# \w{3}( is|\?) \d{4}\n", "", noted) == text
-    notes = {(m[1], m[2]): m.end() for m in re.finditer(r"# (\w{3}) is (\d{4})\n", noted)}
-    questions = {(m[1], m[2]): m.start() for m in re.finditer(r"# (\w{3})\? (\d{4})\n", noted)}
-    assert len(notes) >= 20 and noted.count("? ") == len(questions) >= len(notes) - 10
-    assert all(0 <= at - notes[asked] < context * 3 // 4 + 150 for asked, at in questions.items())  # 150: a line, and other questions that are due
+    assert re.sub(r"(?m)^# \w\w=\d{3}\n", "", noted) == text
+    places = {}
+    for m in re.finditer(r"# (\w\w=\d{3})\n", noted):
+        places.setdefault(m[1], []).append(m.start())
+    pairs = [at for at in places.values() if len(at) == 2]
+    assert len(places) >= 20 and len(pairs) >= len(places) - 10  # the last of the text are due after its end; two notes may be alike by chance
+    assert all(9 <= b - a < context * 3 // 4 + 150 for a, b in pairs)  # 150: a line, and others that are due
 
 
 @pytest.mark.parametrize("header, body, whole", [
@@ -35,7 +37,7 @@ def test_every_note_is_asked_for_once_after_it_and_not_too_late_and_the_rest_is_
     ("    def f(x):\n", "        if x:\n            return 1\n    def", True),
     ("def f(x):\n", "    return (x\n\ndef g", False),
     ("def f(x):\n", "    if x:\n", False),                              # the text ends before the block does
-    ("def f(x):\n", "    y = 1\n# kdw is 5821\n    return y\n", True),
+    ("def f(x):\n", "    y = 1\n# kd=582\n    return y\n", True),
     ("def f(x):\n", "    return x +", False),                           # nothing but a broken line
     ("def f(x):\n", "    return x\n        y = 2\n", False)])
 def test_a_function_parses_up_to_where_it_ends(header, body, whole):
@@ -55,10 +57,10 @@ def lab(tmp_path_factory):
 @given(length=st.integers(128, 999), depth=st.floats(0, 1), seed=st.integers(0, 9))
 def test_a_haystack_has_its_length_one_note_where_it_should_be_and_the_question_at_its_end(lab, length, depth, seed):
     text = bytes(lab.haystack(length, depth, random.Random(seed))).decode()
-    (name, number), = re.findall(r"(?m)^# (\w{3}) is (\d{4})$", text)
-    assert len(text) == length and text.endswith(f"\n# {name}? {number}")
-    room, at = length - 25, text.index(f"# {name} is")
-    assert at <= depth * (room - 1) + 1 and "\n" not in text[at + 14:int(depth * (room - 1)) + 14]  # behind the last whole line there
+    needle, again = re.findall(r"(?m)^# \w\w=\d{3}$", text)
+    assert len(text) == length and needle == again and text.endswith("\n" + needle)
+    room, at = length - 17, text.index(needle)
+    assert at <= depth * (room - 1) + 1 and "\n" not in text[at + 9:int(depth * (room - 1)) + 9]  # behind the last whole line there
 
 
 def test_a_needle_is_found_by_whom_all_digits_are_likeliest_and_only_then(lab):
@@ -70,11 +72,11 @@ def test_a_needle_is_found_by_whom_all_digits_are_likeliest_and_only_then(lab):
         def hidden(self, tokens):
             return tokens
 
-        def logits(self, tokens):  # the number is what follows " is ", in reach of a model that has read all of it
+        def logits(self, tokens):  # the number is what follows the first "=", in reach of a model that has read all of it
             out = []
             for row in self.rows:
-                number = re.search(r"# \w{3} is (\d{4})", bytes(row).decode())[1]
-                out.append([ord(c) for c in number[:3] + (str((int(number[3]) + self.wrong) % 10))])
+                number = re.search(r"# \w\w=(\d{3})", bytes(row).decode())[1]
+                out.append([ord(c) for c in number[:2] + (str((int(number[2]) + self.wrong) % 10))])
             return torch.nn.functional.one_hot(torch.tensor(out, device=DEVICE), 257)
     for wrong, share in ((0, 1), (1, 0)):
         model = Knows(wrong)
