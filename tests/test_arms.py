@@ -43,7 +43,7 @@ def lab(tmp_path):
 def test_no_note_comes_inside_a_line_that_goes_on():
     text = "".join(f"x_{i} = {i} + \\\n    1\n" for i in range(300))
     noted = r.with_notes(text, 200, r.random.Random(0))
-    assert "\\\n#" not in noted and len(ast.parse(noted).body) == 300 and noted.count(" is ") > 20
+    assert "\\\n#" not in noted and len(ast.parse(noted).body) == 300 and noted.count("\n# ") > 40
 
 
 def test_needles_are_counted_for_each_depth(lab):
@@ -53,8 +53,8 @@ def test_needles_are_counted_for_each_depth(lab):
     def logits(tokens):  # finds what stands near the beginning
         out = []
         for row in model.rows:
-            found = re.search(r"# \w{3} is (\d{4})", bytes(row).decode())
-            out.append([*found[1].encode()] if found.start() < 9 else [0] * 4)
+            found = re.search(r"# \w\w=(\d{3})", bytes(row).decode())
+            out.append([*found[1].encode()] if found.start() < 9 else [0] * 3)
         return torch.nn.functional.one_hot(torch.tensor(out, device=DEVICE), 257)
     model.logits, model.hidden = logits, lambda tokens: setattr(model, "rows", tokens.tolist()) or tokens
     assert lab.needles(model) == {64: [1, 0, 0]}
