@@ -1108,7 +1108,11 @@ def export(source, target, format, dtype=None):
 def write_safetensors(weights, directory, most=4 * 2**30):
     """Tensors in files of at most `most` bytes (or one tensor), with Hugging Face's index when there are several."""
     def save_file(shard, f):
-        safetensors_for(directory).torch.save_file(shard, f.name, {"format": "pt"})
+        safetensors = safetensors_for(directory)
+        try:
+            safetensors.torch.save_file(shard, f.name, {"format": "pt"})
+        except safetensors.SafetensorError as e:
+            raise OSError(str(e)) from e
         os.chmod(f.name, os.fstat(f.fileno()).st_mode)  # it makes a file that only its owner reads
 
     shards, room = [{}], most

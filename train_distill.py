@@ -77,7 +77,7 @@ SIZES = ("n_layers", "d", "n_heads", "n_kv_heads", "d_ff")
 
 
 def sized(name, help):
-    return flag(0, f"{help} (default {PRESETS['cpu'][name]} on cpu, {PRESETS['cuda'][name]} on cuda)")
+    return flag(0, f"{help} (0: the default, {PRESETS['cpu'][name]} on cpu, {PRESETS['cuda'][name]} on cuda)")
 
 
 @dataclass
@@ -204,6 +204,8 @@ def complete(s, device, teacher_config=None):
         setattr(s, name, value if getattr(s, name) == unset else getattr(s, name))
     if teacher_config is not None and s.context > teacher_config.context:
         raise MilError(f"--context is {s.context}, but the teacher in {s.teacher} was trained for {teacher_config.context}")
+    if not s.out:
+        raise MilError("--out is '', expected a folder to write to")
     s.dtype = s.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     s.answer_tokens = s.answer_tokens or max(1, s.context * 3 // 4)
     check(s, "--")
@@ -287,7 +289,7 @@ def plan(s, config):
     else:
         n, count = config.n_layers, len(mil.interleaved_layers(config.n_layers, s.keep))
         if count == 0 or count == n and s.keep > 0:
-            raise MilError(f"--keep {s.keep:g} of {n} layers {'would keep' if count else 'replaces'} none; expected 0, or from {1 / n:.2g} to {1 - 1 / n:.2g}")
+            raise MilError(f"--keep {s.keep:g} of {n} layers {'would keep' if count else 'replaces'} none; expected 0" + f", or from {1 / n:.2g} to {1 - 1 / n:.2g}" * (n > 1))
         if not 0 <= s.replace_steps <= count:
             raise MilError(f"--replace_steps is {s.replace_steps}, expected 1 to {count}, the number of layers to replace, or 0 for the paper's steps")
         even = [round(count * (i + 1) / s.replace_steps) for i in range(s.replace_steps)]
@@ -380,18 +382,19 @@ def standard_library():
     return sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
 
 
-def find_files(paths, out):
+def find_files(paths, out, flag="--data"):
     """The files under `paths`, sorted within each, without hidden ones and what this program wrote to `out`; MilError
-    when there is nothing."""
+    when there is nothing, which names the flag."""
     files, out = [], Path(out).resolve()
     for path in map(Path, paths):
         if not path.exists():
-            raise MilError(f"--data {path}: no such file or folder")
+            raise MilError(f"{flag} {path}: no such file or folder")
         found = [path] if not path.is_dir() else sorted(
             p for p in path.rglob("*") if p.is_file() and out not in p.resolve().parents
             and not any(part.startswith(".") for part in p.relative_to(path).parts))
         if not found:
-            raise MilError(f"--data {path}: no files in this folder")
+            inside = out in (path.resolve(), *path.resolve().parents)
+            raise MilError(f"{flag} {path}: " + (f"lies in --out {out}, whose files are not read; give another --out" if inside else "no files in this folder"))
         files += found
     return files
 
@@ -532,7 +535,7 @@ def read_corpus(s, encoding, stored, key, source, tokenizer, more="give more tex
     for name, part, rows in (("training", train, s.batch), ("validation", val, 1)):
         if len(part) < rows * s.context + 1:
             raise MilError(f"--data: {len(part)} {name} tokens, but {rows} of --context {s.context} need "
-                           f"{rows * s.context + 1}: {more}, or lower --context{' or --batch' * (rows > 1)}")
+                           f"{rows * s.context + 1}: {more}, or lower --context{' or --batch' * (rows > 1)}{'; of ten documents and more every twentieth is for validation' * (name == 'validation')}")
         if not (part[:] >= 0).any():
             raise MilError(f"--data: nothing to learn in the {name} part: no message is the assistant's, and there is no other text")
     learned = f", {np.mean(train[:] >= 0):.0%} of them to be learned" * bool((train[:] < 0).any())
@@ -616,19 +619,19 @@ def ahead(make, first, last, device):
 def load_pairs(s, paths, encoding):
     """The pairs of .jsonl files, (training, validation): each a list of (chosen, rejected), documents as document_tokens gives them. All pairs of
     a prompt are in the same part."""
-    pairs = {}
+    pairs, flag = {}, "--recipe: pairs" if s.recipe and paths != s.pairs else "--pairs"
     for file in map(Path, paths):
         if not file.is_file():
-            raise MilError(f"--pairs {file}: no such file")
-        for i, record in read_records(file, read_text(file, True, "--pairs"), "--pairs"):
+            raise MilError(f"{flag} {file}: no such file")
+        for i, record in read_records(file, read_text(file, True, flag), flag):
             texts = [record.get(key) for key in ("prompt", "chosen", "rejected")]
             if not all(isinstance(text, str) for text in texts):
-                raise MilError(f"--pairs {file}: line {i} has {', '.join(f'{k}: {type(v).__name__}' for k, v in record.items()) or 'no keys'}; expected prompt, chosen and rejected, all of them text")
+                raise MilError(f"{flag} {file}: line {i} has {', '.join(f'{k}: {type(v).__name__}' for k, v in record.items()) or 'no keys'}; expected prompt, chosen and rejected, all of them text")
             talks = [[{"role": "user", "content": texts[0]}, {"role": "assistant", "content": text}] for text in texts[1:]]
             pairs.setdefault(texts[0], []).append(tuple(cut(document_tokens(encoding, talk), s.context + 1) for talk in talks))
     train, held = ([pair for group in part for pair in group] for part in split(list(pairs.values())) or ((), ()))
     if not held or len(train) < s.batch // 2:
-        raise MilError(f"--pairs: pairs for {len(pairs)} different prompts; expected 10 at least, and as many pairs as half of --batch {s.batch} to train on")
+        raise MilError(f"{flag}: pairs for {len(pairs)} different prompts; expected 10 at least, and as many pairs as half of --batch {s.batch} to train on")
     return train, held
 
 
@@ -1049,6 +1052,8 @@ def load_state(run, stages, corpus):
         if other:
             raise MilError(f"--resume: {place} was made with other settings: {'; '.join(other)}")
         return state
+    if run.s.resume and not (Path(run.s.out) / "results.json").exists():
+        show(f"note: --out {run.s.out}: there is no checkpoint to go on from; this run begins anew")
     return State(settings=said)
 
 
@@ -1597,6 +1602,7 @@ def work(run, argv, began):
     for stage in stages:
         if stage.loss == "dpo":  # MilError now rather than after the stages before
             stage.steps = stage.steps or max(1, len(load_pairs(s, stage.data, encoding)[0]) // (s.batch // 2))
+        find_files(stage.data, s.out, "--recipe: data")
     find_files(s.data, s.out)
     mil.make_directory(s.out)
     announce(run, stages, config, base)

@@ -497,7 +497,12 @@ def training(limits):
 if __name__ == "__main__":
     what, *paths = [a for a in sys.argv[1:] if a != "--small"] or [""]
     if what not in ("kernels", "decode", "train") or len(paths) not in ((0, 2) if what == "decode" else (0,)):
-        sys.exit(__doc__)
+        sys.exit(f"{__doc__}\nerror: bench.py {' '.join(sys.argv[1:])}: expected kernels, train, decode, or decode and two checkpoints, a model and its draft")
+    for path in paths:
+        try:
+            mil.read_config(path)
+        except mil.MilError as e:
+            sys.exit(f"error: {e}")
     limits = ceilings()
     versions = {name: sys.modules[name].__version__ for name in ("torch", "triton", "mamba_ssm", "fla") if name in sys.modules}
     machine = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} CPU threads, {platform.machine()}"

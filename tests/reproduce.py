@@ -730,7 +730,7 @@ def speculation(lab):
             for draft in drafts:
                 best = max((r for r in rows if (r["target"], r["draft"], r["temperature"]) == (name, draft, temperature)), key=lambda r: r["tokens_s"])
                 middle, error = pictures.mean(best["per_pass"])
-                t.rows.append([name, draft, "sampled" if temperature else "greedy", best["K"], f"{middle:.2f} ± {error:.2f}", f"{sum(best['kept']) / len(best['kept']):.0%}",
+                t.rows.append([name, draft, "sampled" if temperature else "greedy", best["K"], f"{middle:.2f}" + (f" ± {error:.2f}" if error == error else ""), f"{sum(best['kept']) / len(best['kept']):.0%}",
                                f"{best['tokens_s'] / best['plain']:.2f}", f"{best['tokens_s']:.0f}"])
     return t, rows
 

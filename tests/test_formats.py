@@ -7,6 +7,7 @@ import pickle
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE, assert_close, build, run_script
@@ -619,6 +620,17 @@ def test_exported_files_can_be_read_by_others(tmp_path):
     make(tmp_path / "a")
     mil.export(tmp_path / "a", tmp_path / "b", "hf")
     assert len({(tmp_path / "b" / name).stat().st_mode for name in ("config.json", "model.safetensors")}) == 1
+
+
+def test_a_disk_too_full_for_an_export_gets_one_line(tmp_path, monkeypatch):
+    make(tmp_path / "a")
+
+    def full(weights, name, about):
+        raise safetensors.SafetensorError("I/O error: File too large (os error 27)\n")
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with refused(r"b/model.safetensors: cannot be written \(disk full\?\): I/O error: File too large"):
+        mil.export(tmp_path / "a", tmp_path / "b", "hf")
+    assert not list((tmp_path / "b").glob("*tensors*"))
 
 
 def test_shards_hold_at_most_what_is_asked_and_every_tensor_once(tmp_path):

@@ -194,9 +194,10 @@ def test_other_settings_are_named_and_an_unfinished_run_is_not_overwritten(data,
 def test_resume_without_a_checkpoint_begins_and_of_a_finished_run_says_so(data, tmp_path):
     argv, said = [*data, "--out", str(tmp_path / "o"), "--resume", "--teacher_steps", "2", "--stage1_steps", "2", "--stage2_steps", "1", "--stage3_steps", "1"], tmp_path / "said"
     finish(argv, said)
+    assert "there is no checkpoint to go on from; this run begins anew" in said.read_text()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*.*")}
     finish(argv, said)
-    assert f"{tmp_path}/o/results.json: this run is finished" in said.read_text() and before == {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*.*")}
+    assert said.read_text().count("begins anew") == 1 and f"{tmp_path}/o/results.json: this run is finished" in said.read_text() and before == {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*.*")}
     with started([*argv, "--stage2_steps", "2"], said) as (_, wait):
         assert wait() == 1 and "is of a finished run with other settings; without --resume it is replaced" in said.read_text()
     finish([flag for flag in argv if flag != "--resume"], said)

@@ -445,6 +445,21 @@ def test_missing_data_is_said(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(MilError, match="no files in this folder"):
         corpus(tmp_path, tmp_path / "empty")
+    (tmp_path / "notes" / "out").mkdir(parents=True)
+    (tmp_path / "notes" / "a.txt").write_text("text")
+    for out in (tmp_path, tmp_path / "notes"):
+        with pytest.raises(MilError, match="^--data .*notes: lies in --out .*, whose files are not read; give another --out$"):
+            t.find_files([tmp_path / "notes"], out)
+    assert t.find_files([tmp_path / "notes"], tmp_path / "notes" / "out") == [tmp_path / "notes" / "a.txt"]
+
+
+def test_data_of_a_recipe_are_looked_for_before_any_work_and_named_as_its(tmp_path):
+    recipe = tmp_path / "recipe.json"
+    for stage, match in (({"keep": 0.5, "data": ["/nowhere"]}, "^--recipe: data /nowhere: no such file"), ({"loss": "dpo", "data": ["/nowhere"]}, "^--recipe: pairs /nowhere: no such file")):
+        recipe.write_text(json.dumps([stage]))
+        with pytest.raises(MilError, match=match):
+            t.main(["--out", str(tmp_path / "o"), *TINY, "--recipe", str(recipe)])
+    assert not (tmp_path / "o").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -452,7 +467,8 @@ def test_missing_data_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("argv, match", [
-    (["--stage1_step", "3"], "unknown flag --stage1_step; did you mean --stage1_steps?"), (["--keep", "1.5"], "keep is 1.5"), (["--keep=1"], "replaces none"),
+    (["--stage1_step", "3"], "unknown flag --stage1_step; did you mean --stage1_steps?"), (["--keep", "1.5"], "keep is 1.5"), (["--keep=1"], "replaces none"), (["--out", ""], "--out is ''"),
+    (["--n_layers", "1"], "keep 0.5 of 1 layers would keep none; expected 0"),
     (["--mixer", "rwkv"], "--mixer is 'rwkv', expected one of mamba"), (["--batch", "x"], "invalid int value"), (["--batch=-2"], "--batch is -2"),
     (["--clip", "0"], "--clip is 0.0"), (["--seed=-1"], "--seed is -1"), (["--prompt", ""], "--prompt is ''"), (["--d", "36"], "multiple of twice --n_heads"),
     (["--stage1_steps", "1"], "one for each of 2"), (["--accumulate", "3"], "--batch is 8, expected a multiple of 3: 1 process × --accumulate 3"), (["--stage3_steps", "3"], "without --pairs it means nothing"),
