@@ -181,7 +181,7 @@ def test_a_draft_has_the_teachers_first_and_last_layer_and_those_between_evenly(
 
 def test_a_claim_knows_the_errors_of_both_sides():
     table = r.Table("t", "T", ["a"])
-    for a, b, verdict in (((0, 2), (6, 8), "within the error"), ((0, 2), (6.2, 8.2), "holds"), ((0, 2), (5.4, 5.4), "holds"), ((0, 2), (5.2, 5.2), "within the error")):  # 4.30 × √2, and × 1
+    for a, b, verdict in (((0, 2), (6, 8), "within the error"), ((0, 2), (6.2, 8.2), "holds"), ((0, 2), (14, 14), "holds"), ((0, 2), (13.6, 13.6), "within the error")):  # 4.30 × √2, and of one side's error alone 12.71 × 1
         table.claim("what", [dict(kl=v) for v in a], [dict(kl=v) for v in b])
         assert table.claims[-1][2] == verdict
 
