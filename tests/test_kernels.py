@@ -325,6 +325,23 @@ def test_rows_more_than_2_to_the_31_elements_apart_are_read(decay):
             del room, far
 
 
+@DECAYS
+def test_gradients_of_rows_more_than_2_to_the_31_elements_apart(decay):
+    inputs = scan_inputs(decay, 3, 2, (1, 1, 1), (4, 4), 1, torch.bfloat16, "")
+
+    def gradients(inputs):
+        leaves = {k: v.detach().requires_grad_() for k, v in inputs.items()}
+        return torch.autograd.grad(kernels.ssm_scan(**leaves)[0].float().square().sum(), [*leaves.values()])
+    with form("triton"):
+        want = gradients(inputs)
+        for name in ("x", "B", "C"):
+            v = inputs[name]
+            room = torch.empty(2**32 + 64, dtype=v.dtype, device=DEVICE)
+            far = room.as_strided(v.shape, (2**30, *v.stride()[1:]), 2**31).copy_(v)
+            assert all(map(torch.equal, gradients({**inputs, name: far}), want)), name
+            del room, far
+
+
 def test_float32_is_multiplied_in_full():
     one = torch.zeros(1, 2, 1, 4)
     assert kernels.ssd_plan(one, one[..., 0], one, one, one, None, None, None, None, None, None).y.meta["PREC"] == "ieee"
@@ -429,6 +446,21 @@ def test_convolution_and_norm_read_rows_more_than_2_to_the_31_elements_apart():
             far = room.as_strided(x.shape, strides, start).copy_(x)  # a 32-bit offset lands elsewhere
             assert torch.equal(kernels.causal_conv(far, weight)[0], kernels.causal_conv(x, weight)[0])
             assert torch.equal(kernels.gated_norm(x, far, weight[..., 0]), kernels.gated_norm(x, x, weight[..., 0]))
+
+
+def test_gradients_of_convolution_and_norm_read_rows_more_than_2_to_the_31_elements_apart():
+    x, weight = torch.randn(3, 2, 1, 4, device=DEVICE).bfloat16(), torch.randn(1, 4, 4, device=DEVICE)
+    room = torch.empty(2**32 + 64, dtype=x.dtype, device=DEVICE)  # 8 GiB, of which the CPU touches a page
+
+    def gradients(f, *inputs):
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        return torch.autograd.grad(f(*leaves).float().square().sum(), leaves)
+    conv = lambda x, weight: kernels.causal_conv(x, weight)[0]  # noqa: E731
+    with form("triton"):
+        for strides, start in (((2**30, 4, 4, 1), 2**31), ((4, 2**31, 4, 1), 2**31)):
+            far = room.as_strided(x.shape, strides, start).copy_(x)  # a 32-bit offset lands elsewhere
+            assert all(map(torch.equal, gradients(conv, far, weight), gradients(conv, x, weight)))
+            assert all(map(torch.equal, gradients(kernels.gated_norm, far, far, weight[..., 0]), gradients(kernels.gated_norm, x, x, weight[..., 0])))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1040,6 +1072,16 @@ def touched(monkeypatch):
     watch("create_masked_load")
     watch("create_masked_store")
     return touched
+
+
+@DECAYS
+def test_nothing_behind_a_sequence_of_whole_tiles_is_touched(monkeypatch, touched, decay):
+    """Where a segment's last tile begins just where the sequence ends."""
+    monkeypatch.setattr(kernels, "segments", lambda *_: 3)
+    inputs = {k: v.requires_grad_() for k, v in scan_inputs(decay, 1, 16 if decay == "mamba" else 64, (1, 1, 1), (2, 2), 1, torch.float32).items()}
+    with form("triton"):
+        y, h = kernels.ssm_scan(**inputs)
+        (y.sum() + h.sum()).backward()
 
 
 @DECAYS

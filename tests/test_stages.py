@@ -250,3 +250,67 @@ def test_the_teachers_forward_costs_where_it_is_asked_and_nowhere_else():
 def test_the_bounds_of_documents_in_several_rows():
     docs = mil.Documents(torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]), torch.device("cpu"))
     assert docs.bounds.tolist() == [0, 3, 5, 6, 10] and docs.longest == 4
+
+
+def test_files_are_found_below_a_hidden_folder(tmp_path):
+    (tmp_path / ".cache" / "notes").mkdir(parents=True)
+    (tmp_path / ".cache" / "notes" / "a.txt").write_text("text")
+    assert t.find_files([tmp_path / ".cache" / "notes"], "out") == [tmp_path / ".cache" / "notes" / "a.txt"]
+
+
+def test_what_a_run_wrote_is_not_read_whatever_its_path_is_called(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes" / "out").mkdir(parents=True)
+    for name in ("a.txt", "out/log.txt"):
+        (tmp_path / "notes" / name).write_text("text")
+    (tmp_path / "again").symlink_to("notes")
+    for path in ("notes", "again", "./notes", tmp_path / "again"):
+        assert [p.name for p in t.find_files([path], "notes/out")] == ["a.txt"], path
+
+
+def test_pairs_name_the_flag_they_came_by(tmp_path):
+    s = t.Settings(recipe="r.json", pairs=[str(tmp_path / "p.jsonl")])
+    for paths, flag in ((s.pairs, "--pairs"), ([str(tmp_path / "q.jsonl")], "--recipe: pairs")):
+        with pytest.raises(MilError, match=f"^{flag} .*: no such file"):
+            t.load_pairs(s, paths, g.load_tokenizer("bytes"))
+
+
+def test_the_references_of_two_processes_are_those_of_one(tmp_path, monkeypatch):
+    pairs, found, model = [([~1, i], [~1, i + 50]) for i in range(1, 6)], {}, lambda batch, stage: batch.y[:, 0].float()
+    mil.save(tiny_teacher(), tmp_path / "teacher")
+    monkeypatch.setattr(t, "together", lambda run: None)
+    for size in (1, 2):
+        parts = []
+        monkeypatch.setattr(t, "added_up", lambda run, out, parts=parts: parts.append(out) or out)
+        for rank in range(size):
+            try:
+                t.references(t.Run(small_run(tmp_path / f"{size}{rank}").s, torch.device("cpu"), rank, size), model, pairs, tmp_path / "teacher")
+            except FileNotFoundError:  # what the other process writes
+                assert rank
+        found[size] = sum(parts)
+    assert torch.equal(found[1], found[2]) and found[1].tolist() == [[i, i + 50] for i in range(1, 6)]
+
+
+def test_a_run_goes_on_from_the_newest_checkpoint(tmp_path):
+    run, corpus, pair = small_run(tmp_path, resume=True), some_tokens(np.arange(99)), SimpleNamespace(student=tiny_teacher())
+    for step in (1, 2, 10):
+        state = t.load_state(run, [], corpus)
+        state.stage, state.step = 1, step
+        t.save_state(run, state, pair)
+        assert t.load_state(run, [], corpus).step == step
+
+
+def test_packed_attention_gets_16_bits_only():
+    docs, asked = mil.Documents(torch.tensor([[0, 1, 0], [0, 1, 2]]), torch.device("cpu")), []
+    docs.packed = lambda q, k, v, *bounds, window_size: asked.append((q.shape, bounds, window_size)) or q
+    for kind in (torch.float32, torch.bfloat16):
+        q = torch.randn(2, 3, 2, 4).to(kind)
+        assert docs.attend(q, q, q).shape == q.shape
+    assert asked == [((6, 2, 4), (docs.bounds, docs.bounds, 3, 3), (-1, 0))]
+
+
+def test_the_log_has_means_over_the_steps_since_the_last_line(tmp_path):
+    run, stage, teacher = small_run(tmp_path), t.Stage(train="all", mixers=HALF, beta=0, steps=201, lr=0.0), tiny_teacher()
+    make = random_batches(run)
+    _, records = fitted(run, t.assemble(run, None, teacher, stage, 1, {}), stage, lambda step: make(0))
+    assert [r["step"] for r in records] == [*range(2, 201, 2), 201] and {round(r["loss"], 3) for r in records} == {round(records[0]["loss"], 3)}
