@@ -289,7 +289,7 @@ def plan(s, config):
     else:
         n, count = config.n_layers, len(mil.interleaved_layers(config.n_layers, s.keep))
         if count == 0 or count == n and s.keep > 0:
-            raise MilError(f"--keep {s.keep:g} of {n} layers {'would keep' if count else 'replaces'} none; expected 0" + f", or from {1 / n:.2g} to {1 - 1 / n:.2g}" * (n > 1))
+            raise MilError(f"--keep {s.keep:g} of {n} layers {'would keep' if count else 'replaces'} none; expected 0" + (f", or from {1 / n:.2g} to {1 - 1 / n:.2g}" if n > 1 else ": there is one layer"))
         if not 0 <= s.replace_steps <= count:
             raise MilError(f"--replace_steps is {s.replace_steps}, expected 1 to {count}, the number of layers to replace, or 0 for the paper's steps")
         even = [round(count * (i + 1) / s.replace_steps) for i in range(s.replace_steps)]
@@ -1602,7 +1602,8 @@ def work(run, argv, began):
     for stage in stages:
         if stage.loss == "dpo":  # MilError now rather than after the stages before
             stage.steps = stage.steps or max(1, len(load_pairs(s, stage.data, encoding)[0]) // (s.batch // 2))
-        find_files(stage.data, s.out, "--recipe: data")
+        else:
+            find_files(stage.data, s.out, "--recipe: data")
     find_files(s.data, s.out)
     mil.make_directory(s.out)
     announce(run, stages, config, base)

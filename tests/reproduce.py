@@ -173,7 +173,7 @@ class Lab:
         self.kind = getattr(torch, self.s.dtype)
         raw = [text for text in (td.read_text(file, False) for file in td.standard_library()) if text.strip()]
         self.raw, self.unseen = td.split(raw)
-        noted = self.out / f"noted-{td.identity(td.standard_library(), size.context, DIGITS)}.jsonl"
+        noted = self.out / f"noted-{td.identity(td.standard_library(), size.context, note(random.Random(0)))}.jsonl"
         if not noted.exists():
             dice = random.Random(0)
             mil.make_directory(self.out)

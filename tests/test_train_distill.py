@@ -468,7 +468,7 @@ def test_data_of_a_recipe_are_looked_for_before_any_work_and_named_as_its(tmp_pa
 
 @pytest.mark.parametrize("argv, match", [
     (["--stage1_step", "3"], "unknown flag --stage1_step; did you mean --stage1_steps?"), (["--keep", "1.5"], "keep is 1.5"), (["--keep=1"], "replaces none"), (["--out", ""], "--out is ''"),
-    (["--n_layers", "1"], "keep 0.5 of 1 layers would keep none; expected 0"),
+    (["--n_layers", "1"], "keep 0.5 of 1 layers would keep none; expected 0: there is one layer"),
     (["--mixer", "rwkv"], "--mixer is 'rwkv', expected one of mamba"), (["--batch", "x"], "invalid int value"), (["--batch=-2"], "--batch is -2"),
     (["--clip", "0"], "--clip is 0.0"), (["--seed=-1"], "--seed is -1"), (["--prompt", ""], "--prompt is ''"), (["--d", "36"], "multiple of twice --n_heads"),
     (["--stage1_steps", "1"], "one for each of 2"), (["--accumulate", "3"], "--batch is 8, expected a multiple of 3: 1 process × --accumulate 3"), (["--stage3_steps", "3"], "without --pairs it means nothing"),
