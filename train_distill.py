@@ -109,6 +109,7 @@ class Settings:
     n_kv_heads: int = sized("n_kv_heads", "teacher: key/value heads; fewer than query heads is grouped-query attention")
     d_ff: int = sized("d_ff", "teacher: inner width of the MLP; 8/3 of d, rounded up to 128, as in Llama")
     context: int = sized("context", "tokens in a training sequence; the longest text attention can read")
+    rope_theta: float = flag(10000.0, "teacher: base of RoPE's frequencies; the larger, the more channels hardly turn (Llama 3: 500000)")
     batch: int = sized("batch", "sequences in a step, of all processes together; less noise, more time")
     accumulate: int = flag(1, "how many parts a step's batch is taken in, one after the other: less memory, the same result")
     recompute: str = flag("none", "what the backward pass computes again in place of keeping it: none; mlp, the MLPs' inside; a share of the layers, "
@@ -143,7 +144,7 @@ class Settings:
 CHOICES = {"mixer": mil.MIXERS[1:], "init": ("attention", "random"), "dtype": ("float32", "bfloat16"), "schedule": ("cosine", "linear", "constant"),
            "train": ("mixers", "mlps", "all"), "loss": ("distill", "dpo")}
 LIMITS = {**dict.fromkeys(("alpha", "beta", "lr", "teacher_lr", "stage1_lr", "stage2_lr", "stage3_lr", "save_minutes", "answers", "steps", "stage3_steps"), (0, sys.float_info.max)),
-          **dict.fromkeys(("clip", "temperature", "dpo_beta"), (sys.float_info.min, math.inf)), **dict.fromkeys(("accumulate", "keep_checkpoints"), (1, math.inf)),
+          **dict.fromkeys(("clip", "temperature", "dpo_beta"), (sys.float_info.min, math.inf)), "rope_theta": (1, sys.float_info.max), **dict.fromkeys(("accumulate", "keep_checkpoints"), (1, math.inf)),
           "warmup": (0, 1), "keep": (0, 1), "seed": (0, 2**63 - 2)}
 
 
@@ -1313,7 +1314,7 @@ def save_student(run, models, place, tokenizer, base_type, **notes):
 def get_teacher(run, state, corpus, encoding, tokenizer, journal, place):
     """Has a Llama trained on the corpus in the folder `place`, or the one of an earlier run when it was made from the same settings and data."""
     s = run.s
-    config = mil.Config(v=encoding.n_vocab, context=s.context, rope_theta=10000.0, **{name: getattr(s, name) for name in SIZES})
+    config = mil.Config(v=encoding.n_vocab, context=s.context, rope_theta=s.rope_theta, **{name: getattr(s, name) for name in SIZES})
     recipe = {"data": corpus.key, "torch": torch.__version__,
               **{k: getattr(s, k) for k in ("seed", "batch", "context", "teacher_steps", "teacher_lr", "warmup", "clip", "dtype", "schedule")}}
     if state.stage == 0 and not state.step and (place / "config.json").exists():
@@ -1585,7 +1586,7 @@ def work(run, argv, began):
     encoding = load_tokenizer(tokenizer)
     if s.teacher and s.tokenizer and vocabulary(load_tokenizer(s.tokenizer)) != vocabulary(encoding):
         raise MilError(f"--tokenizer {s.tokenizer} is not the one the teacher in {s.teacher} was trained with ({tokenizer}); leave it out")
-    config = about.get("config") or mil.Config(v=encoding.n_vocab, context=s.context, rope_theta=10000.0, **{name: getattr(s, name) for name in SIZES})
+    config = about.get("config") or mil.Config(v=encoding.n_vocab, context=s.context, rope_theta=s.rope_theta, **{name: getattr(s, name) for name in SIZES})
     base = config
     if s.init_from:
         base = mil.read_config(s.init_from)["config"]

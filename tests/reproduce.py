@@ -14,12 +14,12 @@
     cost          time and memory of reading and writing from 1k to 128k tokens, by share of attention
 
 Signs and orderings are the claim, not digits. One teacher, a Llama over bytes, learns the sources of Python's standard library, in which notes
-(`# kd=582`) are strewn and repeated some hundred bytes on: so it has to use its context, and a needle is something that it can find. A student
-is trained by train_distill.py's own functions, its steps replayed as CUDA graphs (--graph). Every arm's learning rate is the best of Size.rates
-for it, or beyond them where that is at an end (*: it stayed there), by the KL at the end of its stage 1 with a seed that is not used again; then
-it runs with --seeds others (order of the data, initial values), of which mean ± standard error is printed. What that error leaves out: there is
-one teacher, and all students are measured on the same text, functions and needles. A claim holds where the difference is beyond Welch's t at
-95 %; for their number nothing is corrected.
+(`# kd=582`) are strewn and repeated later: so it has to use its context, and a needle is something that it can find. A student is distilled on
+texts a twelfth as long as the teacher's (the paper: a quarter), by train_distill.py's own functions, its steps replayed as CUDA graphs (--graph).
+Every arm's learning rate is the best of Size.rates for it, or beyond them where that is at an end (*: it stayed there), by the KL at the end of
+its stage 1 with a seed that is not used again; then it runs with --seeds others (order of the data, initial values), of which mean ± standard
+error is printed. What that error leaves out: there is one teacher, and all students are measured on the same text, functions and needles. A
+claim holds where the difference is beyond Welch's t at 95 %; for their number nothing is corrected.
 
 Figures are printed, and written to OUT/reproduce.json with every arm's settings, OUT/reproduce.md, and, where matplotlib is, drawn to --assets.
 """
@@ -66,28 +66,33 @@ class Size:
     """What a run is made of. Steps of 10 minutes on one H200; --minutes scales them."""
     n_layers: int = 8
     d: int = 256
-    n_heads: int = 4
-    n_kv_heads: int = 2
+    n_heads: int = 8
+    n_kv_heads: int = 4
     d_ff: int = 768
-    context: int = 512           # of the teacher, and the length of distillation
-    batch: int = 64              # rows of a step: the teacher's
-    student_batch: int = 32
-    rates: tuple = (1e-3, 3e-3, 6e-3, 1.2e-2)  # of stage 1; stage 2 has a third of it
+    rope_theta: float = 1e7      # most channels hardly turn within the context, so that what they match they match further away as well
+    teacher_tokens: int = 2**15  # of a step of the teacher
+    short_context: int = 512     # where it learns first
+    teacher_steps: int = 2800
+    teacher_context: int = 3072  # where it goes on
+    long_steps: int = 400
+    context: int = 256           # the length of distillation
+    batch: int = 64
+    rates: tuple = (3e-3, 6e-3)  # of stage 1; stage 2 has half of it
     more_rates: int = 2          # how many may be tried beyond these
-    teacher_steps: int = 2400
-    layer_steps: int = 30        # of stage 1, for each layer replaced
-    stage2_steps: int = 360
-    dpo_steps: int = 60
-    draft_steps: int = 500
-    eval_sequences: int = 256
+    layer_steps: int = 22        # of stage 1, for each layer replaced
+    stage2_steps: int = 560
+    dpo_steps: int = 40
+    draft_steps: int = 400
+    eval_sequences: int = 512
     prompts: int = 192           # functions to be written
-    written: int = 160           # bytes of each
+    before: int = 352            # bytes of text before each
+    written: int = 160           # and of it
     samples: int = 8             # needles at each length and depth
     windows: int = 64            # texts of which the perplexity is measured by length
     lengths: tuple = (0.5, 1, 2, 4, 8, 12, 16, 20)  # × context
     depths: int = 8
     pairs: int = 1024            # prompts answered twice for the preferences
-    texts: int = 8               # continued speculatively, one by one
+    texts: int = 6               # continued speculatively, one by one
     speculated: int = 128        # tokens of each
     Ks: tuple = (2, 4, 6, 8)
     cost_lengths: tuple = (1024, 4096, 16384, 65536, 131072)
@@ -95,8 +100,8 @@ class Size:
     cost: mil.Config = dataclasses.field(default_factory=lambda: mil.Config(d=2048, n_layers=16, n_heads=32, n_kv_heads=8, d_ff=8192, tied=True, context=2**18))
 
 
-SMOKE = Size(d=32, n_heads=2, n_kv_heads=1, d_ff=32, context=128, batch=4, student_batch=2, rates=(3e-3,), more_rates=0, teacher_steps=4, layer_steps=1, stage2_steps=1, dpo_steps=1, draft_steps=1,
-             eval_sequences=2, prompts=4, written=48, samples=1, windows=2, lengths=(1, 2), depths=2, pairs=16, texts=1, speculated=8, Ks=(2,), cost_lengths=(64, 256), scan_lengths=(64, 128),
+SMOKE = Size(d=32, n_heads=2, n_kv_heads=1, d_ff=32, teacher_tokens=512, short_context=128, teacher_steps=4, teacher_context=256, long_steps=1, context=128, batch=2, rates=(3e-3,), more_rates=0, layer_steps=1, stage2_steps=1, dpo_steps=1, draft_steps=1,
+             eval_sequences=2, prompts=4, before=80, written=48, samples=1, windows=2, lengths=(1, 2), depths=2, pairs=16, texts=1, speculated=8, Ks=(2,), cost_lengths=(64, 256), scan_lengths=(64, 128),
              cost=mil.Config(v=64, d=32, n_layers=8, n_heads=2, n_kv_heads=1, d_ff=32, context=2**18))
 
 
@@ -113,7 +118,8 @@ def note(dice):
 
 
 def with_notes(text, context, dice):
-    """The text with a note about every 120 characters, and each of them again, up to three quarters of the context later."""
+    """The text with a note about every 120 characters, and each of them twice again, 16 characters to three quarters of the context later, near more often
+    than far (log-uniform)."""
     out, due, at, next_note = [], [], 0, dice.randrange(240)
     for line in text.splitlines(keepends=True):
         out.append(line)
@@ -122,7 +128,7 @@ def with_notes(text, context, dice):
             continue
         if at >= next_note:
             out.append(note(dice))
-            due.append((at + dice.randrange(context * 3 // 4), out[-1]))
+            due += [(at + 16 * (context * 3 / 64) ** dice.random(), out[-1]) for _ in range(2)]
             next_note = at + dice.randrange(240)
         again, due = [item for item in due if item[0] <= at], [item for item in due if item[0] > at]
         out += [line for _, line in again]
@@ -166,18 +172,19 @@ class Lab:
         self.size, self.out, self.device = size, Path(out), device
         self.encoding = generate.load_tokenizer("bytes")
         shape = {name: getattr(size, name) for name in td.SIZES}
-        self.s = td.Settings(out=str(out), device=str(device), context=size.context, batch=size.batch, teacher_steps=size.teacher_steps,
+        self.s = td.Settings(out=str(out), device=str(device), context=size.context, batch=size.batch, teacher_steps=size.teacher_steps, rope_theta=size.rope_theta,
                              eval_sequences=size.eval_sequences, graph=True, stage1_steps=1, stage2_steps=1, **shape)
         td.complete(self.s, device)
         self.run = td.Run(self.s, device)
         self.kind = getattr(torch, self.s.dtype)
         raw = [text for text in (td.read_text(file, False) for file in td.standard_library()) if text.strip()]
         self.raw, self.unseen = td.split(raw)
-        noted = self.out / f"noted-{td.identity(td.standard_library(), size.context, note(random.Random(0)))}.jsonl"
+        way = with_notes("\n" * 999, size.teacher_context, random.Random(0))  # how it is done, as an example
+        noted = self.out / f"noted-{td.identity(td.standard_library(), way)}.jsonl"
         if not noted.exists():
             dice = random.Random(0)
             mil.make_directory(self.out)
-            lines = [json.dumps({"text": with_notes(text, size.context, dice)}) + "\n" for text in raw]
+            lines = [json.dumps({"text": with_notes(text, size.teacher_context, dice)}) + "\n" for text in raw]
             mil.write_whole(noted, lambda f: f.write("".join(lines).encode()))
         with contextlib.redirect_stdout(io.StringIO()):
             self.corpus = td.load_corpus(self.s, [str(noted)], self.encoding, "bytes")
@@ -188,6 +195,29 @@ class Lab:
         model = self.source.read()[0]
         model.compute = self.kind
         return model
+
+    @property
+    def teacher_tokens(self):
+        """How many tokens the teacher has been trained on."""
+        size = self.size
+        return sum(steps * (size.teacher_tokens // c) * c for steps, c in ((size.teacher_steps, size.short_context), (size.long_steps, size.teacher_context)))
+
+    def make_teacher(self):
+        """A Llama that learns from short texts, where copying is learned soon, and then from long ones, as long contexts are taught; or the one that is there."""
+        size, begun, place = self.size, self.out / "short", self.out / "teacher"
+        short, long = (td.Run(dataclasses.replace(self.s, context=c, batch=size.teacher_tokens // c), self.device) for c in (size.short_context, size.teacher_context))
+        with open(os.devnull, "w") as journal:
+            td.get_teacher(short, td.State(), self.corpus, self.encoding, "bytes", journal, begun)
+        for old in td.checkpoints(short):
+            old.unlink()
+        recipe = {"short": mil.read_config(begun)["recipe"], "context": size.teacher_context, "batch": long.s.batch, "steps": size.long_steps}
+        if not (place / "config.json").exists() or mil.read_config(place).get("recipe") != recipe:
+            base = mil.load(begun, self.device)
+            base.config.context = size.teacher_context
+            stage = td.Stage(train="all", beta=0, steps=size.long_steps, lr=self.s.teacher_lr / 3, name="teacher, long texts", mixers=base.config.mixers)
+            models = td.assemble(long, None, base, stage, 0, {})
+            td.fit(long, td.State(), stage, models, td.training_batches(long, self.corpus, [self.s.seed, 1], td.graphs(long, stage, *models.configs)), io.StringIO(), "No teacher was saved")
+            td.save_student(long, models, place, "bytes", torch.float32, recipe=recipe)
 
     def decoding(self, model):
         """The model as decoding has it: of one type, not shared."""
@@ -200,7 +230,7 @@ class Lab:
         out, model = [], self.decoding(model)
         for i in range(0, len(prompts), rows):
             part = prompts[i:i + rows]
-            decoder = generate.Decoder(model, len(part), self.size.context, 0.8, generator=torch.Generator(self.device).manual_seed(seed + i))
+            decoder = generate.Decoder(model, len(part), self.size.before + self.size.written + 1, 0.8, generator=torch.Generator(self.device).manual_seed(seed + i))
             texts = [[] for _ in part]
             for new in decoder.decode(part, self.size.written):
                 texts = [a + b for a, b in zip(texts, new)]
@@ -209,8 +239,8 @@ class Lab:
 
     def writing(self, model, seed=1):
         """Of functions the model completes: the share that parses, and how unlikely the teacher finds what it wrote, in nats a byte."""
-        asked = functions(self.unseen, self.size.prompts, self.size.context - self.size.written - 1, self.size.written, random.Random(0))
-        prompts = [generate.encode(self.encoding, before)[-(self.size.context - self.size.written - 1):] for _, before, *_ in asked]
+        asked = functions(self.unseen, self.size.prompts, self.size.before, self.size.written, random.Random(0))
+        prompts = [generate.encode(self.encoding, before)[-self.size.before:] for _, before, *_ in asked]
         texts = self.complete(model, prompts, seed)
         read = [(header, self.encoding.decode(ids)) for (*_, header, _), ids in zip(asked, texts)]
         real = [(header, after) for *_, header, after in asked]
@@ -292,6 +322,7 @@ class Arm:
     init: str = "attention"
     train: str = "mixers"        # in stage 1
     longer: bool = False         # stage 1 has the steps of stage 2 as well
+    short: bool = False          # stage 2 has half of its steps
     linear: bool = False         # Mamba with A = 0 and Δ = 1, not learned
     judge: bool = False          # whether what it writes, and what it finds in long texts, is measured, and one of them kept
 
@@ -314,14 +345,14 @@ def arms(n, tables):
             Arm("mamba2", chain, every, then * judge, (1,) * asked("stages"), judge=judge)],
         "quality long speculation": [Arm("mamba", chain, every, every, mixer="mamba", judge=True)],
         "init": [Arm(f"{init}, {train}", chain, (1, 4), init=init, train=train) for init, train in (("random", "mixers"), ("attention", "mlps"), ("random", "mlps"))],
-        "order mixer": [Arm("half, stepwise", half, (-1,), (-1,) * asked("mixer"))],
+        "order mixer": [Arm("half, stepwise", half, (-1,), (-1,) * asked("mixer"), short=True)],
         "order": [Arm("half, at once", (half[-1],), (-1,)), Arm("half, the first layers", (layers(0, n // 4), layers(0, n // 2)), (-1,)),
                   Arm("half, the last layers", (layers(n * 3 // 4, n), layers(n // 2, n)), (-1,)),
                   Arm("quarter, stepwise", quarter, (-1,)), Arm("quarter, at once", (quarter[-1],), (-1,)),
                   Arm("quarter, the first layers", (layers(0, n // 4), layers(0, n // 2), layers(0, n * 3 // 4)), (-1,)),
                   Arm("quarter, the last layers", (layers(n * 3 // 4, n), layers(n // 2, n), layers(n // 4, n)), (-1,))],
-        "mixer": [Arm("half, Mamba", half, (), (-1,), mixer="mamba"), Arm("half, linear attention", half, (), (-1,), mixer="mamba", linear=True),
-                  Arm("half, nothing", half, (), (-1,), mixer="none", train="all")],
+        "mixer": [Arm("half, Mamba", half, (), (-1,), mixer="mamba", short=True), Arm("half, linear attention", half, (), (-1,), mixer="mamba", linear=True, short=True),
+                  Arm("half, nothing", half, (), (-1,), mixer="none", train="all", short=True)],
         "stages": [Arm("half, stage 1 longer", half, (-1,), longer=True)],
     }
     return [arm for needs, some in all_.items() if set(needs.split()) & set(tables) for arm in some]
@@ -352,7 +383,7 @@ def learn(lab, arm, seed, rate, sweep):
 
 def train_student(lab, arm, seed, rate, sweep, rows):
     size, trained, tokens = lab.size, {}, 0
-    s = dataclasses.replace(lab.s, seed=seed, init=arm.init, batch=size.student_batch)
+    s = dataclasses.replace(lab.s, seed=seed, init=arm.init)
     run, last = td.Run(s, lab.device), len(arm.path) - 1
     at = lambda places: {i % len(arm.path) for i in places}  # noqa: E731
 
@@ -368,9 +399,9 @@ def train_student(lab, arm, seed, rate, sweep, rows):
         return models, {name: w for name, w in models.student.named_parameters() if name in trained or w.requires_grad}
 
     def measure(models, stages, replaced, judge, **more):
-        theirs, row = td.evaluate(dataclasses.replace(run, s=lab.s), models, lab.corpus, lab.encoding)
+        theirs, row = td.evaluate(run, models, lab.corpus, lab.encoding)
         rows.append(dict(arm=arm.name, mixer=arm.mixer, replaced=len(replaced), stages=stages, seed=seed, rate=rate, tokens=tokens,
-                         share=tokens / (size.teacher_steps * size.batch * size.context), ratio=row["perplexity"] / theirs["perplexity"], **row, **more))
+                         share=tokens / lab.teacher_tokens, ratio=row["perplexity"] / theirs["perplexity"], **row, **more))
         if judge:
             rows[-1].update(lab.writing(models.student), needles=lab.needles(models.student), by_length=lab.by_length(models.student))
 
@@ -383,7 +414,7 @@ def train_student(lab, arm, seed, rate, sweep, rows):
             measure(models, "1", replaced, False)
         if i in at(arm.then) and not sweep:
             before = tokens
-            second = dataclasses.replace(stage, train="all", steps=size.stage2_steps, lr=rate / 3, name=f"stage 2 after 1.{i + 1}")
+            second = dataclasses.replace(stage, train="all", steps=max(1, size.stage2_steps // (1 + arm.short)), lr=rate / 2, name=f"stage 2 after 1.{i + 1}")
             models, full = train(second, 50 + i, trained)
             measure(models, "1 + 2", replaced, arm.judge)
             if seed == 0 and arm.judge:
@@ -407,13 +438,12 @@ def make_draft(lab, name):
     """A small student of the teacher's first, last and, of four, two layers between; saved."""
     (mixer, count), n = DRAFTS[name], lab.size.n_layers
     layers = [round(i * (n - 1) / (count - 1)) for i in range(count)]
-    s = dataclasses.replace(lab.s, batch=lab.size.student_batch)
-    run, base = td.Run(s, lab.device), mil.keep_layers(lab.teacher, layers)
+    run, base = lab.run, mil.keep_layers(lab.teacher, layers)
     stage = td.Stage(train="all", steps=lab.size.draft_steps, lr=1e-3, name=name, mixers=[mixer] * count)
     models = td.assemble(run, lab.teacher, base, stage, 1, {})
     td.fit(run, td.State(), stage, models, td.training_batches(run, lab.corpus, [7, 0], td.graphs(run, stage, *models.configs)), io.StringIO(), "No draft was saved")
     td.save_student(run, models, lab.out / "models" / name, "bytes", torch.float32)
-    return [dict(arm=f"draft, {name}", stages="draft", seed=0, **td.evaluate(dataclasses.replace(run, s=lab.s), models, lab.corpus, lab.encoding)[1])]
+    return [dict(arm=f"draft, {name}", stages="draft", seed=0, **td.evaluate(run, models, lab.corpus, lab.encoding)[1])]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -496,9 +526,8 @@ def all_arms(lab, pool, tables, seeds, began, journal):
 def make_pairs(lab):
     """Preferences: functions of the training text that the teacher completes twice; where one parses and the other does not, that one is preferred. Each is
     (number of its file, chosen, rejected), as train_distill has pairs."""
-    before = lab.size.context - lab.size.written - 1
-    asked = functions(lab.raw, lab.size.pairs, before, 0, random.Random(1))
-    prompts = [generate.encode(lab.encoding, text)[-before:] for _, text, *_ in asked]
+    asked = functions(lab.raw, lab.size.pairs, lab.size.before, 0, random.Random(1))
+    prompts = [generate.encode(lab.encoding, text)[-lab.size.before:] for _, text, *_ in asked]
     twice, pairs = [lab.complete(lab.teacher, prompts, seed) for seed in (11, 10**6)], []
     for (number, _, header, _), prompt, *texts in zip(asked, prompts, *twice):
         good = [parses(header, lab.encoding.decode(ids)) for ids in texts]
@@ -674,7 +703,7 @@ def stages(rows, n, teacher):
 def long(rows, n, teacher):
     people = [("teacher", "100 %", [teacher])] + [(m, percent(c, n), rows.of(m, c, "1 + 2")) for m, c in kinds(n)]
     lengths = list(teacher["needles"])
-    t = Table("long", f"Needle in a haystack (Figure 4): the share of numbers found whole, mean over depths, by length in bytes; distilled at {teacher['context']}",
+    t = Table("long", f"Needle in a haystack (Figure 4): the share of numbers found whole, mean over depths, by length in bytes; distilled at {teacher['context']:,}, the teacher trained at {teacher['teacher_context']:,}",
               ["model", "attention", *(f"{int(k):,}" for k in lengths)])
     more = Table("context", f"Perplexity of the same {teacher['context'] // 4} bytes at the end of texts of growing length", ["model", "attention", *(f"{int(k):,}" for k in lengths)])
     found = lambda r, k, lost=False: [dict(found=abs(lost - sum(x["needles"][k]) / len(x["needles"][k]))) for x in r]  # noqa: E731
@@ -682,6 +711,8 @@ def long(rows, n, teacher):
     for name, kept, r in people:
         t.rows.append([name, kept, *(cell(found(r, k), "found", 0, True) for k in lengths)])
         more.rows.append([name, kept, *(cell(at(r, k), "perplexity", 2) for k in lengths)])
+    within = [k for k in lengths if int(k) <= teacher["teacher_context"]][-1]
+    t.notes.append(f"within its context, at {int(within):,} bytes, the teacher finds {mean(found([teacher], within), 'found')[0]:.0%}; where that is little, this table says nothing of its students")
     far, near = lengths[-1], [k for k in lengths if int(k) <= teacher["context"]][-1]
     missed = lambda r: [dict(missed=x["found"]) for x in found(r, far, True)]  # noqa: E731
     for name, kept, r in people[1:]:
@@ -747,7 +778,7 @@ def cost(lab):
         mine = []
         for length in size.cost_lengths:
             read = math.inf
-            for _ in range(2):  # the first time, what is new in it is compiled
+            for _ in range(1 if length > 10**5 else 2):  # the first time, what is new in it is compiled: beside seconds that is nothing
                 cache, began = None, bench.now()
                 cache = bench.filled(model, 1, length)
                 read = min(read, bench.now() - began)
@@ -786,7 +817,7 @@ def main(argv):
     parser.add_argument("--seeds", type=int, default=3, help="students of every arm (3)")
     parser.add_argument("--out", default="out/reproduce", help="where teacher, students and tables go; a teacher found there is used again")
     parser.add_argument("--assets", default="", help="where the pictures go (OUT/assets; the README's are in assets)")
-    parser.add_argument("--workers", type=int, default=0, help="students trained at once, on a GPU (default: 6, or half the CPU cores)")
+    parser.add_argument("--workers", type=int, default=0, help="students trained at once, on a GPU (default: 8, or half the CPU cores)")
     parser.add_argument("--smoke", action="store_true", help="the smallest sizes, as on a CPU")
     o = parser.parse_args(argv)
     for name in o.tables:
@@ -799,7 +830,7 @@ def main(argv):
     small = o.smoke or device.type != "cuda"
     size = SMOKE if small else Size()
     if not small:
-        scaled = {k: max(1, round(getattr(size, k) * o.minutes / 10)) for k in ("teacher_steps", "layer_steps", "stage2_steps", "dpo_steps", "draft_steps")}
+        scaled = {k: max(1, round(getattr(size, k) * o.minutes / 10)) for k in ("teacher_steps", "long_steps", "layer_steps", "stage2_steps", "dpo_steps", "draft_steps")}
         size = dataclasses.replace(size, **scaled)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores, {platform.machine()}"
     versions = f"{machine}, Python {platform.python_version()}, torch {torch.__version__}"
@@ -813,15 +844,12 @@ def main(argv):
     lab = Lab(size, o.out, device)
     teacher = {}
     if set(tables) - {"cost"}:
-        with open(os.devnull, "w") as journal:
-            td.get_teacher(lab.run, td.State(), lab.corpus, lab.encoding, "bytes", journal, lab.out / "teacher")
-        for old in td.checkpoints(lab.run):
-            old.unlink()
+        lab.make_teacher()
         models = td.prepare(lab.run, td.Models(None, lab.teacher))
-        teacher = {"context": size.context, **td.evaluate(lab.run, models, lab.corpus, lab.encoding)[0], **lab.writing(lab.teacher), "needles": lab.needles(lab.teacher), "by_length": lab.by_length(lab.teacher)}
-        parameters, within = sum(w.numel() for w in lab.teacher.parameters()), [k for k in teacher["needles"] if k <= size.context][-1]
-        td.show(f"teacher: {parameters / 1e6:.1f} M parameters, {size.teacher_steps * size.batch * size.context / 1e6:.0f} M tokens; perplexity {teacher['perplexity']:.3f}; within its "
-                f"{size.context} bytes it finds {sum(teacher['needles'][within]) / size.depths:.0%} of the needles; perplexity of the same bytes at the "
+        teacher = {"context": size.context, "teacher_context": size.teacher_context, **td.evaluate(lab.run, models, lab.corpus, lab.encoding)[0], **lab.writing(lab.teacher), "needles": lab.needles(lab.teacher), "by_length": lab.by_length(lab.teacher)}
+        parameters, within = sum(w.numel() for w in lab.teacher.parameters()), [k for k in teacher["needles"] if k <= size.teacher_context][-1]
+        td.show(f"teacher: {parameters / 1e6:.1f} M parameters, {lab.teacher_tokens / 1e6:.0f} M tokens; perplexity {teacher['perplexity']:.3f}; within its "
+                f"{size.teacher_context} bytes it finds {sum(teacher['needles'][within]) / size.depths:.0%} of the needles; perplexity of the same bytes at the "
                 "end of texts of " + ", ".join(f"{k}: {v:.2f}" for k, v in teacher["by_length"].items()))
         lap("teacher")
     if "stages" in tables:
@@ -832,7 +860,7 @@ def main(argv):
         del models
         gc.collect()
         torch.cuda.empty_cache()
-        workers = o.workers or (1 if small else min(6, max(1, os.cpu_count() // 2)))
+        workers = o.workers or (1 if small else min(8, max(1, os.cpu_count() // 2)))
         pool = Inline(lab) if workers == 1 else ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), enter, (size, o.out, device))
         with pool, open(lab.out / "rows.jsonl", "w") as journal:
             found, swept = all_arms(lab, pool, tables, o.seeds, began, journal)

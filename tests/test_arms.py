@@ -25,10 +25,10 @@ import train_distill as td
 def lab(tmp_path):
     """A Lab of two layers and some text of its own, whose teacher has learned nothing."""
     lab = object.__new__(r.Lab)
-    lab.size = dataclasses.replace(r.SMOKE, n_layers=2, d=16, context=64, batch=4, student_batch=2, layer_steps=3, stage2_steps=5, teacher_steps=10, written=12, prompts=5, depths=3, samples=2,
-                                   lengths=(1,))
+    lab.size = dataclasses.replace(r.SMOKE, n_layers=2, d=16, context=64, batch=2, before=51, layer_steps=3, stage2_steps=5, teacher_tokens=256, short_context=64, teacher_steps=10,
+                                   teacher_context=128, long_steps=5, written=12, prompts=5, depths=3, samples=2, lengths=(1,))
     lab.out, lab.device, lab.kind, lab.encoding = tmp_path, torch.device(DEVICE), torch.float32, generate.load_tokenizer("bytes")
-    lab.s = td.Settings(out=str(tmp_path), context=64, batch=4, eval_sequences=2, dtype="float32", **{name: getattr(lab.size, name) for name in td.SIZES})
+    lab.s = td.Settings(out=str(tmp_path), context=64, batch=2, eval_sequences=2, dtype="float32", **{name: getattr(lab.size, name) for name in td.SIZES})
     td.complete(lab.s, lab.device)
     lab.run = td.Run(lab.s, lab.device)
     model = build(mil.Config(v=257, d=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=24, context=64), torch.float32)
@@ -89,6 +89,22 @@ def test_of_two_answers_the_one_that_parses_is_preferred_and_only_where_the_othe
 # Its arms
 
 
+def test_the_teacher_goes_on_in_long_texts_from_where_it_was_in_short_ones_and_is_not_made_again(lab, monkeypatch):
+    seen, fit = [], td.fit
+
+    def watched(run, state, stage, models, batches, *more):
+        seen.append((stage.name, run.s.context, run.s.batch, models.student.config.context, {k: w.detach().clone() for k, w in models.student.named_parameters()}, batches(0)[0][0].x.shape))
+        fit(run, state, stage, models, batches, *more)
+    monkeypatch.setattr(td, "fit", watched)
+    lab.make_teacher()
+    lab.make_teacher()
+    short, long = (mil.load(lab.out / name, DEVICE, torch.float32) for name in ("short", "teacher"))
+    assert [one[:4] + tuple(one[5:]) for one in seen] == [("teacher", 64, 4, 64, (4, 64)), ("teacher, long texts", 128, 2, 128, (2, 128))]
+    assert (short.config.context, long.config.context) == (64, 128) and same(seen[1][4], dict(short.named_parameters()))
+    assert not any(torch.equal(w, v) for w, v in zip(short.parameters(), long.parameters()))
+    assert lab.teacher_tokens == 10 * 4 * 64 + 5 * 2 * 128
+
+
 @pytest.fixture
 def fits(lab, monkeypatch):
     """Every td.fit in place of training: by the stage's name the stage, the student's weights before and after, which of them train, and the batches."""
@@ -126,8 +142,15 @@ def test_stage_2_begins_as_stage_1_left_the_student_and_the_next_layers_are_repl
 def test_a_row_counts_the_tokens_that_its_own_student_learned_from(lab, fits):
     rows, a_step = r.learn(lab, STEPWISE, 0, 1e-3, False), 2 * 64
     assert [(row["replaced"], row["stages"], row["tokens"] / a_step) for row in rows] == [(1, "1", 3), (1, "1 + 2", 8), (2, "1", 6), (2, "1 + 2", 11)]
-    assert [row["share"] for row in rows] == [row["tokens"] / (10 * 4 * 64) for row in rows] and {row["ratio"] for row in rows} == {1.5}
-    assert [fits[name].stage.steps for name in fits] == [3, 5, 3, 5] and [fits[name].stage.lr for name in fits] == pytest.approx([1e-3, 1e-3 / 3] * 2)
+    assert [row["share"] for row in rows] == [row["tokens"] / (10 * 4 * 64 + 5 * 2 * 128) for row in rows] and {row["ratio"] for row in rows} == {1.5}
+    assert [fits[name].stage.steps for name in fits] == [3, 5, 3, 5] and [fits[name].stage.lr for name in fits] == pytest.approx([1e-3, 5e-4] * 2)
+
+
+def test_a_short_arm_has_half_of_stage_2_and_none_of_less_than_a_step(lab, fits):
+    for steps in (1, 5):
+        lab.size.stage2_steps = steps
+        r.learn(lab, dataclasses.replace(STEPWISE, short=True), 0, 1e-3, False)
+        assert [fits[name].stage.steps for name in fits] == [3, max(1, steps // 2)] * 2
 
 
 def test_the_sweep_measures_the_end_of_stage_1_and_no_more(lab, fits):
@@ -254,7 +277,7 @@ def test_preferences_and_stage_2_are_claimed_to_do_what_the_paper_says_of_them(f
 
 
 def test_of_long_texts_it_is_claimed_what_is_missed_and_what_perplexes_at_the_greatest_length():
-    row = lambda found, last: dict(arm="mamba", replaced=4, stages="1 + 2", context=64, needles={64: [1, 1], 128: found}, by_length={64: 1.8, 128: last})  # noqa: E731
+    row = lambda found, last: dict(arm="mamba", replaced=4, stages="1 + 2", context=64, teacher_context=128, needles={64: [1, 1], 128: found}, by_length={64: 1.8, 128: last})  # noqa: E731
     needles, texts = r.long(r.Rows([row([1, 0.5], 2.5), row([1, 0.52], 2.6)]), 8, row([0, 0.5], 9.0))
     assert [line[:2] + line[-1:] for line in needles.rows if line[-1] != "–"] == [["teacher", "100 %", "25 %"], ["mamba", "50 %", "76 ± 1 %"]]
     assert [line[2:] for line in texts.rows if line[-1] != "–"] == [["1.80", "9.00"], ["1.80 ± 0.00", "2.55 ± 0.05"]]

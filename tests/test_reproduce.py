@@ -20,16 +20,24 @@ import train_distill as td
 
 
 @given(st.integers(0, 99), st.integers(100, 640))
-def test_every_note_is_asked_for_once_after_it_and_not_too_late_and_the_rest_is_the_text(seed, context):
+def test_every_note_comes_twice_again_and_not_too_late_and_the_rest_is_the_text(seed, context):
     text = "".join(f"{'    ' * (i % 3)}x_{i} = {i}\n" for i in range(400))
     noted = r.with_notes(text, context, random.Random(seed))
     assert re.sub(r"(?m)^# \w\w=\d{3}\n", "", noted) == text
     places = {}
     for m in re.finditer(r"# (\w\w=\d{3})\n", noted):
         places.setdefault(m[1], []).append(m.start())
-    pairs = [at for at in places.values() if len(at) == 2]
-    assert len(places) >= 20 and len(pairs) >= len(places) - 10  # the last of the text are due after its end; two notes may be alike by chance
-    assert all(9 <= b - a < context * 3 // 4 + 150 for a, b in pairs)  # 150: a line, and others that are due
+    thrice = [at for at in places.values() if len(at) == 3]
+    assert len(places) >= 20 and len(thrice) >= len(places) - 12  # the last of the text are due after its end; two notes may be alike by chance
+    assert all(16 <= b - a and c - a < context * 3 // 4 + 150 for a, b, c in thrice)  # 150: a line, and others that are due
+
+
+def test_notes_come_again_near_more_often_than_far():
+    places = {}
+    for m in re.finditer(r"# (\w\w=\d{3})\n", r.with_notes("x = 1\n" * 50000, 3072, random.Random(0))):
+        places.setdefault(m[1], []).append(m.start())
+    gaps = [b - a for a, *later in places.values() for b in later if b - a < 2304]
+    assert [sum(gap < edge for gap in gaps) / len(gaps) for edge in (192, 665)] == pytest.approx([0.5, 0.75], abs=0.03)  # log-uniform from 16 to 2304
 
 
 @pytest.mark.parametrize("header, body, whole", [
