@@ -93,11 +93,12 @@ def quality(report, found, subplots):
 
 def needle(report, models, subplots):
     """The share of needles found, by length and depth, of each model."""
-    lengths, trained, across, down = sorted([*models.values()][0][0], key=int), report["size"]["context"], min(3, len(models)), -(-len(models) // 3)
+    lengths, across, down = sorted([*models.values()][0][0], key=int), min(3, len(models)), -(-len(models) // 3)
     figure, axes = subplots(down, across, figsize=(9, 1.6 + 2.6 * down), squeeze=False, layout="constrained")
     for i, (axis, (name, seeds)) in enumerate(zip(axes.flat, models.items())):
         shares = [[100 * mean(cell)[0] for cell in zip(*(seed[k] for seed in seeds))] for k in lengths]
         image = axis.imshow([*zip(*shares)], "Greys", vmin=0, vmax=100, aspect="auto")
+        trained = report["size"]["teacher_context" if name.startswith("teacher") else "context"]
         for width, colour, dashes in ((4, "white", "-"), (1.8, "black", (0, (3, 2)))):
             axis.axvline(sum(int(k) <= trained for k in lengths) - 0.5, color=colour, linewidth=width, linestyle=dashes)
         axis.set(title=name, xticks=range(len(lengths)), yticks=[(len(shares[0]) - 1) * depth for depth in (0, 0.5, 1)])
@@ -106,7 +107,7 @@ def needle(report, models, subplots):
     for axis in axes.flat[len(models):]:
         axis.set_axis_off()
     figure.suptitle("model, attention kept")
-    figure.supxlabel(f"length in bytes (k = 1024); left of the dashed line: up to {short(trained)}, as trained on")
+    figure.supxlabel("length in bytes (k = 1024); left of the dashed line: as the model was trained on")
     figure.supylabel("depth (0 % = beginning)")
     figure.colorbar(image, ax=axes, label="needles found, %", aspect=30)
     return figure

@@ -70,7 +70,7 @@ class Size:
     n_kv_heads: int = 4
     d_ff: int = 768
     rope_theta: float = 1e7      # most channels hardly turn within the context, so that what they match they match further away as well
-    teacher_tokens: int = 2**15  # of a step of the teacher
+    step_tokens: int = 2**15     # of a step of the teacher
     short_context: int = 512     # where it learns first
     teacher_steps: int = 2800
     teacher_context: int = 3072  # where it goes on
@@ -100,7 +100,7 @@ class Size:
     cost: mil.Config = dataclasses.field(default_factory=lambda: mil.Config(d=2048, n_layers=16, n_heads=32, n_kv_heads=8, d_ff=8192, tied=True, context=2**18))
 
 
-SMOKE = Size(d=32, n_heads=2, n_kv_heads=1, d_ff=32, teacher_tokens=512, short_context=128, teacher_steps=4, teacher_context=256, long_steps=1, context=128, batch=2, rates=(3e-3,), more_rates=0, layer_steps=1, stage2_steps=1, dpo_steps=1, draft_steps=1,
+SMOKE = Size(d=32, n_heads=2, n_kv_heads=1, d_ff=32, step_tokens=512, short_context=128, teacher_steps=4, teacher_context=256, long_steps=1, context=128, batch=2, rates=(3e-3,), more_rates=0, layer_steps=1, stage2_steps=1, dpo_steps=1, draft_steps=1,
              eval_sequences=2, prompts=4, before=80, written=48, samples=1, windows=2, lengths=(1, 2), depths=2, pairs=16, texts=1, speculated=8, Ks=(2,), cost_lengths=(64, 256), scan_lengths=(64, 128),
              cost=mil.Config(v=64, d=32, n_layers=8, n_heads=2, n_kv_heads=1, d_ff=32, context=2**18))
 
@@ -200,12 +200,12 @@ class Lab:
     def teacher_tokens(self):
         """How many tokens the teacher has been trained on."""
         size = self.size
-        return sum(steps * (size.teacher_tokens // c) * c for steps, c in ((size.teacher_steps, size.short_context), (size.long_steps, size.teacher_context)))
+        return sum(steps * (size.step_tokens // c) * c for steps, c in ((size.teacher_steps, size.short_context), (size.long_steps, size.teacher_context)))
 
     def make_teacher(self):
         """A Llama that learns from short texts, where copying is learned soon, and then from long ones, as long contexts are taught; or the one that is there."""
         size, begun, place = self.size, self.out / "short", self.out / "teacher"
-        short, long = (td.Run(dataclasses.replace(self.s, context=c, batch=size.teacher_tokens // c), self.device) for c in (size.short_context, size.teacher_context))
+        short, long = (td.Run(dataclasses.replace(self.s, context=c, batch=size.step_tokens // c), self.device) for c in (size.short_context, size.teacher_context))
         with open(os.devnull, "w") as journal:
             td.get_teacher(short, td.State(), self.corpus, self.encoding, "bytes", journal, begun)
         for old in td.checkpoints(short):

@@ -25,7 +25,7 @@ import train_distill as td
 def lab(tmp_path):
     """A Lab of two layers and some text of its own, whose teacher has learned nothing."""
     lab = object.__new__(r.Lab)
-    lab.size = dataclasses.replace(r.SMOKE, n_layers=2, d=16, context=64, batch=2, before=51, layer_steps=3, stage2_steps=5, teacher_tokens=256, short_context=64, teacher_steps=10,
+    lab.size = dataclasses.replace(r.SMOKE, n_layers=2, d=16, context=64, batch=2, before=51, layer_steps=3, stage2_steps=5, step_tokens=256, short_context=64, teacher_steps=10,
                                    teacher_context=128, long_steps=5, written=12, prompts=5, depths=3, samples=2, lengths=(1,))
     lab.out, lab.device, lab.kind, lab.encoding = tmp_path, torch.device(DEVICE), torch.float32, generate.load_tokenizer("bytes")
     lab.s = td.Settings(out=str(tmp_path), context=64, batch=2, eval_sequences=2, dtype="float32", **{name: getattr(lab.size, name) for name in td.SIZES})
