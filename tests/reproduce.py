@@ -9,17 +9,21 @@
     order         stepwise or at once; the layers that keep attention spread evenly, or all at one end (Table 7 right)
     mixer         what the new layers must have: Mamba-2, Mamba, Mamba without decay (linear attention), nothing (Table 9)
     stages        stage 1, 1 + 2, 1 + 2 + preferences (Table 6 right)
-    long          a needle in a haystack up to 20 times the length of distillation; perplexity after longer and longer texts (Figure 4)
+    long          a needle in a haystack up to 20 times the length of distillation (Figure 4); perplexity after longer and longer texts
     speculation   tokens a pass of the target, and speed, by draft, target and K (Tables 1 and 5)
     cost          time and memory of reading and writing from 1k to 128k tokens, by share of attention
 
 Signs and orderings are the claim, not digits. One teacher, a Llama over bytes, learns the sources of Python's standard library, in which notes
 (`# kd=582`) are strewn and repeated later: so it has to use its context, and a needle is something that it can find. A student is distilled on
-texts a twelfth as long as the teacher's (the paper: a quarter), by train_distill.py's own functions, its steps replayed as CUDA graphs (--graph).
-Every arm's learning rate is the best of Size.rates for it, or beyond them where that is at an end (*: it stayed there), by the KL at the end of
-its stage 1 with a seed that is not used again; then it runs with --seeds others (order of the data, initial values), of which mean ± standard
-error is printed. What that error leaves out: there is one teacher, and all students are measured on the same text, functions and needles. A
-claim holds where the difference is beyond Welch's t at 95 %; for their number nothing is corrected.
+texts a twelfth as long as the teacher's (the paper: a quarter), by train_distill.py's own functions, its steps replayed as CUDA graphs (--graph);
+it learns from the text itself, cross-entropy and KL alike (the paper: from the teacher's answers, and of the KL a tenth in stage 1).
+
+Every arm's rate of stage 1 is the best of Size.rates for it, or of what follows beyond the best one, by the KL at the arm's end on text that
+nothing else is measured on, with a seed that is not used again (*: it stayed the lowest or highest); stage 2 has one rate for all. Then the arm
+runs with --seeds others (order of the data, initial values), of which mean ± standard error is printed. What that error leaves out: there is one
+teacher, and all students are measured on the same text, functions and needles. A claim holds where the difference is beyond Student's t at 95 %
+(Welch's, or of the pairs where a student is compared with itself); for their number nothing is corrected. Of an arm of which a student diverged
+nothing is shown but that.
 
 Figures are printed, and written to OUT/reproduce.json with every arm's settings, OUT/reproduce.md, and, where matplotlib is, drawn to --assets.
 """
@@ -38,11 +42,12 @@ import os
 import platform
 import random
 import re
+import shutil
 import sys
 import textwrap
 import time
 import warnings
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +62,10 @@ import pictures
 import train_distill as td
 from mil import MilError
 
+LEGEND = """
+KL, agree: to the teacher's law, in nats a byte, and how often both find the same byte likeliest. parses: of the functions completed, those that are
+Python as far as they go; length, in bytes; teacher's nats: how unlikely the teacher finds what was written, a byte. rate: of stage 1 (*: the lowest or
+highest tried). ±: standard error of the mean over students."""
 TABLES = ("quality", "init", "order", "mixer", "stages", "long", "speculation", "cost")
 SWEEP = 100  # the seed that chooses among the rates
 
@@ -77,10 +86,11 @@ class Size:
     long_steps: int = 400
     context: int = 256           # the length of distillation
     batch: int = 64
-    rates: tuple = (3e-3, 6e-3)  # of stage 1; stage 2 has half of it
-    more_rates: int = 2          # how many may be tried beyond these
+    rates: tuple = (3e-3, 6e-3)  # of stage 1
+    more_rates: int = 2          # how many may be tried beyond these, each twice or half the best
     layer_steps: int = 22        # of stage 1, for each layer replaced
-    stage2_steps: int = 560
+    stage2_rate: float = 3e-3
+    stage2_steps: int = 440
     dpo_steps: int = 40
     draft_steps: int = 400
     eval_sequences: int = 512
@@ -118,7 +128,7 @@ def note(dice):
 
 
 def with_notes(text, context, dice):
-    """The text with a note about every 120 characters, and each of them twice again, 16 characters to three quarters of the context later, near more often
+    """The text with a note about every 130 characters, and each of them twice again, 16 characters to three quarters of the context later, near more often
     than far (log-uniform)."""
     out, due, at, next_note = [], [], 0, dice.randrange(240)
     for line in text.splitlines(keepends=True):
@@ -128,11 +138,12 @@ def with_notes(text, context, dice):
             continue
         if at >= next_note:
             out.append(note(dice))
+            at += len(out[-1])
             due += [(at + 16 * (context * 3 / 64) ** dice.random(), out[-1]) for _ in range(2)]
             next_note = at + dice.randrange(240)
-        again, due = [item for item in due if item[0] <= at], [item for item in due if item[0] > at]
-        out += [line for _, line in again]
-        at += sum(map(len, out[len(out) - len(again):]))
+        again, due = [line for when, line in due if when <= at], [one for one in due if one[0] > at]
+        out += again
+        at += sum(map(len, again))
     return "".join(out)
 
 
@@ -177,17 +188,22 @@ class Lab:
         td.complete(self.s, device)
         self.run = td.Run(self.s, device)
         self.kind = getattr(torch, self.s.dtype)
-        raw = [text for text in (td.read_text(file, False) for file in td.standard_library()) if text.strip()]
+        files = [file for file in td.standard_library() if "encodings" not in file.parts]  # these are copies of each other
+        raw = [text for text in (td.read_text(file, False) for file in files) if text.strip()]
         self.raw, self.unseen = td.split(raw)
-        way = with_notes("\n" * 999, size.teacher_context, random.Random(0))  # how it is done, as an example
-        noted = self.out / f"noted-{td.identity(td.standard_library(), way)}.jsonl"
+        sample = with_notes("\n" * 999, size.teacher_context, random.Random(0))  # other notes, another file
+        noted = self.out / f"noted-{td.identity(files, sample)}.jsonl"
         if not noted.exists():
             dice = random.Random(0)
             mil.make_directory(self.out)
             lines = [json.dumps({"text": with_notes(text, size.teacher_context, dice)}) + "\n" for text in raw]
             mil.write_whole(noted, lambda f: f.write("".join(lines).encode()))
         with contextlib.redirect_stdout(io.StringIO()):
-            self.corpus = td.load_corpus(self.s, [str(noted)], self.encoding, "bytes")
+            whole = td.load_corpus(self.s, [str(noted)], self.encoding, "bytes")
+        train, begins = whole.begins
+        middle = int(begins[len(begins) // 2])  # of the unseen text one half chooses the rates, the other is measured on
+        self.sweep_corpus = dataclasses.replace(whole, val=whole.val[:middle], begins=[train, begins[begins < middle]])
+        self.corpus = dataclasses.replace(whole, val=whole.val[middle:], begins=[train, begins[begins >= middle] - middle])
         self.source = td.Source(self.run, self.out / "teacher")
 
     @property
@@ -210,8 +226,10 @@ class Lab:
             td.get_teacher(short, td.State(), self.corpus, self.encoding, "bytes", journal, begun)
         for old in td.checkpoints(short):
             old.unlink()
-        recipe = {"short": mil.read_config(begun)["recipe"], "context": size.teacher_context, "batch": long.s.batch, "steps": size.long_steps}
-        if not (place / "config.json").exists() or mil.read_config(place).get("recipe") != recipe:
+        about = mil.read_config(begun)
+        config, recipe = dataclasses.replace(about["config"], context=size.teacher_context), {"short": about["recipe"], "batch": long.s.batch, "steps": size.long_steps}
+        old = mil.read_config(place) if (place / "config.json").exists() else {}
+        if (old.get("config"), old.get("recipe")) != (config, recipe):
             base = mil.load(begun, self.device)
             base.config.context = size.teacher_context
             stage = td.Stage(train="all", beta=0, steps=size.long_steps, lr=self.s.teacher_lr / 3, name="teacher, long texts", mixers=base.config.mixers)
@@ -225,11 +243,11 @@ class Lab:
         model.compute = None
         return mil.pack(mil.cast(model, self.kind).eval())
 
-    def complete(self, model, prompts, seed, rows=64):
+    def complete(self, model, prompts, seed):
         """A sampled continuation (temperature 0.8) of each prompt, token ids."""
         out, model = [], self.decoding(model)
-        for i in range(0, len(prompts), rows):
-            part = prompts[i:i + rows]
+        for i in range(0, len(prompts), 64):
+            part = prompts[i:i + 64]
             decoder = generate.Decoder(model, len(part), self.size.before + self.size.written + 1, 0.8, generator=torch.Generator(self.device).manual_seed(seed + i))
             texts = [[] for _ in part]
             for new in decoder.decode(part, self.size.written):
@@ -237,11 +255,11 @@ class Lab:
             out += texts
         return out
 
-    def writing(self, model, seed=1):
+    def writing(self, model):
         """Of functions the model completes: the share that parses, and how unlikely the teacher finds what it wrote, in nats a byte."""
         asked = functions(self.unseen, self.size.prompts, self.size.before, self.size.written, random.Random(0))
         prompts = [generate.encode(self.encoding, before)[-self.size.before:] for _, before, *_ in asked]
-        texts = self.complete(model, prompts, seed)
+        texts = self.complete(model, prompts, 1)
         read = [(header, self.encoding.decode(ids)) for (*_, header, _), ids in zip(asked, texts)]
         real = [(header, after) for *_, header, after in asked]
         nats = []
@@ -266,20 +284,20 @@ class Lab:
         """So many bytes of unseen Python with one note at this depth, from 0 to 1, and again at the end."""
         needle = note(dice)
         room = length - 2 * len(needle) + 1
-        text = dice.choice([t for t in self.long_texts if len(t) > room])
+        text = dice.choice([t for t in self.ascii_texts if len(t) > room])
         begin = dice.randrange(len(text) - room)
         text = text[begin:begin + room - 1] + "\n"
         at = text.rfind("\n", 0, int(depth * (room - 1)) + 1) + 1  # after the last whole line there
         return [*(text[:at] + needle + text[at:] + needle[:-1]).encode("ascii")]
 
     @functools.cached_property
-    def long_texts(self):
+    def ascii_texts(self):
         return [t.encode("ascii", "replace").decode() for t in self.unseen]
 
     @torch.no_grad()
-    def needles(self, model, seed=0):
+    def needles(self, model):
         """How often the whole number is found, greedily: {length: [at each depth]}."""
-        found, dice = {}, random.Random(seed)
+        found, dice = {}, random.Random(0)
         for length in (int(x * self.size.context) for x in self.size.lengths):
             rows = [self.haystack(length, depth / (self.size.depths - 1), dice) for depth in range(self.size.depths) for _ in range(self.size.samples)]
             hits = []
@@ -293,7 +311,7 @@ class Lab:
     def windows(self):
         """Unseen texts of the greatest length, from places at random."""
         most, dice = int(max(self.size.lengths) * self.size.context) + 1, random.Random(2)
-        texts = [t for t in self.long_texts if len(t) >= most]
+        texts = [t for t in self.ascii_texts if len(t) >= most]
         begins = [(text, dice.randrange(len(text) - most + 1)) for text in dice.choices(texts, k=self.size.windows)]
         return torch.tensor([[*text[i:i + most].encode()] for text, i in begins], device=self.device)
 
@@ -322,7 +340,6 @@ class Arm:
     init: str = "attention"
     train: str = "mixers"        # in stage 1
     longer: bool = False         # stage 1 has the steps of stage 2 as well
-    short: bool = False          # stage 2 has half of its steps
     linear: bool = False         # Mamba with A = 0 and Δ = 1, not learned
     judge: bool = False          # whether what it writes, and what it finds in long texts, is measured, and one of them kept
 
@@ -339,20 +356,20 @@ def arms(n, tables):
     chain, half, quarter = steps_to(n, n), steps_to(n, n // 2), steps_to(n, n * 3 // 4)
     layers, every = lambda a, b: tuple(range(a, b)), (1, 2, 3, 4)  # noqa: E731
     asked = lambda *names: bool({*names} & {*tables})  # noqa: E731
-    then, judge = every if asked("quality", "long", "speculation") else (1,), asked("quality", "long", "speculation", "stages")
+    judge = asked("quality", "long", "speculation")
     all_ = {
-        "quality init stages long speculation": [
-            Arm("mamba2", chain, every, then * judge, (1,) * asked("stages"), judge=judge)],
+        "quality init long speculation": [Arm("mamba2", chain, every if judge else (1, 4), every if judge else (), judge=judge)],
         "quality long speculation": [Arm("mamba", chain, every, every, mixer="mamba", judge=True)],
+        "quality long": [Arm("Llama", ((),), (), (-1,), judge=True)],  # what stage 2 alone does
         "init": [Arm(f"{init}, {train}", chain, (1, 4), init=init, train=train) for init, train in (("random", "mixers"), ("attention", "mlps"), ("random", "mlps"))],
-        "order mixer": [Arm("half, stepwise", half, (-1,), (-1,) * asked("mixer"), short=True)],
+        "order mixer stages": [Arm("half, stepwise", half, (-1,), (-1,) if asked("mixer", "stages") else (), (-1,) if asked("stages") else (), judge=asked("stages"))],
         "order": [Arm("half, at once", (half[-1],), (-1,)), Arm("half, the first layers", (layers(0, n // 4), layers(0, n // 2)), (-1,)),
                   Arm("half, the last layers", (layers(n * 3 // 4, n), layers(n // 2, n)), (-1,)),
                   Arm("quarter, stepwise", quarter, (-1,)), Arm("quarter, at once", (quarter[-1],), (-1,)),
                   Arm("quarter, the first layers", (layers(0, n // 4), layers(0, n // 2), layers(0, n * 3 // 4)), (-1,)),
                   Arm("quarter, the last layers", (layers(n * 3 // 4, n), layers(n // 2, n), layers(n // 4, n)), (-1,))],
-        "mixer": [Arm("half, Mamba", half, (), (-1,), mixer="mamba", short=True), Arm("half, linear attention", half, (), (-1,), mixer="mamba", linear=True, short=True),
-                  Arm("half, nothing", half, (), (-1,), mixer="none", train="all", short=True)],
+        "mixer": [Arm("half, Mamba", half, (), (-1,), mixer="mamba"), Arm("half, linear attention", half, (), (-1,), mixer="mamba", linear=True),
+                  Arm("half, nothing", half, (), (-1,), mixer="none", train="all")],
         "stages": [Arm("half, stage 1 longer", half, (-1,), longer=True)],
     }
     return [arm for needs, some in all_.items() if set(needs.split()) & set(tables) for arm in some]
@@ -383,7 +400,7 @@ def learn(lab, arm, seed, rate, sweep):
 
 def train_student(lab, arm, seed, rate, sweep, rows):
     size, trained, tokens = lab.size, {}, 0
-    s = dataclasses.replace(lab.s, seed=seed, init=arm.init)
+    s = dataclasses.replace(lab.s, seed=1000 + 100 * seed, init=arm.init)  # far from the teacher's, and from each other's
     run, last = td.Run(s, lab.device), len(arm.path) - 1
     at = lambda places: {i % len(arm.path) for i in places}  # noqa: E731
 
@@ -393,13 +410,13 @@ def train_student(lab, arm, seed, rate, sweep, rows):
         models = td.assemble(run, lab.teacher, lab.teacher, stage, number, trained)
         if arm.linear:
             freeze_linear(models.student)
-        batches = batches or td.training_batches(run, lab.corpus, [seed, number], td.graphs(run, stage, *models.configs))
+        batches = batches or td.training_batches(run, lab.corpus, [s.seed, number], td.graphs(run, stage, *models.configs))
         td.fit(run, td.State(), stage, models, batches, io.StringIO(), "No student was saved")
         tokens += stage.steps * s.batch * s.context * (stage.loss == "distill")
         return models, {name: w for name, w in models.student.named_parameters() if name in trained or w.requires_grad}
 
     def measure(models, stages, replaced, judge, **more):
-        theirs, row = td.evaluate(run, models, lab.corpus, lab.encoding)
+        theirs, row = td.evaluate(run, models, lab.sweep_corpus if sweep else lab.corpus, lab.encoding)
         rows.append(dict(arm=arm.name, mixer=arm.mixer, replaced=len(replaced), stages=stages, seed=seed, rate=rate, tokens=tokens,
                          share=tokens / lab.teacher_tokens, ratio=row["perplexity"] / theirs["perplexity"], **row, **more))
         if judge:
@@ -409,12 +426,13 @@ def train_student(lab, arm, seed, rate, sweep, rows):
         mixers = [arm.mixer if k in replaced else "attention" for k in range(size.n_layers)]
         new = len(replaced) - (len(arm.path[i - 1]) if i else 0)
         stage = td.Stage(train=arm.train, steps=new * size.layer_steps + (arm.longer and i == last) * size.stage2_steps, lr=rate, name=f"stage 1.{i + 1}", mixers=mixers)
-        models, trained = train(stage, i, trained)
+        if stage.steps:
+            models, trained = train(stage, i, trained)
         if i in at(arm.report) and not sweep or i == last and sweep:
             measure(models, "1", replaced, False)
         if i in at(arm.then) and not sweep:
             before = tokens
-            second = dataclasses.replace(stage, train="all", steps=max(1, size.stage2_steps // (1 + arm.short)), lr=rate / 2, name=f"stage 2 after 1.{i + 1}")
+            second = dataclasses.replace(stage, train="all", steps=size.stage2_steps, lr=size.stage2_rate, name=f"stage 2 after 1.{i + 1}")
             models, full = train(second, 50 + i, trained)
             measure(models, "1 + 2", replaced, arm.judge)
             if seed == 0 and arm.judge:
@@ -425,7 +443,7 @@ def train_student(lab, arm, seed, rate, sweep, rows):
                 third = dataclasses.replace(second, loss="dpo", beta=0.1, steps=size.dpo_steps, lr=3e-5, name="stage 3")
                 reference = td.references(run, models, [*learned, *held], lab.out / "teacher")
                 rows[-1].update(td.preferences(run, third, models, held, reference[len(learned):]), held_out=len(held))
-                models, _ = train(third, 90 + i, full, td.pair_batches(run, learned, reference[:len(learned)], [seed, 90]))
+                models, _ = train(third, 90 + i, full, td.pair_batches(run, learned, reference[:len(learned)], [s.seed, 90]))
                 measure(models, "1 + 2 + 3", replaced, arm.judge, **td.preferences(run, third, models, held, reference[len(learned):]))
             tokens = before
         del models
@@ -435,13 +453,16 @@ DRAFTS = {"attention, 2 layers": ("attention", 2), "mamba2, 2 layers": ("mamba2"
 
 
 def make_draft(lab, name):
-    """A small student of the teacher's first, last and, of four, two layers between; saved."""
+    """A small student of the teacher's first, last and, of four, two layers between; saved, unless it diverges."""
     (mixer, count), n = DRAFTS[name], lab.size.n_layers
     layers = [round(i * (n - 1) / (count - 1)) for i in range(count)]
     run, base = lab.run, mil.keep_layers(lab.teacher, layers)
     stage = td.Stage(train="all", steps=lab.size.draft_steps, lr=1e-3, name=name, mixers=[mixer] * count)
     models = td.assemble(run, lab.teacher, base, stage, 1, {})
-    td.fit(run, td.State(), stage, models, td.training_batches(run, lab.corpus, [7, 0], td.graphs(run, stage, *models.configs)), io.StringIO(), "No draft was saved")
+    try:
+        td.fit(run, td.State(), stage, models, td.training_batches(run, lab.corpus, [7, 0], td.graphs(run, stage, *models.configs)), io.StringIO(), "No draft was saved")
+    except MilError as e:
+        return [dict(arm=f"draft, {name}", seed=0, rate=stage.lr, diverged=str(e))]
     td.save_student(run, models, lab.out / "models" / name, "bytes", torch.float32)
     return [dict(arm=f"draft, {name}", stages="draft", seed=0, **td.evaluate(run, models, lab.corpus, lab.encoding)[1])]
 
@@ -478,7 +499,6 @@ class Inline(contextlib.nullcontext):
         super().__init__()
 
     def submit(self, f, *args):
-        from concurrent.futures import Future
         future = Future()
         with contextlib.redirect_stdout(io.StringIO()):
             future.set_result(f(*args))
@@ -488,16 +508,18 @@ class Inline(contextlib.nullcontext):
 def all_arms(lab, pool, tables, seeds, began, journal):
     """The rows of every arm: the best rate by the sweep, then all seeds; and the sweep's own rows. Each goes to the journal as it comes."""
     rows, swept, waiting, plan, done = [], [], {}, arms(lab.size.n_layers, tables), 0
-    rates = {arm.name: list(lab.size.rates) for arm in plan}
+    rates = {arm.name: list(lab.size.rates) * any(arm.path) for arm in plan}  # none where there is no stage 1
 
     def submit(f, *args):
         waiting[pool.submit(work, f, *args)] = f, args
     for arm in plan:
         for rate in rates[arm.name]:
             submit(learn, arm, SWEEP, rate, True)
+        for seed in () if any(arm.path) else range(seeds):
+            submit(learn, arm, seed, None, False)
     for name in DRAFTS if "speculation" in tables else ():
         submit(make_draft, name)
-    total = len(waiting) + len(plan) * seeds
+    total = len(waiting) + sum(any(arm.path) for arm in plan) * seeds
     while waiting:
         for future in wait(waiting, return_when=FIRST_COMPLETED)[0]:
             (f, args), (found, seconds), done = waiting.pop(future), future.result(), done + 1
@@ -505,7 +527,7 @@ def all_arms(lab, pool, tables, seeds, began, journal):
             (swept if sweep else rows).extend(found)
             journal.write("".join(json.dumps(row) + "\n" for row in found))
             journal.flush()
-            td.show(f"{done} of {total} students  {time.perf_counter() - began:.0f} s  " + (f"{arm.name}, rate {args[2]:.3g}, {'sweep' if sweep else f'seed {args[1]}'}"
+            td.show(f"{done} of {total} students  {time.perf_counter() - began:.0f} s  " + (f"{arm.name}, {f'rate {args[2]:.3g}, sweep' if sweep else f'seed {args[1]}'}"
                     if f is learn else arm) + f": {seconds:.1f} s", done=not sys.stdout.isatty() and done % 10 == 0)
             if not sweep or len(mine := [row for row in swept if row["arm"] == arm.name]) < len(rates[arm.name]):
                 continue
@@ -519,7 +541,8 @@ def all_arms(lab, pool, tables, seeds, began, journal):
                 for seed in range(seeds):
                     submit(learn, arm, seed, best, False)
     for row in rows:
-        row["edge"] = row.get("rate") in (min(rates[row["arm"]]), max(rates[row["arm"]])) if row["arm"] in rates else False
+        tried = rates.get(row["arm"])
+        row["edge"] = bool(tried) and row["rate"] in (min(tried), max(tried))
     return rows, swept
 
 
@@ -558,7 +581,7 @@ def cell(rows, key, digits=3, percent=False):
 
 def rate(rows):
     """The learning rate of an arm, with a * where it is the lowest or highest that was tried."""
-    return f"{rows[0]['rate']:.2g}" + "*" * rows[0].get("edge", False) if rows else "–"
+    return f"{rows[0]['rate']:.2g}" + "*" * rows[0].get("edge", False) if rows and rows[0]["rate"] else "–"
 
 
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # Student's t, two-sided, of 1, 2 … degrees of freedom
@@ -573,14 +596,26 @@ class Table:
     claims: list = dataclasses.field(default_factory=list)  # (what is claimed, what is found, whether it holds)
     notes: list = dataclasses.field(default_factory=list)
 
-    def claim(self, what, a, b, key="kl"):
-        """That `key` of the rows a is less than that of b: it holds, or its opposite does, beyond the error of the difference at 95 % (Welch's t)."""
-        (x, ex), (y, ey) = mean(a, key), mean(b, key)
+    def claim(self, what, a, b, key="kl", paired=False, trials=0):
+        """That `key` of the rows a is less than that of b: it holds, or its opposite does, beyond the error of the difference at 95 %: Welch's t, or, `paired`,
+        that of the differences by seed. Where `key` is a share of so many `trials`, a side's error is at least the binomial one, which two students alike have too."""
+        def side(rows):
+            middle, error = mean(rows, key)
+            n = trials * len(rows)
+            share = (middle * n + 1) / (n + 2)
+            least = (share * (1 - share) / n) ** 0.5 if n else 0
+            return (max(least, error if error == error else 0), (len(rows) if len(rows) > 1 else n) - 1) if n or error == error else None
+        (x, _), (y, _) = mean(a, key), mean(b, key)
         if x == x and y == y:
-            known = [(e, len(r) - 1) for e, r in ((ex, a), (ey, b)) if e == e]
+            if paired:
+                other = {row["seed"]: row[key] for row in b}
+                _, error = pictures.mean([other[row["seed"]] - row[key] for row in a if row["seed"] in other])
+                known = [(error, len(a) - 1)] * (error == error)
+            else:
+                known = [one for one in map(side, (a, b)) if one] if max(len(a), len(b)) > 1 else []
             square = sum(e * e for e, _ in known)
             freedom = square**2 / sum(e**4 / n for e, n in known) if square else 1
-            error = T95[min(int(freedom), len(T95)) - 1] * square**0.5 if known else math.inf
+            error = T95[min(int(freedom + 1e-9), len(T95)) - 1] * square**0.5 if known else math.inf
             verdict = "one student each, not judged" if not known else "holds" if y - x > error else "the opposite holds" if x - y > error else "within the error"
             self.claims.append((what, f"{key} {x:.4g} and {y:.4g}", verdict))
 
@@ -597,10 +632,11 @@ class Table:
 
 
 class Rows(list):
-    """Rows of arms, and how to pick some."""
+    """Rows of arms, and how to pick some: none of an arm of which a student diverged."""
 
     def of(self, arm, replaced=None, stages=None):
-        return [r for r in self if r["arm"] == arm and "diverged" not in r and (replaced is None or r["replaced"] == replaced) and (stages is None or r["stages"] == stages)]
+        mine = [r for r in self if r["arm"] == arm]
+        return [r for r in mine if (replaced is None or r["replaced"] == replaced) and (stages is None or r["stages"] == stages)] if not any("diverged" in r for r in mine) else []
 
 
 def percent(replaced, n):
@@ -614,32 +650,34 @@ def kinds(n):
 
 
 def rank_correlation(a, b):
-    """Spearman's, of numbers without ties."""
-    ranks, n = [[sorted(values).index(v) for v in values] for values in (a, b)], len(a)
-    return 1 - 6 * sum((x - y) ** 2 for x, y in zip(*ranks)) / (n * (n * n - 1))
+    """Spearman's: the correlation of the ranks, the mean one for those that are equal; NaN where all are."""
+    x, y = ([sum(w < v for w in values) + sum(w == v for w in values) / 2 - len(values) / 2 for v in values] for values in (a, b))
+    square = sum(i * i for i in x) * sum(j * j for j in y)
+    return sum(i * j for i, j in zip(x, y)) / square**0.5 if square else math.nan
 
 
 def quality(rows, n, teacher):
-    t = Table("quality", "Quality by attention kept (Table 6 left): on unseen text, and of functions that are completed",
-              ["student", "attention", "tokens ÷ teacher's", "ppl", "÷ teacher", "paper ÷", "KL", "agree", "parses", "length", "teacher's nats"])
-    t.rows.append(["teacher", "100 %", "1", f"{teacher['perplexity']:.3f}", "1", "1", "0", "100 %", f"{teacher['parses']:.1%}", f"{teacher['length']:.0f}", f"{teacher['teacher_nats']:.3f}"])
-    for mixer, c in kinds(n):
+    t = Table("quality", "Quality by attention kept (Table 6 left), after stage 2: on unseen text with notes in it, and of functions that are completed",
+              ["student", "attention", "tokens ÷ teacher's", "rate", "ppl", "÷ teacher", "paper ÷", "KL", "agree", "parses", "length", "teacher's nats"])
+    t.rows.append(["teacher", "100 %", "1", "", f"{teacher['perplexity']:.3f}", "1", "1", "0", "100 %", f"{teacher['parses']:.1%}", f"{teacher['length']:.0f}", f"{teacher['teacher_nats']:.3f}"])
+    for mixer, c in [("Llama", 0), *kinds(n)]:
         r, kept = rows.of(mixer, c, "1 + 2"), 1 - c / n
         paper = f"{pictures.PAPER[kept]:.2f}" if mixer == "mamba" and kept in pictures.PAPER else ""
-        t.rows.append([mixer, percent(c, n), f"{r[0]['share']:.2f}" if r else "–", cell(r, "perplexity"), cell(r, "ratio", 4), paper, cell(r, "kl", 4), cell(r, "agreement", 1, True),
+        t.rows.append([mixer, percent(c, n), f"{r[0]['share']:.2f}" if r else "–", rate(r), cell(r, "perplexity"), cell(r, "ratio", 4), paper, cell(r, "kl", 4), cell(r, "agreement", 1, True),
                        cell(r, "parses", 1, True), cell(r, "length", 0), cell(r, "teacher_nats")])
     for (mixer, a), (other, b) in zip(kinds(n), kinds(n)[1:]):
         if mixer == other:
             for key, what in (("kl", "is nearer to the teacher than"), ("teacher_nats", "writes what the teacher finds likelier than what is written by")):
-                t.claim(f"{mixer}: {percent(a, n)} of attention {what} {percent(b, n)}", rows.of(mixer, a, "1 + 2"), rows.of(mixer, b, "1 + 2"), key)
+                t.claim(f"{mixer}: {percent(a, n)} of attention {what} {percent(b, n)}", rows.of(mixer, a, "1 + 2"), rows.of(mixer, b, "1 + 2"), key, paired=True)
     for c in (n // 2, n):
-        t.claim(f"{percent(c, n)} of attention: Mamba-2 is nearer to the teacher than Mamba", rows.of("mamba2", c, "1 + 2"), rows.of("mamba", c, "1 + 2"))
+        t.claim(f"(not the paper's) {percent(c, n)} of attention: Mamba-2 is nearer to the teacher than Mamba", rows.of("mamba2", c, "1 + 2"), rows.of("mamba", c, "1 + 2"))
     there = [r for k in kinds(n) if (r := rows.of(*k, "1 + 2"))]
     if len(there) > 2:
         values = {key: [sign * mean(r, key)[0] for r in there] for key, sign in (("perplexity", 1), ("kl", 1), ("parses", -1), ("teacher_nats", 1))}
-        t.notes.append("rank correlation of the students by perplexity with those " + ", ".join(
-            f"by {key} {rank_correlation(values['perplexity'], values[key]):.2f}" for key in ("kl", "parses", "teacher_nats")))
+        t.notes.append(f"rank correlation of these {len(there)} kinds of student by perplexity with those " + ", ".join(
+            f"by {key} " + (f"{r:.2f}" if (r := rank_correlation(values["perplexity"], values[key])) == r else "–") for key in ("kl", "parses", "teacher_nats")))
     t.notes.append(f"of the real functions {teacher['real_parses']:.1%} parse, {teacher['real_length']:.0f} bytes long: a text that breaks off inside a block does not")
+    t.notes.append("Llama: the teacher itself through stage 2, which is what more steps alone do")
     return t
 
 
@@ -682,53 +720,56 @@ def mixer(rows, n, teacher):
         t.rows.append([label, rate(r), cell(r, "perplexity"), cell(r, "ratio"), cell(r, "kl", 4), cell(r, "agreement", 1, True), paper])
     t.claim("Mamba beats nothing", found["Mamba"], found["nothing"])
     t.claim("Mamba-2 beats nothing", found["stepwise"], found["nothing"])
-    t.claim("Mamba beats linear attention", found["Mamba"], found["linear attention"])
+    t.claim("(not the paper's) Mamba beats linear attention", found["Mamba"], found["linear attention"])
+    t.notes.append("A = 0, Δ = 1 is linear attention, a sum that grows with the text: how much of what it loses is that growth, and how much a Δ that does not choose, is not told apart")
     return t
 
 
 def stages(rows, n, teacher):
     t = Table("stages", "Stages, half Mamba-2 (Table 6 right); preferences: of two functions, the one that parses",
-              ["stages", "tokens ÷ teacher's", "ppl", "÷ teacher", "KL", "parses", "length", "teacher's nats", "preferred, held out"])
-    found = {"1": rows.of("mamba2", n // 2, "1"), "1, as long as 1 + 2": rows.of("half, stage 1 longer"), **{name: rows.of("mamba2", n // 2, name) for name in ("1 + 2", "1 + 2 + 3")}}
+              ["stages", "tokens ÷ teacher's", "rate", "ppl", "÷ teacher", "KL", "parses", "length", "teacher's nats", "preferred, held out"])
+    found = {"1": rows.of("half, stepwise", n // 2, "1"), "1, as long as 1 + 2": rows.of("half, stage 1 longer"), **{name: rows.of("half, stepwise", n // 2, name) for name in ("1 + 2", "1 + 2 + 3")}}
     for name, r in found.items():
-        t.rows.append([name, f"{r[0]['share']:.2f}" if r else "–", cell(r, "perplexity"), cell(r, "ratio", 4), cell(r, "kl", 4), cell(r, "parses", 1, True), cell(r, "length", 0),
+        t.rows.append([name, f"{r[0]['share']:.2f}" if r else "–", rate(r), cell(r, "perplexity"), cell(r, "ratio", 4), cell(r, "kl", 4), cell(r, "parses", 1, True), cell(r, "length", 0),
                        cell(r, "teacher_nats"), cell(r, "preferred", 1, True)])
     t.claim("stage 2 is nearer to the teacher than as many more steps of stage 1", found["1 + 2"], found["1, as long as 1 + 2"])
-    t.claim("after preferences fewer functions do not parse", *([dict(broken=1 - x["parses"]) for x in found[k]] for k in ("1 + 2 + 3", "1 + 2")), "broken")
+    t.claim("after preferences fewer functions do not parse", *([dict(broken=1 - x["parses"], seed=x["seed"]) for x in found[k]] for k in ("1 + 2 + 3", "1 + 2")), "broken", paired=True)
     for x in found["1 + 2"][:1]:
-        t.notes.append(f"preferred: of {x['held_out']} pairs of files that no pair is learned from, those in which the chosen function has gained more over the teacher")
+        t.notes.append(f"preferred: of {x['held_out']} pairs of files that no pair is learned from, those in which the chosen function has gained more over the teacher; the pairs are not counted as tokens")
     return t
 
 
 def long(rows, n, teacher):
-    people = [("teacher", "100 %", [teacher])] + [(m, percent(c, n), rows.of(m, c, "1 + 2")) for m, c in kinds(n)]
+    people = [("teacher", "100 %", [teacher])] + [(m, percent(c, n), rows.of(m, c, "1 + 2")) for m, c in [("Llama", 0), *kinds(n)]]
     lengths = list(teacher["needles"])
-    t = Table("long", f"Needle in a haystack (Figure 4): the share of numbers found whole, mean over depths, by length in bytes; distilled at {teacher['context']:,}, the teacher trained at {teacher['teacher_context']:,}",
-              ["model", "attention", *(f"{int(k):,}" for k in lengths)])
+    t = Table("long", "Needle in a haystack without other notes (Figure 4): the share of numbers found whole, mean over depths, by length in bytes; "
+              f"distilled at {teacher['context']:,}, the teacher trained at {teacher['teacher_context']:,}", ["model", "attention", *(f"{int(k):,}" for k in lengths)])
     more = Table("context", f"Perplexity of the same {teacher['context'] // 4} bytes at the end of texts of growing length", ["model", "attention", *(f"{int(k):,}" for k in lengths)])
-    found = lambda r, k, lost=False: [dict(found=abs(lost - sum(x["needles"][k]) / len(x["needles"][k]))) for x in r]  # noqa: E731
-    at = lambda r, k: [dict(perplexity=x["by_length"][k]) for x in r]  # noqa: E731
+
+    def found(r, k):
+        shares = [(sum(x["needles"][k]) / len(x["needles"][k]), x.get("seed")) for x in r]
+        return [dict(found=share, missed=1 - share, seed=seed) for share, seed in shares]
+    at = lambda r, k: [dict(perplexity=x["by_length"][k], seed=x.get("seed")) for x in r]  # noqa: E731
     for name, kept, r in people:
         t.rows.append([name, kept, *(cell(found(r, k), "found", 0, True) for k in lengths)])
         more.rows.append([name, kept, *(cell(at(r, k), "perplexity", 2) for k in lengths)])
     within = [k for k in lengths if int(k) <= teacher["teacher_context"]][-1]
     t.notes.append(f"within its context, at {int(within):,} bytes, the teacher finds {mean(found([teacher], within), 'found')[0]:.0%}; where that is little, this table says nothing of its students")
     far, near = lengths[-1], [k for k in lengths if int(k) <= teacher["context"]][-1]
-    missed = lambda r: [dict(missed=x["found"]) for x in found(r, far, True)]  # noqa: E731
-    for name, kept, r in people[1:]:
-        t.claim(f"{name}, {kept} of attention: misses fewer at {int(far):,} bytes than the teacher", missed(r), missed([teacher]), "missed")
-        more.claim(f"{name}, {kept} of attention: less perplexed after {int(far):,} bytes than the teacher", at(r, far), at([teacher], far), "perplexity")
-        more.claim(f"{name}, {kept} of attention: less perplexed after {int(far):,} bytes than after {int(near):,}", at(r, far), at(r, near), "perplexity")
+    for name, kept, r in people[2:]:
+        t.claim(f"{name}, {kept} of attention: misses fewer at {int(far):,} bytes than the teacher", found(r, far), found([teacher], far), "missed",
+                trials=teacher["samples"] * len(teacher["needles"][far]))
+        more.claim(f"(not the paper's) {name}, {kept} of attention: less perplexed after {int(far):,} bytes than the teacher", at(r, far), at([teacher], far), "perplexity")
+        more.claim(f"(not the paper's) {name}, {kept} of attention: less perplexed after {int(far):,} bytes than after {int(near):,}", at(r, far), at(r, near), "perplexity", paired=True)
     return t, more
 
 
 def speculation(lab):
     """Every target with every draft, greedy and sampled: tokens a pass, acceptance, speed."""
     size, n = lab.size, lab.size.n_layers
-    load = lambda place: mil.pack(mil.load(place, lab.device, lab.kind))  # noqa: E731
-    targets = {"Llama": load(lab.out / "teacher"), **{f"{m}, {percent(c, n)}": load(lab.out / "models" / f"{m}-{c}")
-                                                       for m, c in (("mamba2", n // 2), ("mamba2", n), ("mamba", n))}}
-    drafts = {name: load(lab.out / "models" / name) for name in DRAFTS}
+    places = {"Llama": lab.out / "teacher", **{f"{m}, {percent(c, n)}": lab.out / "models" / f"{m}-{c}" for m, c in (("mamba2", n // 2), ("mamba2", n), ("mamba", n))}}
+    targets, drafts = ({name: mil.pack(mil.load(place, lab.device, lab.kind)) for name, place in some.items() if place.exists()}  # of what has diverged there is none
+                       for some in (places, {name: lab.out / "models" / name for name in DRAFTS}))
     asked = functions(lab.unseen, size.texts, size.context // 4, 0, random.Random(5))
     prompts = [generate.encode(lab.encoding, text)[-size.context // 4:] for _, text, *_ in asked]
     rows = []
@@ -757,7 +798,8 @@ def speculation(lab):
                     rows.append(dict(target=name, draft=draft, temperature=temperature, K=K, per_pass=per_pass, kept=kept, tokens_s=speed, plain=plain))
                     td.show(f"speculation: {name}, {draft}, K = {K}", done=False)
     t = Table("speculation", "Speculative decoding, batch 1: tokens a pass of the target (± between texts) and speed over plain, at the K that is fastest (Tables 1 and 5)",
-              ["target", "draft", "text", "K", "tokens a pass", "kept", "÷ plain", "tokens/s"])
+              ["target", "draft", "text", "K", "tokens a pass", "accepted", "÷ plain", "tokens/s"],
+              notes=["the drafts are one each, of one rate, Mamba-2 in all layers at once: no fair comparison of kinds of draft"])
     for name in targets:
         for temperature in (0, 1):
             for draft in drafts:
@@ -835,18 +877,20 @@ def main(argv):
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores, {platform.machine()}"
     versions = f"{machine}, Python {platform.python_version()}, torch {torch.__version__}"
     td.show(f"{versions}" + "; smoke size: the figures mean nothing" * small)
-    clock = {}
+    clock, plan = {}, arms(size.n_layers, tables)
 
     def lap(name):
         clock[name] = round(time.perf_counter() - began - sum(clock.values()), 1)
         td.show(f"[{name}: {clock[name]} s, {time.perf_counter() - began:.0f} s in all]")
 
     lab = Lab(size, o.out, device)
+    shutil.rmtree(lab.out / "models", ignore_errors=True)  # of an earlier run
     teacher = {}
     if set(tables) - {"cost"}:
         lab.make_teacher()
         models = td.prepare(lab.run, td.Models(None, lab.teacher))
-        teacher = {"context": size.context, "teacher_context": size.teacher_context, **td.evaluate(lab.run, models, lab.corpus, lab.encoding)[0], **lab.writing(lab.teacher), "needles": lab.needles(lab.teacher), "by_length": lab.by_length(lab.teacher)}
+        teacher = {"context": size.context, "teacher_context": size.teacher_context, "samples": size.samples, **td.evaluate(lab.run, models, lab.corpus, lab.encoding)[0],
+                   **lab.writing(lab.teacher), "needles": lab.needles(lab.teacher), "by_length": lab.by_length(lab.teacher)}
         parameters, within = sum(w.numel() for w in lab.teacher.parameters()), [k for k in teacher["needles"] if k <= size.teacher_context][-1]
         td.show(f"teacher: {parameters / 1e6:.1f} M parameters, {lab.teacher_tokens / 1e6:.0f} M tokens; perplexity {teacher['perplexity']:.3f}; within its "
                 f"{size.teacher_context} bytes it finds {sum(teacher['needles'][within]) / size.depths:.0%} of the needles; perplexity of the same bytes at the "
@@ -878,18 +922,15 @@ def main(argv):
             if name == "cost":
                 more["scan"] = scans(size)
             lap(name)
-    for table in made:
-        print(table.text())
-    for row in rows:
-        if "diverged" in row:
-            print(f"left out: {row['arm']}, seed {row['seed']}, rate {row['rate']:.2g}: {row['diverged']}")
+    lost = [f"left out: {row['arm']}: with seed {row['seed']}, {row['diverged']}" for row in rows if "diverged" in row]
+    print(LEGEND, *(table.text() for table in made), *lost, sep="\n")
     seconds = time.perf_counter() - began
     print(f"\n{seconds:.0f} s in all: {', '.join(f'{k} {v:.0f}' for k, v in clock.items())}; {versions}" + "; smoke size: the figures, and what holds, mean nothing" * small)
-    report = dict(versions=versions, seconds=seconds, clock=clock, size=dataclasses.asdict(size), seeds=o.seeds, teacher=teacher, rows=rows, sweep=swept, **more,
+    report = dict(versions=versions, seconds=seconds, clock=clock, size=dataclasses.asdict(size), seeds=o.seeds, teacher=teacher, rows=rows, sweep=swept, arms=list(map(dataclasses.asdict, plan)), **more,
                   claims={t.name: t.claims for t in made}, tables={t.name: [t.columns, *t.rows] for t in made})
     mil.make_directory(lab.out)
     mil.write_whole(lab.out / "reproduce.json", lambda f: f.write(json.dumps(report, indent=1).encode()))
-    mil.write_whole(lab.out / "reproduce.md", lambda f: f.write(("\n".join(t.text("|") for t in made) + f"\n{seconds:.0f} s on {versions}\n").encode()))
+    mil.write_whole(lab.out / "reproduce.md", lambda f: f.write("\n\n".join([LEGEND, *(t.text("|") for t in made), *lost, f"{seconds:.0f} s on {versions}\n"]).encode()))
     try:
         pictures.draw(json.loads(json.dumps(report)), o.assets or lab.out / "assets")
     except ImportError:

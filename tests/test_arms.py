@@ -11,6 +11,8 @@ import pytest
 import reproduce as r
 import torch
 from conftest import DEVICE, build
+from hypothesis import given
+from hypothesis import strategies as st
 
 import generate
 import mil
@@ -34,7 +36,7 @@ def lab(tmp_path):
     model = build(mil.Config(v=257, d=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=24, context=64), torch.float32)
     lab.source = SimpleNamespace(read=lambda: (model, model))
     tokens = np.random.default_rng(0).integers(0, 257, 2000).astype(np.int16)
-    lab.corpus = td.Corpus(tokens, tokens, [np.arange(0, 2000, 300)] * 2, "", "")
+    lab.corpus = lab.sweep_corpus = td.Corpus(tokens, tokens, [np.arange(0, 2000, 300)] * 2, "", "")
     text = lambda who: ["".join(f"def {who}_{i}({'x' * i}):\n    return {i}\n" for i in range(9))]  # noqa: E731
     lab.raw, lab.unseen = text("seen"), text("unseen")
     return lab
@@ -98,11 +100,15 @@ def test_the_teacher_goes_on_in_long_texts_from_where_it_was_in_short_ones_and_i
     monkeypatch.setattr(td, "fit", watched)
     lab.make_teacher()
     lab.make_teacher()
+    assert len(seen) == 2
     short, long = (mil.load(lab.out / name, DEVICE, torch.float32) for name in ("short", "teacher"))
     assert [one[:4] + tuple(one[5:]) for one in seen] == [("teacher", 64, 4, 64, (4, 64)), ("teacher, long texts", 128, 2, 128, (2, 128))]
     assert (short.config.context, long.config.context) == (64, 128) and same(seen[1][4], dict(short.named_parameters()))
     assert not any(torch.equal(w, v) for w, v in zip(short.parameters(), long.parameters()))
     assert lab.teacher_tokens == 10 * 4 * 64 + 5 * 2 * 128
+    lab.s = dataclasses.replace(lab.s, rope_theta=123.0)
+    lab.make_teacher()
+    assert len(seen) == 4 and mil.read_config(lab.out / "teacher")["config"].rope_theta == 123
 
 
 @pytest.fixture
@@ -143,14 +149,23 @@ def test_a_row_counts_the_tokens_that_its_own_student_learned_from(lab, fits):
     rows, a_step = r.learn(lab, STEPWISE, 0, 1e-3, False), 2 * 64
     assert [(row["replaced"], row["stages"], row["tokens"] / a_step) for row in rows] == [(1, "1", 3), (1, "1 + 2", 8), (2, "1", 6), (2, "1 + 2", 11)]
     assert [row["share"] for row in rows] == [row["tokens"] / (10 * 4 * 64 + 5 * 2 * 128) for row in rows] and {row["ratio"] for row in rows} == {1.5}
-    assert [fits[name].stage.steps for name in fits] == [3, 5, 3, 5] and [fits[name].stage.lr for name in fits] == pytest.approx([1e-3, 5e-4] * 2)
+    assert [fits[name].stage.steps for name in fits] == [3, 5, 3, 5] and [fits[name].stage.lr for name in fits] == pytest.approx([1e-3, 3e-3] * 2)
 
 
-def test_a_short_arm_has_half_of_stage_2_and_none_of_less_than_a_step(lab, fits):
-    for steps in (1, 5):
-        lab.size.stage2_steps = steps
-        r.learn(lab, dataclasses.replace(STEPWISE, short=True), 0, 1e-3, False)
-        assert [fits[name].stage.steps for name in fits] == [3, max(1, steps // 2)] * 2
+def test_an_arm_that_replaces_nothing_has_stage_2_alone(lab, fits):
+    arm, = (arm for arm in r.arms(8, ("quality",)) if arm.name == "Llama")
+    row, = r.learn(lab, dataclasses.replace(arm, judge=False), 0, None, False)
+    (found,) = fits.values()
+    assert (row["replaced"], row["stages"], row["tokens"]) == (0, "1 + 2", 5 * 2 * 64) and found.stage.lr == 3e-3 and same(found.before, dict(lab.teacher.named_parameters()))
+    assert found.trains == {name for name, _ in lab.teacher.named_parameters()} and not any(torch.equal(found.before[k], found.after[k]) for k in found.trains)
+
+
+def test_rates_are_chosen_on_text_that_nothing_else_is_measured_on(lab, fits, monkeypatch):
+    seen, lab.sweep_corpus = [], dataclasses.replace(lab.corpus)
+    monkeypatch.setattr(td, "evaluate", lambda run, models, corpus, encoding: seen.append(corpus) or ({"perplexity": 2.0}, {"perplexity": 3.0, "kl": 0.5}))
+    for sweep in (True, False):
+        r.learn(lab, STEPWISE, 0, 1e-3, sweep)
+    assert [corpus is lab.sweep_corpus for corpus in seen] == [True] + [False] * 4 and all(corpus is lab.corpus for corpus in seen[1:])
 
 
 def test_the_sweep_measures_the_end_of_stage_1_and_no_more(lab, fits):
@@ -202,6 +217,29 @@ def test_a_draft_has_the_teachers_first_and_last_layer_and_those_between_evenly(
 # Its tables
 
 
+@given(st.lists(st.integers(-999, 999), min_size=3, max_size=3, unique=True))
+def test_three_students_are_judged_beside_one_model_by_two_degrees_of_freedom(values):
+    a, table = [v / 7 for v in values], r.Table("t", "T", ["a"])
+    middle, error = r.mean([dict(kl=v) for v in a], "kl")
+    for times in (4.2, 4.4):
+        table.claim("what", [dict(kl=v) for v in a], [dict(kl=middle + times * error)])
+    assert [claim[2] for claim in table.claims] == ["within the error", "holds"]
+
+
+def test_a_student_is_compared_with_itself():
+    table, before = r.Table("t", "T", ["a"]), [dict(kl=v, seed=seed) for seed, v in enumerate((1, 5, 9))]
+    for gains in ((1, 1.1, 0.9), (1, -1, 3)):
+        table.claim("what", [dict(kl=row["kl"] - gain, seed=row["seed"]) for row, gain in reversed([*zip(before, gains)])], before, paired=True)
+    assert [claim[2] for claim in table.claims] == ["holds", "within the error"]
+
+
+def test_students_that_all_miss_as_often_are_not_certain_to():
+    table = r.Table("t", "T", ["a"])
+    for missed, trials in ((63 / 64, 64), (63 / 64, 10**6), (0, 64)):
+        table.claim("what", [dict(kl=missed)] * 3, [dict(kl=1)], trials=trials)
+    assert [claim[2] for claim in table.claims] == ["within the error", "holds", "holds"]
+
+
 def test_a_claim_knows_the_errors_of_both_sides():
     table = r.Table("t", "T", ["a"])
     for a, b, verdict in (((0, 2), (6, 8), "within the error"), ((0, 2), (6.2, 8.2), "holds"), ((0, 2), (14, 14), "holds"), ((0, 2), (13.6, 13.6), "within the error")):  # 4.30 × √2, and of one side's error alone 12.71 × 1
@@ -219,7 +257,7 @@ def figures():
                 key = arm.name, len(arm.path[i]), stages
                 kls.setdefault(key, (len(kls) + 1) / 1000)
                 more = {"1 + 2": dict(preferred=0.3, held_out=7), "1 + 2 + 3": dict(preferred=0.9)}.get(stages, {})
-                rows += [dict(arm=arm.name, replaced=key[1], stages=stages, kl=kls[key] + error, perplexity=1 + kls[key], ratio=1, agreement=kls[key], parses=kls[key], length=9,
+                rows += [dict(arm=arm.name, seed=error > 0, replaced=key[1], stages=stages, kl=kls[key] + error, perplexity=1 + kls[key], ratio=1, agreement=kls[key], parses=kls[key], length=9,
                               teacher_nats=1, rate=1, share=0.5, **more) for error in (-1e-5, 1e-5)]
     return rows, kls
 
@@ -241,9 +279,9 @@ def test_the_tables_show_the_rows_of_the_arms_that_they_name(figures):
     got = shown(r.mixer(rows, 8, {}), "in its place")
     assert got == {(name,): cell(f"half, {arm}", 4, "1 + 2") for name, arm in (("Mamba-2", "stepwise"), ("Mamba", "Mamba"), ("Mamba with A = 0, Δ = 1", "linear attention"), ("nothing", "nothing"))}
     got = shown(r.quality(rows, 8, TEACHER), "student", "attention")
-    assert got == {("teacher", "100 %"): "0", **{(name, kept): cell(name, c, "1 + 2") for name in ("mamba2", "mamba") for kept, c in (("50 %", 4), ("25 %", 6), ("12.5 %", 7), ("0 %", 8))}}
+    assert got == {("teacher", "100 %"): "0", ("Llama", "100 %"): cell("Llama", 0, "1 + 2"), **{(name, kept): cell(name, c, "1 + 2") for name in ("mamba2", "mamba") for kept, c in (("50 %", 4), ("25 %", 6), ("12.5 %", 7), ("0 %", 8))}}
     table = r.stages(rows, 8, {})
-    assert shown(table, "stages") == {("1, as long as 1 + 2",): cell("half, stage 1 longer", 4, "1"), **{(name,): cell("mamba2", 4, name) for name in ("1", "1 + 2", "1 + 2 + 3")}}
+    assert shown(table, "stages") == {("1, as long as 1 + 2",): cell("half, stage 1 longer", 4, "1"), **{(name,): cell("half, stepwise", 4, name) for name in ("1", "1 + 2", "1 + 2 + 3")}}
     assert [row[-1] for row in table.rows] == ["–", "–", "30.0 ± 0.0 %", "90.0 ± 0.0 %"] and table.notes[0].startswith("preferred: of 7 pairs")
 
 
@@ -257,16 +295,16 @@ def test_the_claims_compare_the_rows_of_the_arms_that_they_name(figures):
             want[f"{kept}, MLPs {mlps}: attention's weights beat random ones"] = (names["attention", mlps], c, "1"), (names["random", mlps], c, "1")
         for begin in ("attention", "random"):
             want[f"{kept}, from {begin}: frozen MLPs beat trained ones"] = (names[begin, "frozen"], c, "1"), (names[begin, "trained"], c, "1")
-        want[f"{kept} of attention: Mamba-2 is nearer to the teacher than Mamba"] = ("mamba2", c, "1 + 2"), ("mamba", c, "1 + 2")
+        want[f"(not the paper's) {kept} of attention: Mamba-2 is nearer to the teacher than Mamba"] = ("mamba2", c, "1 + 2"), ("mamba", c, "1 + 2")
     for kept, c, share in (("50 %", 4, "half"), ("25 %", 6, "quarter")):
         for what, arm in (("stepwise beats at once", "at once"), ("attention spread evenly beats attention in the last layers", "first"), ("attention spread evenly beats attention in the first layers", "last")):
             want[f"{kept}: {what}"] = (f"{share}, stepwise", c, "1"), (HALF[arm].replace("half", share), c, "1")
-    for what, a, b in (("Mamba beats nothing", "Mamba", "nothing"), ("Mamba-2 beats nothing", "stepwise", "nothing"), ("Mamba beats linear attention", "Mamba", "linear attention")):
+    for what, a, b in (("Mamba beats nothing", "Mamba", "nothing"), ("Mamba-2 beats nothing", "stepwise", "nothing"), ("(not the paper's) Mamba beats linear attention", "Mamba", "linear attention")):
         want[what] = (f"half, {a}", 4, "1 + 2"), (f"half, {b}", 4, "1 + 2")
     for name in ("mamba2", "mamba"):
         for (a, b), (x, y) in zip((("50", "25"), ("25", "12.5"), ("12.5", "0")), ((4, 6), (6, 7), (7, 8))):
             want[f"{name}: {a} % of attention is nearer to the teacher than {b} %"] = (name, x, "1 + 2"), (name, y, "1 + 2")
-    want["stage 2 is nearer to the teacher than as many more steps of stage 1"] = ("mamba2", 4, "1 + 2"), ("half, stage 1 longer", 4, "1")
+    want["stage 2 is nearer to the teacher than as many more steps of stage 1"] = ("half, stepwise", 4, "1 + 2"), ("half, stage 1 longer", 4, "1")
     assert found == {what: (f"kl {kls[a]:.4g} and {kls[b]:.4g}", "holds" if kls[a] < kls[b] else "the opposite holds") for what, (a, b) in want.items()}
 
 
@@ -277,8 +315,12 @@ def test_preferences_and_stage_2_are_claimed_to_do_what_the_paper_says_of_them(f
 
 
 def test_of_long_texts_it_is_claimed_what_is_missed_and_what_perplexes_at_the_greatest_length():
-    row = lambda found, last: dict(arm="mamba", replaced=4, stages="1 + 2", context=64, teacher_context=128, needles={64: [1, 1], 128: found}, by_length={64: 1.8, 128: last})  # noqa: E731
-    needles, texts = r.long(r.Rows([row([1, 0.5], 2.5), row([1, 0.52], 2.6)]), 8, row([0, 0.5], 9.0))
+    row = lambda found, last, seed=0, samples=100: dict(arm="mamba", seed=seed, replaced=4, stages="1 + 2", context=64, teacher_context=128, samples=samples,  # noqa: E731
+                                                        needles={64: [1, 1], 128: found}, by_length={64: 1.8, 128: last})
+    students = r.Rows([row([1, 0.5], 2.5), row([1, 0.52], 2.6, 1)])
+    needles, texts = r.long(students, 8, row([0, 0.5], 9.0))
+    few, _ = r.long(students, 8, row([0, 0.5], 9.0, samples=2))  # four needles a model say nothing
+    assert [claim[2] for claim in few.claims] == ["within the error"] and "at 128 bytes, the teacher finds 25%" in few.notes[0]
     assert [line[:2] + line[-1:] for line in needles.rows if line[-1] != "–"] == [["teacher", "100 %", "25 %"], ["mamba", "50 %", "76 ± 1 %"]]
     assert [line[2:] for line in texts.rows if line[-1] != "–"] == [["1.80", "9.00"], ["1.80 ± 0.00", "2.55 ± 0.05"]]
     assert [claim[1:] for claim in needles.claims] == [("missed 0.245 and 0.75", "holds")]
@@ -286,8 +328,9 @@ def test_of_long_texts_it_is_claimed_what_is_missed_and_what_perplexes_at_the_gr
 
 
 def test_students_are_ranked_by_what_they_write_from_the_best(figures):
-    assert r.quality(figures[0], 8, TEACHER).notes[0].startswith("rank correlation of the students by perplexity with those by kl 1.00, by parses -1.00")  # who is worse parses more there
-    assert r.rank_correlation([1, 2, 3, 4], [10, 30, 20, 40]) == pytest.approx(0.8)
+    assert r.quality(figures[0], 8, TEACHER).notes[0].startswith("rank correlation of these 8 kinds of student by perplexity with those by kl 1.00, by parses -1.00")  # who is worse parses more there
+    assert r.rank_correlation([1, 2, 3, 4], [10, 30, 20, 40]) == pytest.approx(0.8) and r.rank_correlation([1, 2, 3, 4], [1, 1, 2, 2]) == pytest.approx(0.8 ** 0.5)
+    assert math.isnan(r.rank_correlation([1, 2, 3], [5, 5, 5]))
 
 
 def test_a_rate_at_an_end_of_those_that_were_tried_has_a_star():
