@@ -556,7 +556,7 @@ def windows(data, begins, starts, length):
     return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(pos)
 
 
-def to_device(x, y, pos, device, most=0, **more):
+def to_device(x, y, pos, device, most=0):
     """A batch: x, y (b, l), docs their Documents (None where every row is one), `at` the places in the flattened targets that are learned (None: all).
     With `most`, one for a CUDA graph (`graph`), whose tensors have the same shape every time: all places (losses skip those that are not learned), and
     room for so many documents; with more of them than that it is an ordinary one."""
@@ -564,7 +564,7 @@ def to_device(x, y, pos, device, most=0, **more):
     at = (y.flatten() >= 0).nonzero()[:, 0]
     send = lambda t: t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t  # noqa: E731
     return SimpleNamespace(x=send(x), y=send(y), at=None if graph or len(at) == y.numel() else send(at), graph=graph,
-                           docs=mil.Documents(pos, device, most * graph) if graph or (pos[:, 1:] == 0).any() else None, **{k: send(t) for k, t in more.items()})
+                           docs=mil.Documents(pos, device, most * graph) if graph or (pos[:, 1:] == 0).any() else None)
 
 
 def training_batches(run, corpus, seed, graph=False):
@@ -644,18 +644,17 @@ def cut(ids, most):
     return ids[prompt - kept:][:most]
 
 
-def pair_batch(run, pairs, reference=None):
-    """A batch of pairs: the rows of the chosen, then those of the rejected, padded on the right; reference (pairs, 2): their log-probabilities."""
+def pair_batch(run, pairs):
+    """A batch of pairs: the rows of the chosen, then those of the rejected, padded on the right."""
     rows = [ids for side in zip(*pairs) for ids in side]
     block = torch.full((len(rows), max(map(len, rows))), -1)  # ~0, a token that is read and not learned
     for row, ids in zip(block, rows):
         row[:len(ids)] = torch.tensor(ids)
     x, y = torch.where(block < 0, ~block, block)[:, :-1], block.masked_fill(block < 0, -100)[:, 1:]
-    more = {} if reference is None else {"reference": reference}
-    return to_device(x, y, torch.arange(x.shape[1]).expand(x.shape), run.device, **more)
+    return to_device(x, y, torch.arange(x.shape[1]).expand(x.shape), run.device)
 
 
-def pair_batches(run, pairs, reference, seed):
+def pair_batches(run, pairs, seed):
     """As training_batches, the second number being that of the pairs. Every pair once, in a random order, then again in another."""
     count = run.s.batch // 2
 
@@ -663,7 +662,7 @@ def pair_batches(run, pairs, reference, seed):
         epochs = range(step * count // len(pairs), ((step + 1) * count - 1) // len(pairs) + 1)
         order = np.concatenate([np.random.default_rng([*seed, epoch]).permutation(len(pairs)) for epoch in epochs])
         mine = order[step * count - epochs[0] * len(pairs):][:count]
-        return [pair_batch(run, [pairs[i] for i in mine[part]], reference[mine[part]]) for part in shares(run, count)], count
+        return [pair_batch(run, [pairs[i] for i in mine[part]]) for part in shares(run, count)], count
     return batch
 
 
@@ -811,7 +810,7 @@ class Both(nn.Module):
         if self.teacher is not None and teacher_u is not None:
             with torch.no_grad():
                 teacher_u = self.teacher(teacher_u, angles[0], None, docs)
-        if self.student is not None and u is not None:
+        if self.student is not None:
             layer = self.student
             u = checkpoint(layer, u, angles[1], None, docs, use_reentrant=False) if self.again and torch.is_grad_enabled() else layer(u, angles[1], None, docs)
         return teacher_u, u
@@ -846,10 +845,10 @@ class Models(nn.Module):
             return self.compare(batch, targets)
         return getattr(self, stage.loss)(batch, targets, stage, scale)
 
-    def hidden(self, batch, teach, learn=True):
-        """What their heads read (tokens, d), of the places that are learned: teacher's and student's, None where it is not asked for."""
+    def hidden(self, batch, teach):
+        """What their heads read (tokens, d), of the places that are learned: the teacher's, None where it is not asked for, and the student's."""
         teacher_u, teachers = self.teacher.start(batch.x, None, batch.docs) if teach else (None, None)
-        u, students = self.student.start(batch.x, None, batch.docs) if learn else (None, None)
+        u, students = self.student.start(batch.x, None, batch.docs)
         for both in self.layers:
             teacher_u, u = both(teacher_u, u, (teachers, students), batch.docs)
         out = []
@@ -868,8 +867,9 @@ class Models(nn.Module):
 
     def dpo(self, batch, targets, stage, scale):
         """Eq. 4: the same over pairs; for the log, how often and by how much the chosen answer is preferred."""
-        hidden, head = self.hidden(batch, False)[1], self.student.lm_head.weight
-        chosen, rejected = (self.log_probabilities(batch, hidden.detach(), head, targets) - batch.reference.T.flatten()).chunk(2)
+        (teacher_hidden, hidden), head = self.hidden(batch, True), self.student.lm_head.weight
+        reference = self.log_probabilities(batch, teacher_hidden, self.teacher.lm_head.weight, targets)
+        chosen, rejected = (self.log_probabilities(batch, hidden.detach(), head, targets) - reference).chunk(2)
         margin = stage.beta * (chosen - rejected)                                              # (pairs,)
         loss, more = -F.logsigmoid(margin).sum() * scale, torch.stack([(margin > 0).float().sum(), margin.sum()]) * scale
         if torch.is_grad_enabled():  # the gradient of Eq. 4 is that of the rows' CE, so weighted: a second pass over the head, so that no logits are kept
@@ -878,10 +878,6 @@ class Models(nn.Module):
             same, *_ = DistillationLoss.apply(hidden, head, None, None, targets, alpha, alpha, 1.0, False)
             loss = same - same.detach() + loss
         return loss, more
-
-    def reference(self, batch, targets, stage, scale):
-        """The teacher's log-probability of each row."""
-        return self.log_probabilities(batch, self.hidden(batch, True, False)[0], self.teacher.lm_head.weight, targets)
 
     def row_of(self, batch):
         """The row of each learned place."""
@@ -1201,29 +1197,11 @@ def evaluate(run, models, corpus, encoding):
 
 
 @torch.no_grad()
-def references(run, models, pairs, teacher):
-    """The log-probabilities of all pairs (n, 2) by the teacher in that folder, made once and kept in out/data."""
-    key = identity(weights_in(teacher), repr(pairs), run.s.dtype)
-    place = Path(run.s.out) / "data" / f"{key}.reference.npy"
-    if not place.exists():
-        out = torch.zeros(len(pairs), 2, device=run.device)
-        for mine, real in turns(run, len(pairs), run.s.batch // 2):
-            out[mine] += real * models(pair_batch(run, [pairs[i] for i in mine]), Stage(loss="reference")).view(2, -1).T
-            show(f"reference: {mine[-1] + 1} of {len(pairs)} pairs", done=mine[-1] == len(pairs) - 1)
-        out = added_up(run, out).cpu().numpy()
-        if run.rank == 0:
-            mil.make_directory(place.parent)
-            mil.write_whole(place, lambda f: np.save(f, out))
-        together(run)
-    return torch.from_numpy(np.load(place))
-
-
-@torch.no_grad()
-def preferences(run, stage, models, pairs, reference):
+def preferences(run, stage, models, pairs):
     """How often the chosen answer gains more over the teacher than the rejected one, its standard error, and by how much (β times, in nats)."""
     total = torch.zeros(2, device=run.device)
     for mine, real in turns(run, len(pairs), run.s.batch // 2):
-        total += real * models(pair_batch(run, [pairs[i] for i in mine], reference[mine]), stage)[1]
+        total += real * models(pair_batch(run, [pairs[i] for i in mine]), stage)[1]
     right, margin = added_up(run, total).tolist()
     rather = (right + 1) / (len(pairs) + 2)  # so that a few pairs that agree are not taken for certain
     return {"preferred": right / len(pairs), "preferred_error": (rather * (1 - rather) / (len(pairs) + 2)) ** 0.5, "margin": margin / len(pairs)}
@@ -1370,21 +1348,20 @@ def distill(run, state, stages, source, corpora, encoding, tokenizer, journal):
             continue
         models = assemble(run, *source.read(), stage, number, state.trained)
         state.before = state.before if state.step else evaluate(run, models, validation, encoding)[1]["kl"]
-        more = lambda: {}  # noqa: E731
+        held = ()
         if stage.loss == "dpo":
             train, held = load_pairs(s, stage.data, encoding)
-            reference = references(run, models, [*train, *held], source.place)
-            batches = pair_batches(run, train, reference[:len(train)], [s.seed, number])
-            more = lambda models=models, stage=stage, held=held, rest=reference[len(train):]: preferences(run, stage, models, held, rest)  # noqa: E731
+            batches = pair_batches(run, train, [s.seed, number])
         else:
             batches = training_batches(run, corpora(stage.data, answers=s.pseudo_labels and not stage.data), [s.seed, number], graphs(run, stage, *models.configs))
         fit(run, state, stage, models, batches, journal, last_good)
-        report(stage.name, models, {**(throughput(run, state, stage) if stage.loss == "distill" else {"seconds": state.seconds}), "kl_before": state.before, **more()})
+        took = throughput(run, state, stage) if stage.loss == "distill" else {"seconds": state.seconds}
+        report(stage.name, models, {**took, "kl_before": state.before, **(preferences(run, stage, models, held) if held else {})})
         save_student(run, models, place, tokenizer, kind, stage=stage.name)
         last_good = f"The last good checkpoint is {place}, after {stage.name}"
         state.stage, state.step, state.seconds = number + 1, 0, 0.0
         state.trained = save_state(run, state, models)
-        del models, batches, more  # the next student comes before this one would go
+        del models, batches  # the next student comes before this one would go
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1415,8 +1392,7 @@ def forward_flops(config, context):
 def flops(teacher, student, stage, context):
     """Model FLOPs of a stage's step, per token, what is computed twice counted once: the teacher's forward; the student's forward and, as much again,
     the gradients of what its layers read; and two for each parameter of a matrix that learns."""
-    asked = teacher is not None and stage.loss == "distill" and stage.beta > 0
-    return (forward_flops(teacher, context) if asked else 0) + 2 * forward_flops(student, context) + 2 * matrices(student, stage.trains)
+    return (forward_flops(teacher, context) if teacher and stage.beta > 0 else 0) + 2 * forward_flops(student, context) + 2 * matrices(student, stage.trains)
 
 
 def memory_needed(s, student, stage, teacher_bytes, base_bytes=0, processes=1, kind="cuda"):

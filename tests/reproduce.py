@@ -441,10 +441,9 @@ def train_student(lab, arm, seed, rate, sweep, rows):
                 pairs = json.loads((lab.out / "pairs.json").read_text())
                 held, learned = ([pair for number, *pair in pairs if (number % 4 == 0) == out] for out in (True, False))  # by file
                 third = dataclasses.replace(second, loss="dpo", beta=0.1, steps=size.dpo_steps, lr=3e-5, name="stage 3")
-                reference = td.references(run, models, [*learned, *held], lab.out / "teacher")
-                rows[-1].update(td.preferences(run, third, models, held, reference[len(learned):]), held_out=len(held))
-                models, _ = train(third, 90 + i, full, td.pair_batches(run, learned, reference[:len(learned)], [s.seed, 90]))
-                measure(models, "1 + 2 + 3", replaced, arm.judge, **td.preferences(run, third, models, held, reference[len(learned):]))
+                rows[-1].update(td.preferences(run, third, models, held), held_out=len(held))
+                models, _ = train(third, 90 + i, full, td.pair_batches(run, learned, [s.seed, 90]))
+                measure(models, "1 + 2 + 3", replaced, arm.judge, **td.preferences(run, third, models, held))
             tokens = before
         del models
 
