@@ -547,13 +547,10 @@ def read_corpus(s, encoding, stored, key, source, tokenizer, more="give more tex
 def windows(data, begins, starts, length):
     """Rows of `length` tokens of `data`, which begin at `starts`: inputs x (b, l); targets y (b, l), -100 where nothing is to be learned, as from
     one document to the next; and the place of each input in its document, counted from the row's beginning where that is later."""
-    block = np.stack([data[i:i + length + 1] for i in starts]).astype(np.int64)
-    x, y, pos = np.where(block < 0, ~block, block)[:, :-1], np.where(block < 0, -100, block)[:, 1:], np.tile(np.arange(length), (len(block), 1))
-    for row, i in enumerate(starts):
-        for begin in begins[np.searchsorted(begins, i, "right"):np.searchsorted(begins, i + length, "right")] - i:
-            y[row, begin - 1] = -100
-            pos[row, begin:] = np.arange(length - begin)
-    return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(pos)
+    at = np.reshape(starts, (-1, 1)) + np.arange(length + 1)                                  # (b, l + 1)
+    block, place = data[at].astype(np.int64), at - begins[np.searchsorted(begins, at, "right") - 1]
+    x, y = np.where(block < 0, ~block, block)[:, :-1], np.where((block < 0) | (place == 0), -100, block)[:, 1:]
+    return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(np.minimum(place, np.arange(length + 1))[:, :-1])
 
 
 def to_device(x, y, pos, device, most=0):
@@ -705,27 +702,30 @@ def answered(run, paths, place, encoding, tokenizer):
         corpus = load_corpus(s, paths, encoding, tokenizer)
     key = identity(weights_in(place), corpus.key, s.seed, s.answers, s.answer_tokens, s.context, rows)
     files = [Path(s.out) / "data" / f"{key}.answers.{rank + 1}of{run.size}.jsonl" for rank in range(run.size)]
-    file, stop = files[run.rank], stop_tokens(encoding)
     stored = [Path(s.out) / "data" / name for name in (f"{key}.answers.bin", f"{corpus.key}.val.bin", f"{key}.answers.begins.bin", f"{corpus.key}.val.begins.bin")]
-    if all(path.exists() for path in stored):
-        return read_corpus(s, encoding, stored, key, f"the teacher's answers ({file.with_name(key)}.…)", tokenizer)
-    work = list(itertools.islice(prompts_of(s, paths, encoding), s.answers or None))
-    batches = [work[i:i + rows] for i in range(0, len(work), rows)]
-    mine = range(run.rank, len(batches), run.size)
+    if not all(path.exists() for path in stored):
+        answer(run, list(itertools.islice(prompts_of(s, paths, encoding), s.answers or None)), rows, files[run.rank], place, encoding)
+        together(run)
+    with in_turn(run):
+        if not all(path.exists() for path in stored):
+            records = [json.loads(line) for part in files for line in part.read_text(encoding="utf-8").split("\n")[:-1]]
+            store(encoding, [(stored[0], stored[2], [record["tokens"] for record in sorted(records, key=lambda record: record["number"])])])
+        return read_corpus(s, encoding, stored, key, f"the teacher's answers ({files[run.rank].with_name(key)}.answers.…)", tokenizer,
+                           "have more --answers, or longer (--answer_tokens)")
+
+
+def answer(run, work, rows, file, place, encoding):
+    """This process's share of the answers to `work`, a list of records and their token ids: every run.size'th batch of `rows`, to `file`."""
+    s, stop = run.s, stop_tokens(encoding)
+    mine = range(run.rank * rows, len(work), run.size * rows)  # where its batches begin
     lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
-    sizes, done = [len(batches[i]) for i in mine], 0
-    while done < len(sizes) and sum(sizes[:done + 1]) <= len(lines):
-        done += 1
-    lines = lines[:sum(sizes[:done])]  # a batch that was cut short is made again, the same
-    mil.write_whole(file, lambda f: f.write("".join(line + "\n" for line in lines).encode()))
-    teacher = mil.pack(mil.load(place, run.device, getattr(torch, s.dtype))) if done < len(sizes) else None
+    done = len(lines) // rows  # a batch that was cut short is made again, the same
+    mil.write_whole(file, lambda f: f.write("".join(line + "\n" for line in lines[:done * rows]).encode()))
+    teacher = mil.pack(mil.load(place, run.device, getattr(torch, s.dtype))) if done < len(mine) else None
     generator, began, made, decoder = torch.Generator(run.device), time.perf_counter(), 0, None
     with open(file, "a", encoding="utf-8") as out:
-        for turn, i in enumerate(mine):
-            if turn < done:
-                continue
-            batch = batches[i]
-            seed = (s.seed * 2**20 + i) % 2**63
+        for turn, first in enumerate(mine[done:], done + 1):
+            batch, seed = work[first:first + rows], (s.seed * 2**20 + first // rows) % 2**63
             generator.manual_seed(seed)
             if decoder is None or len(batch) != rows:
                 decoder = Decoder(teacher, len(batch), s.context, generator=generator)
@@ -733,7 +733,7 @@ def answered(run, paths, place, encoding, tokenizer):
             for new in decoder.decode([ids for _, ids in batch], s.answer_tokens, stop):
                 for reply, more in zip(replies, new):
                     reply += more
-            for number, ((record, ids), reply) in enumerate(zip(batch, replies), i * rows):
+            for number, ((record, ids), reply) in enumerate(zip(batch, replies), first):
                 text = b"".join(token_bytes(encoding, token) for token in reply if token not in stop).decode("utf-8", "replace")
                 record = {"messages": [*record["messages"], {"role": "assistant", "content": text}]} if "messages" in record else {**record, "completion": text}
                 out.write(json.dumps({**record, "number": number, "seed": seed, "tokens": [*(~i for i in ids), *reply]}, ensure_ascii=False) + "\n")
@@ -742,15 +742,7 @@ def answered(run, paths, place, encoding, tokenizer):
                 leave(run)
             made += sum(map(len, replies))
             seconds = time.perf_counter() - began
-            show(f"answers: batch {turn + 1} of {len(mine)}  {made / seconds:,.0f} tokens/s  ETA {clock(seconds / (turn + 1 - done) * (len(mine) - turn - 1))}",
-                 done=turn == len(mine) - 1)
-    together(run)
-    with in_turn(run):
-        if not all(path.exists() for path in stored):
-            records = [json.loads(line) for part in files for line in part.read_text(encoding="utf-8").split("\n")[:-1]]
-            store(encoding, [(stored[0], stored[2], [record["tokens"] for record in sorted(records, key=lambda record: record["number"])])])
-        return read_corpus(s, encoding, stored, key, f"the teacher's answers to {len(work)} prompts ({file.with_name(key)}.answers.…)", tokenizer,
-                           "have more --answers, or longer (--answer_tokens)")
+            show(f"answers: batch {turn} of {len(mine)}  {made / seconds:,.0f} tokens/s  ETA {clock(seconds / (turn - done) * (len(mine) - turn))}", done=turn == len(mine))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -821,28 +813,14 @@ class Models(nn.Module):
 
     def __init__(self, teacher, student):
         super().__init__()
-        self.two = teacher, student  # a tuple hides them: each layer is to be found in one place only, in its Both
+        vars(self).update(teacher=teacher, student=student)  # unseen by nn.Module: each layer is to be found in one place only, in its Both
+        self.configs = [model and model.config for model in (teacher, student)]
         self.layers = nn.ModuleList(Both(*layers) for layers in itertools.zip_longest(teacher.layers if teacher else [], student.layers))
-        self.ends = nn.ModuleList(part for model in filter(None, self.two) for part in (model.embed_tokens, model.norm, model.lm_head))
+        self.ends = nn.ModuleList(part for model in filter(None, (teacher, student)) for part in (model.embed_tokens, model.norm, model.lm_head))
 
-    @property
-    def teacher(self):
-        return self.two[0]
-
-    @property
-    def student(self):
-        return self.two[1]
-
-    @property
-    def configs(self):
-        """Of the teacher, or None, and of the student."""
-        return [model and model.config for model in self.two]
-
-    def forward(self, batch, stage=None, scale=1.0):
-        """What the method that the stage's `loss` names says, and without a stage "compare". All go through here, where FSDP2 gathers the tensors."""
+    def forward(self, batch, stage=Stage(loss="compare"), scale=1.0):
+        """What the method that the stage's `loss` names says. All go through here, where FSDP2 gathers the tensors."""
         targets = batch.y.flatten() if batch.at is None else batch.y.flatten()[batch.at]
-        if stage is None:
-            return self.compare(batch, targets)
         return getattr(self, stage.loss)(batch, targets, stage, scale)
 
     def hidden(self, batch, teach):
@@ -891,7 +869,7 @@ class Models(nn.Module):
         _, ce, _ = DistillationLoss.apply(hidden, head.detach(), None, None, targets, weight, weight, 1.0, False)
         return -torch.zeros(len(batch.x), device=ce.device, dtype=ce.dtype).index_add(0, self.row_of(batch), ce)
 
-    def compare(self, batch, targets):
+    def compare(self, batch, targets, *_):
         """For an evaluation, sums over the learned tokens: the student's CE, its KL from the teacher, how often their likeliest tokens agree, the
         teacher's CE, and their number. Without a teacher the student is its own."""
         teacher_hidden, hidden = self.hidden(batch, self.teacher is not None)
@@ -1246,11 +1224,9 @@ def assemble(run, teacher, base, stage, number, trained):
     """The Models of a stage: the student is `base` with attention replaced as the stage says, the tensors trained before (`trained`) put in; what trains
     now requires gradients and is float32, and everything else is the base's own tensor."""
     torch.manual_seed(run.s.seed + 1 + number)  # of what no earlier stage trained
-    student = base
+    student = mil.replace_attention(base, [], run.s.mixer, share=True)  # other modules, the same tensors
     for mixer in dict.fromkeys(mixer for mixer in stage.mixers if mixer != "attention"):
         student = mil.replace_attention(student, [i for i, m in enumerate(stage.mixers) if m == mixer], mixer, run.s.init, share=True)
-    if student is base:
-        student = mil.replace_attention(base, [], run.s.mixer, share=True)
     for w in [*teacher.parameters(), *base.parameters()] if teacher else base.parameters():
         w.requires_grad_(False)
     names = {name for name, _ in student.named_parameters() if name in trained or stage.trains(name)}
@@ -1267,7 +1243,7 @@ def prepare(run, models):
         model.compute = getattr(torch, s.dtype)
     for i, both in enumerate(models.layers):
         if both.student is not None:
-            n, share = len(models.student.layers), share_recomputed(s)
+            share = share_recomputed(s)
             both.student.mlp.again = math.floor((i + 1) * share) > math.floor(i * share)
             both.again = s.recompute == "block"
         for layer in filter(None, (both.teacher, both.student)) if s.compile else ():
@@ -1279,13 +1255,10 @@ def save_student(run, models, place, tokenizer, base_type, **notes):
     """Write the student as a model of its own, in the type of the Llama it began as."""
     weights = whole(run, dict(models.student.named_parameters()))
     if run.rank == 0:
-        with torch.device("meta"):
-            model = mil.Hybrid(models.student.config)
-        for name, w in weights.items():
-            where, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(where), leaf, nn.Parameter(w if mil.stays_wide(name) else w.to(base_type)))
+        model = blank(models.student.config)
+        model.load_state_dict(weights, strict=False, assign=True)  # of a tied pair, the embedding
         model.tie()
-        save_with_tokenizer(model, place, tokenizer, **notes)
+        save_with_tokenizer(mil.cast(model, base_type), place, tokenizer, **notes)
     together(run)
 
 
@@ -1584,10 +1557,19 @@ def work(run, argv, began):
     find_files(s.data, s.out)
     mil.make_directory(s.out)
     announce(run, stages, config, base)
-    with in_turn(run):
-        corpus = load_corpus(s, s.data, encoding, tokenizer)
-    show(f"data: {corpus.about}")
-    results = Path(s.out) / "results.json"
+    made, place = {}, Path(s.teacher or Path(s.out) / "teacher")
+
+    def corpora(paths=(), answers=False):
+        if (key := (tuple(paths), answers)) not in made:
+            if answers:
+                made[key] = answered(run, s.data, place, encoding, tokenizer)
+            else:
+                with in_turn(run):
+                    made[key] = load_corpus(s, paths or s.data, encoding, tokenizer)
+            show(f"data: {made[key].about}")
+        return made[key]
+
+    corpus, results = corpora(), Path(s.out) / "results.json"
     state = load_state(run, stages, corpus)
     if not checkpoints(run) and results.exists():
         same = json.loads(results.read_text()).get("made_from") == json.loads(json.dumps(state.settings))
@@ -1599,20 +1581,6 @@ def work(run, argv, began):
     together(run)
     if run.rank == 0:
         results.unlink(missing_ok=True)
-    made = {((), False): corpus}
-
-    place = Path(s.teacher or Path(s.out) / "teacher")
-
-    def corpora(paths=(), answers=False):
-        if (key := (tuple(paths), answers)) not in made:
-            if answers:
-                made[key] = answered(run, s.data, place, encoding, tokenizer)
-            else:
-                with in_turn(run):
-                    made[key] = load_corpus(s, paths, encoding, tokenizer)
-            show(f"data: {made[key].about}")
-        return made[key]
-
     for stage in stages:
         if stage.data and stage.loss == "distill":
             corpora(stage.data)  # MilError now

@@ -21,7 +21,7 @@ def a_batch(seed, most=0):
     """Two rows of eight tokens, their documents cut at random places."""
     dice = np.random.default_rng(seed)
     tokens = dice.integers(0, 257, 40).astype(np.int16)
-    return td.to_device(*td.windows(tokens, np.sort(dice.choice(np.arange(1, 40), 5, False)), [3, 21], 8), CPU, most)
+    return td.to_device(*td.windows(tokens, np.array([0, *np.sort(dice.choice(np.arange(1, 40), 5, False))]), [3, 21], 8), CPU, most)
 
 
 def test_a_replayed_step_reads_all_of_its_own_batch_and_the_bounds_of_its_documents():
