@@ -642,6 +642,12 @@ def interleaved_layers(n_layers, keep):
     return [j * n_layers // count for j in range(count)]
 
 
+def empty_model(config):
+    """A Hybrid whose parameters have shapes and no values yet."""
+    with torch.device("meta"):
+        return Hybrid(config)
+
+
 def pack(model):
     """Puts the projections that read the same input one after the other in memory, where decoding reads them in one launch; values and
     names stay (model.to undoes it). Returns the model."""
@@ -699,8 +705,7 @@ def keep_layers(model, layers):
     """A smaller model: of `model`'s layers only these, in order, with its embedding, final norm and head (a draft for
     speculative decoding begins so: section 5.5). The model is untouched. MilError for layers that are no such choice."""
     check_layers(layers, len(model.layers))
-    with torch.device("meta"):
-        small = Hybrid(dataclasses.replace(model.config, n_layers=len(layers), mixers=[model.config.mixers[i] for i in layers]))
+    small = empty_model(dataclasses.replace(model.config, n_layers=len(layers), mixers=[model.config.mixers[i] for i in layers]))
     weights = model.state_dict()
     source = lambda name: re.sub(r"^layers\.(\d+)", lambda m: f"layers.{layers[int(m[1])]}", name)  # noqa: E731
     small.load_state_dict({name: weights[source(name)].clone() for name in small.state_dict()}, assign=True)
@@ -1049,8 +1054,7 @@ def load(directory, device=None, dtype=None):
     and in `dtype` (the file's); what makes up Δ and A is float32 or more. Tensors go to the device one by one. MilError says what does not fit."""
     about = read_config(directory)
     weights = Weights(directory, about)
-    with torch.device("meta"):
-        model = Hybrid(about["config"])
+    model = empty_model(about["config"])
     for name, w in list(model.named_parameters()):  # of a tied pair, the embedding
         read = weights.take(name, w.shape)
         kind = torch.promote_types(dtype or read.dtype, torch.float32) if stays_wide(name) else dtype or read.dtype

@@ -1255,7 +1255,7 @@ def save_student(run, models, place, tokenizer, base_type, **notes):
     """Write the student as a model of its own, in the type of the Llama it began as."""
     weights = whole(run, dict(models.student.named_parameters()))
     if run.rank == 0:
-        model = blank(models.student.config)
+        model = mil.empty_model(models.student.config)
         model.load_state_dict(weights, strict=False, assign=True)  # of a tied pair, the embedding
         model.tie()
         save_with_tokenizer(mil.cast(model, base_type), place, tokenizer, **notes)
@@ -1341,15 +1341,9 @@ def distill(run, state, stages, source, corpora, encoding, tokenizer, journal):
 # What a stage costs
 
 
-def blank(config):
-    """A model without values."""
-    with torch.device("meta"):
-        return mil.Hybrid(config)
-
-
 def matrices(config, counts=lambda name: True):
     """The parameters, of those that count, that each token is multiplied with; of a tied head once."""
-    weights = {name: w.numel() for name, w in blank(config).named_parameters() if w.dim() == 2 and not name.endswith("A_log")}
+    weights = {name: w.numel() for name, w in mil.empty_model(config).named_parameters() if w.dim() == 2 and not name.endswith("A_log")}
     if not config.tied:
         del weights["embed_tokens.weight"]  # where tokens are looked up
     return sum(n for name, n in weights.items() if counts(name))
@@ -1374,7 +1368,7 @@ def memory_needed(s, student, stage, teacher_bytes, base_bytes=0, processes=1, k
     larger of the two counts. Kept for the backward pass, a token: what the layers' operations read (kernels.norm_linears and mlp), in the arithmetic's
     type."""
     short, tokens, p = 2 if s.dtype == "bfloat16" else 4, s.batch * s.context // (processes * s.accumulate), student.head_dim
-    trained = sum(w.numel() for name, w in blank(student).named_parameters() if stage.trains(name))
+    trained = sum(w.numel() for name, w in mil.empty_model(student).named_parameters() if stage.trains(name))
     wide, narrow, head = student.n_heads * p, student.n_kv_heads * p, student.v * student.d * (stage.train == "all")
     kept = {"attention": 2 * wide + 2 * narrow, "mamba": 8 * wide + 2 * narrow + wide * student.d_state // 4, "mamba2": 6 * wide + 4 * narrow, "none": 0}
     mixing = [kept.get(mixer, kept["mamba2"]) for mixer in student.mixers]
@@ -1412,7 +1406,7 @@ def announce(run, stages, teacher, base):
     before = [Stage(train="all", beta=0, steps=s.teacher_steps, lr=s.teacher_lr, name="teacher", mixers=teacher.mixers)] * (not s.teacher)
     for stage in before + stages:
         config, alone = dataclasses.replace(base, mixers=stage.mixers) if stage not in before else teacher, stage in before
-        trained, tokens = sum(w.numel() for name, w in blank(config).named_parameters() if stage.trains(name)), stage.steps * s.batch * s.context
+        trained, tokens = sum(w.numel() for name, w in mil.empty_model(config).named_parameters() if stage.trains(name)), stage.steps * s.batch * s.context
         parts = memory_needed(s, config, stage, *([0, 0] if alone else given), run.size, run.device.type)
         run.cost = max(run.cost, parts, key=lambda parts: sum(parts.values()))
         replayed += [stage.name] * graphs(run, stage, None if alone else teacher, config)
@@ -1506,7 +1500,7 @@ def open_journal(run, state, stages):
 def weights_of(s, place, config):
     """How many bytes the weights of a folder take in memory, or those of a model that is yet to be trained."""
     if s.dtype == "float32" or not place:
-        return 4 * sum(w.numel() for w in blank(config).parameters())
+        return 4 * sum(w.numel() for w in mil.empty_model(config).parameters())
     return sum((Path(place) / file).stat().st_size for file in mil.read_config(place)["weights"])
 
 
@@ -1589,7 +1583,7 @@ def work(run, argv, began):
         if not s.teacher:
             get_teacher(run, state, corpus, encoding, tokenizer, journal, place)
         state.stage = max(1, state.stage)
-        show(f"teacher: {sum(w.numel() for w in blank(config).parameters()) / 1e6:.1f} M parameters, {config.n_layers} layers of width {config.d}")
+        show(f"teacher: {sum(w.numel() for w in mil.empty_model(config).parameters()) / 1e6:.1f} M parameters, {config.n_layers} layers of width {config.d}")
         distill(run, state, stages, Source(run, place), corpora, encoding, tokenizer, journal)
     if run.rank == 0:
         finish(run, state, config, place, encoding, corpus, time.perf_counter() - began)
@@ -1604,7 +1598,7 @@ def finish(run, state, config, place, encoding, corpus, seconds):
     show(f"\n{table(rows)}\n\nstudent / teacher validation loss: {rows[-1]['loss'] / rows[0]['loss']:.4f}   "
          f"peak memory {memory / 2**30:.2f} GiB   {seconds:.0f} s in all on {machine}, torch {torch.__version__}")
     results = {"rows": rows, "seconds": seconds, "peak_memory_bytes": memory, "machine": machine, "torch": torch.__version__,
-               "python": platform.python_version(), "teacher_parameters": sum(w.numel() for w in blank(config).parameters()), "settings": dataclasses.asdict(s), "made_from": state.settings}
+               "python": platform.python_version(), "teacher_parameters": sum(w.numel() for w in mil.empty_model(config).parameters()), "settings": dataclasses.asdict(s), "made_from": state.settings}
     mil.write_whole(Path(s.out) / "results.json", lambda f: f.write(json.dumps(results, indent=1).encode()))
     figure = plot(Path(s.out) / "log.jsonl", Path(s.out) / "loss.png")
     texts = [sample(mil.load(model, device, getattr(torch, s.dtype)), encoding, s, device) for model in (place, Path(s.out) / "student")]
