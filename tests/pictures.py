@@ -77,7 +77,10 @@ def quality(report, found, subplots):
     kept = sorted({0.5, 0.25, 0.125, 0}.union(*found.values()), reverse=True)
     at = {0.0625: len(kept) - 1.5, **{share: i for i, share in enumerate(kept)}}  # the paper's 6.25 % is half-way from 12.5 to 0
     figure, axes = subplots(1, 2, figsize=(9, 4.6), layout="constrained")
+    alone = [r for rows in students(report, "Llama").values() for r in rows]
     for axis, key, title in zip(axes, ("kl", "ratio"), ("KL to the teacher, nats a byte", "perplexity ÷ teacher's")):
+        if alone:
+            axis.axhline(mean([r[key] for r in alone])[0], color="0.45", linestyle=(0, (6, 2)), zorder=1, label="the Llama through stage 2")
         for i, arm in enumerate(arm for arm in found if found[arm]):
             middles, errors = zip(*(mean([r[key] for r in rows]) for rows in found[arm].values()))
             axis.errorbar([at[share] + 0.06 * i for share in found[arm]], middles, errors, capsize=4, label=NAMES[arm], **look(i))
@@ -87,7 +90,7 @@ def quality(report, found, subplots):
     light = dict(color="0.6", linestyle=":", marker="*", markersize=9, zorder=1)
     axes[1].errorbar([at[k] for k in PAPER], [*PAPER.values()], label="paper (Mamba, 7B)", **light)
     axes[1].annotate("6.25 %", (at[0.0625], PAPER[0.0625]), (-8, 6), textcoords="offset points", ha="right", fontsize=11, color="0.4")
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside upper center", ncols=2, title="± standard error of the mean over students")
     return figure
 
 
