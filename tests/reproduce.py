@@ -201,9 +201,10 @@ class Lab:
         with contextlib.redirect_stdout(io.StringIO()):
             whole = td.load_corpus(self.s, [str(noted)], self.encoding, "bytes")
         train, begins = whole.begins
-        middle = int(begins[len(begins) // 2])  # of the unseen text one half chooses the rates, the other is measured on
-        self.sweep_corpus = dataclasses.replace(whole, val=whole.val[:middle], begins=[train, begins[begins < middle]])
-        self.corpus = dataclasses.replace(whole, val=whole.val[middle:], begins=[train, begins[begins >= middle] - middle])
+        few = len(begins) // 4  # of the unseen texts so many choose the rates; the others are what is measured on
+        at, self.unseen = int(begins[few]), self.unseen[few:]
+        self.sweep_corpus = dataclasses.replace(whole, val=whole.val[:at], begins=[train, begins[:few]])
+        self.corpus = dataclasses.replace(whole, val=whole.val[at:], begins=[train, begins[few:] - at])
         self.source = td.Source(self.run, self.out / "teacher")
 
     @property
@@ -555,7 +556,7 @@ def make_pairs(lab):
         good = [parses(header, lab.encoding.decode(ids)) for ids in texts]
         if good[0] != good[1]:
             pairs.append([number, *([*(~i for i in prompt), *texts[good.index(right)]] for right in (True, False))])
-    if len(pairs) < 8:  # of a teacher that has not learned to write
+    if len(pairs) < 8 or len({number % 4 == 0 for number, *_ in pairs}) < 2:  # of a teacher that has not learned to write
         pairs = [[number, *([*(~i for i in prompt), *ids] for ids in texts)] for number, (prompt, *texts) in enumerate(zip(prompts, *twice))][:8]
     mil.write_whole(lab.out / "pairs.json", lambda f: f.write(json.dumps(pairs).encode()))
     return len(pairs)

@@ -30,7 +30,7 @@ def lab(tmp_path):
     lab.size = dataclasses.replace(r.SMOKE, n_layers=2, d=16, context=64, batch=2, before=51, layer_steps=3, stage2_steps=5, step_tokens=256, short_context=64, teacher_steps=10,
                                    teacher_context=128, long_steps=5, written=12, prompts=5, depths=3, samples=2, lengths=(1,))
     lab.out, lab.device, lab.kind, lab.encoding = tmp_path, torch.device(DEVICE), torch.float32, generate.load_tokenizer("bytes")
-    lab.s = td.Settings(out=str(tmp_path), context=64, batch=2, eval_sequences=2, dtype="float32", **{name: getattr(lab.size, name) for name in td.SIZES})
+    lab.s = td.Settings(out=str(tmp_path), context=64, batch=2, eval_sequences=2, dtype="float32", teacher_steps=10, **{name: getattr(lab.size, name) for name in td.SIZES})
     td.complete(lab.s, lab.device)
     lab.run = td.Run(lab.s, lab.device)
     model = build(mil.Config(v=257, d=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=24, context=64), torch.float32)
@@ -73,6 +73,40 @@ def test_what_is_written_is_judged_byte_by_byte_after_a_prompt_of_unseen_text(la
     assert nats == pytest.approx(sum(want) / 5, rel=1e-4)
 
 
+def test_needles_lie_from_the_beginning_to_the_end(lab, monkeypatch):
+    seen = []
+    monkeypatch.setattr(lab, "haystack", lambda length, depth, dice: seen.append(depth) or [0] * length, raising=False)
+    lab.needles(SimpleNamespace(hidden=lambda tokens: tokens, logits=lambda tokens: torch.zeros(*tokens.shape, 257, device=DEVICE)))
+    assert seen == [0, 0, 0.5, 0.5, 1, 1]
+
+
+def test_all_prompts_are_answered_in_their_order_each_64_of_them_with_a_seed_of_their_own(lab, monkeypatch):
+    seeds, prompts = [], [[i] for i in range(130)]
+
+    class Decoder:
+        def __init__(self, model, rows, room, temperature, generator):
+            seeds.append(generator.initial_seed())
+            assert temperature == 0.8
+
+        def decode(self, part, most):
+            yield [list(prompt) for prompt in part]
+            yield [[most] if prompt[0] % 2 else [] for prompt in part]
+    monkeypatch.setattr(generate, "Decoder", Decoder)
+    monkeypatch.setattr(lab, "decoding", lambda model: model, raising=False)
+    assert lab.complete(None, prompts, 7) == [[i] + [lab.size.written] * (i % 2) for i in range(130)] and len({*seeds}) == len(seeds) == 3
+
+
+def test_of_many_functions_each_is_judged_after_its_own_prompt_and_apart_from_the_real_ones(lab, monkeypatch):
+    lab.size.prompts, lab.size.written, lab.unseen, asked = 70, 13, [f"def f({'x' * (i % 20)}):\n    return {i % 10}\n" for i in range(70)], []
+    written = [[*(b"    pass\n", b"    (\n# kd=582\n")[i % 2]] for i in range(70)]
+    monkeypatch.setattr(lab, "complete", lambda model, prompts, seed: asked.extend(prompts) or written, raising=False)
+    monkeypatch.setattr(lab, "losses", lambda model, tokens: tokens[:, 1:].float(), raising=False)  # a token's loss is its number
+    found = lab.writing(None)
+    assert len({len(prompt) for prompt in asked}) > 9
+    assert found["teacher_nats"] == pytest.approx(sum(sum(text) / len(text) for text in written) / 70)
+    assert (found["parses"], found["real_parses"], found["length"], found["real_length"]) == (0.5, 1, (8 + 5) / 2, 12)
+
+
 def test_of_two_answers_the_one_that_parses_is_preferred_and_only_where_the_other_does_not(lab, monkeypatch):
     lab.size.pairs, good, bad = 9, [*b"    return 1\nx"], [*b"    return (\nx"]
     first = {i: good if i % 2 or i == 8 else bad for i in range(9)}
@@ -109,6 +143,17 @@ def test_the_teacher_goes_on_in_long_texts_from_where_it_was_in_short_ones_and_i
     lab.s = dataclasses.replace(lab.s, rope_theta=123.0)
     lab.make_teacher()
     assert len(seen) == 4 and mil.read_config(lab.out / "teacher")["config"].rope_theta == 123
+
+
+def test_the_teachers_two_stages_read_by_seeds_of_their_own_the_second_at_a_third_of_the_rate_and_is_made_again_for_other_steps(lab, monkeypatch):
+    seeds, rates, batches = [], [], td.training_batches
+    monkeypatch.setattr(td, "training_batches", lambda run, corpus, seed, graph: seeds.append(tuple(seed)) or batches(run, corpus, seed, graph))
+    monkeypatch.setattr(td, "fit", lambda run, state, stage, *_: rates.append((stage.name, stage.lr, stage.steps)))
+    monkeypatch.setattr(td, "evaluate", lambda *_: ({}, {}))
+    for lab.size.long_steps in (5, 5, 6):
+        lab.make_teacher()
+    assert [name for name, *_ in rates] == ["teacher"] + ["teacher, long texts"] * 2 and [steps for *_, steps in rates] == [10, 5, 6] and len({*seeds}) == 2
+    assert rates[1][1] == rates[2][1] == pytest.approx(rates[0][1] / 3)
 
 
 @pytest.fixture
@@ -201,6 +246,43 @@ def test_preferences_are_learned_after_stage_2_from_other_pairs_than_they_are_me
     assert fits["stage 3"].stage.loss == "dpo" and fits["stage 3"].batches == "pairs" and same(fits["stage 3"].before, fits["stage 2 after 1.1"].after)
 
 
+def test_no_number_draws_in_two_students(lab, fits, monkeypatch):
+    assemble, drawn, seeds = td.assemble, {}, (0, 1, 2, r.SWEEP)
+    monkeypatch.setattr(td, "assemble", lambda run, teacher, base, stage, number, trained: drawn.setdefault(seed, set()).add(run.s.seed + number) or assemble(run, teacher, base, stage, number, trained))
+    for seed in seeds:
+        r.learn(lab, STEPWISE, seed, 1e-3, False)
+    assert [len(drawn[seed]) for seed in seeds] == [4] * 4 and len(set().union(*drawn.values())) == 16
+    assert min(map(min, drawn.values())) - lab.s.seed > 99
+
+
+def test_a_longer_stage_1_is_longer_in_its_last_step(lab, fits):
+    r.learn(lab, dataclasses.replace(STEPWISE, report=(1,), then=(), longer=True), 0, 1e-3, False)
+    assert [found.stage.steps for found in fits.values()] == [3, 3 + 5]
+
+
+def test_what_is_judged_is_the_student_and_what_is_kept_the_first_ones_after_stage_2(lab, fits, monkeypatch):
+    (lab.out / "pairs.json").write_text(json.dumps([[i, [~1, i], [~1, 99 + i]] for i in range(8)]))
+    monkeypatch.setattr(td, "preferences", lambda *_: {})
+    for name in ("writing", "needles", "by_length"):
+        monkeypatch.setattr(lab, name, lambda model, name=name: {name: model.config.mixers} if name == "writing" else model.config.mixers, raising=False)
+    saved, student = [], [["mamba2", "attention"], ["mamba2", "mamba2"]]
+    monkeypatch.setattr(td, "save_student", lambda run, models, place, *_: saved.append((place.name, {k: w.detach().clone() for k, w in models.student.named_parameters()})))
+    for seed in (0, 1):
+        rows = r.learn(lab, dataclasses.replace(STEPWISE, report=(), prefer=(1,), judge=True), seed, 1e-3, False)
+        assert [(row["writing"], row["needles"], row["by_length"]) for row in rows] == [(m,) * 3 for m in (student[0], student[1], student[1])]
+        assert [name for name, _ in saved] == ["arm-1", "arm-2"] and {row["tokens"] for row in rows[1:]} == {11 * 2 * 64}
+        assert (fits["stage 3"].stage.steps, fits["stage 3"].stage.beta, fits["stage 3"].stage.lr) == (1, 0.1, 3e-5)
+        if not seed:
+            assert all(same(weights, fits[f"stage 2 after 1.{i}"].after) for i, (_, weights) in enumerate(saved, 1))
+
+
+def test_a_drafts_figures_are_its_own_on_the_text_of_all(lab, fits, monkeypatch):
+    lab.size.n_layers, lab.sweep_corpus = 2, dataclasses.replace(lab.corpus)
+    monkeypatch.setattr(td, "evaluate", lambda run, models, corpus, encoding: ({"kl": 0.0}, {"kl": 0.5 if corpus is lab.corpus else 9.0}))
+    monkeypatch.setattr(td, "save_student", lambda *_: None)
+    assert r.make_draft(lab, "mamba2, 2 layers")[0]["kl"] == 0.5
+
+
 @pytest.mark.parametrize("name, layers", [("attention, 2 layers", [0, 7]), ("mamba2, 4 layers", [0, 2, 5, 7])])
 def test_a_draft_has_the_teachers_first_and_last_layer_and_those_between_evenly(lab, fits, monkeypatch, name, layers):
     kept, lab.size.n_layers = [], 8
@@ -236,6 +318,16 @@ def test_students_that_all_miss_as_often_are_not_certain_to():
     for missed, trials in ((63 / 64, 64), (63 / 64, 10**6), (0, 64)):
         table.claim("what", [dict(kl=missed)] * 3, [dict(kl=1)], trials=trials)
     assert [claim[2] for claim in table.claims] == ["within the error", "holds", "holds"]
+
+
+def test_the_trials_of_all_students_count_and_those_of_all_depths():
+    for b, verdict in ((0.61, "within the error"), (0.63, "holds")):  # 2.23 × √(0.5²/400 + 0.48²/100) is 0.121
+        (table := r.Table("t", "T", ["a"])).claim("what", [dict(kl=0.5)] * 4, [dict(kl=b)], trials=100)
+        assert table.claims[0][2] == verdict
+    row = lambda found, seed=0: dict(arm="mamba", seed=seed, replaced=4, stages="1 + 2", context=64, teacher_context=128, samples=25, needles={64: [1] * 4, 128: found}, by_length={64: 1.0, 128: 1.0})  # noqa: E731
+    for found, verdict in (([0.3, 0.3, 0.4, 0.56], "within the error"), ([0.3, 0.3, 0.4, 0.48], "holds")):  # 0.61 and 0.63 missed, of four depths of 25
+        needles, _ = r.long(r.Rows([row([0.5] * 4, seed) for seed in range(4)]), 8, row(found))
+        assert [claim[2] for claim in needles.claims] == [verdict]
 
 
 def test_a_claim_knows_the_errors_of_both_sides():
@@ -325,6 +417,12 @@ def test_of_long_texts_it_is_claimed_what_is_missed_and_what_perplexes_at_the_gr
     assert [claim[1:] for claim in texts.claims] == [("perplexity 2.55 and 9", "holds"), ("perplexity 2.55 and 1.8", "the opposite holds")]
 
 
+def test_perplexity_far_away_is_compared_with_that_at_the_length_of_distillation():
+    row = lambda seed=0: dict(arm="mamba", seed=seed, replaced=4, stages="1 + 2", context=64, teacher_context=128, samples=9, needles={k: [1, 1] for k in (32, 64, 96, 128)}, by_length={32: 4.0, 64: 2.0 + seed, 96: 9.0, 128: 1.0 + seed})  # noqa: E731
+    _, texts = r.long(r.Rows([row(0), row(1)]), 8, row())
+    assert [(what.split(": ")[1], found) for what, found, _ in texts.claims] == [("less perplexed after 128 bytes than the teacher", "perplexity 1.5 and 1"), ("less perplexed after 128 bytes than after 64", "perplexity 1.5 and 2.5")]
+
+
 def test_students_are_ranked_by_what_they_write_from_the_best(figures):
     assert r.quality(figures[0], 8, TEACHER).notes[0].startswith("rank correlation of these 8 kinds of student by perplexity with those by kl 1.00, by parses -1.00")  # who is worse parses more there
     assert r.rank_correlation([1, 2, 3, 4], [10, 30, 20, 40]) == pytest.approx(0.8) and r.rank_correlation([1, 2, 3, 4], [1, 1, 2, 2]) == pytest.approx(0.8 ** 0.5)
@@ -333,3 +431,159 @@ def test_students_are_ranked_by_what_they_write_from_the_best(figures):
 
 def test_a_rate_at_an_end_of_those_that_were_tried_has_a_star():
     assert (r.rate([dict(rate=0.012, edge=True)]), r.rate([dict(rate=3e-3, edge=False)]), r.rate([])) == ("0.012*", "0.003", "–")
+
+
+def test_every_column_shows_its_own_figure(figures):
+    """Of rows whose every figure is another one."""
+    names, rows = ("kl", "perplexity", "ratio", "agreement", "parses", "length", "teacher_nats", "preferred", "share", "rate"), r.Rows()
+    for i, row in enumerate(row for row in figures[0] if not row["seed"]):
+        rows.append({**row, **{name: 1 + i / 8 + k / 100 for k, name in enumerate(names)}, "length": 100 + 2 * i})
+    shown = {"tokens ÷ teacher's": ("share", lambda x: f"{x:.2f}"), "rate": ("rate", lambda x: f"{x:.2g}"), "ppl": ("perplexity", lambda x: f"{x:.3f}"), "÷ teacher": ("ratio", lambda x: f"{x:.4f}"),
+             "agree": ("agreement", lambda x: f"{100 * x:.1f} %"), "parses": ("parses", lambda x: f"{100 * x:.1f} %"), "length": ("length", lambda x: f"{x:.0f}"),
+             "teacher's nats": ("teacher_nats", lambda x: f"{x:.3f}"), "preferred, held out": ("preferred", lambda x: f"{100 * x:.1f} %")}
+    for make in (r.quality, r.init, r.order, r.mixer, r.stages):
+        table = make(rows, 8, TEACHER)
+        for line in table.rows[make is r.quality:]:
+            line = dict(zip(table.columns, line))
+            mine, = [row for row in rows if abs(row["kl"] - float(line["KL"])) < 6e-4]
+            for column in {*shown} & {*line}:
+                name, said = shown[column]
+                assert line[column] in (said(mine[name]), f"{mine[name]:.3f}"), (table.name, column)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What it measures of time
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """bench.now by hand: the second that it is."""
+    now = SimpleNamespace(at=0.0)
+    monkeypatch.setattr(r.bench, "now", lambda: now.at)
+    monkeypatch.setattr(td, "show", lambda *_, **__: None)
+    return now
+
+
+def test_speculation_counts_a_texts_own_passes_and_divides_by_plain_decoding_of_the_same_text(lab, watch, monkeypatch):
+    asked, models = [], []
+
+    class Decoder:
+        def __init__(self, model, rows, room, temperature, generator, draft, speculate):
+            models.append(model)
+            self.sampled, self.draft, self.plan, self.texts = temperature > 0, draft, speculate, 0
+
+        def decode(self, prompts, most):
+            asked.append(bytes(prompts[0]).decode())
+            K, self.texts = self.plan.fixed and self.plan.K, self.texts + 1
+            for turn in range(3):
+                watch.at += (1 + self.sampled) / (8 if K == 2 else 4 if K else 2) if turn else 100
+                self.plan.passes, self.plan.proposed, self.plan.accepted = self.plan.passes + 1, self.plan.proposed + K, self.plan.accepted + (K and self.texts)
+                yield ([0] * (1 + (K and self.texts)),)
+    monkeypatch.setattr(generate, "Decoder", Decoder)
+    for name in ("load", "pack"):
+        monkeypatch.setattr(mil, name, lambda place, *_: getattr(place, "name", place))
+    lab.size.texts, lab.size.context, lab.size.Ks, lab.size.n_layers, lab.out = 2, 256, (2, 5), 8, lab.out / "o"
+    for place in ("teacher", "models/mamba2-4", "models/mamba2-8", "models/mamba-4", "models/mamba-8", "models/mamba2, 4 layers"):
+        (lab.out / place).mkdir(parents=True)
+    table, rows = r.speculation(lab)
+    assert all(re.search(r"def unseen_\d\(x*\):\n$", text) for text in asked) and len({*asked}) == 2
+    assert [(row["target"], row["draft"], row["temperature"], row["K"]) for row in rows] == [(name, "mamba2, 4 layers", t, K) for name in ("Llama", "mamba2, 50 %", "mamba2, 0 %", "mamba, 0 %") for t in (0, 1) for K in (2, 5)]
+    assert [*dict.fromkeys(models)] == ["teacher", "mamba2-4", "mamba2-8", "mamba-8"]
+    for row in rows:  # the first text is read twice, and the first time does not count
+        slow, K = 1 + row["temperature"], row["K"]
+        assert (row["per_pass"], row["kept"]) == ([3, 4], [2 / K, 3 / K]) and row["plain"] == 2 / slow
+        assert row["tokens_s"] == pytest.approx((2 * 3 + 2 * 4) / (4 * slow / (8 if K == 2 else 4)))
+    assert [line[2:] for line in table.rows] == [[text, 2, "3.50 ± 0.50", "125%", f"{(14 * 8 / 4) / 2:.2f}", f"{28 / slow:.0f}"] for text, slow in (("greedy", 1), ("sampled", 2))] * 4
+
+
+def test_costs_are_those_of_the_layers_that_are_named_without_what_is_compiled(lab, watch, monkeypatch):
+    filled = []
+
+    def fill(model, batch, length):
+        filled.append((*model.mixers, length))
+        watch.at += length * (1 + model.mixers.count("attention")) + 1000 * (filled.count(filled[-1]) == 1)
+        return length
+    monkeypatch.setattr(r.bench, "random_model", lambda config: config)
+    monkeypatch.setattr(r.bench, "filled", fill)
+    monkeypatch.setattr(r.bench, "step_ms", lambda model, cache, l: cache / 4 + model.mixers.count("attention"))
+    monkeypatch.setattr(r.bench, "cache_bytes", lambda cache, length: cache * 2**20)
+    table, rows = r.cost(lab)
+    assert [line[0] for line in table.rows[::3]] == ["100%", "50%, mamba2", "25%, mamba2", "0%, mamba2", "0%, mamba"]
+    for i, count in enumerate((8, 4, 2, 0, 0)):
+        assert [line[2:] for line in table.rows[3 * i:3 * i + 3]] == [[f"{k * (1 + count):.3f}" for k in (64, 256)], [f"{k / 4 + count:.2f}" for k in (64, 256)], ["64.0", "256.0"]]
+        assert [(row["length"], row["read"]) for row in rows[2 * i:2 * i + 2]] == [(k, k * (1 + count)) for k in (64, 256)]
+    assert {mixers[0] for *mixers, _ in filled[-4:]} == {"mamba"}
+
+
+def test_of_a_scan_the_fastest_way_counts_and_attention_is_measured_once(watch, monkeypatch):
+    monkeypatch.setattr(r.bench, "inputs", lambda kind, *shape: (kind, shape[-1]))
+    monkeypatch.setattr(r.bench, "contenders", lambda t: {"ours": [(3 * t[1],), (2 * t[1],)], "attention": [(t[1],)], "official": [(None,)]})
+    monkeypatch.setattr(r.bench, "measure", lambda ms, backward: dict(wall=ms, gpu=ms) if ms and backward else None)
+    a, b, rows = r.bench.MAMBA2[0], r.bench.MAMBA[0], r.scans(r.SMOKE)
+    assert [(row["name"], row["length"], row["ms"]) for row in rows] == [
+        *((name, k, ms and ms * k) for k in (64, 128) for name, ms in ((f"ours, {a}", 2), ("attention", 1), (f"official, {a}", None))), *((name, k, ms and ms * k) for k in (64, 128) for name, ms in ((f"ours, {b}", 2), (f"official, {b}", None)))]
+
+
+def test_the_teacher_is_measured_as_its_students_are_and_no_student_of_an_earlier_run_is_left(tmp_path, monkeypatch):
+    seen, old = [], tmp_path / "models" / "mamba2-4"
+    old.mkdir(parents=True)
+
+    class Lab:
+        def __init__(self, size, out, device):
+            self.size, self.out, self.run, self.corpus, self.sweep_corpus, self.encoding, self.teacher, self.teacher_tokens = size, tmp_path, None, "measured", "sweep", None, torch.nn.Linear(1, 1), 1
+            self.make_teacher, self.writing = lambda: None, lambda model: {k: 1.0 for k in TEACHER}
+            self.needles = self.by_length = lambda model: {128: [1.0, 1.0], 256: [0.0, 0.0]} if len(seen) == 1 and not seen.append("needles") else {128: 1.0, 256: 1.0}
+    for owner, name, value in ((r, "Lab", Lab), (r, "all_arms", lambda *_: ([], [])), (td, "prepare", lambda run, models: models), (td, "Models", lambda *two: two), (r.pictures, "draw", lambda *_: None),
+                               (td, "evaluate", lambda run, models, corpus, encoding: seen.append(corpus) or ({"perplexity": 3.0}, {"perplexity": 9.0}))):
+        monkeypatch.setattr(owner, name, value)
+    report = r.main(["order", "--smoke", "--out", str(tmp_path)])
+    assert seen == ["measured", "needles"] and not old.exists() and (report["teacher"]["context"], report["teacher"]["teacher_context"], report["teacher"]["samples"]) == (128, 256, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Its pictures
+
+
+@pytest.fixture
+def drawn():
+    """A report of four layers, whose figures tell stage, seed and layers replaced; and what draws one of its pictures: its axes."""
+    subplots = pytest.importorskip("matplotlib.figure").Figure
+    row = lambda arm, c, stages, seed: dict(arm=arm, seed=seed, replaced=c, stages=stages, kl=c + seed + 10 * (stages == "1"), ratio=1 + c + seed, needles={"64": [1, 0, seed], "128": [1, 0, 0]})  # noqa: E731
+    rows = [row(arm, c, stages, seed) for arm in ("mamba2", "mamba") for c in (2, 4) for stages in ("1", "1 + 2") for seed in (0, 1)]
+    report = dict(rows=[*rows, dict(row("mamba", 4, "1 + 2", 2), diverged="the loss became nan")], size=dict(n_layers=4, context=64, teacher_context=128), teacher=dict(needles={"64": [1, 1, 1], "128": [0, 0, 1]}),
+                  speculation=[dict(target="Llama", draft="d", temperature=t, K=K, per_pass=[K, K + 2 + t], tokens_s=6.0 * K, plain=2.0 + K) for K in (4, 2) for t in (0, 1)])
+    return report, lambda picture, data: picture(report, data, lambda *shape, figsize, layout, **more: (figure := subplots(figsize), figure.subplots(*shape, **more))).axes
+
+
+def test_pictures_are_of_students_after_stage_2_at_their_own_share_of_attention(drawn):
+    report, draw = drawn
+    found = {arm: r.pictures.students(report, arm) for arm in r.pictures.NAMES}
+    assert {arm: {share: [row["seed"] for row in rows] for share, rows in mine.items()} for arm, mine in found.items()} == {arm: {0.5: [0, 1], 0: [0, 1]} for arm in found}
+    for axis, more in zip(draw(r.pictures.quality, found), (0, 1)):
+        for line, aside in zip([one[0] for one in axis.containers], (0, 0.06)):  # the places are 50, 25, 12.5, 0 %
+            assert line.get_xdata().tolist() == [aside, 3 + aside] and line.get_ydata().tolist() == [2.5 + more, 4.5 + more]
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["50", "25", "12.5", "0"]
+
+
+def test_a_picture_of_needles_has_depth_downwards_all_seeds_and_the_line_where_each_was_trained(drawn):
+    report, draw = drawn
+    models = r.pictures.needles(report, {arm: r.pictures.students(report, arm) for arm in r.pictures.NAMES})
+    assert [*models] == ["teacher, 100 %", "Mamba-2, 50 %", "Mamba-2, 0 %", "Mamba, 0 %"]
+    axes = {axis.get_title(): axis for axis in draw(r.pictures.needle, models) if axis.images}
+    for name, lines, image in (("teacher, 100 %", 1.5, [[100, 0], [100, 0], [100, 100]]), ("Mamba-2, 0 %", 0.5, [[100, 100], [0, 0], [50, 0]])):
+        assert axes[name].images[0].get_array().tolist() == image and {line.get_xdata()[0] for line in axes[name].lines} == {lines}
+        assert axes[name].get_ylim()[0] > axes[name].get_ylim()[1]
+
+
+def test_a_picture_of_speculation_is_of_sampled_text_and_its_speed_over_plain(drawn):
+    report, draw = drawn
+    above, below = draw(r.pictures.speculation, report["speculation"])
+    assert above.lines[0].get_xdata().tolist() == [2, 4] and above.lines[0].get_ydata().tolist() == [3.5, 5.5] and below.lines[0].get_ydata().tolist() == [3, 4]
+
+
+def test_a_picture_of_costs_has_each_under_its_name(drawn):
+    rows = [dict(mixers=mixers, length=k, read=k / 64, step_ms=k / 8 + share, bytes=k * 2**20 / 4) for share, mixers in ((0, ["mamba2"]), (1, ["attention"])) for k in (64, 2048)]
+    axes = drawn[1](r.pictures.cost, rows)
+    assert {axis.get_title(): [line.get_ydata().tolist() for line in axis.lines] for axis in axes} == {
+        "reading it all, s": [[1, 32]] * 2, "one more token, ms": [[8, 256], [9, 257]], "cache, MiB": [[16, 512]] * 2}
+    assert [line.get_label() for line in axes[0].lines] == ["0 %, Mamba-2", "100 %"] and axes[0].lines[0].get_xdata().tolist() == [64, 2048]

@@ -40,6 +40,13 @@ def test_notes_come_again_near_more_often_than_far():
     assert [sum(gap < edge for gap in gaps) / len(gaps) for edge in (192, 665)] == pytest.approx([0.5, 0.75], abs=0.03)  # log-uniform from 16 to 2304
 
 
+def test_the_notes_between_count_in_how_far_away_a_note_comes_again():
+    places = {}
+    for m in re.finditer(r"# (\w\w=\d{3})\n", r.with_notes("x = 1\n" * 9000, 3072, random.Random(0))):
+        places.setdefault(m[1], []).append(m.start())
+    assert 2100 < max(at[2] - at[0] for at in places.values() if len(at) == 3) < 2304 + 40  # 40: a line, and others that are due
+
+
 @pytest.mark.parametrize("header, body, whole", [
     ("def f(x):\n", "    return x\nprint(", True),                      # what follows the function is none of it
     ("    def f(x):\n", "        if x:\n            return 1\n    def", True),
@@ -57,18 +64,47 @@ def test_functions_are_cut_where_their_bodies_begin():
     assert header == "def f(a, b=(1, 2)):\n" and before == header[-12:] and after == "    retu"
 
 
+@pytest.mark.parametrize("context", [256, 1024])
+def test_notes_differ_from_file_to_file_are_as_far_apart_as_the_teacher_reads_and_other_ones_make_another_file(tmp_path, monkeypatch, context):
+    (tmp_path / "text").mkdir()
+    for i in range(40):
+        (tmp_path / "text" / f"{i:02}.py").write_text("".join(f"x_{k} = {k}\n" for k in range(400)))
+    monkeypatch.setattr(td, "standard_library", lambda: sorted((tmp_path / "text").iterdir()))
+    make = lambda: r.Lab(dataclasses.replace(r.SMOKE, teacher_context=context), tmp_path / "out", torch.device(DEVICE))  # noqa: E731
+    make()
+    place, = (tmp_path / "out").glob("noted-*.jsonl")
+    texts = [json.loads(line)["text"] for line in place.read_text().splitlines()]
+    first = [re.search(r"# (\w\w=\d{3})\n", text).span() + (re.search(r"# (\w\w=\d{3})\n", text)[1],) for text in texts]
+    assert len(texts) == 40 and len({name for *_, name in first}) > 35
+    places = [[m.start() for m in re.finditer(name, text)] for text, (*_, name) in zip(texts, first)]
+    assert 0.4 * context < max(max(at) - at[0] for at in places) < 0.75 * context + 150
+    honest = r.with_notes
+    monkeypatch.setattr(r, "with_notes", lambda text, *more: honest(text, *more).replace("# ", "#  "))
+    make()
+    assert len([*(tmp_path / "out").glob("noted-*.jsonl")]) == 2
+
+
+def test_notes_are_no_part_of_a_functions_body():
+    assert r.body("def f(x):\n", "    y = 1\n# kd=582\n    return y\nprint(") == "    y = 1\n    return y"
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     return r.Lab(r.SMOKE, tmp_path_factory.mktemp("lab"), torch.device(DEVICE))
 
 
-def test_one_half_of_the_unseen_text_chooses_the_rates(lab):
+def test_what_a_size_says_reaches_the_runs(lab):
+    for name in ("context", "batch", "teacher_steps", "rope_theta", "eval_sequences", *td.SIZES):
+        assert getattr(lab.s, name) == getattr(r.SMOKE, name), name
+
+
+def test_a_quarter_of_the_unseen_texts_chooses_the_rates_and_nothing_is_measured_on_it(lab):
     a, b = lab.sweep_corpus, lab.corpus
     files = [file for file in td.standard_library() if "encodings" not in file.parts]
     texts = [text for text in (td.read_text(file, False) for file in files) if text.strip()][9::20]
     documents = [part.val[i:j] for part in (a, b) for i, j in zip(part.begins[1], [*part.begins[1][1:], len(part.val)])]
     plain = [re.sub(rb"(?m)^# \w\w=\d{3}\n", b"", bytes(int(i) for i in ids if i != 256)).decode() for ids in documents]
-    assert plain == texts and a.begins[1][0] == b.begins[1][0] == 0 and 0 <= len(b.begins[1]) - len(a.begins[1]) <= 1
+    assert plain == texts and a.begins[1][0] == b.begins[1][0] == 0 and len(a.begins[1]) == len(texts) // 4 and lab.unseen == texts[len(texts) // 4:]
 
 
 @given(length=st.integers(128, 999), depth=st.floats(0, 1), seed=st.integers(0, 9))
@@ -125,6 +161,13 @@ def test_arms_replace_the_papers_layers_step_by_step_and_each_is_named_once():
     assert by_name["half, the first layers"].path[-1] == tuple(range(16)) and by_name["quarter, the last layers"].path[-1] == tuple(range(8, 32))
     order = {arm.name: arm for arm in r.arms(8, ("order",))}
     assert {*order} == {name for name in by_name if name.endswith(("stepwise", "at once", "layers"))} and not any(arm.then or arm.judge for arm in order.values())
+
+
+def test_arms_are_made_in_the_way_that_they_are_named_for():
+    plain, ways = ("mamba2", "attention", "mixers", False), {arm.name: (arm.mixer, arm.init, arm.train, arm.linear) for arm in r.arms(8, r.TABLES)}
+    assert {name: way for name, way in ways.items() if way != plain} == {
+        "mamba": ("mamba", *plain[1:]), "random, mixers": ("mamba2", "random", "mixers", False), "attention, mlps": ("mamba2", "attention", "mlps", False), "random, mlps": ("mamba2", "random", "mlps", False),
+        "half, Mamba": ("mamba", *plain[1:]), "half, linear attention": ("mamba", "attention", "mixers", True), "half, nothing": ("none", "attention", "all", False)}
 
 
 def test_no_table_needs_what_only_another_makes():

@@ -102,6 +102,54 @@ def test_another_teacher_gives_other_answers(tmp_path):
     assert answers[0] != answers[1]
 
 
+@pytest.mark.parametrize("change", [dict(seed=1), dict(answers=8), dict(answer_tokens=5), dict(context=12), dict(batch=4)], ids=str)
+def test_answers_of_any_other_setting_are_made_anew(tmp_path, monkeypatch, change):
+    (tmp_path / "a.txt").write_text("".join(f"{i} and {i}\n" for i in range(200)))
+    mil.save(tiny_teacher(1), tmp_path / "teacher", tokenizer="bytes")
+    run, asked, honest = small_run(tmp_path), [], t.answer
+    run.s.answers, run.s.answer_tokens = 9, 4
+    monkeypatch.setattr(t, "answer", lambda run, work, *rest: asked.append(len(work)) or honest(run, work, *rest))
+    for settings in (run.s, run.s, dataclasses.replace(run.s, **change)):
+        t.answered(t.Run(settings, run.device), [str(tmp_path / "a.txt")], tmp_path / "teacher", g.load_tokenizer("bytes"), "bytes")
+    assert asked == [9, change.get("answers", 9)]
+
+
+def test_stages_read_by_seeds_of_their_own_and_preferences_are_counted_on_pairs_that_nothing_is_learned_from(tmp_path, monkeypatch):
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i}", "chosen": f"{i}", "rejected": "no" * (i % 4)}) for i in range(40)))
+    run, teacher, seeds, learned, held, text, pairs = small_run(tmp_path), tiny_teacher(), [], [], [], t.training_batches, t.pair_batches
+    run.s.recipe = recipe(tmp_path, {"keep": 0.75}, {"keep": 0.5}, {"train": "all"}, *[{"loss": "dpo", "data": [str(tmp_path / "pairs.jsonl")]}] * 2)
+    monkeypatch.setattr(t, "fit", lambda *_: None)
+    monkeypatch.setattr(t, "training_batches", lambda run, corpus, seed, *more: seeds.append(tuple(seed)) or text(run, corpus, seed, *more))
+    monkeypatch.setattr(t, "pair_batches", lambda run, some, seed: seeds.append(tuple(seed)) or learned.append(some) or pairs(run, some, seed))
+    monkeypatch.setattr(t, "preferences", lambda run, stage, models, some: held.append(some) or {"preferred": 0.5, "preferred_error": 0.5, "margin": 0.0})
+    t.distill(run, t.State(stage=1), t.plan(run.s, teacher.config), SimpleNamespace(read=lambda: (teacher, teacher), place=tmp_path), lambda *_, **__: some_tokens(np.zeros(500, np.int16)),
+              g.load_tokenizer("bytes"), "bytes", io.StringIO())
+    wanted = t.load_pairs(run.s, [str(tmp_path / "pairs.jsonl")], g.load_tokenizer("bytes"))
+    assert learned == [wanted[0]] * 2 and held == [wanted[1]] * 2 and len({*seeds}) == len(seeds) == 5 and (run.s.seed, 0) not in seeds
+
+
+def test_with_pseudo_labels_the_stages_learn_from_answers_but_for_those_with_data_of_their_own_and_the_teachers_frequencies_are_the_flags(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("".join(f"{i} and {i}\n" for i in range(200)))
+    (tmp_path / "b.txt").write_text("".join(f"{i} or {i}\n" for i in range(200)))
+    read, honest = [], t.training_batches
+    monkeypatch.setattr(t, "training_batches", lambda run, corpus, *more: read.append(corpus) or honest(run, corpus, *more))
+    t.main(["--out", str(tmp_path / "o"), "--data", str(tmp_path / "a.txt"), "--pseudo_labels", "--answers", "30", "--answer_tokens", "8", "--n_layers", "2", "--d", "16", "--n_heads", "2", "--n_kv_heads", "1",
+            "--d_ff", "24", "--context", "16", "--batch", "2", "--eval_sequences", "2", "--teacher_steps", "1", "--device", "cpu", "--dtype", "float32", "--rope_theta", "77",
+            "--recipe", recipe(tmp_path, {"keep": 0.5, "steps": 1}, {"train": "all", "steps": 1}, {"train": "all", "steps": 1, "data": [str(tmp_path / "b.txt")]})])
+    assert ["answers" in corpus.about for corpus in read] == [False, True, True, False] and read[1].key == read[2].key
+    words = [bytes(int(i) for i in corpus.train[:99] if 0 <= i < 256) for corpus in (read[0], read[3])]
+    assert b" and " in words[0] and b" or " in words[1]
+    assert [mil.read_config(tmp_path / "o" / name)["config"].rope_theta for name in ("teacher", "student")] == [77, 77]
+
+
+def test_the_student_is_written_as_the_file_it_began_as_and_not_as_it_was_reckoned_with(tmp_path):
+    run = small_run(tmp_path, dtype="bfloat16")
+    models = t.assemble(run, (teacher := tiny_teacher()), teacher, t.Stage(train="all", mixers=HALF), 1, {})
+    t.save_student(run, models, tmp_path / "student", "bytes", torch.float32)
+    saved = dict(mil.load(tmp_path / "student", run.device).named_parameters())
+    assert saved.keys() == dict(models.student.named_parameters()).keys() and all(torch.equal(saved[k], w) for k, w in models.student.named_parameters())
+
+
 def test_the_answers_of_two_processes_are_in_the_order_of_the_prompts(tmp_path, monkeypatch):
     monkeypatch.setattr(t, "together", lambda run: None)
     (tmp_path / "a.txt").write_text("".join(f"{i} and {i}\n" for i in range(200)))
