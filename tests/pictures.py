@@ -28,8 +28,9 @@ def draw(report, place):
 
 
 def students(report, arm):
-    """{share of attention kept: an arm's rows after stage 2, one for each seed}, the largest share first."""
-    rows = [r for r in report.get("rows") or [] if r.get("arm") == arm and r.get("stages") == "1 + 2" and "diverged" not in r]
+    """{share of attention kept: an arm's rows after stage 2, one for each seed}, the largest share first; of an arm of which a student diverged none."""
+    mine = [r for r in report.get("rows") or [] if r.get("arm") == arm]
+    rows = [r for r in mine if r.get("stages") == "1 + 2"] if not any("diverged" in r for r in mine) else []
     return {1 - c / report["size"]["n_layers"]: [r for r in rows if r["replaced"] == c] for c in sorted({r["replaced"] for r in rows})}
 
 

@@ -550,7 +550,7 @@ def drawn():
     subplots = pytest.importorskip("matplotlib.figure").Figure
     row = lambda arm, c, stages, seed: dict(arm=arm, seed=seed, replaced=c, stages=stages, kl=c + seed + 10 * (stages == "1"), ratio=1 + c + seed, needles={"64": [1, 0, seed], "128": [1, 0, 0]})  # noqa: E731
     rows = [row(arm, c, stages, seed) for arm in ("mamba2", "mamba") for c in (2, 4) for stages in ("1", "1 + 2") for seed in (0, 1)]
-    report = dict(rows=[*rows, dict(row("mamba", 4, "1 + 2", 2), diverged="the loss became nan")], size=dict(n_layers=4, context=64, teacher_context=128), teacher=dict(needles={"64": [1, 1, 1], "128": [0, 0, 1]}),
+    report = dict(rows=[*rows, row("Llama", 0, "1 + 2", 0), dict(row("Llama", 0, "1 + 2", 2), diverged="the loss became nan")], size=dict(n_layers=4, context=64, teacher_context=128), teacher=dict(needles={"64": [1, 1, 1], "128": [0, 0, 1]}),
                   speculation=[dict(target="Llama", draft="d", temperature=t, K=K, per_pass=[K, K + 2 + t], tokens_s=6.0 * K, plain=2.0 + K) for K in (4, 2) for t in (0, 1)])
     return report, lambda picture, data: picture(report, data, lambda *shape, figsize, layout, **more: (figure := subplots(figsize), figure.subplots(*shape, **more))).axes
 
@@ -559,6 +559,7 @@ def test_pictures_are_of_students_after_stage_2_at_their_own_share_of_attention(
     report, draw = drawn
     found = {arm: r.pictures.students(report, arm) for arm in r.pictures.NAMES}
     assert {arm: {share: [row["seed"] for row in rows] for share, rows in mine.items()} for arm, mine in found.items()} == {arm: {0.5: [0, 1], 0: [0, 1]} for arm in found}
+    assert r.pictures.students(report, "Llama") == {}  # one of them diverged
     for axis, more in zip(draw(r.pictures.quality, found), (0, 1)):
         for line, aside in zip([one[0] for one in axis.containers], (0, 0.06)):  # the places are 50, 25, 12.5, 0 %
             assert line.get_xdata().tolist() == [aside, 3 + aside] and line.get_ydata().tolist() == [2.5 + more, 4.5 + more]
