@@ -144,8 +144,8 @@ class Settings:
 CHOICES = {"mixer": mil.MIXERS[1:], "init": ("attention", "random"), "dtype": ("float32", "bfloat16"), "schedule": ("cosine", "linear", "constant"),
            "train": ("mixers", "mlps", "all"), "loss": ("distill", "dpo")}
 LIMITS = {**dict.fromkeys(("alpha", "beta", "lr", "teacher_lr", "stage1_lr", "stage2_lr", "stage3_lr", "save_minutes", "answers", "steps", "stage3_steps"), (0, sys.float_info.max)),
-          **dict.fromkeys(("clip", "temperature", "dpo_beta"), (sys.float_info.min, math.inf)), "rope_theta": (1, sys.float_info.max), **dict.fromkeys(("accumulate", "keep_checkpoints"), (1, math.inf)),
-          "warmup": (0, 1), "keep": (0, 1), "seed": (0, 2**63 - 2)}
+          **dict.fromkeys(("clip", "temperature", "dpo_beta"), (sys.float_info.min, math.inf)), **dict.fromkeys(("accumulate", "keep_checkpoints"), (1, math.inf)),
+          "rope_theta": (1, sys.float_info.max), "warmup": (0, 1), "keep": (0, 1), "seed": (0, 2**63 - 2)}
 
 
 def check(of, where):
@@ -1241,9 +1241,9 @@ def prepare(run, models):
     s = run.s
     for model in filter(None, (models.teacher, models.student)):
         model.compute = getattr(torch, s.dtype)
+    share = share_recomputed(s)
     for i, both in enumerate(models.layers):
         if both.student is not None:
-            share = share_recomputed(s)
             both.student.mlp.again = math.floor((i + 1) * share) > math.floor(i * share)
             both.again = s.recompute == "block"
         for layer in filter(None, (both.teacher, both.student)) if s.compile else ():

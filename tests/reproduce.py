@@ -15,7 +15,7 @@
 
 Signs and orderings are the claim, not digits. One teacher, a Llama over bytes, learns the sources of Python's standard library, in which notes
 (`# kd=582`) are strewn and repeated later: so it has to use its context, and a needle is something that it can find. A student is distilled on
-texts a twelfth as long as the teacher's (the paper: a quarter), by train_distill.py's own functions, its steps replayed as CUDA graphs (--graph);
+texts a twelfth as long as the teacher's, by train_distill.py's own functions, its steps replayed as CUDA graphs (--graph);
 it learns from the text itself, cross-entropy and KL alike (the paper: from the teacher's answers, and of the KL a tenth in stage 1).
 
 Every arm's rate of stage 1 is the best of Size.rates for it, or of what follows beyond the best one, by the KL at the arm's end on text that
@@ -110,8 +110,9 @@ class Size:
     cost: mil.Config = dataclasses.field(default_factory=lambda: mil.Config(d=2048, n_layers=16, n_heads=32, n_kv_heads=8, d_ff=8192, tied=True, context=2**18))
 
 
-SMOKE = Size(d=32, n_heads=2, n_kv_heads=1, d_ff=32, step_tokens=512, short_context=128, teacher_steps=4, teacher_context=256, long_steps=1, context=128, batch=2, rates=(3e-3,), more_rates=0, layer_steps=1, stage2_steps=1, dpo_steps=1, draft_steps=1,
-             eval_sequences=2, prompts=4, before=80, written=48, samples=1, windows=2, lengths=(1, 2), depths=2, pairs=16, texts=1, speculated=8, Ks=(2,), cost_lengths=(64, 256), scan_lengths=(64, 128),
+SMOKE = Size(d=32, n_heads=2, n_kv_heads=1, d_ff=32, step_tokens=512, short_context=128, teacher_steps=4, teacher_context=256, long_steps=1, context=128, batch=2,
+             rates=(3e-3,), more_rates=0, layer_steps=1, stage2_steps=1, dpo_steps=1, draft_steps=1, eval_sequences=2, prompts=4, before=80, written=48,
+             samples=1, windows=2, lengths=(1, 2), depths=2, pairs=16, texts=1, speculated=8, Ks=(2,), cost_lengths=(64, 256), scan_lengths=(64, 128),
              cost=mil.Config(v=64, d=32, n_layers=8, n_heads=2, n_kv_heads=1, d_ff=32, context=2**18))
 
 
@@ -220,7 +221,7 @@ class Lab:
         return sum(steps * (size.step_tokens // c) * c for steps, c in ((size.teacher_steps, size.short_context), (size.long_steps, size.teacher_context)))
 
     def make_teacher(self):
-        """A Llama that learns from short texts, where copying is learned soon, and then from long ones, as long contexts are taught; or the one that is there."""
+        """A Llama that learns from short texts first, since from long ones alone it did not learn to copy, and then from long ones; or the one that is there."""
         size, begun, place = self.size, self.out / "short", self.out / "teacher"
         short, long = (td.Run(dataclasses.replace(self.s, context=c, batch=size.step_tokens // c), self.device) for c in (size.short_context, size.teacher_context))
         with open(os.devnull, "w") as journal:
@@ -468,7 +469,7 @@ def make_draft(lab, name):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Many arms at once: on a GPU each in a process of its own, since models this small leave most of it idle
+# Many arms at once: on a GPU each in a process of its own, so that it works for one while another is read, judged or compiled
 
 LAB = None
 
@@ -636,7 +637,8 @@ class Rows(list):
 
     def of(self, arm, replaced=None, stages=None):
         mine = [r for r in self if r["arm"] == arm]
-        return [r for r in mine if (replaced is None or r["replaced"] == replaced) and (stages is None or r["stages"] == stages)] if not any("diverged" in r for r in mine) else []
+        lost = any("diverged" in r for r in mine)
+        return [r for r in mine if not lost and (replaced is None or r["replaced"] == replaced) and (stages is None or r["stages"] == stages)]
 
 
 def percent(replaced, n):
@@ -745,10 +747,7 @@ def long(rows, n, teacher):
     t = Table("long", "Needle in a haystack without other notes (Figure 4): the share of numbers found whole, mean over depths, by length in bytes; "
               f"distilled at {teacher['context']:,}, the teacher trained at {teacher['teacher_context']:,}", ["model", "attention", *(f"{int(k):,}" for k in lengths)])
     more = Table("context", f"Perplexity of the same {teacher['context'] // 4} bytes at the end of texts of growing length", ["model", "attention", *(f"{int(k):,}" for k in lengths)])
-
-    def found(r, k):
-        shares = [(sum(x["needles"][k]) / len(x["needles"][k]), x.get("seed")) for x in r]
-        return [dict(found=share, missed=1 - share, seed=seed) for share, seed in shares]
+    found = lambda r, k: [dict(found=(share := sum(x["needles"][k]) / len(x["needles"][k])), missed=1 - share) for x in r]  # noqa: E731
     at = lambda r, k: [dict(perplexity=x["by_length"][k], seed=x.get("seed")) for x in r]  # noqa: E731
     for name, kept, r in people:
         t.rows.append([name, kept, *(cell(found(r, k), "found", 0, True) for k in lengths)])
@@ -877,7 +876,7 @@ def main(argv):
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores, {platform.machine()}"
     versions = f"{machine}, Python {platform.python_version()}, torch {torch.__version__}"
     td.show(f"{versions}" + "; smoke size: the figures mean nothing" * small)
-    clock, plan = {}, arms(size.n_layers, tables)
+    clock = {}
 
     def lap(name):
         clock[name] = round(time.perf_counter() - began - sum(clock.values()), 1)
@@ -926,8 +925,8 @@ def main(argv):
     print(LEGEND, *(table.text() for table in made), *lost, sep="\n")
     seconds = time.perf_counter() - began
     print(f"\n{seconds:.0f} s in all: {', '.join(f'{k} {v:.0f}' for k, v in clock.items())}; {versions}" + "; smoke size: the figures, and what holds, mean nothing" * small)
-    report = dict(versions=versions, seconds=seconds, clock=clock, size=dataclasses.asdict(size), seeds=o.seeds, teacher=teacher, rows=rows, sweep=swept, arms=list(map(dataclasses.asdict, plan)), **more,
-                  claims={t.name: t.claims for t in made}, tables={t.name: [t.columns, *t.rows] for t in made})
+    report = dict(versions=versions, seconds=seconds, clock=clock, size=dataclasses.asdict(size), seeds=o.seeds, teacher=teacher, rows=rows, sweep=swept, **more,
+                  arms=[dataclasses.asdict(arm) for arm in arms(size.n_layers, tables)], claims={t.name: t.claims for t in made}, tables={t.name: [t.columns, *t.rows] for t in made})
     mil.make_directory(lab.out)
     mil.write_whole(lab.out / "reproduce.json", lambda f: f.write(json.dumps(report, indent=1).encode()))
     mil.write_whole(lab.out / "reproduce.md", lambda f: f.write("\n\n".join([LEGEND, *(t.text("|") for t in made), *lost, f"{seconds:.0f} s on {versions}\n"]).encode()))

@@ -226,7 +226,7 @@ def test_every_arm_runs_at_the_rate_that_was_best_for_it_with_seeds_that_did_not
     assert len(journal.getvalue().splitlines()) == len(rows) + len(swept)
 
 
-def test_a_student_that_diverges_keeps_the_rows_before_and_says_so(lab, monkeypatch):
+def test_a_student_that_diverges_says_so_and_of_its_arm_nothing_is_shown(lab, monkeypatch):
     def train(lab, arm, seed, rate, sweep, rows):
         rows.append(dict(arm=arm.name, replaced=2, stages="1", kl=1.0))
         raise mil.MilError("the loss became nan")
