@@ -15,7 +15,7 @@
 
 Signs and orderings are the claim, not digits. One teacher, a Llama over bytes, learns the sources of Python's standard library, in which notes
 (`# kd=582`) are strewn and repeated later: so it has to use its context, and a needle is something that it can find. A student is distilled on
-texts a twelfth as long as the teacher's, by train_distill.py's own functions, its steps replayed as CUDA graphs (--graph);
+texts a quarter as long as the teacher's, by train_distill.py's own functions, its steps replayed as CUDA graphs (--graph);
 it learns from the text itself, cross-entropy and KL alike (the paper: from the teacher's answers, and of the KL a tenth in stage 1).
 
 Every arm's rate of stage 1 is the best of Size.rates for it, or of what follows beyond the best one, by the KL at the arm's end on text that
@@ -78,25 +78,25 @@ class Size:
     n_heads: int = 8
     n_kv_heads: int = 4
     d_ff: int = 768
-    rope_theta: float = 1e7      # most channels hardly turn within the context, so that what they match they match further away as well
+    rope_theta: float = 1e30     # all but two channels of a head hardly turn: what they match they match at any distance
     step_tokens: int = 2**15     # of a step of the teacher
     short_context: int = 512     # where it learns first
     teacher_steps: int = 2800
-    teacher_context: int = 3072  # where it goes on
-    long_steps: int = 400
+    teacher_context: int = 1024  # where it goes on
+    long_steps: int = 600
     context: int = 256           # the length of distillation
     batch: int = 64
     rates: tuple = (3e-3, 6e-3)  # of stage 1
     more_rates: int = 2          # how many may be tried beyond these, each twice or half the best
     layer_steps: int = 22        # of stage 1, for each layer replaced
     stage2_rate: float = 3e-3
-    stage2_steps: int = 440
+    stage2_steps: int = 400
     dpo_steps: int = 40
     draft_steps: int = 400
     eval_sequences: int = 512
     prompts: int = 192           # functions to be written
-    before: int = 352            # bytes of text before each
-    written: int = 160           # and of it
+    before: int = 96             # bytes of text before each
+    written: int = 160           # and of it, together the length of distillation
     samples: int = 8             # needles at each length and depth
     windows: int = 64            # texts of which the perplexity is measured by length
     lengths: tuple = (0.5, 1, 2, 4, 8, 12, 16, 20)  # × context
@@ -520,15 +520,17 @@ def all_arms(lab, pool, tables, seeds, began, journal):
             submit(learn, arm, seed, None, False)
     for name in DRAFTS if "speculation" in tables else ():
         submit(make_draft, name)
+    if "cost" in tables:
+        submit(compile_cost)
     total = len(waiting) + sum(any(arm.path) for arm in plan) * seeds
     while waiting:
         for future in wait(waiting, return_when=FIRST_COMPLETED)[0]:
             (f, args), (found, seconds), done = waiting.pop(future), future.result(), done + 1
-            arm, sweep = args[0], f is learn and args[3]
+            arm, sweep = args[0] if args else f.__name__, f is learn and args[3]
             (swept if sweep else rows).extend(found)
             journal.write("".join(json.dumps(row) + "\n" for row in found))
             journal.flush()
-            td.show(f"{done} of {total} students  {time.perf_counter() - began:.0f} s  " + (f"{arm.name}, {f'rate {args[2]:.3g}, sweep' if sweep else f'seed {args[1]}'}"
+            td.show(f"{done} of {total} jobs  {time.perf_counter() - began:.0f} s  " + (f"{arm.name}, {f'rate {args[2]:.3g}, sweep' if sweep else f'seed {args[1]}'}"
                     if f is learn else arm) + f": {seconds:.1f} s", done=not sys.stdout.isatty() and done % 10 == 0)
             if not sweep or len(mine := [row for row in swept if row["arm"] == arm.name]) < len(rates[arm.name]):
                 continue
@@ -545,6 +547,14 @@ def all_arms(lab, pool, tables, seeds, began, journal):
         tried = rates.get(row["arm"])
         row["edge"] = bool(tried) and row["rate"] in (min(tried), max(tried))
     return rows, swept
+
+
+def compile_cost(lab):
+    """What cost and the scans are going to need is compiled while there is other work: of the official kernels that takes minutes."""
+    lab = copy.copy(lab)
+    lab.size = dataclasses.replace(lab.size, cost_lengths=lab.size.cost_lengths[:1], scan_lengths=lab.size.scan_lengths[:1])
+    cost(lab), scans(lab.size)
+    return []
 
 
 def make_pairs(lab):
@@ -734,7 +744,8 @@ def stages(rows, n, teacher):
     for name, r in found.items():
         t.rows.append([name, f"{r[0]['share']:.2f}" if r else "–", rate(r), cell(r, "perplexity"), cell(r, "ratio", 4), cell(r, "kl", 4), cell(r, "parses", 1, True), cell(r, "length", 0),
                        cell(r, "teacher_nats"), cell(r, "preferred", 1, True)])
-    t.claim("stage 2 is nearer to the teacher than as many more steps of stage 1", found["1 + 2"], found["1, as long as 1 + 2"])
+    for key, what in (("kl", "is nearer to the teacher"), ("perplexity", "is less perplexed")):
+        t.claim(f"stage 2 {what} than as many more steps of stage 1", found["1 + 2"], found["1, as long as 1 + 2"], key)
     t.claim("after preferences fewer functions do not parse", *([dict(broken=1 - x["parses"], seed=x["seed"]) for x in found[k]] for k in ("1 + 2 + 3", "1 + 2")), "broken", paired=True)
     for x in found["1 + 2"][:1]:
         t.notes.append(f"preferred: of {x['held_out']} pairs of files that no pair is learned from, those in which the chosen function has gained more over the teacher; the pairs are not counted as tokens")
@@ -856,6 +867,7 @@ def main(argv):
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(TABLES)}; none: all")
     parser.add_argument("--minutes", type=float, default=10, help="about how long it may take on one H200: steps are scaled (10)")
     parser.add_argument("--seeds", type=int, default=3, help="students of every arm (3)")
+    parser.add_argument("--rope_theta", type=float, default=Size.rope_theta, help=f"the teacher's base of rotations, on which it hangs how far hybrids find things ({Size.rope_theta:g})")
     parser.add_argument("--out", default="out/reproduce", help="where teacher, students and tables go; a teacher found there is used again")
     parser.add_argument("--assets", default="", help="where the pictures go (OUT/assets; the README's are in assets)")
     parser.add_argument("--workers", type=int, default=0, help="students trained at once, on a GPU (default: 8, or half the CPU cores)")
@@ -864,12 +876,12 @@ def main(argv):
     for name in o.tables:
         if name not in TABLES:
             raise MilError(f"there is no table {name!r}; expected some of {', '.join(TABLES)}")
-    for name, least in (("minutes", 0.1), ("seeds", 1)):
+    for name, least in (("minutes", 0.1), ("seeds", 1), ("rope_theta", 1)):
         if not getattr(o, name) >= least:
             raise MilError(f"--{name} is {getattr(o, name)}, expected {least} or more")
     began, device, tables = time.perf_counter(), generate.pick_device(""), o.tables or list(TABLES)
     small = o.smoke or device.type != "cuda"
-    size = SMOKE if small else Size()
+    size = dataclasses.replace(SMOKE if small else Size(), rope_theta=o.rope_theta)
     if not small:
         scaled = {k: max(1, round(getattr(size, k) * o.minutes / 10)) for k in ("teacher_steps", "long_steps", "layer_steps", "stage2_steps", "dpo_steps", "draft_steps")}
         size = dataclasses.replace(size, **scaled)
@@ -909,27 +921,29 @@ def main(argv):
             found, swept = all_arms(lab, pool, tables, o.seeds, began, journal)
         rows = Rows(found)
         lap("students")
-    made, more = [], {}
-    makers = {"quality": quality, "init": init, "order": order, "mixer": mixer, "stages": stages, "long": long}
-    for name in tables:
+    lost = [f"left out: {row['arm']}: with seed {row['seed']}, {row['diverged']}" for row in rows if "diverged" in row]
+    print(LEGEND, *lost, sep="\n")
+    report = dict(versions=versions, size=dataclasses.asdict(size), seeds=o.seeds, teacher=teacher, rows=rows, sweep=swept,
+                  arms=[dataclasses.asdict(arm) for arm in arms(size.n_layers, tables)], claims={}, tables={}, clock=clock)
+    made, makers = [], {"quality": quality, "init": init, "order": order, "mixer": mixer, "stages": stages, "long": long}
+    mil.make_directory(lab.out)
+    for name in tables:  # each is printed and saved as it comes
         if name in makers:
             table = makers[name](rows, size.n_layers, teacher)
-            made += table if isinstance(table, tuple) else [table]
         else:
-            table, more[name] = {"speculation": speculation, "cost": cost}[name](lab)
-            made.append(table)
+            table, report[name] = {"speculation": speculation, "cost": cost}[name](lab)
             if name == "cost":
-                more["scan"] = scans(size)
+                report["scan"] = scans(size)
             lap(name)
-    lost = [f"left out: {row['arm']}: with seed {row['seed']}, {row['diverged']}" for row in rows if "diverged" in row]
-    print(LEGEND, *(table.text() for table in made), *lost, sep="\n")
-    seconds = time.perf_counter() - began
-    print(f"\n{seconds:.0f} s in all: {', '.join(f'{k} {v:.0f}' for k, v in clock.items())}; {versions}" + "; smoke size: the figures, and what holds, mean nothing" * small)
-    report = dict(versions=versions, seconds=seconds, clock=clock, size=dataclasses.asdict(size), seeds=o.seeds, teacher=teacher, rows=rows, sweep=swept, **more,
-                  arms=[dataclasses.asdict(arm) for arm in arms(size.n_layers, tables)], claims={t.name: t.claims for t in made}, tables={t.name: [t.columns, *t.rows] for t in made})
-    mil.make_directory(lab.out)
-    mil.write_whole(lab.out / "reproduce.json", lambda f: f.write(json.dumps(report, indent=1).encode()))
-    mil.write_whole(lab.out / "reproduce.md", lambda f: f.write("\n\n".join([LEGEND, *(t.text("|") for t in made), *lost, f"{seconds:.0f} s on {versions}\n"]).encode()))
+        for t in table if isinstance(table, tuple) else [table]:
+            made.append(t)
+            report["claims"][t.name], report["tables"][t.name] = t.claims, [t.columns, *t.rows]
+            print(t.text())
+        report["seconds"] = seconds = time.perf_counter() - began
+        end = f"{seconds:.0f} s in all: {', '.join(f'{k} {v:.0f}' for k, v in clock.items())}; {versions}" + "; smoke size: the figures, and what holds, mean nothing" * small
+        mil.write_whole(lab.out / "reproduce.json", lambda f: f.write(json.dumps(report, indent=1).encode()))
+        mil.write_whole(lab.out / "reproduce.md", lambda f: f.write("\n\n".join([LEGEND, *lost, *(t.text("|") for t in made), end + "\n"]).encode()))
+    print(f"\n{end}")
     try:
         pictures.draw(json.loads(json.dumps(report)), o.assets or lab.out / "assets")
     except ImportError:

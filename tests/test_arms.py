@@ -1,6 +1,7 @@
 """tests/reproduce.py: that its measures measure, that its arms train what they say, that its tables show the arms that they name."""
 import ast
 import dataclasses
+import io
 import json
 import math
 import re
@@ -399,9 +400,11 @@ def test_the_claims_compare_the_rows_of_the_arms_that_they_name(figures):
 
 
 def test_preferences_and_stage_2_are_claimed_to_do_what_the_paper_says_of_them(figures):
-    for parses, kl, verdict in ((0.9, 1e-6, "holds"), (0.0, 9, "the opposite holds")):
-        rows = r.Rows({**row, "parses": parses + row["kl"] / 1e3 if row["stages"] == "1 + 2 + 3" else 0.5, "kl": kl + row["kl"] / 1e3 if row["stages"] == "1 + 2" else row["kl"]} for row in figures[0])
-        assert [claim[2] for claim in r.stages(rows, 8, {}).claims] == [verdict] * 2
+    holds, not_ = "holds", "the opposite holds"
+    for parses, kl, perplexity, verdicts in ((0.9, 1e-6, 9, [holds, not_, holds]), (0.0, 9, 0.5, [not_, holds, not_])):
+        rows = r.Rows({**row, **(dict(parses=parses + row["kl"] / 1e3) if row["stages"] == "1 + 2 + 3" else dict(parses=0.5)),
+                       **(dict(kl=kl + row["kl"] / 1e3, perplexity=perplexity + row["kl"] / 1e3) if row["stages"] == "1 + 2" else {})} for row in figures[0])
+        assert [claim[2] for claim in r.stages(rows, 8, {}).claims] == verdicts
 
 
 def test_of_long_texts_it_is_claimed_what_is_missed_and_what_perplexes_at_the_greatest_length():
@@ -524,7 +527,33 @@ def test_of_a_scan_the_fastest_way_counts_and_attention_is_measured_once(watch, 
         *((name, k, ms and ms * k) for k in (64, 128) for name, ms in ((f"ours, {a}", 2), ("attention", 1), (f"official, {a}", None))), *((name, k, ms and ms * k) for k in (64, 128) for name, ms in ((f"ours, {b}", 2), (f"official, {b}", None)))]
 
 
-def test_the_teacher_is_measured_as_its_students_are_and_no_student_of_an_earlier_run_is_left(tmp_path, monkeypatch):
+def test_what_cost_needs_is_compiled_at_the_least_length_while_students_learn(lab, monkeypatch):
+    seen, size = [], dataclasses.replace(r.SMOKE, cost_lengths=(3, 5), scan_lengths=(7, 9))
+    monkeypatch.setattr(lab, "size", size)
+    monkeypatch.setattr(r, "cost", lambda lab: seen.append(lab.size.cost_lengths))
+    monkeypatch.setattr(r, "scans", lambda size: seen.append(size.scan_lengths))
+    assert r.compile_cost(lab) == [] and seen == [(3,), (7,)] and lab.size is size
+    jobs = lambda *tables: [(job.__name__, *what) for job, *what in submitted(lab, monkeypatch, tables)]  # noqa: E731
+    assert ("compile_cost",) in jobs("speculation", "cost") and ("compile_cost",) not in jobs("speculation")
+
+
+def submitted(lab, monkeypatch, tables):
+    """The jobs that all_arms hands to its workers, none of which does anything."""
+    jobs = []
+
+    class Pool:
+        def submit(self, work, *job):
+            jobs.append(job)
+            future = r.Future()
+            future.set_result(([dict(arm=job[1].name, kl=1.0, rate=job[3], seed=job[2])] if job[0] is r.learn else [], 0.0))
+            return future
+    r.all_arms(lab, Pool(), tables, 1, 0.0, io.StringIO())
+    return jobs
+
+
+@pytest.fixture
+def hollow(tmp_path, monkeypatch):
+    """main without what takes time; what was measured on, and a student of an earlier run."""
     seen, old = [], tmp_path / "models" / "mamba2-4"
     old.mkdir(parents=True)
 
@@ -536,8 +565,25 @@ def test_the_teacher_is_measured_as_its_students_are_and_no_student_of_an_earlie
     for owner, name, value in ((r, "Lab", Lab), (r, "all_arms", lambda *_: ([], [])), (td, "prepare", lambda run, models: models), (td, "Models", lambda *two: two), (r.pictures, "draw", lambda *_: None),
                                (td, "evaluate", lambda run, models, corpus, encoding: seen.append(corpus) or ({"perplexity": 3.0}, {"perplexity": 9.0}))):
         monkeypatch.setattr(owner, name, value)
+    return seen, old
+
+
+def test_the_teacher_is_measured_as_its_students_are_and_no_student_of_an_earlier_run_is_left(hollow, tmp_path):
+    seen, old = hollow
     report = r.main(["order", "--smoke", "--out", str(tmp_path)])
     assert seen == ["measured", "needles"] and not old.exists() and (report["teacher"]["context"], report["teacher"]["teacher_context"], report["teacher"]["samples"]) == (128, 256, 1)
+
+
+def test_a_run_that_is_stopped_leaves_the_tables_it_has_made(hollow, tmp_path, monkeypatch, capsys):
+    def stop(lab):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(r, "cost", stop)
+    with pytest.raises(KeyboardInterrupt):
+        r.main(["order", "init", "cost", "--smoke", "--rope_theta", "77", "--out", str(tmp_path)])
+    report, said = json.loads((tmp_path / "reproduce.json").read_text()), (tmp_path / "reproduce.md").read_text()
+    assert [*report["tables"]] == [*report["claims"]] == ["order", "init"] and report["size"]["rope_theta"] == 77
+    for text in (said, capsys.readouterr().out):
+        assert 0 < text.index("Order of replacement") < text.index("Initialisation and frozen MLPs")
 
 
 # ---------------------------------------------------------------------------------------------------------------
