@@ -36,8 +36,7 @@ def students(report, arm):
 
 def needles(report, found):
     """{model: what each seed found}."""
-    models = {f"{NAMES[arm]}, {100 * share:.3g} %": [r["needles"] for r in rows if "needles" in r]
-              for arm in found for share, rows in found[arm].items() if arm == "mamba2" or not share}
+    models = {f"{NAMES[arm]}, {100 * share:.3g} %": [r["needles"] for r in rows if "needles" in r] for arm in found for share, rows in found[arm].items()}
     models = {"teacher, 100 %": [n for n in [report.get("teacher", {}).get("needles")] if n], **models}
     return {name: seeds for name, seeds in models.items() if seeds}
 
