@@ -6,7 +6,7 @@
     python generate.py --draft out/draft/student --prompt "def "         speculatively: the same law, sooner
     python generate.py --model Llama-3.2-1B-Instruct --chat              a conversation with a downloaded model
 
-One decoding step feeds the newest token through `Hybrid` with its Cache and draws the next token from
+One decoding step feeds the newest token through `Hybrid` with its Cache and draws the next token from its law, the distribution
 
     p(token) = softmax(logits / temperature), cut to the top_k likeliest and to the smallest set of mass top_p.
 
@@ -85,7 +85,7 @@ def run_command(main):
     except MilError as e:
         sys.exit(f"error: {e}")
     except torch.OutOfMemoryError as e:
-        sys.exit(f"error: the GPU's memory is full (a smaller --batch or --context, or a smaller model, takes less): {str(e).splitlines()[0]}")
+        sys.exit(f"error: the GPU's memory is full (fewer or shorter texts at a time, or a smaller model, take less): {str(e).splitlines()[0]}")
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
@@ -281,7 +281,7 @@ def byte_level(vocab, unknown, steps, norms, refuse):
     shown = [char or chr(next(more)) for char in shown]                                       # GPT-2 shows bytes as characters
     byte = {char: i for i, char in enumerate(shown)}
     lacking = [i for i, char in enumerate(shown) if char not in vocab and (32 <= i < 127 or i in b"\t\n\r")]
-    if lacking:  # SmolLM2 lacks 21 bytes, but of those that hardly any text has
+    if lacking:  # other bytes may be: SmolLM2 lacks 21, which hardly any text has
         raise refuse("the vocabulary", f"without the byte {bytes(lacking[:1])!r}", "all bytes of plain text")
     pieces = {bytes([i]): [vocab[char]] if char in vocab else [] if unknown is None else [unknown] for i, char in enumerate(shown)}
     if norms:
@@ -289,7 +289,7 @@ def byte_level(vocab, unknown, steps, norms, refuse):
     kinds, last = [kind_of(step) for step in steps], steps[-1] if steps else {}
     cut = last.get("use_regex", True)
     if kinds[-1:] != ["ByteLevel"] or last.get("add_prefix_space"):
-        raise refuse("the last pre_tokenizer", (kinds or ["none"])[-1] + " with add_prefix_space" * bool(kinds), "ByteLevel without add_prefix_space")
+        raise refuse("the last pre_tokenizer", (kinds or ["none"])[-1] + " with add_prefix_space" * bool(last.get("add_prefix_space")), "ByteLevel without add_prefix_space")
     if kinds == ["Split (Isolated)", "ByteLevel"] and not cut and not steps[0].get("invert"):
         found = steps[0]["pattern"]["Regex"]
         pattern = f"{found}|(?:(?!{found})(?s:.))+"                                           # what lies between is kept
@@ -572,9 +572,9 @@ class Speculation:
         self.kept, self.rejected = self.kept + n, self.rejected + (n < K)
 
     def time(self, draft, target, K, warm):
-        """A round is over: seconds of its halves, the draft's K steps and the target's pass; not `warm` while it is slow for being new. Another
-        K is not begun before 20 times what such a round takes more than others has been spent: on a GPU, where two rounds are new and a
-        graph is captured, a short text keeps its first K."""
+        """A round is over: seconds of its halves, the draft's K steps and the target's pass; not `warm` while it is slow for being new. A new K costs two
+        such slow rounds (on a GPU, where they compile and capture a graph), so it is not begun before ten times that, 20 · (a slow round − a warm
+        one), has been spent: a short text keeps its first K."""
         self.rounds += 1
         if not warm:
             self.cold = min(self.cold, draft + target) if K else self.cold
@@ -774,7 +774,7 @@ class Decoder:
                     plan.count(n, K, min(n, len(new[i])))
             for which, left in [(0, 1), (1, 2)][:1 + follow]:
                 self.read[which] = [len(text) - left for text in texts]
-            if draft:
+            if follow or plan.over:  # not a round that could not propose, after one token
                 plan.time(*[seconds(*pair) for pair in zip(times, times[1:])], K, halves[K, follow][0].calls > (2 if device else 1))
             yield new
 

@@ -12,7 +12,7 @@ name (The Mamba in the Llama, arXiv 2408.15237, section 2):
     x  value   (b, l, g, p)                            w  width of the convolution, 4
 
 Grouped-query attention carries over: head i reads kv head i // (h/g). x and B are indexed where they lie and
-are never repeated in memory by a kernel.
+are never repeated in memory by a kernel. (They may have different numbers of heads; those of a Llama never do.)
 
 Two decays, told apart by the shape of A:
 
@@ -165,10 +165,10 @@ def ssm_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None, pos=None):
     """
     check_ssm(x, dt, A, B, C, D, z, dt_bias, h0, pos)
     if use_triton(x) and x.shape[1] > 1 and max(x.shape[3], C.shape[3]) <= 256:
-        inside = z if A.dim() == 3 else None  # Mamba's kernel gates its output; Mamba-2's does not, as gated_norm does it
+        inside = z if A.dim() == 3 else None  # Mamba's kernel gates its output; Mamba-2's does not, since in a model gated_norm does it
         keep = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, dt, A, B, C, D, z, dt_bias, h0)])
         y, h = TritonScan.apply(x, dt, A, B, C, D, inside, dt_bias, h0, pos if pos is None else pos.int().contiguous(), keep)
-        return y if inside is z else (y.float() * F.silu(z.float())).to(x.dtype), h  # is: already gated, or nothing to gate
+        return y if z is None or inside is not None else (y.float() * F.silu(z.float())).to(x.dtype), h
     with torch.autocast(x.device.type, enabled=False):  # the state and Δ·A stay float32 whatever surrounds them
         if x.shape[1] == 1:  # one token has nothing to run in parallel: the definition is a single step
             return ssm_reference(x, dt, A, B, C, D, z, dt_bias, h0, pos)
@@ -385,8 +385,8 @@ if triton is not None:
     @triton.jit
     def read(ptr, o, m, WORDS: tl.constexpr, EMPTY: tl.constexpr):
         """Numbers at ptr + o, EMPTY where m is not. With WORDS, for bf16, as the 32 bits each shares with its neighbour, 0xff80ff80 being
-        -inf twice: a value of 16 bits that is carried from one turn of a loop to the next is moved as soon as it arrives, and so
-        waited for. (That pays in the backward. The forward, with more tokens in flight, measured faster without.)"""
+        -inf twice. (Why: a value of 16 bits that is carried from one turn of a loop to the next is moved as soon as it arrives, and so
+        waited for; one of 32 is not. The backward measured faster with WORDS; the forward, with more tokens in flight, without.)"""
         if WORDS:
             return tl.load(ptr.to(tl.pointer_type(tl.int32)) + o // 2, mask=m, other=-8323200 if EMPTY < 0 else 0)
         else:
@@ -1685,7 +1685,7 @@ def linear(x, weight, onto=None):
 
 
 def linears(x, *weights):
-    """x (b, l, k) times the transpose of each weight (n, k): a list. Weights that lie one after the other in memory are read as one."""
+    """x (b, l, k) times the transpose of each weight (n, k): a sequence. Weights that lie one after the other in memory are read as one."""
     together = lambda a, b: a.data_ptr() + a.nbytes == b.data_ptr() and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()  # noqa: E731
     if few(x, x.shape[1], *weights) and all(w.is_contiguous() for w in weights) and all(map(together, weights, weights[1:])):
         sizes = [len(w) for w in weights]
@@ -1957,7 +1957,7 @@ class MLP(torch.autograd.Function):
 
 
 def norm_linears(u, weight, eps, *weights):
-    """rms_norm(u, weight, eps) of u (b, l, d) times the transpose of each of the weights (n, d) of any type: a list, in u's type."""
+    """rms_norm(u, weight, eps) of u (b, l, d) times the transpose of each of the weights (n, d) of any type: a sequence, in u's type."""
     if few(u, u.shape[1], *weights) or plain(u):
         return linears(rms_norm(u, weight, eps), *weights)
     return list(NormLinears.apply(u, weight, eps, *weights))

@@ -14,13 +14,14 @@ A Llama is the stack with attention in every layer; there is no other model clas
 b batch, l length, d width, h query heads, g kv heads, p channels per head, n state size per head, w conv width,
 v vocabulary. In attention p is head_dim and n = p.
 
-In this file, top to bottom: Config; the mixers Attention, Mamba and Mamba2, and Documents, rows of several; Hybrid, the stack; Cache, what decoding
+In this file, top to bottom: Config; Documents, rows of several; the mixers Attention, Mamba, Mamba2 and NoMixer; Hybrid, the stack; Cache, what decoding
 remembers; replace_attention and keep_layers; checkpoints, ours and the world's.
 """
 import contextlib
 import copy
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import os
@@ -142,12 +143,14 @@ def biased(t, part):
 
 @functools.cache
 def packed_attention():
-    """PyTorch's attention within packed sequences, in bf16 on a GPU, from torch 2.11 on, or None. To import it takes a second, so only who needs it does."""
+    """PyTorch's causal attention within packed sequences, in bf16 on a GPU, from torch 2.11 on, or None. To import it takes a second, so only who needs it does."""
     try:
         from torch.nn.attention.varlen import varlen_attn
-        return varlen_attn
     except ImportError:
         return None
+    takes = inspect.signature(varlen_attn).parameters
+    shared = {"enable_gqa": True} if "enable_gqa" in takes else {}  # asked for from 2.12 on
+    return functools.partial(varlen_attn, window_size=(-1, 0), **shared) if "window_size" in takes else None
 
 
 class Documents:
@@ -171,7 +174,7 @@ class Documents:
         """Attention within documents: q (b, l, h, p), k and v (b, l, g, p) -> (b, l, h, p)."""
         if self.packed is None or q.dtype.itemsize > 2:
             return sdpa(q, k, v, self.mask)
-        return self.packed(*[t.flatten(0, 1) for t in (q, k, v)], self.bounds, self.bounds, self.longest, self.longest, window_size=(-1, 0)).view(q.shape)
+        return self.packed(*[t.flatten(0, 1) for t in (q, k, v)], self.bounds, self.bounds, self.longest, self.longest).view(q.shape)
 
 
 def sdpa(q, k, v, mask=None):
@@ -210,7 +213,7 @@ class Attention(nn.Module):
 
 def initial_dt_bias(n):
     """The bias for which Δ = softplus(bias) is log-uniform in [1e-3, 1e-1] (Mamba's initialisation)."""
-    delta = torch.exp(torch.empty(n, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1))).clamp(min=1e-4)
+    delta = torch.exp(torch.empty(n, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1)))
     return delta + torch.log(-torch.expm1(-delta))  # the inverse of softplus
 
 
@@ -507,7 +510,10 @@ class Cache:
         return self.small and kernels.few(self.weight, l)
 
     def open(self, b, l, lengths=None):
-        """Positions (b, l) of l new tokens a row, of which lengths (b,) are real (None: all)."""
+        """A pass of l new tokens a row begins, of which lengths (b,) are real (None: all). Sets what the layers go by: their positions `pos` (b, l) and
+        `angles`; whether the pass is `fused`; whether its tokens go into the states at once, `direct`. For a Mamba layer's log in PyTorch: `moving` (b,), how many
+        logged inputs go into a row's state first, at most `due`; and, counted from where the state stands then, `slot` (b, l), the places of the new inputs,
+        `real` (b,), how many there are with them, at most `end`."""
         if b != len(self.at):
             raise MilError(f"cache: {b} rows of tokens for a cache of {len(self.at)} rows")
         if self.used + l > self.size:
@@ -517,8 +523,8 @@ class Cache:
         self.direct, self.room, self.new = l > self.log or not (announced or self.lazy and self.fused), max(0, self.room - l), l
         self.lengths = None if lengths is None else torch.as_tensor(lengths, device=self.device)
         self.counts = l if lengths is None else self.lengths
-        end = self.at if announced and not self.direct else self.at + self.counts  # where a state that moves is to stand
-        self.to.copy_(end if self.direct else torch.where(self.at - self.base > self.log - need, end, self.base))
+        target = self.at if announced and not self.direct else self.at + self.counts  # where a state that moves is to stand
+        self.to.copy_(target if self.direct else torch.where(self.at - self.base > self.log - need, target, self.base))
         self.pos = self.at[:, None] + after                                              # (b, l)
         self.angles = [t[0, 0, self.pos][:, None] for t in self.turns]                  # (b, 1, l, p / 2)
         if not self.fused:  # of a Mamba layer's log
@@ -526,8 +532,7 @@ class Cache:
             self.moving = torch.where(self.to > self.base, self.at - self.base, 0)         # (b,) inputs to replay before the state moves
             self.due = int(self.moving.max())
             since = torch.zeros_like(self.at) if self.direct else self.at - self.to        # (b,) inputs logged after that
-            self.slot, self.real, self.end = since[:, None] + after, since + self.counts, int(since.max()) + l  # where the new come; each row's end; the last
-        return self.pos
+            self.slot, self.real, self.end = since[:, None] + after, since + self.counts, int(since.max()) + l
 
     def close(self):
         self.at += self.counts
@@ -720,15 +725,14 @@ def keep_layers(model, layers):
 
 
 def stays_wide(name):
-    """Whether this parameter makes up Δ or A, and is never kept in less than float32: a decay near 1 does not survive fewer bits."""
+    """Whether this parameter makes up Δ or A, or is D, and is never kept in less than float32: a decay near 1 does not survive fewer bits."""
     return name.endswith(("A_log", "D", "dt_bias", "dt_proj.bias"))
 
 
 def cast(model, dtype):
-    """Convert to `dtype`, but leave in float32 what makes up Δ and A."""
+    """Convert to `dtype`, but what makes up Δ and A, and D, to float32 at least."""
     for name, w in model.named_parameters():
-        if dtype == torch.float64 or not stays_wide(name):
-            w.data = w.data.to(dtype)
+        w.data = w.data.to(torch.promote_types(dtype, torch.float32) if stays_wide(name) else dtype)
     return model
 
 
@@ -979,7 +983,7 @@ def open_tensors(path):
     except FileNotFoundError:
         raise MilError(f"{path}: not found; the checkpoint is incomplete") from None
     except Exception as e:  # as the damage has it
-        return refuse_file(path, e)
+        raise refused_file(path, e) from e
 
 
 def refuse_pointer(path):
@@ -989,12 +993,12 @@ def refuse_pointer(path):
             raise MilError(f"{path}: a pointer of Git LFS and not the file itself: git lfs pull brings it") from None
 
 
-def refuse_file(path, e):
-    """Why a file of weights could not be opened."""
+def refused_file(path, e):
+    """The MilError for a file of weights that could not be opened."""
     refuse_pointer(path)
     if isinstance(e, pickle.UnpicklingError):
-        raise MilError(f"{path}: refused: it holds something other than tensors, which could run code") from e
-    raise MilError(f"{path}: not a whole file of weights: truncated or damaged") from e
+        return MilError(f"{path}: refused: it holds something other than tensors, which could run code")
+    return MilError(f"{path}: not a whole file of weights: truncated or damaged")
 
 
 META = {"embed_tokens": "tok_embeddings", "lm_head": "output", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",

@@ -7,7 +7,7 @@
     python train_distill.py --teacher out/teacher --student_layers 0,3 --keep 1 --out out/draft     a draft for it (generate.py)
     torchrun --nproc_per_node 8 -- train_distill.py --teacher DIR …                                   on eight GPUs, sharded (FSDP2)
 
-    corpus -> teacher -> student: attention replaced by Mamba, in steps -> stage 1 -> stage 2 -> (preferences) -> table, sample
+    corpus -> teacher -> stage 1.1, 1.2 …, each replacing more of attention by Mamba -> stage 2 -> (preferences) -> table, sample
 
 The student learns from the teacher's distribution and from the text (Eq. 2 of arXiv 2408.15237), a mean per predicted token:
 
@@ -22,8 +22,8 @@ teacher's, and are the teacher's own tensors in memory. Attention is replaced in
 asked, the layers already converted keeping what they learned. Stage 2 trains everything. Deviations from the paper: the learning rates
 suit small models, and by default the text is the corpus itself and not the teacher's answers (--pseudo_labels).
 
-In this file, top to bottom: settings; stages; data; the teacher's answers; losses; teacher and student side by side; the training loop and
-its checkpoints; evaluation; the stages, run; the report.
+In this file, top to bottom: settings; stages; data; the teacher's answers; losses; teacher and student side by side; processes; the training loop
+and its checkpoints; evaluation; the stages, run; what a stage costs; the report and the command.
 """
 import contextlib
 import dataclasses
@@ -159,7 +159,7 @@ def check(of, where):
             span = f"{least:g} to {most}" if most < 2**63 else "more than 0" if 0 < least < 1 else f"{least} or more"
             raise MilError(f"{where}{name} is {value}, expected {span}")
     if getattr(of, "alpha", 1) == getattr(of, "beta", 1) == 0:
-        raise MilError(f"{where}alpha and beta are both 0: nothing would be learned; expected at least one above 0")
+        raise MilError(f"{where}alpha and {where if where == '--' else ''}beta are both 0: nothing would be learned; expected at least one above 0")
 
 
 def chosen_layers(s):
@@ -220,6 +220,8 @@ def complete(s, device, teacher_config=None):
     share_recomputed(s)
     if not s.prompt:
         raise MilError("--prompt is '', expected some text")
+    if s.recipe and (s.keep, s.replace_steps) != (Settings.keep, Settings.replace_steps):
+        raise MilError("--recipe says itself what is replaced; leave out --keep and --replace_steps")
     if s.student_layers and (s.init_from or s.recipe):
         raise MilError("--student_layers: a small student has neither --init_from nor --recipe; leave them out")
     if teacher_config is None and s.d % (2 * s.n_heads):
@@ -235,7 +237,8 @@ def complete(s, device, teacher_config=None):
 
 @dataclass
 class Stage:
-    """A stage of a run, and what a --recipe says of one; what is left out there comes from the command line."""
+    """A stage of a run, and what a --recipe says of one; what is left out there comes from the command line, but keep and train: then nothing is replaced,
+    and all parameters train, or, where something is replaced, the mixers."""
     keep: float = None          # the share of attention left when it begins; left out: nothing is replaced
     replace: list = field(default_factory=list)  # or these layers lose theirs
     mixer: str = "mamba2"       # and get this in its place
@@ -584,8 +587,8 @@ def shares(run, rows):
 
 
 def turns(run, count, rows):
-    """Which of `count` things this process takes in each turn, as many at a time as `rows` rows of a step leave to it, and whether these are its own: where it
-    has none left the first stands in, since all processes take part in every turn."""
+    """Yields, turn by turn until all of `count` things are shared out among the processes, (the numbers of those that this one takes, whether they count):
+    at most as many as it takes of a step's `rows` rows. Where none are left for it number 0 stands in and does not count, since all take part in every turn."""
     size = max(1, rows // (run.size * run.s.accumulate))
     for i in range(0, count, size * run.size):
         mine = list(range(i, min(i + size * run.size, count))[run.rank::run.size])
@@ -683,7 +686,8 @@ def prompts_of(s, paths, encoding):
                 yield {"messages": asked}, talk.ids[-most:]
         elif isinstance(document, tuple):
             talk.add(document[0])
-            yield {"prompt": document[0]}, talk.ids[-most:]
+            if talk.ids:
+                yield {"prompt": document[0]}, talk.ids[-most:]
         else:
             ids = document_tokens(encoding, document)
             ids = ids if len(documents) >= 10 else ids[:len(ids) * 9 // 10]
@@ -816,15 +820,17 @@ class Models(nn.Module):
         vars(self).update(teacher=teacher, student=student)  # unseen by nn.Module: each layer is to be found in one place only, in its Both
         self.configs = [model and model.config for model in (teacher, student)]
         self.layers = nn.ModuleList(Both(*layers) for layers in itertools.zip_longest(teacher.layers if teacher else [], student.layers))
+        # so that FSDP2 finds them
         self.ends = nn.ModuleList(part for model in filter(None, (teacher, student)) for part in (model.embed_tokens, model.norm, model.lm_head))
 
     def forward(self, batch, stage=Stage(loss="compare"), scale=1.0):
-        """What the method that the stage's `loss` names says. All go through here, where FSDP2 gathers the tensors."""
+        """What the method that the stage's `loss` names says; `compare` is evaluation's. All go through here, where FSDP2 gathers the tensors."""
         targets = batch.y.flatten() if batch.at is None else batch.y.flatten()[batch.at]
         return getattr(self, stage.loss)(batch, targets, stage, scale)
 
     def hidden(self, batch, teach):
-        """What their heads read (tokens, d), of the places that are learned: the teacher's, None where it is not asked for, and the student's."""
+        """What their heads read (tokens, d), of the places that are learned (of all where batch.at is None): the teacher's, None where it is not asked for, and
+        the student's."""
         teacher_u, teachers = self.teacher.start(batch.x, None, batch.docs) if teach else (None, None)
         u, students = self.student.start(batch.x, None, batch.docs)
         for both in self.layers:
@@ -971,7 +977,7 @@ def clock(seconds):
 @dataclass
 class State:
     """How far a run is: what a checkpoint holds."""
-    stage: int = 0                                  # of run's stages
+    stage: int = 0                                  # 0 the teacher, i the i-th of the run's stages
     step: int = 0                                   # the next one
     trained: dict = field(default_factory=dict)     # the student's tensors that have been trained, float32
     moments: list = field(default_factory=list)     # AdamW's state of what trains
@@ -1432,6 +1438,10 @@ def gib(size):
 LOWER = "--accumulate, --recompute mlp or block, --batch and --context lower it, and --stage2_steps 0"
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# The report and the command
+
+
 def table(rows):
     lines = [f"{'':<38}{'loss':>8}{'ppl':>9}{'bits/byte':>11}{'KL':>9}{'agree':>8}{'tokens/s':>11}{'seconds':>9}"
              + f"{'preferred':>18}{'margin':>9}" * any("preferred" in r for r in rows)]
@@ -1508,7 +1518,7 @@ def main(argv):
     s, began = parse_flags(Settings, argv, __doc__), time.perf_counter()
     run = begin(s)
     try:
-        work(run, argv, began)
+        work(run, began)
     except torch.OutOfMemoryError as e:
         parts = ", ".join(f"{part} {gib(size)}" for part, size in run.cost.items())
         raise MilError(f"the GPU's memory is full; about {gib(sum(run.cost.values()))} were expected ({parts}). {LOWER}. ({str(e).splitlines()[0]})") from e
@@ -1517,7 +1527,7 @@ def main(argv):
             dist.destroy_process_group()
 
 
-def work(run, argv, began):
+def work(run, began):
     """All of a run: settings and stages checked, data, teacher, stages, report."""
     s, device = run.s, run.device
     about = mil.read_config(s.teacher) if s.teacher else {}

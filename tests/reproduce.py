@@ -78,7 +78,7 @@ class Size:
     n_heads: int = 8
     n_kv_heads: int = 4
     d_ff: int = 768
-    rope_theta: float = 1e30     # all but two channels of a head hardly turn: what they match they match at any distance
+    rope_theta: float = 1e30     # all but two of a head's 16 pairs of channels hardly turn: what they match they match at any distance
     step_tokens: int = 2**15     # of a step of the teacher
     short_context: int = 512     # where it learns first
     teacher_steps: int = 2800

@@ -345,6 +345,14 @@ def test_k_is_chosen_from_what_was_kept_and_what_it_took():
     assert plan.K == 0 and (plan.rounds, plan.passes, plan.accepted) == (49, 49, 20 + 48)  # nothing kept: it does not pay
 
 
+def test_rounds_that_cannot_propose_do_not_count_towards_the_choice_of_k():
+    model = build(Config(**MIXED))
+    decoder = g.Decoder(model, 1, 8, draft=mil.keep_layers(model, [0]))
+    for _ in range(12):
+        list(decoder.decode([[5]], 1))  # after one token the draft, which reads two, does not propose
+    assert (decoder.plan.K, decoder.plan.rounds, decoder.plan.passes) == (4, 0, 12)
+
+
 def test_a_stop_token_inside_a_round_cuts_what_counts_as_accepted():
     model = build(Config(**MIXED))
     text = whole(g.generate(model, [[5, 6]], 8, temperature=0))[0]

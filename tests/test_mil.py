@@ -592,6 +592,9 @@ def test_replacing_in_a_bf16_model_keeps_the_decay_in_float32(mixer):
     model = mil.replace_attention(build(Config(**SMALL), torch.bfloat16), [1], mixer)
     wide = {k.split("mixer.")[1] for k, w in model.named_parameters() if w.dtype == torch.float32}
     assert wide == {"A_log", "D"} | ({"dt_proj.bias"} if mixer == "mamba" else {"dt_bias"})
+    for before, dtype, decay in ((torch.float64, torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16, torch.float32), (torch.float32, torch.float64, torch.float64)):
+        for name, w in mil.cast(model.to(before), dtype).named_parameters():
+            assert w.dtype == (decay if name.split("mixer.")[-1] in wide else dtype), name
 
 
 @pytest.mark.parametrize("mixer", ["mamba", "mamba2"])

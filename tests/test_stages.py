@@ -232,6 +232,8 @@ def test_of_a_long_prompt_the_teacher_reads_the_end_and_of_one_text_nothing_of_i
         {"messages": [{"role": "user", "content": "a" * 50 + "?"}, {"role": "assistant", "content": "b"}]}, {"prompt": "a" * 50 + "?", "completion": "b"})))
     talk, plain = (bytes(ids) for _, ids in t.prompts_of(s, [str(tmp_path / "a.jsonl")], encoding))
     assert talk.endswith(b"a?\nassistant:\n") and plain.endswith(b"a?") and len(talk) == len(plain) == 15
+    (tmp_path / "c.jsonl").write_text(json.dumps({"prompt": "", "completion": "b"}))
+    assert list(t.prompts_of(s, [str(tmp_path / "c.jsonl")], encoding)) == []  # there is nothing to continue
     (tmp_path / "b.txt").write_text("a" * 180 + "b" * 20)
     asked = [record["prompt"] for record, _ in t.prompts_of(s, [str(tmp_path / "b.txt")], encoding)]
     assert len(asked) == 9 and not any("b" in text for text in asked)
@@ -333,11 +335,24 @@ def test_a_run_goes_on_from_the_newest_checkpoint(tmp_path):
 
 def test_packed_attention_gets_16_bits_only():
     docs, asked = mil.Documents(torch.tensor([[0, 1, 0], [0, 1, 2]]), torch.device("cpu")), []
-    docs.packed = lambda q, k, v, *bounds, window_size: asked.append((q.shape, bounds, window_size)) or q
+    docs.packed = lambda q, k, v, *bounds: asked.append((q.shape, bounds)) or q
     for kind in (torch.float32, torch.bfloat16):
         q = torch.randn(2, 3, 2, 4).to(kind)
         assert docs.attend(q, q, q).shape == q.shape
-    assert asked == [((6, 2, 4), (docs.bounds, docs.bounds, 3, 3), (-1, 0))]
+    assert asked == [((6, 2, 4), (docs.bounds, docs.bounds, 3, 3))]
+
+
+def test_packed_attention_is_asked_as_this_torch_wants_it(monkeypatch):
+    there = pytest.importorskip("torch.nn.attention.varlen", reason="torch before 2.10")
+    packed = mil.packed_attention()
+    if packed is not None:
+        q, k, bounds = (torch.empty(*shape, dtype=kind, device="meta") for *shape, kind in ((6, 4, 16, torch.bfloat16), (6, 2, 16, torch.bfloat16), (3, torch.int32)))
+        assert packed(q, k, k, bounds, bounds, 3, 3).shape == q.shape and packed.keywords["window_size"] == (-1, 0)
+    for takes, wanted in ((lambda q, k, v, a, b, m, n, is_causal=False: None, None), (lambda q, k, v, a, b, m, n, window_size=None: window_size, (-1, 0)),
+                          (lambda q, k, v, a, b, m, n, window_size=None, enable_gqa=False: (window_size, enable_gqa), ((-1, 0), True))):
+        monkeypatch.setattr(there, "varlen_attn", takes)
+        found = mil.packed_attention.__wrapped__()
+        assert found is wanted is None or found(*"qkvabmn") == wanted
 
 
 def test_the_log_has_means_over_the_steps_since_the_last_line(tmp_path):
