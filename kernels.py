@@ -310,21 +310,18 @@ def ssd_torch(x, delta, A, B, C, h0, pos=None, T=64):
 # compiled kernel, which turns most address arithmetic into immediates (for Mamba it halves the registers); lengths are not, so a new
 # length compiles nothing, unless strides over the batch are no longer or newly multiples of 16.
 
-SEGMENTS = ["l", "c", "s"]  # lengths: not specialised on
-# Chosen by measurement on an H100 and an H200. Mamba: the states a program holds, the programs (of one warp) to aim at, four a
-# scheduler, and the tokens in flight, which are also those between two states in S. Mamba-2: the programs to aim at, and the launches of
-# the walk that gives y, of those that leave states or an end, and of the gradient. The convolution: about T tokens to a segment, U at a
-# time, BLOCK channels × query heads. The norm: T tokens to a program, ELEMENTS numbers at a time.
-S6_TILE, S6_BLOCKS, S6_T = 256, 2048, 8
-SSD_BLOCKS, WALK_Y, WALK_STATES = 256, dict(num_warps=4, num_stages=2), dict(num_warps=4, num_stages=3)
-GRADIENT = dict(num_warps=4, num_stages=2)
-CONV_Y, CONV_GRADIENT = dict(T=32, U=8, BLOCK=128), dict(T=64, U=8, BLOCK=64)
-# Decoding: the most tokens a row (a tile of 16 in attend_kernel); keys in a piece, for few heads of all rows together and for 64 or more;
-# a replay of few programs and of 2,048 or more: tokens and columns prepared together, the numbers of a state a warp holds, options; the
-# linear layers, without a gate and with one.
-FEW, SPLIT, REPLAY = 16, (128, 512), ((8, 64, 1024, {}), (1, 256, 2048, dict(maxnreg=128)))
-LINEAR = dict(BN=32, BK=256, num_warps=4, num_stages=4), dict(BN=64, BK=128, num_warps=4, num_stages=4)
-NORM_Y, NORM_GRADIENT = dict(T=16, ELEMENTS=2048), dict(T=64, ELEMENTS=1024)
+LENGTHS = ["l", "c", "s"]  # not specialised on
+# Chosen by measurement on an H100 and an H200.
+S6_TILE, S6_BLOCKS, S6_T = 256, 2048, 8  # Mamba: states a program holds; programs (of one warp) to aim at, four a scheduler; tokens in flight, and between two states in S
+SSD_BLOCKS = 256                                                                                # Mamba-2: the programs to aim at,
+WALK_Y, WALK_STATES = dict(num_warps=4, num_stages=2), dict(num_warps=4, num_stages=3)          # the walk that gives y, the one that leaves states or an end,
+WALK_GRADIENT = dict(num_warps=4, num_stages=2)                                                 # and the gradient's
+CONV_Y, CONV_GRADIENT = dict(T=32, U=8, BLOCK=128), dict(T=64, U=8, BLOCK=64)                   # about T tokens to a segment, U at a time, BLOCK channels × query heads
+NORM_Y, NORM_GRADIENT = dict(T=16, ELEMENTS=2048), dict(T=64, ELEMENTS=1024)                    # T tokens to a program, ELEMENTS numbers at a time
+FEW = 16                                 # decoding: the most tokens a row (a tile of 16 in attend_kernel)
+SPLIT = 128, 512                         # keys in a piece, for few heads of all rows together and for 64 or more
+REPLAY = (8, 64, 1024, {}), (1, 256, 2048, dict(maxnreg=128))  # of few programs, of 2,048 or more: tokens and columns prepared together, numbers of a state a warp holds, options
+LINEAR = dict(BN=32, BK=256, num_warps=4, num_stages=4), dict(BN=64, BK=128, num_warps=4, num_stages=4)  # without a gate, and with one
 
 if triton is not None:
     LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x LOG2E), and 2^x is what the chip computes
@@ -486,7 +483,7 @@ if triton is not None:
         b_end, b_decay = read_state(p_ends, o, m, N2), read_state(p_decays, o, m, N2)
         return b_decay[0] * b_h[0] + b_end[0], b_decay[1] * b_h[1] + b_end[1]
 
-    @triton.jit(do_not_specialize=SEGMENTS + ["kept"])
+    @triton.jit(do_not_specialize=LENGTHS + ["kept"])
     def s6_walk_kernel(p_x, p_dt, p_A, p_B, p_C, p_D, p_z, p_bias, p_h0, p_pos, p_y, p_h, p_S, p_ends, p_decays,
                        l, c, s, kept, s_xb, s_tb, s_Bb, s_Cb, s_zb, s_xl: tl.constexpr, s_xh: tl.constexpr, s_tl: tl.constexpr, s_th: tl.constexpr,
                        s_Bl: tl.constexpr, s_Bh: tl.constexpr, s_Cl: tl.constexpr, s_Ch: tl.constexpr, s_zl: tl.constexpr, s_zh: tl.constexpr,
@@ -602,7 +599,7 @@ if triton is not None:
         else:
             tl.store(p_out + o, b, mask=m_r & (o < tl.where(m, n, 0)))
 
-    @triton.jit(do_not_specialize=SEGMENTS + ["b"])
+    @triton.jit(do_not_specialize=LENGTHS + ["b"])
     def s6_backward_kernel(p_x, p_dt, p_A, p_B, p_C, p_D, p_z, p_bias, p_pos, p_dy, p_dh, p_S, p_ends, p_decays,
                            p_dx, p_ddt, p_dB, p_dC, p_dz, p_dh0, p_sums, l, c, s, b, s_xb, s_tb, s_Bb, s_Cb, s_zb, s_yb,
                            s_xl: tl.constexpr, s_xh: tl.constexpr, s_tl: tl.constexpr, s_th: tl.constexpr, s_Bl: tl.constexpr, s_Bh: tl.constexpr,
@@ -696,7 +693,7 @@ if triton is not None:
         m = (o_row < n_row)[:, None] & (o_col < n_col)[None, :]
         return tl.load(ptr + o_row[:, None] * s_row + o_col[None, :], mask=m, other=0.).to(DOT)
 
-    @triton.jit(do_not_specialize=SEGMENTS)
+    @triton.jit(do_not_specialize=LENGTHS)
     def ssd_walk_kernel(p_u, p_delta, p_s, p_v, p_C, p_D, p_h0, p_y, p_h, p_S, p_ends, p_decays, l, c, s, s_ub, s_vb, s_Cb,
                         s_ul: tl.constexpr, s_uh: tl.constexpr, s_vl: tl.constexpr, s_vh: tl.constexpr,
                         s_Cl: tl.constexpr, s_Ch: tl.constexpr, h: tl.constexpr, p: tl.constexpr, n: tl.constexpr, rx: tl.constexpr, rb: tl.constexpr,
@@ -888,7 +885,7 @@ if triton is not None:
             b_bias += ws[k] * seen(xs[j + k], b_pos, W - 1 - k, RESET)
         return b_bias
 
-    @triton.jit(do_not_specialize=SEGMENTS + ["skip"])
+    @triton.jit(do_not_specialize=LENGTHS + ["skip"])
     def conv_kernel(p_x, p_w, p_bias, p_pos, p_y, l, skip, c, s, s_xb, s_xl: tl.constexpr, s_xh: tl.constexpr, g: tl.constexpr, p: tl.constexpr,
                     r: tl.constexpr, BIAS: tl.constexpr, RESET: tl.constexpr, W: tl.constexpr, U: tl.constexpr, R: tl.constexpr, BP: tl.constexpr):
         """y_t = silu(bias + Σ_k weight_k x_{t-W+1+k}) for all l tokens of x but the first `skip`: one block of channels along a
@@ -905,7 +902,7 @@ if triton is not None:
                 tl.store(p_y + j * (h * p) + o_y, b_y, mask=m_o & (i_r < tl.where(i_0 + j < l, r, 0)))
             xs, i_0, p_x, p_y, p_pos = xs[U:], i_0 + U, p_x + U * s_xl, p_y + U * (h * p), p_pos + U
 
-    @triton.jit(do_not_specialize=SEGMENTS + ["skip"])
+    @triton.jit(do_not_specialize=LENGTHS + ["skip"])
     def conv_backward_kernel(p_x, p_w, p_bias, p_pos, p_dy, p_dx, p_dw, l, skip, c, s, s_xb, s_xl: tl.constexpr, s_xh: tl.constexpr,
                              g: tl.constexpr, p: tl.constexpr, r: tl.constexpr,
                              BIAS: tl.constexpr, RESET: tl.constexpr, W: tl.constexpr, U: tl.constexpr, R: tl.constexpr, BP: tl.constexpr):
@@ -1450,7 +1447,7 @@ def ssd_plan(x, dt, A, B, C, D, bias, h0, pos, dy, dh):
     plan.states, plan.end = walk(x, B, rx, rb, "states", START=h0 is not None), walk(dy, C, 1, 1, "end", ADJOINT=True)
     plan.adjoints = walk(dy, C, 1, 1, "states", START=dh is not None, ADJOINT=True)
     plan.gradient = Launch(ssd_backward_kernel, (b * cdiv(l, T) * h,), (l, c * s, *batch), rx=rx, rb=rb, RESET=pos is not None, BN=BP,
-                           **within, **meta, **GRADIENT)
+                           **within, **meta, **WALK_GRADIENT)
     return plan
 
 

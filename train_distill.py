@@ -275,7 +275,7 @@ def read_recipe(path):
         for key, value in entry.items():
             if key not in kinds:
                 near = difflib.get_close_matches(key, kinds, 1)
-                raise MilError(f"--recipe {path}: stage {i} has {key!r}, expected some of {', '.join(kinds)}" + f"; did you mean {near[0]}?" * bool(near))
+                raise MilError(f"--recipe {path}: stage {i} has {key!r}, expected some of {', '.join(kinds)}" + (f"; did you mean {near[0]}?" if near else ""))
             right = (int, float) if kinds[key] is float else kinds[key]
             of = {"replace": int, "data": str}.get(key, object)
             if not isinstance(value, right) or value != value or isinstance(value, bool) != (kinds[key] is bool) or isinstance(value, list) and not all(type(x) is of for x in value):
@@ -1031,7 +1031,7 @@ def load_state(run, stages, corpus):
         other = other or [f"stage {i}: {k} was {a[k]!r} and is {b[k]!r}" for i, (a, b) in enumerate(zip(was["stages"], said["stages"]), 1) for k in b if a[k] != b[k]]
         other = other or [f"the files of {k} have changed (size or time)" for k, v in said["files"].items() if was["files"].get(k) != v]
         if other:
-            raise MilError(f"--resume: {place} was made with other settings: {'; '.join(other)}")
+            raise MilError(f"--resume: {place} was made with other settings: {'; '.join(other)}. Give them as they were, or another --out")
         return state
     if run.s.resume and not (Path(run.s.out) / "results.json").exists():
         show(f"note: --out {run.s.out}: there is no checkpoint to go on from; this run begins anew")
@@ -1544,7 +1544,7 @@ def work(run, began):
     if s.init_from:
         base = mil.read_config(s.init_from)["config"]
         if base.v != config.v or vocabulary(load_tokenizer(tokenizer_of(s.init_from))) != vocabulary(encoding):
-            raise MilError(f"--init_from {s.init_from}: its vocabulary ({base.v} tokens) is not the teacher's ({config.v}): both must speak of the same tokens")
+            raise MilError(f"--init_from {s.init_from}: it has another tokenizer ({base.v} tokens) than the teacher ({config.v}): both must speak of the same tokens")
         if set(base.mixers) != {"attention"}:
             raise MilError(f"--init_from {s.init_from}: holds {', '.join(sorted(set(base.mixers)))}; expected a Llama, with attention in every layer")
     if s.student_layers:

@@ -496,11 +496,14 @@ def training(limits):
 
 if __name__ == "__main__":
     what, *paths = [a for a in sys.argv[1:] if a != "--small"] or [""]
+    if {"-h", "--help"} & {*sys.argv}:
+        sys.exit(print(__doc__))
     if what not in ("kernels", "decode", "train") or len(paths) not in ((0, 2) if what == "decode" else (0,)):
-        sys.exit(f"{__doc__}\nerror: bench.py {' '.join(sys.argv[1:])}: expected kernels, train, decode, or decode and two checkpoints, a model and its draft")
-    for path in paths:
+        sys.exit(f"error: bench.py {' '.join(sys.argv[1:])}: expected kernels, train, decode, or decode and two checkpoints, a model and its draft (--help says more)")
+    if paths:
         try:
-            mil.read_config(path)
+            flags = generate.Settings(model=paths[0], draft=paths[1])
+            generate.load_draft(flags, *generate.load_with_tokenizer(flags.model, DEVICE, TYPE), DEVICE)
         except mil.MilError as e:
             sys.exit(f"error: {e}")
     limits = ceilings()

@@ -25,7 +25,8 @@ teacher, and all students are measured on the same text, functions and needles. 
 (Welch's, or of the pairs where a student is compared with itself); for their number nothing is corrected. Of an arm of which a student diverged
 nothing is shown but that.
 
-Figures are printed, and written to OUT/reproduce.json with every arm's settings, OUT/reproduce.md, and, where matplotlib is, drawn to --assets.
+Figures are printed, and written to OUT/reproduce.json with every arm's settings, OUT/reproduce.md, and, where matplotlib is, drawn to --assets. (Of some
+tables only: to OUT/order+mixer.json and so on.)
 """
 import argparse
 import ast
@@ -686,7 +687,7 @@ def quality(rows, n, teacher):
     there = [r for k in kinds(n) if (r := rows.of(*k, "1 + 2"))]
     if len(there) > 2:
         values = {key: [sign * mean(r, key)[0] for r in there] for key, sign in (("perplexity", 1), ("kl", 1), ("parses", -1), ("teacher_nats", 1))}
-        t.notes.append(f"rank correlation of these {len(there)} kinds of student by perplexity with those " + ", ".join(
+        t.notes.append(f"rank correlation of these {len(there)} kinds of student, the best first, by perplexity with those " + ", ".join(
             f"by {key} " + (f"{r:.2f}" if (r := rank_correlation(values["perplexity"], values[key])) == r else "–") for key in ("kl", "parses", "teacher_nats")))
     t.notes.append(f"of the real functions {teacher['real_parses']:.1%} parse, {teacher['real_length']:.0f} bytes long: a text that breaks off inside a block does not")
     t.notes.append("Llama: the teacher itself through stage 2, which is what more steps alone do")
@@ -746,7 +747,8 @@ def stages(rows, n, teacher):
                        cell(r, "teacher_nats"), cell(r, "preferred", 1, True)])
     for key, what in (("kl", "is nearer to the teacher"), ("perplexity", "is less perplexed")):
         t.claim(f"stage 2 {what} than as many more steps of stage 1", found["1 + 2"], found["1, as long as 1 + 2"], key)
-    t.claim("after preferences fewer functions do not parse", *([dict(broken=1 - x["parses"], seed=x["seed"]) for x in found[k]] for k in ("1 + 2 + 3", "1 + 2")), "broken", paired=True)
+    for key, what in (("parses", "fewer functions do not parse"), ("preferred", "of fewer pairs held out the wrong one is preferred")):
+        t.claim(f"after preferences {what}", *([{f"not {key}": 1 - x[key], "seed": x["seed"]} for x in found[k]] for k in ("1 + 2 + 3", "1 + 2")), f"not {key}", paired=True)
     for x in found["1 + 2"][:1]:
         t.notes.append(f"preferred: of {x['held_out']} pairs of files that no pair is learned from, those in which the chosen function has gained more over the teacher; the pairs are not counted as tokens")
     return t
@@ -868,7 +870,7 @@ def main(argv):
     parser.add_argument("--minutes", type=float, default=10, help="about how long it may take on one H200: steps are scaled (10)")
     parser.add_argument("--seeds", type=int, default=3, help="students of every arm (3)")
     parser.add_argument("--rope_theta", type=float, default=Size.rope_theta, help=f"the teacher's base of rotations, on which it hangs how far hybrids find things ({Size.rope_theta:g})")
-    parser.add_argument("--out", default="out/reproduce", help="where teacher, students and tables go; a teacher found there is used again")
+    parser.add_argument("--out", default="", help="where teacher, students and tables go (out/reproduce, of the smoke size out/smoke); a teacher found there is used again")
     parser.add_argument("--assets", default="", help="where the pictures go (OUT/assets; the README's are in assets)")
     parser.add_argument("--workers", type=int, default=0, help="students trained at once, on a GPU (default: 8, or half the CPU cores)")
     parser.add_argument("--smoke", action="store_true", help="the smallest sizes, as on a CPU")
@@ -876,10 +878,10 @@ def main(argv):
     for name in o.tables:
         if name not in TABLES:
             raise MilError(f"there is no table {name!r}; expected some of {', '.join(TABLES)}")
-    for name, least in (("minutes", 0.1), ("seeds", 1), ("rope_theta", 1)):
-        if not getattr(o, name) >= least:
+    for name, least in (("minutes", 0.1), ("seeds", 1), ("rope_theta", 1), ("workers", 0)):
+        if not least <= getattr(o, name) < math.inf:
             raise MilError(f"--{name} is {getattr(o, name)}, expected {least} or more")
-    began, device, tables = time.perf_counter(), generate.pick_device(""), o.tables or list(TABLES)
+    began, device, tables = time.perf_counter(), generate.pick_device(""), list(dict.fromkeys(o.tables)) or list(TABLES)
     small = o.smoke or device.type != "cuda"
     size = dataclasses.replace(SMOKE if small else Size(), rope_theta=o.rope_theta)
     if not small:
@@ -894,8 +896,9 @@ def main(argv):
         clock[name] = round(time.perf_counter() - began - sum(clock.values()), 1)
         td.show(f"[{name}: {clock[name]} s, {time.perf_counter() - began:.0f} s in all]")
 
-    lab = Lab(size, o.out, device)
-    shutil.rmtree(lab.out / "models", ignore_errors=True)  # of an earlier run
+    lab, said = Lab(size, o.out or ("out/smoke" if small else "out/reproduce"), device), "+".join(o.tables and tables) or "reproduce"
+    for old in [*DRAFTS, *(f"{arm}-{c}" for arm, c in kinds(size.n_layers))] if "speculation" in tables else ():  # an earlier run's: it takes what it finds
+        shutil.rmtree(lab.out / "models" / old, ignore_errors=True)
     teacher = {}
     if set(tables) - {"cost"}:
         lab.make_teacher()
@@ -916,8 +919,8 @@ def main(argv):
         gc.collect()
         torch.cuda.empty_cache()
         workers = o.workers or (1 if small else min(8, max(1, os.cpu_count() // 2)))
-        pool = Inline(lab) if workers == 1 else ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), enter, (size, o.out, device))
-        with pool, open(lab.out / "rows.jsonl", "w") as journal:
+        pool = Inline(lab) if workers == 1 else ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), enter, (size, lab.out, device))
+        with pool, open(lab.out / f"{said}.rows.jsonl", "w") as journal:
             found, swept = all_arms(lab, pool, tables, o.seeds, began, journal)
         rows = Rows(found)
         lap("students")
@@ -941,8 +944,8 @@ def main(argv):
             print(t.text())
         report["seconds"] = seconds = time.perf_counter() - began
         end = f"{seconds:.0f} s in all: {', '.join(f'{k} {v:.0f}' for k, v in clock.items())}; {versions}" + "; smoke size: the figures, and what holds, mean nothing" * small
-        mil.write_whole(lab.out / "reproduce.json", lambda f: f.write(json.dumps(report, indent=1).encode()))
-        mil.write_whole(lab.out / "reproduce.md", lambda f: f.write("\n\n".join([LEGEND, *lost, *(t.text("|") for t in made), end + "\n"]).encode()))
+        mil.write_whole(lab.out / f"{said}.json", lambda f: f.write(json.dumps(report, indent=1).encode()))
+        mil.write_whole(lab.out / f"{said}.md", lambda f: f.write("\n\n".join([LEGEND, *lost, *(t.text("|") for t in made), end + "\n"]).encode()))
     print(f"\n{end}")
     try:
         pictures.draw(json.loads(json.dumps(report)), o.assets or lab.out / "assets")

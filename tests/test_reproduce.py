@@ -255,7 +255,8 @@ def test_a_stage_may_train_mlps_as_well():
     assert not any("norm" in name.split(".")[2] or name.startswith(("embed", "norm", "lm_head")) for name in names)
 
 
-@pytest.mark.parametrize("argv, match", [(["qualty"], "there is no table 'qualty'; expected some of quality"), (["--seeds", "0"], "--seeds is 0"), (["--minutes", "nan"], "--minutes is nan")])
+@pytest.mark.parametrize("argv, match", [(["qualty"], "there is no table 'qualty'; expected some of quality"), (["--seeds", "0"], "--seeds is 0"), (["--minutes", "nan"], "--minutes is nan"),
+                                         (["--minutes", "inf"], "--minutes is inf"), (["--workers", "-1"], "--workers is -1"), (["--rope_theta", "0"], "--rope_theta is 0")])
 def test_what_cannot_be_reproduced_is_refused_in_one_line(argv, match):
     with pytest.raises(mil.MilError, match=match):
         r.main(argv)
