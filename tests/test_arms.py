@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -588,6 +589,84 @@ def test_a_run_that_is_stopped_leaves_the_tables_it_has_made(hollow, tmp_path, m
         assert 0 < text.index("Order of replacement") < text.index("Initialisation and frozen MLPs")
 
 
+def test_t95_holds_95_percent_of_students_t():
+    for n, edge in enumerate(r.T95, 1):
+        x = torch.linspace(-edge, edge, 20001, dtype=torch.float64)
+        law = math.gamma((n + 1) / 2) / math.gamma(n / 2) / math.sqrt(n * math.pi) * (1 + x**2 / n) ** (-(n + 1) / 2)
+        assert torch.trapezoid(law, x).item() == pytest.approx(0.95, abs=5e-4), n
+
+
+def test_a_worker_has_a_lab_of_its_own_and_what_is_printed_in_it_is_dropped(monkeypatch):
+    for owner, name, value in ((r, "LAB", None), (r, "Lab", lambda *args: args), (sys, "stdout", sys.stdout), (torch, "set_num_threads", lambda n: None)):
+        monkeypatch.setattr(owner, name, value)
+    r.enter("size", "out", "cpu")
+    assert r.work(lambda lab, *more: print("said") or [lab, *more], 7)[0] == [("size", "out", "cpu"), 7] and sys.stdout.getvalue() == ""
+
+
+def test_on_a_gpu_minutes_scale_the_steps_of_everything_that_trains(hollow, tmp_path, monkeypatch):
+    for owner, name, value in ((r, "LAB", None), (generate, "pick_device", lambda name: SimpleNamespace(type="cuda")), (torch.cuda, "get_device_name", lambda: "GPU"), (torch.cuda, "empty_cache", lambda: None)):
+        monkeypatch.setattr(owner, name, value)
+    size = r.main(["order", "--minutes", "5", "--workers", "1", "--out", str(tmp_path)])["size"]
+    assert {k: n for k, n in size.items() if k.endswith("_steps")} == {k: n // 2 for k, n in vars(r.Size()).items() if k.endswith("_steps")}
+
+
+def test_the_parts_of_a_runs_time_add_up(hollow, tmp_path, monkeypatch):
+    now = SimpleNamespace(at=0.0)
+
+    def takes(seconds, value):
+        now.at += seconds
+        return value
+    monkeypatch.setattr(r, "time", SimpleNamespace(perf_counter=lambda: now.at))
+    monkeypatch.setattr(td, "prepare", lambda run, models: takes(5, models))
+    monkeypatch.setattr(r, "all_arms", lambda *_: takes(30, ([], [])))
+    report = r.main(["order", "--smoke", "--out", str(tmp_path)])
+    assert report["clock"] == {"teacher": 5, "students": 30} and report["seconds"] == 35
+    assert "35 s in all: teacher 5, students 30; " in (tmp_path / "order.md").read_text()
+
+
+def test_what_is_left_out_is_said_on_the_terminal_and_in_the_report(hollow, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(r, "all_arms", lambda *_: ([dict(arm="half, at once", seed=1, rate=1, kl=math.inf, diverged="the loss became nan")], []))
+    r.main(["order", "--smoke", "--out", str(tmp_path)])
+    for text in (capsys.readouterr().out, (tmp_path / "order.md").read_text()):
+        assert "left out: half, at once: with seed 1, the loss became nan" in text
+
+
+def test_the_teachers_needles_are_said_as_a_mean_over_depths(hollow, tmp_path, monkeypatch, capsys):
+    honest = r.Lab
+
+    class Lab(honest):
+        def __init__(self, size, *more):
+            super().__init__(size, *more)
+            self.needles, self.by_length = lambda model: {128: [1.0, 1.0], 256: [1.0, 0.5]}, lambda model: {128: 1.0, 256: 1.0}
+    monkeypatch.setattr(r, "Lab", Lab)
+    r.main(["order", "--smoke", "--out", str(tmp_path)])
+    assert "within its 256 bytes it finds 75% of the needles" in capsys.readouterr().out
+
+
+def test_a_rate_that_is_tried_beyond_the_others_is_one_job_more(lab, monkeypatch):
+    said, lab.size.more_rates, lab.size.n_layers = [], 1, 8
+    monkeypatch.setattr(td, "show", lambda line, **_: said.append(line.split(" jobs")[0]))
+    jobs = submitted(lab, monkeypatch, ("order",))
+    assert said[-1] == f"{len(jobs)} of {len(jobs)}"
+
+
+def test_of_the_teachers_training_no_checkpoint_is_left(lab):
+    lab.make_teacher()
+    assert not td.checkpoints(lab.run) and (lab.out / "teacher" / "config.json").exists()
+
+
+def test_three_students_compared_with_themselves_have_two_degrees_of_freedom():
+    table = r.Table("t", "T", ["a"])
+    for gain in (2.3, 2.6):  # 4.30 × 1 / √3 is 2.48
+        table.claim("what", [dict(kl=-gain - d, seed=d) for d in (-1, 0, 1)], [dict(kl=0, seed=d) for d in (-1, 0, 1)], paired=True)
+    assert [claim[2] for claim in table.claims] == ["within the error", "holds"]
+
+
+def test_a_caches_bytes_are_those_of_the_tokens_it_holds_and_of_its_states():
+    model = build(mil.Config(v=17, d=16, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=8, context=64, mixers=["attention", "mamba2", "attention", "none"]), torch.float32)  # 4 and 2 heads of 4
+    assert r.bench.cache_bytes(r.bench.filled(model, 1, 20), 20) == pytest.approx(4 * (2 * 2 * 20 * 2 * 4 + 4 * 4 * 4))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Its pictures
 
@@ -636,3 +715,24 @@ def test_a_picture_of_costs_has_each_under_its_name(drawn):
     assert {axis.get_title(): [line.get_ydata().tolist() for line in axis.lines] for axis in axes} == {
         "reading it all, s": [[1, 32]] * 2, "one more token, ms": [[8, 256], [9, 257]], "cache, MiB": [[16, 512]] * 2}
     assert [line.get_label() for line in axes[0].lines] == ["0 %, Mamba-2", "100 %"] and axes[0].lines[0].get_xdata().tolist() == [64, 2048]
+
+
+def test_the_llama_through_stage_2_is_a_line_at_its_own_figure_in_both_pictures(drawn):
+    report, draw = drawn
+    report["rows"] = [dict(row, kl=0.25, ratio=1.5) if row["arm"] == "Llama" else row for row in report["rows"] if "diverged" not in row]
+    axes = draw(r.pictures.quality, {arm: r.pictures.students(report, arm) for arm in r.pictures.NAMES})
+    assert [line.get_ydata()[0] for axis in axes for line in axis.lines if line.get_label() == "the Llama through stage 2"] == [0.25, 1.5]
+
+
+def test_under_the_lowest_picture_of_needles_of_every_column_its_lengths_stand(drawn):
+    report, draw = drawn
+    models = r.pictures.needles(report, {arm: r.pictures.students(report, arm) for arm in r.pictures.NAMES})  # four, in three columns
+    axes = {axis.get_title(): axis for axis in draw(r.pictures.needle, models) if axis.images}
+    assert [[label.get_text() for label in axes[name].get_xticklabels()] for name in models] == [["", ""], ["64", "128"], ["64", "128"], ["64", "128"]]
+
+
+def test_the_papers_points_stand_at_their_shares_of_attention(drawn):
+    report, draw = drawn
+    _, axis = draw(r.pictures.quality, {arm: r.pictures.students(report, arm) for arm in r.pictures.NAMES})
+    line, = (one[0] for one in axis.containers if one.get_label().startswith("paper"))
+    assert line.get_xdata().tolist() == [0, 1, 2.5, 3] and line.get_ydata().tolist() == [1.03, 1.09, 1.22, 1.66]

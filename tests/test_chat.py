@@ -279,3 +279,21 @@ def test_a_system_prompt_without_room_and_a_command_that_is_none(monkeypatch, ca
     said_to(monkeypatch, "/help", "/RESET")
     g.chat(g.Settings(chat=True), model, encoding, None)
     assert capsys.readouterr().err.count("there is nothing else") == 2
+
+
+def test_after_a_reply_ctrl_c_is_what_it_was_before(monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    said_to(monkeypatch, "a")
+    try:
+        g.chat(g.Settings(chat=True, max_new_tokens=2), build(Config(**MIXED), torch.float32), g.load_tokenizer("bytes"), None)
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_reply_that_fills_the_room_says_what_it_was_cut_for(monkeypatch, capsys):
+    monkeypatch.setattr(g, "stop_tokens", lambda encoding: [])
+    said_to(monkeypatch, "a")
+    g.chat(g.Settings(chat=True, context=30), build(Config(**MIXED), torch.float32), g.load_tokenizer("bytes"), None)
+    err = capsys.readouterr().err
+    assert ", cut for want of room, " in err and "max_new_tokens" not in err and "; 30 of 30 taken" in err

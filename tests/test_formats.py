@@ -682,3 +682,24 @@ def test_a_model_saved_with_a_llama3_tokenizer_has_its_begin_and_both_its_ends(t
     mil.export(tmp_path / "a", tmp_path / "b", "hf")
     said = json.loads((tmp_path / "b" / "config.json").read_text())
     assert (said["bos_token_id"], said["eos_token_id"]) == (261, [262, 270])
+
+
+def test_all_files_about_texts_go_along_with_an_export(tmp_path):
+    make(tmp_path / "a")
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model", "special_tokens_map.json", "generation_config.json")
+    for name in names:
+        (tmp_path / "a" / name).write_text(name)
+    mil.export(tmp_path / "a", tmp_path / "b", "hf")
+    assert [(tmp_path / "b" / name).read_text() for name in names] == [*names]
+
+
+def test_a_window_as_long_as_the_context_is_no_remark(tmp_path):
+    write_hf(tmp_path / "x", dict(MISTRAL, sliding_window=MISTRAL["max_position_embeddings"]), weights(MISTRAL))
+    about = mil.read_config(tmp_path / "x")
+    assert not about["remarks"] and about["config"].context == MISTRAL["max_position_embeddings"]
+
+
+def test_no_factor_is_said_of_a_rope_that_is_not_scaled(tmp_path):
+    for name, more in (("plain", {}), ("scaled", dict(use_scaled_rope=True))):
+        write_meta(tmp_path / name, LLAMA, weights(LLAMA), **more)
+        assert ("RoPE's factor, taken as" in mil.read_config(tmp_path / name)["remarks"][0]) == (name == "scaled")

@@ -583,3 +583,41 @@ def test_the_command_prints_the_same_greedy_text_with_a_draft_and_says_what_was_
     fast = capsys.readouterr()
     assert fast.out == plain.out and "100% of the draft's tokens kept, 5.00 tokens a pass of the model (K = 4)" in fast.err
     assert "kept" not in plain.err
+
+
+@pytest.fixture
+def student_with_draft(tmp_path):
+    """A model, and a draft that reads half as much."""
+    for name, context in (("m", 48), ("d", 24)):
+        mil.save(build(Config(**{**MIXED, "context": context}), torch.float32), tmp_path / name, tokenizer="bytes")
+    return str(tmp_path / "m"), str(tmp_path / "d")
+
+
+def test_a_text_that_fills_the_drafts_context_says_so(student_with_draft, capsys):
+    model, draft = student_with_draft
+    argv = ["--model", model, "--prompt", "ab", "--temperature", "0", "--max_new_tokens", "40", "--device", DEVICE]
+    g.main([*argv, "--draft", draft])
+    assert ", up to the context of 24" in capsys.readouterr().err
+
+
+def test_what_a_first_round_without_proposals_takes_says_nothing_of_what_a_new_k_costs():
+    plan = g.Speculation()
+    plan.time(0.5, 0.625, 4, False)
+    plan.time(0.0, 0.05, 0, False)
+    assert plan.cold == 1.125
+
+
+def test_what_is_beside_a_tokenizer_file_travels_with_it(tmp_path):
+    (tmp_path / "t").mkdir()
+    for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        (tmp_path / "t" / name).write_text("{}")
+    g.save_with_tokenizer(build(Config(**{**MIXED, "v": 520}), torch.float32), tmp_path / "m", str(llama3_file(tmp_path / "t" / "t.model")))
+    assert {"tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= {path.name for path in (tmp_path / "m").iterdir()}
+
+
+def test_a_command_stopped_by_ctrl_c_ends_with_130_and_one_word(capsys):
+    def stop(argv):
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as e:
+        g.run_command(stop)
+    assert e.value.code == 130 and capsys.readouterr().err == "\nstopped\n"

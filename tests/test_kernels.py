@@ -1546,3 +1546,59 @@ def test_the_kernel_of_the_losses_touches_nothing_outside_its_tensors(touched):
         for v in (1, 5, 1025):
             kernels.token_losses(*losses_inputs(3, v, 4), gradient=True)
     assert sum(touched) > 1000
+
+
+def test_plans_of_many_lengths_are_not_all_kept(monkeypatch):
+    monkeypatch.setattr(kernels, "PLANS", {})
+    x = torch.zeros(5000)
+    for l in range(5000):
+        kernels.planned(len, x[:l])
+    assert 0 < len(kernels.PLANS) <= 4096
+
+
+def test_under_autocast_a_few_tokens_get_the_formula():
+    x, w = torch.randn(1, 2, 16, device=DEVICE), torch.randn(8, 16, device=DEVICE)
+    with form("triton"), torch.no_grad():
+        assert kernels.few(x, 2, w)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            assert not kernels.few(x, 2, w) and kernels.linear(x, w).dtype == torch.bfloat16
+
+
+def test_weights_of_two_storages_are_not_read_as_one_though_they_touch():
+    memory = bytearray(4 * 2 * 8 * 16)
+    a, b = (torch.frombuffer(memory, dtype=torch.float32, count=8 * 16, offset=4 * 8 * 16 * i).view(8, 16) for i in range(2))
+    a.copy_(torch.randn(8, 16)), b.copy_(torch.randn(8, 16))
+    x = torch.randn(1, 2, 16)
+    assert a.data_ptr() + a.nbytes == b.data_ptr()
+    if DEVICE == "cpu":
+        with form("triton"), torch.no_grad():
+            for got, w in zip(kernels.linears(x, a, b), (a, b), strict=True):
+                assert torch.allclose(got, x @ w.T, atol=1e-5)
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+def test_how_many_pieces_the_keys_are_in_does_not_depend_on_how_many_tokens_come():
+    for b, pieces in ((1, 8), (16, 2)):
+        new = lambda l, heads, b=b: torch.zeros(b, l, heads, 16)  # noqa: E731
+        assert {kernels.attend_plan(new(l, 8), new(l, 4), new(l, 4), torch.zeros(b, 4, 1024, 16)).splits for l in (1, 2, 15, 16)} == {pieces}
+
+
+def test_tokens_are_read_one_by_one_only_where_their_numbers_lie_side_by_side():
+    x = torch.randn(2, 3, 4, 6)
+    for t_, same in ((x, True), (x[..., :4], False), (x.transpose(2, 3), False), (x[:, :2], False), (torch.randn(2, 3, 48)[..., :24].unflatten(2, (4, 6)), True)):
+        got = kernels.one_by_one(t_)
+        assert torch.equal(got, t_) and got[:1, :1].is_contiguous() and got.stride(0) == got.shape[1] * got.stride(1) and (got is t_) == same
+
+
+@pytest.mark.parametrize("which", ["triton", "torch"])
+def test_a_convolutions_state_of_another_type_is_taken_in_that_of_x(which):
+    x, state, w = torch.randn(2, 2, 1, 4).to(torch.float16).to(DEVICE), torch.randn(2, 3, 1, 4, device=DEVICE), torch.randn(4, 4, 4, device=DEVICE)
+    with form(which), torch.no_grad():
+        y, new = kernels.causal_conv(x, w, None, state)
+    assert y.dtype == new.dtype == torch.float16
+
+
+def test_a_teachers_logits_that_do_not_lie_side_by_side_are_refused_too():
+    logits, targets, one = torch.randn(3, 5), torch.zeros(3, dtype=torch.long), torch.ones(3)
+    with pytest.raises(ValueError, match="side by side"):
+        kernels.token_losses(logits, torch.randn(5, 3).T, targets, one, one)

@@ -653,3 +653,29 @@ def test_a_model_of_some_layers_is_those_layers_between_the_same_embedding_and_h
 def test_layers_that_cannot_be_kept_are_refused(layers):
     with pytest.raises(MilError, match="expected some of 0 to 3, each once, in rising order"):
         mil.keep_layers(build(Config(**SMALL)), layers)
+
+
+def test_a_crash_before_config_json_is_in_place_leaves_the_old_one_whole(tmp_path, monkeypatch):
+    old, new, replace = build(Config(**SMALL), torch.float32, 1), build(Config(**SMALL), torch.float32, 2), mil.os.replace
+    mil.save(old, tmp_path)
+    before = (tmp_path / "config.json").read_text()
+
+    def crash(source, target):
+        if target.name == "config.json":
+            raise KeyboardInterrupt
+        replace(source, target)
+    monkeypatch.setattr(mil.os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        mil.save(new, tmp_path)
+    assert (tmp_path / "config.json").read_text() == before and torch.equal(mil.load(tmp_path).lm_head.weight.to(DEVICE), old.lm_head.weight)
+
+
+def test_a_cleared_cache_has_nothing_announced():
+    model = build(Config(**{**SMALL, "mixers": ["mamba2"] * 4}))
+    cache, new = Cache(model, 1, 40, log=4), Cache(model, 1, 40, log=4)
+    cache.settle(3)
+    cache.clear()
+    for c in (cache, new):
+        with torch.no_grad():
+            model.hidden(torch.tensor([[4]], device=c.device), c)
+    assert (cache.room, cache.base.tolist(), cache.at.tolist()) == (new.room, new.base.tolist(), new.at.tolist()) == (0, [1], [1])

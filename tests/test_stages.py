@@ -2,6 +2,8 @@
 import dataclasses
 import io
 import json
+import math
+import signal
 import time
 from types import SimpleNamespace
 
@@ -360,3 +362,28 @@ def test_the_log_has_means_over_the_steps_since_the_last_line(tmp_path):
     make = random_batches(run)
     _, records = fitted(run, t.assemble(run, None, teacher, stage, 1, {}), stage, lambda step: make(0))
     assert [r["step"] for r in records] == [*range(2, 201, 2), 201] and {round(r["loss"], 3) for r in records} == {round(records[0]["loss"], 3)}
+
+
+def test_a_second_signal_stops_a_run_at_once(monkeypatch):
+    run, heard = SimpleNamespace(stop=""), {}
+    monkeypatch.setattr(t.signal, "signal", heard.__setitem__)
+    t.listen(run)
+    heard[signal.SIGINT](signal.SIGINT, None)
+    assert run.stop == "SIGINT" and set(heard) == {signal.SIGINT, signal.SIGTERM}
+    with pytest.raises(KeyboardInterrupt):
+        heard[signal.SIGTERM](signal.SIGTERM, None)
+
+
+def test_a_loss_whose_perplexity_no_number_holds_is_a_row_like_any_other(tmp_path):
+    run, model = small_run(tmp_path), tiny_teacher()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    _, row = t.evaluate(run, t.prepare(run, t.Models(None, model)), some_tokens(np.arange(99).astype(np.int16)), g.load_tokenizer("bytes"))
+    assert 800 < row["loss"] < math.inf and math.isfinite(row["perplexity"])
+
+
+def test_the_memory_of_a_small_student_counts_its_layers_beside_its_teachers(tmp_path):
+    run, teacher, base = small_run(tmp_path, student_layers="0,3", teacher="T"), tiny_teacher().config, tiny_teacher(n_layers=2).config
+    t.announce(run, t.plan(run.s, base), teacher, base)
+    whole_, small = (4 * sum(w.numel() for w in mil.empty_model(config).parameters()) for config in (teacher, base))
+    assert run.cost["teacher"] == pytest.approx(whole_ + small, rel=0.1) and run.cost["teacher"] < 2 * whole_

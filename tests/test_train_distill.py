@@ -740,3 +740,28 @@ def test_tokens_at_the_limits_of_16_bits_are_stored_whole_and_as_not_to_be_learn
     encoding = tiktoken.Encoding("large", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": last})
     got = t.load_corpus(small_settings(tmp_path / "out"), [tmp_path / "a.jsonl"], encoding, "large")
     assert got.val[-1] == last and got.train[1] == ~(last - 1)
+
+
+def test_the_peak_memory_is_said_in_bytes(job):
+    out, printed = job
+    peak = json.loads((out / "results.json").read_text())["peak_memory_bytes"]
+    assert (2**27 if DEVICE == "cpu" else 2**20) < peak < 2**36 and f"peak memory {peak / 2**30:.2f} GiB" in printed  # torch alone takes more than 128 MiB
+
+
+def test_a_time_is_said_in_hours_minutes_and_seconds():
+    assert [t.clock(s) for s in (7.9, 65, 3599, 3907, 36000)] == ["0:07", "1:05", "59:59", "1:05:07", "10:00:00"]
+
+
+def test_a_sample_of_a_prompt_longer_than_the_context_has_room_for_a_token():
+    text = t.sample(tiny_teacher(context=16), g.load_tokenizer("bytes"), t.Settings(prompt="x" * 40), torch.device(DEVICE))
+    assert text.startswith("x" * 40)
+
+
+def test_the_command_to_try_has_a_small_student_as_the_teachers_draft(tmp_path, monkeypatch, capsys):
+    row = {"model": "m", "loss": 1.0, "perplexity": 2.0, "bits_per_byte": 1.0, "kl": 0.0, "agreement": 1.0}
+    for owner, name, value in ((t, "sample", lambda *_: "x"), (t, "plot", lambda *_: False), (mil, "load", lambda *_: None)):
+        monkeypatch.setattr(owner, name, value)
+    for more, flags in ((dict(student_layers="0,3", teacher="T"), f"--model T --draft {tmp_path}/student"), (dict(teacher="T"), f"--model {tmp_path}/student")):
+        run = small_run(tmp_path, **more)
+        t.finish(run, t.State(rows=[row, row]), tiny_teacher().config, tmp_path / "teacher", g.load_tokenizer("bytes"), some_tokens(np.arange(99)), 1.0)
+        assert f"try: python generate.py {flags} --prompt" in capsys.readouterr().out
