@@ -685,7 +685,7 @@ class Decoder:
             raise MilError(f"speculate is {plan.K}, expected 1 {wanted}, or 0 to have it chosen")
         self.context, plan.most = int(min(self.context, size)), int(min(plan.most, self.context - 1))
         most, self.models = plan.most if draft else 0, [m for m in (model, draft) if m]
-        caches = [mil.Cache(m, rows, self.context + most, log=log_places(m, rows, most), lazy=not draft) for m in self.models]
+        caches = [mil.Cache(m, rows, self.context + most, places=log_places(m, rows, most), lazy=not draft) for m in self.models]
         texts, law = [[] for _ in range(rows)], lambda model, hidden: token_law(model.logits(hidden), temperature, top_k, top_p)
         ahead, before, last = now = torch.zeros(3, rows, dtype=torch.long, device=caches[0].device)  # per row len(text) - 1, text[-2], text[-1]
 

@@ -476,7 +476,8 @@ class Hybrid(nn.Module):
 
 
 class Cache:
-    """`Cache(model, batch, size, log=0, lazy=False)`: room for `size` tokens a row. After settle(n), n ≤ log, the next n can be taken back.
+    """`Cache(model, batch, size, places=0, lazy=False)`: room for `size` tokens a row, for `places` in a Mamba layer's log. After settle(n), n ≤ places, the
+    next n can be taken back.
 
         a row's tokens   The mamba in the llama sat on | the hat         |  the cursor: what follows it means nothing
         attention        k v k v k v k v k v k v k v   | k v k v         a key and a value a token
@@ -487,16 +488,16 @@ class Cache:
     state and reads its logged inputs again, up to the cursor, before the new ones (The Mamba in the Llama, section 4).
     When the next pass, or what `settle` asks room for, would not fit in a row's log, that row's inputs, up to its
     cursor, go into its state for good; so after settle(K + 1) no pass of K + 1 tokens or fewer moves a state past the
-    place to which `back` may want to return. A pass of more than `log` tokens goes into the state at once, and so does
-    one that `settle` did not announce; with lazy=True the kernels log that one too, and write the state every log + 1 tokens.
+    place to which `back` may want to return. A pass of more than `places` tokens goes into the state at once, and so does
+    one that `settle` did not announce; with lazy=True the kernels log that one too, and write the state every places + 1 tokens.
 
     On a GPU a pass of a few tokens is made of kernels that read `at` and `base` where they lie (`fused`): nothing waits for
     the host, and the pass can be captured in a CUDA graph. Elsewhere PyTorch does the same with the mixers' own scan.
     """
 
-    def __init__(self, model, batch, size, log=0, lazy=False):
+    def __init__(self, model, batch, size, places=0, lazy=False):
         c, self.weight, self.lazy = model.config, model.embed_tokens.weight, lazy
-        self.size, self.log, self.device, self.room = size, log, self.weight.device, 0
+        self.size, self.places, self.device, self.room = size, places, self.weight.device, 0
         # per row: the cursor; the token before which the states stand; and before which they are to stand after this pass
         self.at, self.base, self.to = torch.zeros(3, batch, dtype=torch.long, device=self.device)
         self.used = 0  # no row holds more tokens
@@ -520,11 +521,11 @@ class Cache:
             raise MilError(f"cache: {l} more tokens do not fit: {self.used} of {self.size} places are used")
         after, announced, need = torch.arange(l, device=self.device), self.room > 0, max(l, self.room)
         self.fused = lengths is None and self.fusable(l)
-        self.direct, self.room, self.new = l > self.log or not (announced or self.lazy and self.fused), max(0, self.room - l), l
+        self.direct, self.room, self.new = l > self.places or not (announced or self.lazy and self.fused), max(0, self.room - l), l
         self.lengths = None if lengths is None else torch.as_tensor(lengths, device=self.device)
         self.counts = l if lengths is None else self.lengths
         target = self.at if announced and not self.direct else self.at + self.counts  # where a state that moves is to stand
-        self.to.copy_(target if self.direct else torch.where(self.at - self.base > self.log - need, target, self.base))
+        self.to.copy_(target if self.direct else torch.where(self.at - self.base > self.places - need, target, self.base))
         self.pos = self.at[:, None] + after                                              # (b, l)
         self.angles = [t[0, 0, self.pos][:, None] for t in self.turns]                  # (b, 1, l, p / 2)
         if not self.fused:  # of a Mamba layer's log
@@ -541,8 +542,8 @@ class Cache:
 
     def settle(self, room):
         """What is in the cache stays. Up to `room` more tokens a row can come, and be taken back, before the next call."""
-        if room > self.log:
-            raise MilError(f"cache: {room} tokens could not be taken back: its log has {self.log} places")
+        if room > self.places:
+            raise MilError(f"cache: {room} tokens could not be taken back: its log has {self.places} places")
         self.room = room
 
     def start(self, at, used, room):
@@ -564,7 +565,7 @@ class Cache:
         for row, (at, base, new) in enumerate(zip(self.at.tolist(), self.base.tolist(), to, strict=True)):
             first = base if any(isinstance(log, StateLog) for log in self.logs) else 0
             if not first <= new <= at:
-                raise MilError(f"cache: row {row} holds {at} tokens and can go back to {first}, not to {new}: its log has {self.log} places")
+                raise MilError(f"cache: row {row} holds {at} tokens and can go back to {first}, not to {new}: its log has {self.places} places")
         self.at.copy_(torch.tensor(to))
         self.used = max(to)
 
@@ -606,7 +607,7 @@ class StateLog:
         convolution mixes in C), and is logged, `read` what it only reads with."""
         c, blank = self.cache, lambda t, l: t.new_zeros(t.shape[0], l, *t.shape[2:])
         if self.inputs is None:
-            size = 2 ** math.ceil(math.log2(c.log + max(c.log, kernels.FEW) + max(1, self.window)))  # the logged, the new, and what came before
+            size = 2 ** math.ceil(math.log2(c.places + max(c.places, kernels.FEW) + max(1, self.window)))  # the logged, the new, and what came before
             self.inputs = [blank(t, size) for t in written]
         if c.fused:
             return mixer.replay(*written, *read, self)

@@ -297,9 +297,9 @@ def stacked(config, mixers):
     return dataclasses.replace(config, mixers=list(mixers * config.n_layers)[:config.n_layers])
 
 
-def filled(model, batch, length, log=0):
+def filled(model, batch, length, places=0):
     """A cache of `length` random tokens a row, with room for a few more."""
-    cache = mil.Cache(model, batch, length + 16, log)
+    cache = mil.Cache(model, batch, length + 16, places)
     with torch.inference_mode():
         for part in torch.randint(model.config.v, (batch, length), device=DEVICE).split(4096 if batch == 1 else 512, dim=1):
             model.hidden(part, cache)
@@ -317,7 +317,7 @@ def step_ms(model, cache, l):
     as after a round that kept l tokens, whose inputs go into the states before the new ones are read; of single tokens it is the mean of
     as many as come from one writing of the states to the next."""
     tokens, at, used = torch.zeros(len(cache.at), l, dtype=torch.long, device=DEVICE), cache.at.clone(), cache.used
-    logged, passes = (l, 1) if l > 1 else (0, cache.log + 1)
+    logged, passes = (l, 1) if l > 1 else (0, cache.places + 1)
 
     def steps():
         cache.base.copy_(at - logged)
@@ -335,7 +335,7 @@ def decoding(limits):
     for mixers in STACKS:
         model = random_model(stacked(DECODER, mixers))
         cache = filled(model, 1, length)
-        ms, verify = step_ms(model, cache, 1), step_ms(model, filled(model, 1, length, log=5), 5)
+        ms, verify = step_ms(model, cache, 1), step_ms(model, filled(model, 1, length, places=5), 5)
         read = sum(w.numel() * w.element_size() for w in model.parameters()) - model.embed_tokens.weight.nbytes * (not model.config.tied)
         floor = 1e3 * (read + cache_bytes(cache, length)) / limits[0]
         rows.append(dict(mixers=mixers, ms=ms, floor=floor, verify=verify))
@@ -359,7 +359,7 @@ def replays():
     z, xBC, dt = torch.randn(b, 1, sum(mixer.sizes), device=DEVICE, dtype=TYPE).split(mixer.sizes, dim=2)
     print(f"\n{f'8. replay, b{b} h{h} p{p} n{p}':<38}{'ms':>10}{'GB/s':>10}{'with norm':>12}")
     for logged, written in ((0, True), (0, False), (1, False), (1, True), (2, True), (4, True)):
-        cache = mil.Cache(mil.Hybrid(mil.Config(v=1, d=2, n_layers=1, n_heads=1, n_kv_heads=1, d_ff=1, mixers=["none"])).to(DEVICE), b, 99, log=8)
+        cache = mil.Cache(mil.Hybrid(mil.Config(v=1, d=2, n_layers=1, n_heads=1, n_kv_heads=1, d_ff=1, mixers=["none"])).to(DEVICE), b, 99, places=8)
         cache.at.fill_(64), cache.base.fill_(64 - logged), cache.to.fill_(64 + (logged == 0) if written else 64 - logged)
         log = mixer.new_log(cache)
         log.inputs = [torch.randn(b, 64, *t.shape[2:], device=DEVICE, dtype=TYPE) for t in (xBC, dt)]

@@ -202,7 +202,7 @@ def test_after_tokens_are_taken_back_a_cache_goes_on_as_if_they_had_never_come(c
 
 def test_a_mamba_log_holds_one_state_and_the_inputs_and_the_state_moves_only_when_the_log_is_full():
     model = build(Config(**{**SMALL, "mixers": ["mamba2"] * 4}))
-    cache, log, states = Cache(model, 1, 40, log=6), None, []
+    cache, log, states = Cache(model, 1, 40, places=6), None, []
     with torch.no_grad():
         model(random_tokens(model.config, 1, 9), cache)
         log = cache.logs[0]
@@ -219,7 +219,7 @@ def test_a_mamba_log_holds_one_state_and_the_inputs_and_the_state_moves_only_whe
 def test_the_cache_goes_back_no_further_than_its_log_reaches():
     for mixers, first in ((["mamba2"] * 4, 5), (["attention"] * 4, 0)):  # attention's log reaches back to the start
         model = build(Config(**{**SMALL, "mixers": mixers}))
-        cache = Cache(model, 1, 40, log=3)
+        cache = Cache(model, 1, 40, places=3)
         with torch.no_grad():
             model(random_tokens(model.config, 1, 5), cache)
             cache.settle(2)
@@ -270,7 +270,7 @@ def test_several_tokens_at_once_give_the_bits_of_one_by_one_also_after_some_were
     model = build(Config(**sizes), torch.bfloat16 if DEVICE == "cuda" else torch.float32)
     tokens, got, at = random_tokens(model.config, 1, 24), [], 14
     with torch.no_grad(), form("triton"):
-        one, many = Cache(model, 1, 30), Cache(model, 1, 30, log=6)
+        one, many = Cache(model, 1, 30), Cache(model, 1, 30, places=6)
         for cache in (one, many):
             model(tokens[:, :14], cache, [14])
         want = torch.cat([model(tokens[:, i:i + 1], one) for i in range(14, 17)], dim=1)
@@ -301,7 +301,7 @@ def test_attention_adds_up_blocks_of_a_piece_and_more_than_sixteen_pieces(split,
 @pytest.mark.parametrize("kind", ["torch", "triton"])
 def test_the_host_knows_how_many_places_are_used(kind):
     model = build(Config(**{**WIDE, "n_layers": 1, "mixers": ["attention"]}), torch.float32)
-    cache = Cache(model, 1, 8, log=3)
+    cache = Cache(model, 1, 8, places=3)
     with torch.no_grad(), form(kind):
         for _ in range(4):
             cache.settle(3)
@@ -317,7 +317,7 @@ def test_the_host_knows_how_many_places_are_used(kind):
 @pytest.mark.parametrize("mixer", ["attention", "mamba2"])
 def test_what_settle_announces_can_be_taken_back_pass_by_pass(mixer):
     model = build(Config(**{**SMALL, "n_layers": 1, "mixers": [mixer]}))
-    cache = Cache(model, 1, 40, log=5)
+    cache = Cache(model, 1, 40, places=5)
     for i in range(5):
         at = int(cache.at)
         cache.settle(5)
@@ -331,7 +331,7 @@ def test_a_lazy_cache_writes_its_states_every_few_tokens_and_gives_the_same_bits
     model = build(Config(**{**WIDE, "n_layers": 2, "mixers": ["mamba", "mamba2"]}), torch.bfloat16 if DEVICE == "cuda" else torch.float32)
     tokens, bases = random_tokens(model.config, 2, 12), []
     with torch.no_grad(), form("triton"):
-        eager, lazy = Cache(model, 2, 30), Cache(model, 2, 30, log=3, lazy=True)
+        eager, lazy = Cache(model, 2, 30), Cache(model, 2, 30, places=3, lazy=True)
         assert eager.fusable(kernels.FEW) and not eager.fusable(kernels.FEW + 1)
         for cache in (eager, lazy):
             model(tokens[:, :5], cache, [5, 4])
@@ -350,7 +350,7 @@ def test_a_large_batch_replays_in_another_way_with_the_same_bits(mixer, monkeypa
     for size in kernels.REPLAY:  # of few programs, and of many
         with torch.no_grad(), form("triton"):
             monkeypatch.setattr(kernels, "REPLAY", (size, size))
-            cache = Cache(model, 1, 40, log=6)
+            cache = Cache(model, 1, 40, places=6)
             for i in range(2):
                 cache.settle(5)
                 got.append(model(random_tokens(model.config, 1, 5, i), cache))
@@ -672,7 +672,7 @@ def test_a_crash_before_config_json_is_in_place_leaves_the_old_one_whole(tmp_pat
 
 def test_a_cleared_cache_has_nothing_announced():
     model = build(Config(**{**SMALL, "mixers": ["mamba2"] * 4}))
-    cache, new = Cache(model, 1, 40, log=4), Cache(model, 1, 40, log=4)
+    cache, new = Cache(model, 1, 40, places=4), Cache(model, 1, 40, places=4)
     cache.settle(3)
     cache.clear()
     for c in (cache, new):

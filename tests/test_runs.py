@@ -171,9 +171,9 @@ def test_other_settings_are_named_and_an_unfinished_run_is_not_overwritten(data,
     paused(data, out, tmp_path / "said", 5)
     with pytest.raises(MilError, match="holds an unfinished run; --resume goes on with it"):
         t.main([*data, "--out", str(out)])
-    with pytest.raises(MilError, match=r"--resume: .*pt was made with other settings: --stage2_lr was 0.001 and is 0.5; --clip was 1.0 and is 0.1$"):
+    with pytest.raises(MilError, match=r"--resume: .*pt was made with other settings: --stage2_lr was 0.001 and is 0.5; --clip was 1.0 and is 0.1. Give them as they were"):
         t.main([*data, "--out", str(out), "--resume", "--clip", "0.1", "--stage2_lr", "0.5"])
-    with pytest.raises(MilError, match="other settings: there were 3 stages and are 2$"):
+    with pytest.raises(MilError, match=r"other settings: there were 3 stages and are 2\. "):
         t.main([*data, "--out", str(out), "--resume", "--recipe", recipe(tmp_path, {"replace": [1]})])
     with pytest.raises(MilError, match="other settings: stage 1: lr was 0.003 and is 1; stage 2: data was"):
         t.main([*data, "--out", str(out), "--resume", "--recipe", recipe(tmp_path, {"keep": 0.5, "lr": 1}, {"train": "all", "data": [data[data.index("--data") + 1]]}, {"loss": "dpo"})])
@@ -399,7 +399,7 @@ def test_a_larger_teacher_teaches_a_smaller_llama(data, tmp_path):
     t.main([*argv, "--init_from", str(tmp_path / "small")])
     student = mil.load(tmp_path / "o" / "student")
     assert student.config.d == 16 and student.config.mixers == HALF
-    with pytest.raises(MilError, match=r"other: its vocabulary \(300 tokens\) is not the teacher's \(257\)"):
+    with pytest.raises(MilError, match=r"other: it has another tokenizer \(300 tokens\) than the teacher \(257\)"):
         t.main([*argv, "--init_from", str(tmp_path / "other")])
     with pytest.raises(MilError, match="holds attention, mamba2; expected a Llama"):
         t.main([*argv, "--init_from", str(tmp_path / "o" / "student"), "--out", str(tmp_path / "p")])
