@@ -507,6 +507,13 @@ class Inline(contextlib.nullcontext):
         return future
 
 
+def choose_rate(mine, size):
+    """The best rate of an arm's rows of the sweep; and where that is the lowest or the highest, and not enough were tried, one beyond it, else None."""
+    best, tried = min(mine, key=lambda row: row["kl"])["rate"], sorted(row["rate"] for row in mine)
+    beyond = {tried[0]: tried[0] / 2, tried[-1]: tried[-1] * 2}.get(best)
+    return best, beyond if len(tried) < len(size.rates) + size.more_rates else None
+
+
 def all_arms(lab, pool, tables, seeds, began, journal):
     """The rows of every arm: the best rate by the sweep, then all seeds; and the sweep's own rows. Each goes to the journal as it comes."""
     rows, swept, waiting, plan, done = [], [], {}, arms(lab.size.n_layers, tables), 0
@@ -533,17 +540,16 @@ def all_arms(lab, pool, tables, seeds, began, journal):
             journal.flush()
             td.show(f"{done} of {total} jobs  {time.perf_counter() - began:.0f} s  " + (f"{arm.name}, {f'rate {args[2]:.3g}, sweep' if sweep else f'seed {args[1]}'}"
                     if f is learn else arm) + f": {seconds:.1f} s", done=not sys.stdout.isatty() and done % 10 == 0)
-            if not sweep or len(mine := [row for row in swept if row["arm"] == arm.name]) < len(rates[arm.name]):
-                continue
-            best, tried = min(mine, key=lambda row: row["kl"])["rate"], sorted(rates[arm.name])
-            beyond = {tried[0]: tried[0] / 2, tried[-1]: tried[-1] * 2}.get(best)
-            if beyond and len(tried) < len(lab.size.rates) + lab.size.more_rates:
-                rates[arm.name].append(beyond)
-                submit(learn, arm, SWEEP, beyond, True)
-                total += 1
-            else:
-                for seed in range(seeds):
-                    submit(learn, arm, seed, best, False)
+            mine = [row for row in swept if row["arm"] == arm.name] if sweep else []
+            if sweep and len(mine) == len(rates[arm.name]):
+                best, beyond = choose_rate(mine, lab.size)
+                if beyond:
+                    rates[arm.name].append(beyond)
+                    submit(learn, arm, SWEEP, beyond, True)
+                    total += 1
+                else:
+                    for seed in range(seeds):
+                        submit(learn, arm, seed, best, False)
     for row in rows:
         tried = rates.get(row["arm"])
         row["edge"] = bool(tried) and row["rate"] in (min(tried), max(tried))
@@ -609,9 +615,11 @@ class Table:
     notes: list = dataclasses.field(default_factory=list)
 
     def claim(self, what, a, b, key="kl", paired=False, trials=0):
-        """That `key` of the rows a is less than that of b: it holds, or its opposite does, beyond the error of the difference at 95 %: Welch's t, or, `paired`,
-        that of the differences by seed. Where `key` is a share of so many `trials`, a side's error is at least the binomial one, which two students alike have too."""
+        """That `key` of the rows a is less than that of b: it holds, or its opposite does, beyond the error of the difference at 95 %. That error is Welch's t of
+        two sides of students (one row alone has none); `paired`, the t of the differences by seed; and where `key` is a share of so many `trials`, each side's
+        is at least the binomial one, which two students alike have too."""
         def side(rows):
+            """A side's standard error and its degrees of freedom; None where nothing is known of it."""
             middle, error = mean(rows, key)
             n = trials * len(rows)
             share = (middle * n + 1) / (n + 2)
