@@ -938,22 +938,29 @@ def main(argv):
                   arms=[dataclasses.asdict(arm) for arm in arms(size.n_layers, tables)], claims={}, tables={}, clock=clock)
     made, makers = [], {"quality": quality, "init": init, "order": order, "mixer": mixer, "stages": stages, "long": long}
     mil.make_directory(lab.out)
+
+    def save():
+        """Writes what there is; returns what is said at the end."""
+        report["seconds"] = seconds = time.perf_counter() - began
+        end = f"{seconds:.0f} s in all: {', '.join(f'{k} {v:.0f}' for k, v in clock.items())}; {versions}" + "; smoke size: the figures, and what holds, mean nothing" * small
+        mil.write_whole(lab.out / f"{said}.json", lambda f: f.write(json.dumps(report, indent=1).encode()))
+        mil.write_whole(lab.out / f"{said}.md", lambda f: f.write("\n\n".join([LEGEND, *lost, *(t.text("|") for t in made), end + "\n"]).encode()))
+        return end
     for name in tables:  # each is printed and saved as it comes
         if name in makers:
             table = makers[name](rows, size.n_layers, teacher)
         else:
             table, report[name] = {"speculation": speculation, "cost": cost}[name](lab)
-            if name == "cost":
-                report["scan"] = scans(size)
             lap(name)
         for t in table if isinstance(table, tuple) else [table]:
             made.append(t)
             report["claims"][t.name], report["tables"][t.name] = t.claims, [t.columns, *t.rows]
             print(t.text())
-        report["seconds"] = seconds = time.perf_counter() - began
-        end = f"{seconds:.0f} s in all: {', '.join(f'{k} {v:.0f}' for k, v in clock.items())}; {versions}" + "; smoke size: the figures, and what holds, mean nothing" * small
-        mil.write_whole(lab.out / f"{said}.json", lambda f: f.write(json.dumps(report, indent=1).encode()))
-        mil.write_whole(lab.out / f"{said}.md", lambda f: f.write("\n\n".join([LEGEND, *lost, *(t.text("|") for t in made), end + "\n"]).encode()))
+        save()
+    if "cost" in tables:
+        report["scan"] = scans(size)
+        lap("scans")
+    end = save()
     print(f"\n{end}")
     try:
         pictures.draw(json.loads(json.dumps(report)), o.assets or lab.out / "assets")
