@@ -514,7 +514,10 @@ class Cache:
         """A pass of l new tokens a row begins, of which lengths (b,) are real (None: all). Sets what the layers go by: their positions `pos` (b, l) and
         `angles`; whether the pass is `fused`; whether its tokens go into the states at once, `direct`. For a Mamba layer's log in PyTorch: `moving` (b,), how many
         logged inputs go into a row's state first, at most `due`; and, counted from where the state stands then, `slot` (b, l), the places of the new inputs,
-        `real` (b,), how many there are with them, at most `end`."""
+        `real` (b,), how many there are with them, at most `end`.
+
+        With 4 places and passes of two tokens, announced: the first, at 0, logs its inputs in slots 0 and 1, the second, at 2, in 2 and 3. For the third,
+        at 4, there is no room: the four inputs (`moving`) go into the state, which then stands at 4, and the new ones come in slots 0 and 1 again."""
         if b != len(self.at):
             raise MilError(f"cache: {b} rows of tokens for a cache of {len(self.at)} rows")
         if self.used + l > self.size:
