@@ -1150,6 +1150,10 @@ def main(argv):
     parser.add_argument("target", help="the folder to make")
     parser.add_argument("--format", default="hf", help="hf: Hugging Face's, for a pure Llama (default); mambainllama: the authors' layout, for a hybrid; mil: ours")
     parser.add_argument("--dtype", default="", choices=["", "float32", "bfloat16", "float16"], help="of the weights; empty: as they are")
+
+    def refuse(message):
+        raise MilError(f"{message} (--help says more)")
+    parser.error = refuse
     s = parser.parse_args(argv)
     for line in read_config(s.source)["remarks"]:
         print(f"note: {line}", file=sys.stderr)

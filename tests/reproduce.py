@@ -873,7 +873,7 @@ def scans(size):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(prog="reproduce.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = generate.Parser(prog="reproduce.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(TABLES)}; none: all")
     parser.add_argument("--minutes", type=float, default=10, help="about how long it may take on one H200: steps are scaled (10)")
     parser.add_argument("--seeds", type=int, default=3, help="students of every arm (3)")

@@ -256,7 +256,8 @@ def test_a_stage_may_train_mlps_as_well():
 
 
 @pytest.mark.parametrize("argv, match", [(["qualty"], "there is no table 'qualty'; expected some of quality"), (["--seeds", "0"], "--seeds is 0"), (["--minutes", "nan"], "--minutes is nan"),
-                                         (["--minutes", "inf"], "--minutes is inf"), (["--workers", "-1"], "--workers is -1"), (["--rope_theta", "0"], "--rope_theta is 0")])
+                                         (["--minutes", "inf"], "--minutes is inf"), (["--workers", "-1"], "--workers is -1"), (["--rope_theta", "0"], "--rope_theta is 0"),
+                                         (["--seeds", "1.5"], "argument --seeds: invalid int value: '1.5'"), (["--sedes", "1"], "unrecognized arguments: --sedes")])
 def test_what_cannot_be_reproduced_is_refused_in_one_line(argv, match):
     with pytest.raises(mil.MilError, match=match):
         r.main(argv)
