@@ -446,8 +446,10 @@ class Hybrid(nn.Module):
 
         With a cache the tokens follow what it holds and are added to it. lengths (b,) says how many of each row's
         tokens are real when rows are padded on the right; what stands at padded positions of the result is undefined.
-        docs: the Documents that the rows hold; None: one each.
+        docs: the Documents that the rows hold; None: one each. MilError for lengths without a cache, or docs with one.
         """
+        if lengths is not None if cache is None else docs is not None:
+            raise MilError("lengths are for a cache, and docs for rows without one; leave them out")
         if cache is not None:
             cache.open(*tokens.shape, lengths)
         u, angles = self.start(tokens, cache, docs)

@@ -670,6 +670,14 @@ def test_a_crash_before_config_json_is_in_place_leaves_the_old_one_whole(tmp_pat
     assert (tmp_path / "config.json").read_text() == before and torch.equal(mil.load(tmp_path).lm_head.weight.to(DEVICE), old.lm_head.weight)
 
 
+def test_what_would_be_ignored_is_refused():
+    model = build(Config(**SMALL))
+    tokens = random_tokens(model.config, 1, 3)
+    for more in (dict(lengths=torch.tensor([2])), dict(cache=Cache(model, 1, 8), docs=mil.Documents(torch.arange(3)[None], torch.device(DEVICE)))):
+        with pytest.raises(MilError, match="lengths are for a cache"):
+            model(tokens, **more)
+
+
 def test_a_cleared_cache_has_nothing_announced():
     model = build(Config(**{**SMALL, "mixers": ["mamba2"] * 4}))
     cache, new = Cache(model, 1, 40, places=4), Cache(model, 1, 40, places=4)
