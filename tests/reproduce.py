@@ -3,6 +3,7 @@
     python tests/reproduce.py                    all tables: about ten minutes on one H200, from nothing; on a CPU a smoke size, whose figures say nothing
     python tests/reproduce.py quality order      these tables
     python tests/reproduce.py --minutes 4        all with fewer steps
+    python tests/reproduce.py long --set teacher_context=3072        with another size
 
     quality       how much is lost with less and less attention: 50, 25, 12.5, 0 % of the layers, Mamba and Mamba-2 (Table 6 left)
     init          attention's weights or random ones in the new layers; MLPs frozen or not (Table 7 left, Table 8)
@@ -872,12 +873,28 @@ def scans(size):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def changes(texts):
+    """What --set NAME=VALUE says, {name: number}."""
+    found, kinds_ = {}, {f.name: f.type for f in dataclasses.fields(Size) if f.type in (int, float)}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in kinds_:
+            raise MilError(f"--set {text}: {name!r} is no number of Size; expected one of {', '.join(kinds_)}")
+        try:
+            found[name] = kinds_[name](value)
+        except ValueError:
+            raise MilError(f"--set {text}: {value!r} is no {kinds_[name].__name__}") from None
+        if not 0 < found[name] < math.inf:
+            raise MilError(f"--set {text}: expected more than 0")
+    return found
+
+
 def main(argv):
     parser = generate.Parser(prog="reproduce.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(TABLES)}; none: all")
     parser.add_argument("--minutes", type=float, default=10, help="about how long it may take on one H200: steps are scaled (10)")
     parser.add_argument("--seeds", type=int, default=3, help="students of every arm (3)")
-    parser.add_argument("--rope_theta", type=float, default=Size.rope_theta, help=f"the teacher's base of rotations, on which it hangs how far hybrids find things ({Size.rope_theta:g})")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another value for a number of Size (in this file), such as rope_theta=1e7 or teacher_context=3072")
     parser.add_argument("--out", default="", help="where teacher, students and tables go (out/reproduce, of the smoke size out/smoke); a teacher found there is used again")
     parser.add_argument("--assets", default="", help="where the pictures go (OUT/assets; the README's are in assets)")
     parser.add_argument("--workers", type=int, default=0, help="students trained at once, on a GPU (default: 8, or half the CPU cores)")
@@ -886,15 +903,16 @@ def main(argv):
     for name in o.tables:
         if name not in TABLES:
             raise MilError(f"there is no table {name!r}; expected some of {', '.join(TABLES)}")
-    for name, least in (("minutes", 0.1), ("seeds", 1), ("rope_theta", 1), ("workers", 0)):
+    for name, least in (("minutes", 0.1), ("seeds", 1), ("workers", 0)):
         if not least <= getattr(o, name) < math.inf:
             raise MilError(f"--{name} is {getattr(o, name)}, expected {least} or more")
     began, device, tables = time.perf_counter(), generate.pick_device(""), list(dict.fromkeys(o.tables)) or list(TABLES)
     small = o.smoke or device.type != "cuda"
-    size = dataclasses.replace(SMOKE if small else Size(), rope_theta=o.rope_theta)
+    size = SMOKE if small else Size()
     if not small:
         scaled = {k: max(1, round(getattr(size, k) * o.minutes / 10)) for k in ("teacher_steps", "long_steps", "layer_steps", "stage2_steps", "dpo_steps", "draft_steps")}
         size = dataclasses.replace(size, **scaled)
+    size = dataclasses.replace(size, **changes(o.set))
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores, {platform.machine()}"
     versions = f"{machine}, Python {platform.python_version()}, torch {torch.__version__}"
     td.show(f"{versions}" + "; smoke size: the figures mean nothing" * small)

@@ -582,9 +582,9 @@ def test_a_run_that_is_stopped_leaves_the_tables_it_has_made(hollow, tmp_path, m
         raise KeyboardInterrupt
     monkeypatch.setattr(r, "cost", stop)
     with pytest.raises(KeyboardInterrupt):
-        r.main(["order", "init", "cost", "--smoke", "--rope_theta", "77", "--out", str(tmp_path)])
+        r.main(["order", "init", "cost", "--smoke", "--set", "rope_theta=77", "--set", "depths=3", "--out", str(tmp_path)])
     report, said = json.loads((tmp_path / "order+init+cost.json").read_text()), (tmp_path / "order+init+cost.md").read_text()
-    assert [*report["tables"]] == [*report["claims"]] == ["order", "init"] and report["size"]["rope_theta"] == 77
+    assert [*report["tables"]] == [*report["claims"]] == ["order", "init"] and (report["size"]["rope_theta"], report["size"]["depths"]) == (77, 3)
     for text in (said, capsys.readouterr().out):
         assert 0 < text.index("Order of replacement") < text.index("Initialisation and frozen MLPs")
 
