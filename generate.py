@@ -53,17 +53,12 @@ def flag(default, help, **parse):
     return dataclasses.field(metadata={"help": help, "parse": parse}, **make)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise MilError(f"{message} (--help lists the flags)")
-
-
 def parse_flags(settings, argv, description):
     """An instance of the dataclass `settings` from `--name value` or `--name=value`.
 
     Raises MilError for an unknown flag (naming the nearest known one) or a value of the wrong type.
     """
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = mil.Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(settings):
         kind = {} if f.type in (list, bool) else {"type": f.type, "metavar": f.type.__name__}
         default = "" if f.default in ("", dataclasses.MISSING) or "default" in f.metadata["help"] else f" (default {f.default})"

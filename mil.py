@@ -17,6 +17,7 @@ v vocabulary. In attention p is head_dim and n = p.
 In this file, top to bottom: Config; Documents, rows of several; the mixers Attention, Mamba, Mamba2 and NoMixer; Hybrid, the stack; Cache, what decoding
 remembers; replace_attention and keep_layers; checkpoints, ours and the world's.
 """
+import argparse
 import contextlib
 import copy
 import dataclasses
@@ -43,6 +44,13 @@ from kernels import causal_conv, gated_norm, linear, linears, ssm_scan
 
 class MilError(ValueError):
     """What went wrong, said to the person who typed: the file or flag, what was found, what was expected."""
+
+
+class Parser(argparse.ArgumentParser):
+    """One to which a wrong command line is a MilError."""
+
+    def error(self, message):
+        raise MilError(f"{message} (--help lists the flags)")
 
 
 ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -448,7 +456,7 @@ class Hybrid(nn.Module):
         tokens are real when rows are padded on the right; what stands at padded positions of the result is undefined.
         docs: the Documents that the rows hold; None: one each. MilError for lengths without a cache, or docs with one.
         """
-        if lengths is not None if cache is None else docs is not None:
+        if (lengths if cache is None else docs) is not None:
             raise MilError("lengths are for a cache, and docs for rows without one; leave them out")
         if cache is not None:
             cache.open(*tokens.shape, lengths)
@@ -1145,17 +1153,12 @@ def write_safetensors(weights, directory, most=4 * 2**30):
 
 
 def main(argv):
-    import argparse
-    parser = argparse.ArgumentParser(prog="mil.py", description="Write a checkpoint in another layout.")
+    parser = Parser(prog="mil.py", description="Write a checkpoint in another layout.")
     parser.add_argument("command", choices=["export"])
     parser.add_argument("source", help="a checkpoint folder: ours, Hugging Face's, Meta's or the authors' hybrids'")
     parser.add_argument("target", help="the folder to make")
     parser.add_argument("--format", default="hf", help="hf: Hugging Face's, for a pure Llama (default); mambainllama: the authors' layout, for a hybrid; mil: ours")
     parser.add_argument("--dtype", default="", choices=["", "float32", "bfloat16", "float16"], help="of the weights; empty: as they are")
-
-    def refuse(message):
-        raise MilError(f"{message} (--help says more)")
-    parser.error = refuse
     s = parser.parse_args(argv)
     for line in read_config(s.source)["remarks"]:
         print(f"note: {line}", file=sys.stderr)

@@ -159,7 +159,7 @@ def check(of, where):
             span = f"{least:g} to {most}" if most < 2**63 else "more than 0" if 0 < least < 1 else f"{least} or more"
             raise MilError(f"{where}{name} is {value}, expected {span}")
     if getattr(of, "alpha", 1) == getattr(of, "beta", 1) == 0:
-        raise MilError(f"{where}alpha and {where if where == '--' else ''}beta are both 0: nothing would be learned; expected at least one above 0")
+        raise MilError(f"{where}alpha is 0, and so is beta: nothing would be learned; expected at least one above 0")
 
 
 def chosen_layers(s):

@@ -497,7 +497,8 @@ def training(limits):
 if __name__ == "__main__":
     what, *paths = [a for a in sys.argv[1:] if a != "--small"] or [""]
     if {"-h", "--help"} & {*sys.argv}:
-        sys.exit(print(__doc__))
+        print(__doc__)
+        sys.exit()
     if what not in ("kernels", "decode", "train") or len(paths) not in ((0, 2) if what == "decode" else (0,)):
         sys.exit(f"error: bench.py {' '.join(sys.argv[1:])}: expected kernels, train, decode, or decode and two checkpoints, a model and its draft (--help says more)")
     if paths:

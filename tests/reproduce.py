@@ -875,22 +875,22 @@ def scans(size):
 
 def changes(texts):
     """What --set NAME=VALUE says, {name: number}."""
-    found, kinds_ = {}, {f.name: f.type for f in dataclasses.fields(Size) if f.type in (int, float)}
+    found, numbers = {}, {f.name: f.type for f in dataclasses.fields(Size) if f.type in (int, float)}
     for text in texts:
         name, _, value = text.partition("=")
-        if name not in kinds_:
-            raise MilError(f"--set {text}: {name!r} is no number of Size; expected one of {', '.join(kinds_)}")
+        if name not in numbers:
+            raise MilError(f"--set {text}: {name!r} is no number of Size; expected one of {', '.join(numbers)}")
         try:
-            found[name] = kinds_[name](value)
+            found[name] = numbers[name](value)
         except ValueError:
-            raise MilError(f"--set {text}: {value!r} is no {kinds_[name].__name__}") from None
+            raise MilError(f"--set {text}: {value!r} is no {numbers[name].__name__}") from None
         if not 0 < found[name] < math.inf:
             raise MilError(f"--set {text}: expected more than 0")
     return found
 
 
 def main(argv):
-    parser = generate.Parser(prog="reproduce.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = mil.Parser(prog="reproduce.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(TABLES)}; none: all")
     parser.add_argument("--minutes", type=float, default=10, help="about how long it may take on one H200: steps are scaled (10)")
     parser.add_argument("--seeds", type=int, default=3, help="students of every arm (3)")
@@ -955,7 +955,6 @@ def main(argv):
     report = dict(versions=versions, size=dataclasses.asdict(size), seeds=o.seeds, teacher=teacher, rows=rows, sweep=swept,
                   arms=[dataclasses.asdict(arm) for arm in arms(size.n_layers, tables)], claims={}, tables={}, clock=clock)
     made, makers = [], {"quality": quality, "init": init, "order": order, "mixer": mixer, "stages": stages, "long": long}
-    mil.make_directory(lab.out)
 
     def save():
         """Writes what there is; returns what is said at the end."""

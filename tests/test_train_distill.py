@@ -334,7 +334,7 @@ def test_a_recipe_is_a_list_of_stages_and_the_command_line_says_the_rest(tmp_pat
 @pytest.mark.parametrize("stages, match", [
     ([{"keep": 0.5}, {"replace": [0]}], "stage 2: replaces layer 0, which holds mamba2 by then: it is replaced twice"), ([{"replace": [1, 1]}], "stage 1: replaces layer 1"),
     ([{"keep": 0.1}], "stage 1: keep 0.1 of 4 layers would keep none of them; expected 0, or 0.25"), ([{"replace": [4]}], "replaces layer 4; the model has layers 0 to 3"),
-    ([{"keep": 0.5, "replace": [1]}], "keep and replace: expected one of them"), ([{"keep": 0.5, "alpha": 0, "beta": 0}], "stage 1: alpha and beta are both 0: nothing would be learned"),
+    ([{"keep": 0.5, "replace": [1]}], "keep and replace: expected one of them"), ([{"keep": 0.5, "alpha": 0, "beta": 0}], "stage 1: alpha is 0, and so is beta: nothing would be learned"),
     ([{"stpes": 3}], "stage 1 has 'stpes', expected some of keep, replace.*did you mean steps"), ([{"steps": "3"}], "stage 1: steps is '3', expected int"),
     ([{"reverse": 1}], "reverse is 1, expected bool"), ([{"replace": ["a"]}], "expected a list of int"), ([{"train": "mixers"}], "trains the mixers, and there is none to train"),
     ([{"train": "some"}], "train is 'some', expected one of mixers, mlps, all"), ([{"keep": 0.5, "steps": 0}], "steps is 0"), ([{"loss": "dpo"}], "has the loss dpo and no data"),
