@@ -873,20 +873,23 @@ def scans(size):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def changes(texts):
-    """What --set NAME=VALUE says, {name: number}."""
-    found, numbers = {}, {f.name: f.type for f in dataclasses.fields(Size) if f.type in (int, float)}
+def changed(size, texts):
+    """A Size with what --set NAME=VALUE says."""
+    numbers, least = {f.name: f.type for f in dataclasses.fields(Size) if f.type in (int, float)}, {"n_layers": 8, "pairs": 16, "batch": 2, "depths": 2}
     for text in texts:
         name, _, value = text.partition("=")
         if name not in numbers:
             raise MilError(f"--set {text}: {name!r} is no number of Size; expected one of {', '.join(numbers)}")
         try:
-            found[name] = numbers[name](value)
+            value = numbers[name](value)
         except ValueError:
             raise MilError(f"--set {text}: {value!r} is no {numbers[name].__name__}") from None
-        if not 0 < found[name] < math.inf:
-            raise MilError(f"--set {text}: expected more than 0")
-    return found
+        if not least.get(name, sys.float_info.min) <= value < math.inf:
+            raise MilError(f"--set {text}: expected " + (f"{least[name]} or more" if name in least else "more than 0"))
+        size = dataclasses.replace(size, **{name: value})
+    if size.step_tokens < 2 * max(size.short_context, size.teacher_context):
+        raise MilError(f"--set: step_tokens is {size.step_tokens}, expected two of the teacher's texts or more (short_context {size.short_context}, teacher_context {size.teacher_context})")
+    return size
 
 
 def main(argv):
@@ -912,7 +915,7 @@ def main(argv):
     if not small:
         scaled = {k: max(1, round(getattr(size, k) * o.minutes / 10)) for k in ("teacher_steps", "long_steps", "layer_steps", "stage2_steps", "dpo_steps", "draft_steps")}
         size = dataclasses.replace(size, **scaled)
-    size = dataclasses.replace(size, **changes(o.set))
+    size = changed(size, o.set)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores, {platform.machine()}"
     versions = f"{machine}, Python {platform.python_version()}, torch {torch.__version__}"
     td.show(f"{versions}" + "; smoke size: the figures mean nothing" * small)

@@ -258,6 +258,7 @@ def test_a_stage_may_train_mlps_as_well():
 @pytest.mark.parametrize("argv, match", [(["qualty"], "there is no table 'qualty'; expected some of quality"), (["--seeds", "0"], "--seeds is 0"), (["--minutes", "nan"], "--minutes is nan"),
                                          (["--minutes", "inf"], "--minutes is inf"), (["--workers", "-1"], "--workers is -1"), (["--set", "rope_theta=0"], "--set rope_theta=0: expected more than 0"),
                                          (["--set", "rope_thet=1"], "'rope_thet' is no number of Size; expected one of n_layers, d,"), (["--set", "depths=1.5"], "--set depths=1.5: '1.5' is no int"),
+                                         (["--set", "depths=1"], "--set depths=1: expected 2 or more"), (["--smoke", "--set", "step_tokens=300"], "--set: step_tokens is 300, expected two of"),
                                          (["--seeds", "1.5"], "argument --seeds: invalid int value: '1.5'"), (["--sedes", "1"], "unrecognized arguments: --sedes")])
 def test_what_cannot_be_reproduced_is_refused_in_one_line(argv, match):
     with pytest.raises(mil.MilError, match=match):
