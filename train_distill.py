@@ -1268,10 +1268,14 @@ def save_student(run, models, place, tokenizer, base_type, **notes):
     together(run)
 
 
-def get_teacher(run, state, corpus, encoding, tokenizer, journal, place):
-    """Has a Llama trained on the corpus in the folder `place`, or the one of an earlier run when it was made from the same settings and data."""
+def teacher_config(s, encoding):
+    """The shape of a Llama that the settings ask for."""
+    return mil.Config(v=encoding.n_vocab, context=s.context, rope_theta=s.rope_theta, **{name: getattr(s, name) for name in SIZES})
+
+
+def get_teacher(run, state, config, corpus, encoding, tokenizer, journal, place):
+    """Has a Llama of this config trained on the corpus in the folder `place`, or the one of an earlier run when it was made from the same settings and data."""
     s = run.s
-    config = mil.Config(v=encoding.n_vocab, context=s.context, rope_theta=s.rope_theta, **{name: getattr(s, name) for name in SIZES})
     recipe = {"data": corpus.key, "torch": torch.__version__,
               **{k: getattr(s, k) for k in ("seed", "batch", "context", "teacher_steps", "teacher_lr", "warmup", "clip", "dtype", "schedule")}}
     if state.stage == 0 and not state.step and (place / "config.json").exists():
@@ -1539,7 +1543,7 @@ def work(run, began):
     encoding = load_tokenizer(tokenizer)
     if s.teacher and s.tokenizer and vocabulary(load_tokenizer(s.tokenizer)) != vocabulary(encoding):
         raise MilError(f"--tokenizer {s.tokenizer} is not the one the teacher in {s.teacher} was trained with ({tokenizer}); leave it out")
-    config = about.get("config") or mil.Config(v=encoding.n_vocab, context=s.context, rope_theta=s.rope_theta, **{name: getattr(s, name) for name in SIZES})
+    config = about.get("config") or teacher_config(s, encoding)
     base = config
     if s.init_from:
         base = mil.read_config(s.init_from)["config"]
@@ -1591,7 +1595,7 @@ def work(run, began):
     listen(run)
     with open_journal(run, state, stages) as journal:
         if not s.teacher:
-            get_teacher(run, state, corpus, encoding, tokenizer, journal, place)
+            get_teacher(run, state, config, corpus, encoding, tokenizer, journal, place)
         state.stage = max(1, state.stage)
         show(f"teacher: {sum(w.numel() for w in mil.empty_model(config).parameters()) / 1e6:.1f} M parameters, {config.n_layers} layers of width {config.d}")
         distill(run, state, stages, Source(run, place), corpora, encoding, tokenizer, journal)

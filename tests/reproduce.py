@@ -10,7 +10,8 @@
     order         stepwise or at once; the layers that keep attention spread evenly, or all at one end (Table 7 right)
     mixer         what the new layers must have: Mamba-2, Mamba, Mamba without decay (linear attention), nothing (Table 9)
     stages        stage 1, 1 + 2, 1 + 2 + preferences (Table 6 right)
-    long          a needle in a haystack up to 20 times the length of distillation (Figure 4); perplexity after longer and longer texts
+    long          a needle in a haystack up to 20 times the length of distillation (Figure 4); perplexity after longer and longer texts; both again
+                  with attention's scores growing with the logarithm of the length
     speculation   tokens a pass of the target, and speed, by draft, target and K (Tables 1 and 5)
     cost          time and memory of reading and writing from 1k to 128k tokens, by share of attention
 
@@ -80,7 +81,8 @@ class Size:
     n_heads: int = 8
     n_kv_heads: int = 4
     d_ff: int = 768
-    rope_theta: float = 1e30     # all but two of a head's 16 pairs of channels hardly turn: what they match they match at any distance
+    rope_theta: float = 1e4
+    rope_still: int = 256        # pairs of channels that turn less than twice in so many bytes do not turn at all: what they match they match at any distance
     step_tokens: int = 2**15     # of a step of the teacher
     short_context: int = 512     # where it learns first
     teacher_steps: int = 2800
@@ -92,7 +94,7 @@ class Size:
     more_rates: int = 2          # how many may be tried beyond these, each twice or half the best
     layer_steps: int = 22        # of stage 1, for each layer replaced
     stage2_rate: float = 3e-3
-    stage2_steps: int = 400
+    stage2_steps: int = 360
     dpo_steps: int = 40
     draft_steps: int = 400
     eval_sequences: int = 512
@@ -105,7 +107,7 @@ class Size:
     depths: int = 8
     pairs: int = 1024            # prompts answered twice for the preferences
     texts: int = 6               # continued speculatively, one by one
-    speculated: int = 128        # tokens of each
+    speculated: int = 96         # tokens of each
     Ks: tuple = (2, 4, 6, 8)
     cost_lengths: tuple = (1024, 4096, 16384, 65536, 131072)
     scan_lengths: tuple = (1024, 4096, 16384, 65536)
@@ -226,8 +228,11 @@ class Lab:
         """A Llama that learns from short texts first, since from long ones alone it did not learn to copy, and then from long ones; or the one that is there."""
         size, begun, place = self.size, self.out / "short", self.out / "teacher"
         short, long = (td.Run(dataclasses.replace(self.s, context=c, batch=size.step_tokens // c), self.device) for c in (size.short_context, size.teacher_context))
+        config = td.teacher_config(short.s, self.encoding)
+        if size.rope_still:  # Llama 3.1's scaling, by so much that a slow channel stands still
+            config = dataclasses.replace(config, rope_scaling=dict(zip(mil.ROPE_SCALING, (1e9, 1.99, 2.0, size.rope_still))))
         with open(os.devnull, "w") as journal:
-            td.get_teacher(short, td.State(), self.corpus, self.encoding, "bytes", journal, begun)
+            td.get_teacher(short, td.State(), config, self.corpus, self.encoding, "bytes", journal, begun)
         for old in td.checkpoints(short):
             old.unlink()
         about = mil.read_config(begun)
@@ -298,16 +303,23 @@ class Lab:
     def ascii_texts(self):
         return [t.encode("ascii", "replace").decode() for t in self.unseen]
 
+    @functools.cached_property
+    def haystacks(self):
+        """Of each length the haystacks, by depth."""
+        size, dice = self.size, random.Random(0)
+        return {length: torch.tensor([self.haystack(length, depth / (size.depths - 1), dice) for depth in range(size.depths) for _ in range(size.samples)], device=self.device)
+                for length in (int(x * size.context) for x in size.lengths)}
+
     @torch.no_grad()
-    def needles(self, model):
+    def needles(self, model, trained=0):
         """How often the whole number is found, greedily: {length: [at each depth]}."""
-        found, dice = {}, random.Random(0)
-        for length in (int(x * self.size.context) for x in self.size.lengths):
-            rows = [self.haystack(length, depth / (self.size.depths - 1), dice) for depth in range(self.size.depths) for _ in range(self.size.samples)]
+        found = {}
+        for length, rows in self.haystacks.items():
             hits = []
-            for part in torch.tensor(rows, device=self.device).split(max(1, min(64, 2**18 // length))):
-                guess = model.logits(model.hidden(part[:, :-1])[:, -DIGITS:]).argmax(-1)
-                hits += (guess == part[:, -DIGITS:]).all(1).tolist()
+            with sharper(model, length, trained):
+                for part in rows.split(max(1, min(64, 2**18 // length))):
+                    guess = model.logits(model.hidden(part[:, :-1])[:, -DIGITS:]).argmax(-1)
+                    hits += (guess == part[:, -DIGITS:]).all(1).tolist()
             found[length] = [sum(hits[i:i + self.size.samples]) / self.size.samples for i in range(0, len(hits), self.size.samples)]
         return found
 
@@ -319,13 +331,35 @@ class Lab:
         begins = [(text, dice.randrange(len(text) - most + 1)) for text in dice.choices(texts, k=self.size.windows)]
         return torch.tensor([[*text[i:i + most].encode()] for text, i in begins], device=self.device)
 
-    def by_length(self, model):
+    def by_length(self, model, trained=0):
         """The perplexity of the same bytes, a quarter of a context each, at the end of texts of growing length: {length: perplexity}."""
         found, last = {}, self.size.context // 4
         for length in (int(x * self.size.context) for x in self.size.lengths):
             parts = self.windows[:, -length - 1:].split(max(1, min(64, 2**17 // length)))
-            found[length] = math.exp(torch.cat([self.losses(model, part)[:, -last:] for part in parts]).mean().item())
+            with sharper(model, length, trained):
+                found[length] = math.exp(torch.cat([self.losses(model, part)[:, -last:] for part in parts]).mean().item())
         return found
+
+    def long_texts(self, model, trained):
+        """What a model that was trained on texts of this length does in longer ones; and with its attention sharper there."""
+        found = dict(needles=self.needles(model), by_length=self.by_length(model))
+        if "attention" in model.config.mixers:
+            found["sharper"] = dict(needles=self.needles(model, trained), by_length=self.by_length(model, trained))
+        return found
+
+
+@contextlib.contextmanager
+def sharper(model, length, trained):
+    """Attention's scores grown as the logarithm of the number of tokens that share a softmax, from the length `trained` on (0: never): a lead over the
+    others then keeps its weight among more of them."""
+    queries = [layer.mixer.q_proj.weight for layer in model.layers if isinstance(layer.mixer, mil.Attention)] if 0 < trained < length else []
+    kept = [w.detach().clone() for w in queries]
+    with torch.no_grad():
+        for w in queries:
+            w.mul_(math.log(length) / math.log(trained))
+        yield
+        for w, old in zip(queries, kept):
+            w.copy_(old)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -424,7 +458,7 @@ def train_student(lab, arm, seed, rate, sweep, rows):
         rows.append(dict(arm=arm.name, mixer=arm.mixer, replaced=len(replaced), stages=stages, seed=seed, rate=rate, tokens=tokens,
                          share=tokens / lab.teacher_tokens, ratio=row["perplexity"] / theirs["perplexity"], **row, **more))
         if judge:
-            rows[-1].update(lab.writing(models.student), needles=lab.needles(models.student), by_length=lab.by_length(models.student))
+            rows[-1].update(lab.writing(models.student), **lab.long_texts(models.student, size.context))
 
     for i, replaced in enumerate(arm.path):
         mixers = [arm.mixer if k in replaced else "attention" for k in range(size.n_layers)]
@@ -765,21 +799,27 @@ def stages(rows, n, teacher):
 
 def long(rows, n, teacher):
     people = [("teacher", "100 %", [teacher])] + [(m, percent(c, n), rows.of(m, c, "1 + 2")) for m, c in [("Llama", 0), *kinds(n)]]
-    lengths = list(teacher["needles"])
+    sharp = lambda r: [dict(x, **x["sharper"]) for x in r if "sharper" in x]  # noqa: E731
+    lengths, teachers = list(teacher["needles"]), {"": [teacher], "sharper": sharp([teacher])}
+    versions = [(name, kept, way, r) for name, kept, all_ in people for way, r in (("", all_), ("sharper", sharp(all_))) if r or not way]
+    columns = ["model", "attention", "", *(f"{int(k):,}" for k in lengths)]
     t = Table("long", "Needle in a haystack without other notes (Figure 4): the share of numbers found whole, mean over depths, by length in bytes; "
-              f"distilled at {teacher['context']:,}, the teacher trained at {teacher['teacher_context']:,}", ["model", "attention", *(f"{int(k):,}" for k in lengths)])
-    more = Table("context", f"Perplexity of the same {teacher['context'] // 4} bytes at the end of texts of growing length", ["model", "attention", *(f"{int(k):,}" for k in lengths)])
+              f"distilled at {teacher['context']:,}, the teacher trained at {teacher['teacher_context']:,}", columns)
+    more = Table("context", f"Perplexity of the same {teacher['context'] // 4} bytes at the end of texts of growing length", columns)
     found = lambda r, k: [dict(found=(share := sum(x["needles"][k]) / len(x["needles"][k])), missed=1 - share) for x in r]  # noqa: E731
     at = lambda r, k: [dict(perplexity=x["by_length"][k], seed=x.get("seed")) for x in r]  # noqa: E731
-    for name, kept, r in people:
-        t.rows.append([name, kept, *(cell(found(r, k), "found", 0, True) for k in lengths)])
-        more.rows.append([name, kept, *(cell(at(r, k), "perplexity", 2) for k in lengths)])
+    for name, kept, way, r in versions:
+        t.rows.append([name, kept, way, *(cell(found(r, k), "found", 0, True) for k in lengths)])
+        more.rows.append([name, kept, way, *(cell(at(r, k), "perplexity", 2) for k in lengths)])
     within = [k for k in lengths if int(k) <= teacher["teacher_context"]][-1]
     t.notes.append(f"within its context, at {int(within):,} bytes, the teacher finds {mean(found([teacher], within), 'found')[0]:.0%}; where that is little, this table says nothing of its students")
+    t.notes.append("sharper: attention's scores times log(length) ÷ log(length of training) in texts beyond that, nothing learned anew: a softmax over more tokens spreads over them")
     far, near = lengths[-1], [k for k in lengths if int(k) <= teacher["context"]][-1]
+    for name, kept, way, r in versions:
+        if name in pictures.NAMES:
+            what = f"{name}, {kept} of attention: misses fewer at {int(far):,} bytes than the teacher"
+            t.claim(f"(not the paper's) {what}, both {way}" if way else what, found(r, far), found(teachers[way], far), "missed", trials=teacher["samples"] * len(teacher["needles"][far]))
     for name, kept, r in people[2:]:
-        t.claim(f"{name}, {kept} of attention: misses fewer at {int(far):,} bytes than the teacher", found(r, far), found([teacher], far), "missed",
-                trials=teacher["samples"] * len(teacher["needles"][far]))
         more.claim(f"(not the paper's) {name}, {kept} of attention: less perplexed after {int(far):,} bytes than the teacher", at(r, far), at([teacher], far), "perplexity")
         more.claim(f"(not the paper's) {name}, {kept} of attention: less perplexed after {int(far):,} bytes than after {int(near):,}", at(r, far), at(r, near), "perplexity", paired=True)
     return t, more
@@ -875,7 +915,7 @@ def scans(size):
 
 def changed(size, texts):
     """A Size with what --set NAME=VALUE says."""
-    numbers, least = {f.name: f.type for f in dataclasses.fields(Size) if f.type in (int, float)}, {"n_layers": 8, "pairs": 16, "batch": 2, "depths": 2}
+    numbers, least = {f.name: f.type for f in dataclasses.fields(Size) if f.type in (int, float)}, {"n_layers": 8, "pairs": 16, "batch": 2, "depths": 2, "rope_still": 0}
     for text in texts:
         name, _, value = text.partition("=")
         if name not in numbers:
@@ -897,7 +937,7 @@ def main(argv):
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(TABLES)}; none: all")
     parser.add_argument("--minutes", type=float, default=10, help="about how long it may take on one H200: steps are scaled (10)")
     parser.add_argument("--seeds", type=int, default=3, help="students of every arm (3)")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another value for a number of Size (in this file), such as rope_theta=1e7 or teacher_context=3072")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another value for a number of Size (in this file), such as rope_still=0 or teacher_context=3072")
     parser.add_argument("--out", default="", help="where teacher, students and tables go (out/reproduce, of the smoke size out/smoke); a teacher found there is used again")
     parser.add_argument("--assets", default="", help="where the pictures go (OUT/assets; the README's are in assets)")
     parser.add_argument("--workers", type=int, default=0, help="students trained at once, on a GPU (default: 8, or half the CPU cores)")
@@ -933,7 +973,7 @@ def main(argv):
         lab.make_teacher()
         models = td.prepare(lab.run, td.Models(None, lab.teacher))
         teacher = {"context": size.context, "teacher_context": size.teacher_context, "samples": size.samples, **td.evaluate(lab.run, models, lab.corpus, lab.encoding)[0],
-                   **lab.writing(lab.teacher), "needles": lab.needles(lab.teacher), "by_length": lab.by_length(lab.teacher)}
+                   **lab.writing(lab.teacher), **lab.long_texts(lab.teacher, size.teacher_context)}
         parameters, within = sum(w.numel() for w in lab.teacher.parameters()), [k for k in teacher["needles"] if k <= size.teacher_context][-1]
         td.show(f"teacher: {parameters / 1e6:.1f} M parameters, {lab.teacher_tokens / 1e6:.0f} M tokens; perplexity {teacher['perplexity']:.3f}; within its "
                 f"{size.teacher_context} bytes it finds {sum(teacher['needles'][within]) / size.depths:.0%} of the needles; perplexity of the same bytes at the "

@@ -64,6 +64,27 @@ def test_needles_are_counted_for_each_depth(lab):
     assert lab.needles(model) == {64: [1, 0, 0]}
 
 
+def test_beyond_what_it_was_trained_on_attentions_scores_grow_as_the_logarithm_of_the_length():
+    model = build(mil.Config(v=257, d=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=8, context=64, mixers=["attention", "mamba2"]), torch.float32)
+    before = {name: w.detach().clone() for name, w in model.named_parameters()}
+    for length, trained, times in ((4096, 64, 2), (64, 4096, 1), (64, 64, 1), (64, 0, 1)):
+        with r.sharper(model, length, trained):
+            assert {name for name, w in model.named_parameters() if not torch.equal(w, before[name])} == ({"layers.0.mixer.q_proj.weight"} if times > 1 else set())
+            assert torch.allclose(model.layers[0].mixer.q_proj.weight, times * before["layers.0.mixer.q_proj.weight"])
+        assert same(before, dict(model.named_parameters()))
+
+
+def test_needles_and_perplexity_of_a_sharper_model_are_those_of_one_with_larger_queries(lab):
+    lab.unseen, lab.size = ["abc = 1\n" * 500], dataclasses.replace(lab.size, lengths=(1, 4), windows=2)
+    model = lab.teacher
+    plain = lab.by_length(model)
+    found = lab.by_length(model, 64)
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.mixer.q_proj.weight *= 8 / 6  # 256 is 2 to the 8th
+    assert found == {64: plain[64], 256: lab.by_length(model)[256]} and found[256] != plain[256]
+
+
 def test_what_is_written_is_judged_byte_by_byte_after_a_prompt_of_unseen_text(lab, monkeypatch):
     asked, written = [], [[*b"    pass\n"[:3 + i]] for i in range(5)]  # of unequal length
     monkeypatch.setattr(lab, "complete", lambda model, prompts, seed: asked.extend(prompts) or written, raising=False)
@@ -145,6 +166,19 @@ def test_the_teacher_goes_on_in_long_texts_from_where_it_was_in_short_ones_and_i
     lab.s = dataclasses.replace(lab.s, rope_theta=123.0)
     lab.make_teacher()
     assert len(seen) == 4 and mil.read_config(lab.out / "teacher")["config"].rope_theta == 123
+
+
+def test_of_the_teachers_channels_those_turn_that_turn_twice_within_a_length(lab):
+    lab.size.rope_still = 100
+    lab.make_teacher()
+    config = mil.read_config(lab.out / "teacher")["config"]
+    a_turn = [2 * math.pi * config.rope_theta ** (i / 4) for i in range(4)]  # 6, 63, 628 and 6283 bytes; a head has four pairs
+    assert [100 / turn > 2 for turn in a_turn] == [True, False, False, False]
+    cos, sin = mil.rope_angles(config, torch.tensor([[0, 1, 100, 5000]]))
+    assert (cos[..., 1:] > 0.9999).all() and sin[..., 1:].abs().max() < 1e-4 and torch.allclose(cos[0, 0, :, 0], torch.tensor([0, 1, 100, 5000.0]).cos(), atol=1e-4)
+    lab.size.rope_still = 0
+    lab.make_teacher()
+    assert mil.read_config(lab.out / "teacher")["config"].rope_scaling is None
 
 
 def test_the_teachers_two_stages_read_by_seeds_of_their_own_the_second_at_a_third_of_the_rate_and_is_made_again_for_other_steps(lab, monkeypatch):
@@ -266,12 +300,13 @@ def test_what_is_judged_is_the_student_and_what_is_kept_the_first_ones_after_sta
     (lab.out / "pairs.json").write_text(json.dumps([[i, [~1, i], [~1, 99 + i]] for i in range(8)]))
     monkeypatch.setattr(td, "preferences", lambda *_: {})
     for name in ("writing", "needles", "by_length"):
-        monkeypatch.setattr(lab, name, lambda model, name=name: {name: model.config.mixers} if name == "writing" else model.config.mixers, raising=False)
+        monkeypatch.setattr(lab, name, lambda model, trained=0, name=name: {name: model.config.mixers} if name == "writing" else [*model.config.mixers, *[trained] * bool(trained)], raising=False)
     saved, student = [], [["mamba2", "attention"], ["mamba2", "mamba2"]]
     monkeypatch.setattr(td, "save_student", lambda run, models, place, *_: saved.append((place.name, {k: w.detach().clone() for k, w in models.student.named_parameters()})))
     for seed in (0, 1):
         rows = r.learn(lab, dataclasses.replace(STEPWISE, report=(), prefer=(1,), judge=True), seed, 1e-3, False)
         assert [(row["writing"], row["needles"], row["by_length"]) for row in rows] == [(m,) * 3 for m in (student[0], student[1], student[1])]
+        assert [row.get("sharper") for row in rows] == [dict.fromkeys(("needles", "by_length"), [*student[0], 64]), None, None]  # from the length of distillation on; not without attention
         assert [name for name, _ in saved] == ["arm-1", "arm-2"] and {row["tokens"] for row in rows[1:]} == {11 * 2 * 64}
         assert (fits["stage 3"].stage.steps, fits["stage 3"].stage.beta, fits["stage 3"].stage.lr) == (1, 0.1, 3e-5)
         if not seed:
@@ -417,9 +452,19 @@ def test_of_long_texts_it_is_claimed_what_is_missed_and_what_perplexes_at_the_gr
     few, _ = r.long(students, 8, row([0, 0.5], 9.0, samples=2))  # four needles a model say nothing
     assert [claim[2] for claim in few.claims] == ["within the error"] and "at 128 bytes, the teacher finds 25%" in few.notes[0]
     assert [line[:2] + line[-1:] for line in needles.rows if line[-1] != "–"] == [["teacher", "100 %", "25 %"], ["mamba", "50 %", "76 ± 1 %"]]
-    assert [line[2:] for line in texts.rows if line[-1] != "–"] == [["1.80", "9.00"], ["1.80 ± 0.00", "2.55 ± 0.05"]]
+    assert [line[3:] for line in texts.rows if line[-1] != "–"] == [["1.80", "9.00"], ["1.80 ± 0.00", "2.55 ± 0.05"]]
     assert [claim[1:] for claim in needles.claims] == [("missed 0.245 and 0.75", "holds")]
     assert [claim[1:] for claim in texts.claims] == [("perplexity 2.55 and 9", "holds"), ("perplexity 2.55 and 1.8", "the opposite holds")]
+
+
+def test_sharper_students_are_compared_with_the_teacher_as_sharp():
+    row = lambda plain, sharp, seed=0: dict(arm="mamba2", seed=seed, replaced=4, stages="1 + 2", context=64, teacher_context=128, samples=100, needles={64: [1], 128: [plain]}, by_length={64: 2.0, 128: 3.0},  # noqa: E731
+                                            sharper=dict(needles={64: [1], 128: [sharp]}, by_length={64: 2.0, 128: 2.5}))
+    needles, texts = r.long(r.Rows([row(0.5, 1, 0), row(0.5, 1, 1)]), 8, row(0.25, 0.75))
+    assert [line for line in needles.rows if line[-1] != "–"] == [["teacher", "100 %", "", "100 %", "25 %"], ["teacher", "100 %", "sharper", "100 %", "75 %"],
+                                                                  ["mamba2", "50 %", "", "100 ± 0 %", "50 ± 0 %"], ["mamba2", "50 %", "sharper", "100 ± 0 %", "100 ± 0 %"]]
+    assert [line[2:] for line in texts.rows if line[-1] != "–"][:2] == [["", "2.00", "3.00"], ["sharper", "2.00", "2.50"]]
+    assert [claim[1:] for claim in needles.claims] == [("missed 0.5 and 0.75", "holds"), ("missed 0 and 0.25", "holds")] and "both sharper" in needles.claims[1][0]
 
 
 def test_perplexity_far_away_is_compared_with_that_at_the_length_of_distillation():
@@ -564,7 +609,7 @@ def hollow(tmp_path, monkeypatch):
         def __init__(self, size, out, device):
             self.size, self.out, self.run, self.corpus, self.sweep_corpus, self.encoding, self.teacher, self.teacher_tokens = size, tmp_path, None, "measured", "sweep", None, torch.nn.Linear(1, 1), 1
             self.make_teacher, self.writing = lambda: None, lambda model: {k: 1.0 for k in TEACHER}
-            self.needles = self.by_length = lambda model: {128: [1.0, 1.0], 256: [0.0, 0.0]} if len(seen) == 1 and not seen.append("needles") else {128: 1.0, 256: 1.0}
+            self.long_texts = lambda model, trained: seen.append(trained) or dict(needles={128: [1.0, 1.0], 256: [0.0, 0.0]}, by_length={128: 1.0, 256: 1.0})
     for owner, name, value in ((r, "Lab", Lab), (r, "all_arms", lambda *_: ([], [])), (td, "prepare", lambda run, models: models), (td, "Models", lambda *two: two), (r.pictures, "draw", lambda *_: None),
                                (td, "evaluate", lambda run, models, corpus, encoding: seen.append(corpus) or ({"perplexity": 3.0}, {"perplexity": 9.0}))):
         monkeypatch.setattr(owner, name, value)
@@ -574,7 +619,7 @@ def hollow(tmp_path, monkeypatch):
 def test_the_teacher_is_measured_as_its_students_are_and_no_student_of_an_earlier_run_is_left(hollow, tmp_path):
     seen, old = hollow
     report = r.main(["order", "speculation", "--smoke", "--out", str(tmp_path)])
-    assert seen == ["measured", "needles"] and not old.exists() and old.with_name("precious").exists() and (report["teacher"]["context"], report["teacher"]["teacher_context"], report["teacher"]["samples"]) == (128, 256, 1)
+    assert seen == ["measured", 256] and not old.exists() and old.with_name("precious").exists() and (report["teacher"]["context"], report["teacher"]["teacher_context"], report["teacher"]["samples"]) == (128, 256, 1)
 
 
 def test_a_run_that_is_stopped_leaves_the_tables_it_has_made(hollow, tmp_path, monkeypatch, capsys):
@@ -637,7 +682,7 @@ def test_the_teachers_needles_are_said_as_a_mean_over_depths(hollow, tmp_path, m
     class Lab(honest):
         def __init__(self, size, *more):
             super().__init__(size, *more)
-            self.needles, self.by_length = lambda model: {128: [1.0, 1.0], 256: [1.0, 0.5]}, lambda model: {128: 1.0, 256: 1.0}
+            self.long_texts = lambda model, trained: dict(needles={128: [1.0, 1.0], 256: [1.0, 0.5]}, by_length={128: 1.0, 256: 1.0})
     monkeypatch.setattr(r, "Lab", Lab)
     r.main(["order", "--smoke", "--out", str(tmp_path)])
     assert "within its 256 bytes it finds 75% of the needles" in capsys.readouterr().out

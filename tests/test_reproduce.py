@@ -270,7 +270,7 @@ def test_all_tables_are_made_from_nothing(tmp_path):
     assert said.returncode == 0, said.stderr[-3000:] + said.stdout[-3000:]
     report = json.loads((tmp_path / "o" / "reproduce.json").read_text())
     assert list(report["tables"]) == ["quality", "init", "order", "mixer", "stages", "long", "context", "speculation", "cost"]
-    assert [len(rows) - 1 for rows in report["tables"].values()] == [10, 8, 8, 4, 4, 10, 10, 32, 15]
+    assert [len(rows) - 1 for rows in report["tables"].values()] == [10, 8, 8, 4, 4, 18, 18, 32, 15]
     assert "smoke size: the figures mean nothing" in said.stdout
     for row in report["rows"]:
         assert math.isfinite(row["kl"]) and row["seed"] in (0,) and (row["stages"] == "draft" or row["rate"] in (report["size"]["rates"] if row["arm"] != "Llama" else [None]))

@@ -579,7 +579,7 @@ def test_distilling_goes_on_stage_by_stage_with_the_users_flags_and_leaves_the_t
 
 
 def teacher_made(run, corpus):
-    t.get_teacher(run, t.State(), corpus, g.load_tokenizer("bytes"), "bytes", io.StringIO(), Path(run.s.out) / "teacher")
+    t.get_teacher(run, t.State(), t.teacher_config(run.s, g.load_tokenizer("bytes")), corpus, g.load_tokenizer("bytes"), "bytes", io.StringIO(), Path(run.s.out) / "teacher")
     return Path(run.s.out) / "teacher"
 
 
