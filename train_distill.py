@@ -1130,7 +1130,7 @@ def fit(run, state, stage, models, batches, journal, last_good):
             speed, ahead_of = state.step * s.batch * s.context / state.seconds, state.seconds / state.step * (stage.steps - state.step)
             if run.rank == 0:
                 journal.write(json.dumps({"stage": stage.name, "step": state.step, "loss": means[0], names[0]: means[1], names[1]: means[2], "gradient": means[3],
-                                          "lr": stage.lr * lr_share(stage, step), "seconds": round(state.seconds, 2)}) + "\n")
+                                          "lr": stage.lr * lr_share(stage, step), "seconds": round(state.seconds, 2), "memory": most_memory(device)}) + "\n")
                 journal.flush()
             show(f"{stage.name}  step {state.step}/{stage.steps}  loss {means[0]:.4f}  {names[0]} {means[1]:.4f}  {names[1]} {means[2]:.4f}  "
                  + f"{speed:,.0f} tokens/s  " * (stage.loss != "dpo") + f"ETA {clock(ahead_of)}",
@@ -1404,6 +1404,11 @@ def device_flops(run):
     return 2 * len(a) ** 3 / min(times)
 
 
+def most_memory(device):
+    """The most bytes that this process has held so far: on a GPU PyTorch's."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def announce(run, stages, teacher, base):
     """Says, before a run begins, what its stages are and what they will cost."""
     s, peak = run.s, device_flops(run)
@@ -1606,7 +1611,7 @@ def work(run, began):
 def finish(run, state, config, place, encoding, corpus, seconds):
     """The report: table, results.json, loss.png, a sample of both models; and the checkpoints, which nothing needs any more, go."""
     s, device, rows = run.s, run.device, state.rows
-    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = most_memory(device)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores, {platform.machine()}"
     machine = f"{run.size} processes, each with {machine}" if run.size > 1 else machine
     show(f"\n{table(rows)}\n\nstudent / teacher validation loss: {rows[-1]['loss'] / rows[0]['loss']:.4f}   "

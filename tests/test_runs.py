@@ -93,7 +93,7 @@ def finish(argv, said):
 def left(out):
     """What a run leaves that must not depend on how often it was interrupted."""
     weights = {name: mil.load(out / name).state_dict() for name in ("teacher", "student")}
-    log = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (out / "log.jsonl").read_text().splitlines()]
+    log = [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "memory")} for line in (out / "log.jsonl").read_text().splitlines()]
     rows = [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in json.loads((out / "results.json").read_text())["rows"]]
     return weights, log, rows
 

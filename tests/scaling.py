@@ -1,0 +1,180 @@
+"""One step of train_distill.py on 1, 2, 4 … GPUs of a machine: how fast, how much memory, and whether it stays the same step.
+
+    python tests/scaling.py                       all GPUs, the shapes of Llama-3-8B and Llama-3.2-3B, random weights; without CUDA a toy
+    python tests/scaling.py --shapes 8B --stages 1 --processes 1 2
+    python tests/scaling.py --shapes toy          on the CPU, whose speed says nothing
+
+Every row is the command that a user types, torchrun … train_distill.py (of one process python train_distill.py), on the same batch: --rows sequences a process
+for the largest number of processes; fewer take it in more parts (--accumulate). Printed, and written to OUT/scaling.json:
+
+    tokens/s      from the tenth step on, of all processes together; beside it its share of what so many single ones would do
+    memory        the largest that PyTorch has held on process 0, and what the run said before it began
+    loss          of the last step; beside it the largest relative difference of a step's loss, and of its gradient's norm, from those of the fewest processes
+
+At last the largest run is stopped half-way (SIGTERM to torchrun, as a cluster does it) and goes on twice, with as many processes and with half as many: the
+largest relative differences, in the steps after that, from the run that was not stopped.
+"""
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent.parent)]
+import mil
+import train_distill as td
+from generate import run_command, save_with_tokenizer
+from mil import MilError
+
+CUDA = torch.cuda.is_available()
+SHAPES = {"8B": mil.Config(context=2048), "3B": mil.Config(d=3072, n_layers=28, n_heads=24, n_kv_heads=8, head_dim=128, d_ff=8192, tied=True, context=2048),
+          "toy": mil.Config(v=257, d=32, n_layers=4, n_heads=2, n_kv_heads=1, d_ff=64, context=64)}
+TEXT = ("asyncio", "email", "unittest")  # of Python's standard library
+TRAINS, RATES = {1: "mixers", 2: "all"}, {"8B": 1e-4, "3B": 1e-4, "toy": 1e-2}
+FIRST = 10  # steps that compile, and are not timed
+
+
+def device_of(shape):
+    return ("cpu", torch.float32) if shape == "toy" else ("cuda", torch.bfloat16)
+
+
+def teacher(place, config):
+    """A Llama of random weights in the folder `place`."""
+    if not (place / "config.json").exists():
+        device, kind = device_of(place.name)
+        model = mil.cast(mil.empty_model(config), kind).to_empty(device=device)
+        model.tie()
+        torch.manual_seed(0)
+        for w in model.parameters():
+            torch.nn.init.ones_(w) if w.dim() == 1 else w.data.normal_(std=0.02)
+        save_with_tokenizer(model, place, "bytes")
+    return place
+
+
+class Steps:
+    """A run of train_distill.py in so many processes, as it goes."""
+
+    def __init__(self, o, shape, stage, count, out, resume=False):
+        self.out, self.count, self.said = Path(out), count, Path(out) / "said"
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "recipe.json").write_text(json.dumps([dict(keep=0.5, train=TRAINS[stage], steps=2 * o.steps, lr=RATES[shape])]))
+        flags = dict(teacher=teacher(Path(o.out) / shape, SHAPES[shape]), recipe=self.out / "recipe.json", out=self.out, context=SHAPES[shape].context, batch=o.rows * max(o.processes),
+                     accumulate=max(o.processes) // count, eval_sequences=max(o.processes), save_minutes=1e6, device=device_of(shape)[0])
+        script = [str(Path(td.__file__)), *(word for k, v in flags.items() for word in (f"--{k}", str(v))), "--data", *(str(Path(os.__file__).parent / part) for part in TEXT)]
+        many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "--"] * (count > 1)
+        with open(self.said, "w") as said:
+            self.process = subprocess.Popen([sys.executable, *many, *script, *["--resume"] * resume], stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
+                                            env={**os.environ, "OMP_NUM_THREADS": "1"} if shape == "toy" else None)
+
+    def log(self):
+        path = self.out / "log.jsonl"
+        return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+    def reach(self, step, minutes=15):
+        """Waits until the log has this step; False where the run ended before."""
+        began = time.monotonic()
+        while not any(line["step"] >= step for line in self.log()):
+            if self.process.poll() is not None or time.monotonic() - began > 60 * minutes:
+                return False
+            time.sleep(0.2)
+        return True
+
+    def stop(self, gently=False):
+        if gently:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(600)
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+
+    def why(self):
+        lines = [line for line in self.said.read_text().splitlines() if line.startswith("error:")]
+        return lines[0][:150] if lines else f"ended with {self.process.returncode}, see {self.said}"
+
+
+def apart(log, other):
+    """The largest relative differences of the losses and of the gradients' norms of the steps of `log`."""
+    theirs = {line["step"]: line for line in other}
+    return [max(abs(line[key] / theirs[line["step"]][key] - 1) for line in log) for key in ("loss", "gradient")]
+
+
+def said_apart(row):
+    return f"{row['apart'][0]:.1e} apart, gradients {row['apart'][1]:.1e}"
+
+
+def scale(o, shape, stage):
+    """The rows of a shape and a stage, and what became of the run that was stopped."""
+    rows, logs, place = [], {}, Path(o.out) / f"{shape}-{stage}"
+    shutil.rmtree(place, ignore_errors=True)
+    for count in o.processes:
+        run = Steps(o, shape, stage, count, place / str(count))
+        done = run.reach(o.steps)
+        run.stop()
+        if not done:
+            rows.append(dict(shape=shape, stage=stage, processes=count, failed=run.why()))
+            print(f"{shape}, stage {stage}, {count:>2} processes   {rows[-1]['failed']}", flush=True)
+            continue
+        log = logs[count] = run.log()[:o.steps]
+        speed = o.rows * max(o.processes) * SHAPES[shape].context * (log[-1]["step"] - log[FIRST - 1]["step"]) / (log[-1]["seconds"] - log[FIRST - 1]["seconds"])
+        said = re.search(r"memory: about ([\d.]+ \S+) of", run.said.read_text())[1]
+        first = next(row for row in [*rows, dict(processes=count, tokens_s=speed)] if "tokens_s" in row)
+        rows.append(dict(shape=shape, stage=stage, processes=count, tokens_s=speed, linear=speed / first["tokens_s"] * first["processes"] / count, memory=log[-1]["memory"], said=said,
+                         loss=log[-1]["loss"], apart=apart(log, logs[first["processes"]])))
+        print(f"{shape}, stage {stage}, {count:>2} processes{speed:>12,.0f} tokens/s{rows[-1]['linear']:>7.1%} of linear{log[-1]['memory'] / 2**30:>8.1f} GiB (said {said})"
+              f"   loss {log[-1]['loss']:.4f}, {said_apart(rows[-1])}", flush=True)
+    most = max(logs, default=1)
+    if most > 1 and stage == o.stages[0]:
+        run = Steps(o, shape, stage, most, place / "stopped")
+        began, half = time.monotonic(), run.reach(o.steps // 2)
+        stopped = time.monotonic()
+        run.stop(gently=True)
+        rows.append(dict(shape=shape, stage=stage, processes=most, stopped_s=time.monotonic() - stopped, checkpoint=sum(f.stat().st_size for f in (run.out / "checkpoints").glob("*.pt"))))
+        print(f"{shape}, stage {stage}, stopped {'half-way' if half else 'at its end'} after {stopped - began:.0f} s; a checkpoint of {rows[-1]['checkpoint'] / 2**30:.2f} GiB in {rows[-1]['stopped_s']:.0f} s", flush=True)
+        shutil.copytree(run.out, place / "half", ignore=shutil.ignore_patterns("data"))
+        there = len(run.log())
+        for count, out in ((most, run.out), (most // 2, place / "half")):
+            again = Steps(o, shape, stage, count, out, resume=True)
+            done = again.reach(o.steps)
+            again.stop()
+            log = again.log()[there:o.steps]
+            rows.append(dict(shape=shape, stage=stage, processes=count, resumed=there, **(dict(apart=apart(log, logs[most])) if done else dict(failed=again.why()))))
+            print(f"{shape}, stage {stage}, goes on with {count}: " + (f"steps {log[0]['step']} to {log[-1]['step']}, {said_apart(rows[-1])}" if done else again.why()), flush=True)
+    shutil.rmtree(place)
+    return rows
+
+
+def main(argv):
+    most = torch.cuda.device_count() if CUDA else 2
+    parser = mil.Parser(prog="scaling.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["8B", "3B"] if CUDA else ["toy"], choices=SHAPES, help="of the teacher, and of the student that it becomes")
+    parser.add_argument("--stages", nargs="+", type=int, default=[1, 2], choices=TRAINS, help="1: the new mixers train; 2: everything. The first is also stopped")
+    parser.add_argument("--processes", nargs="+", type=int, default=[n for n in (1, 2, 4, 8) if n <= most], help="in rising order")
+    parser.add_argument("--rows", type=int, default=4, help="sequences a process at once")
+    parser.add_argument("--steps", type=int, default=50, help="how many; the run is then broken off")
+    parser.add_argument("--out", default="out/scaling", help="for the teachers, which stay, the runs and scaling.json")
+    o = parser.parse_args(argv)
+    if not CUDA and {*o.shapes} - {"toy"}:
+        raise MilError(f"--shapes {' '.join(o.shapes)}: without CUDA expected toy")
+    if o.steps <= FIRST or o.rows < 1 or any(n < 1 or max(o.processes) % n for n in o.processes):
+        raise MilError(f"expected more than {FIRST} --steps, one of --rows or more, and --processes that divide the largest of them")
+    machine = torch.cuda.get_device_name() if CUDA else f"{os.cpu_count()} CPU cores"
+    print(f"{machine}, torch {torch.__version__}; {o.rows} rows a process at once, {o.rows * max(o.processes)} a step", flush=True)
+    rows = []
+    for shape in o.shapes:
+        for stage in o.stages:
+            rows += scale(o, shape, stage)
+            mil.write_whole(Path(o.out) / "scaling.json", lambda f: f.write(json.dumps(dict(machine=machine, torch=torch.__version__, settings=vars(o), results=rows), indent=1).encode()))
+    return rows
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,30 @@
+"""tests/scaling.py, of the smallest size."""
+import json
+
+import pytest
+import scaling
+from conftest import run_script
+
+from mil import MilError
+
+
+def test_two_processes_make_the_steps_of_one_and_a_stopped_run_goes_on_with_two_and_with_one(tmp_path):
+    done = run_script("tests/scaling.py", "--shapes", "toy", "--stages", "1", "--processes", "1", "2", "--rows", "1", "--steps", "12", "--out", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two, stopped, *on = json.loads((tmp_path / "scaling.json").read_text())["results"]
+    assert (one["linear"], one["apart"], two["processes"]) == (1, [0, 0], 2) and all(row["tokens_s"] > 0 and row["memory"] > 1e8 for row in (one, two))
+    assert stopped["checkpoint"] > 1e4 and [row["processes"] for row in on] == [2, 1] and all(6 <= row["resumed"] < 12 for row in on), done.stdout
+    for row in (two, *on):
+        assert row["apart"] == pytest.approx([0, 0], abs=1e-4)  # rounding, in float32
+    assert not (tmp_path / "toy-1").exists()
+
+
+def test_runs_are_apart_by_their_worst_step():
+    line = lambda step, loss, gradient: dict(step=step, loss=loss, gradient=gradient)  # noqa: E731
+    assert scaling.apart([line(2, 4, 1), line(3, 2, 1)], [line(1, 9, 9), line(2, 4, 2), line(3, 4, 1)]) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("argv, match", [(["--steps", "9"], "more than 10 --steps"), (["--processes", "2", "3"], "that divide the largest"), (["--shapes", "9B"], "argument --shapes")])
+def test_what_cannot_be_scaled_is_refused(argv, match):
+    with pytest.raises(MilError, match=match):
+        scaling.main(["--shapes", "toy", *argv])
