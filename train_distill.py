@@ -1268,8 +1268,8 @@ def save_student(run, models, place, tokenizer, base_type, **notes):
     together(run)
 
 
-def teacher_config(s, encoding):
-    """The shape of a Llama that the settings ask for."""
+def new_config(s, encoding):
+    """The Llama that the settings ask for."""
     return mil.Config(v=encoding.n_vocab, context=s.context, rope_theta=s.rope_theta, **{name: getattr(s, name) for name in SIZES})
 
 
@@ -1548,7 +1548,7 @@ def work(run, began):
     encoding = load_tokenizer(tokenizer)
     if s.teacher and s.tokenizer and vocabulary(load_tokenizer(s.tokenizer)) != vocabulary(encoding):
         raise MilError(f"--tokenizer {s.tokenizer} is not the one the teacher in {s.teacher} was trained with ({tokenizer}); leave it out")
-    config = about.get("config") or teacher_config(s, encoding)
+    config = about.get("config") or new_config(s, encoding)
     base = config
     if s.init_from:
         base = mil.read_config(s.init_from)["config"]

@@ -228,7 +228,7 @@ class Lab:
         """A Llama that learns from short texts first, since from long ones alone it did not learn to copy, and then from long ones; or the one that is there."""
         size, begun, place = self.size, self.out / "short", self.out / "teacher"
         short, long = (td.Run(dataclasses.replace(self.s, context=c, batch=size.step_tokens // c), self.device) for c in (size.short_context, size.teacher_context))
-        config = td.teacher_config(short.s, self.encoding)
+        config = td.new_config(short.s, self.encoding)
         if size.rope_still:  # Llama 3.1's scaling, by so much that a slow channel stands still
             config = dataclasses.replace(config, rope_scaling=dict(zip(mil.ROPE_SCALING, (1e9, 1.99, 2.0, size.rope_still))))
         with open(os.devnull, "w") as journal:
@@ -355,11 +355,13 @@ def sharper(model, length, trained):
     queries = [layer.mixer.q_proj.weight for layer in model.layers if isinstance(layer.mixer, mil.Attention)] if 0 < trained < length else []
     kept = [w.detach().clone() for w in queries]
     with torch.no_grad():
-        for w in queries:
-            w.mul_(math.log(length) / math.log(trained))
-        yield
-        for w, old in zip(queries, kept):
-            w.copy_(old)
+        try:
+            for w in queries:
+                w.mul_(math.log(length) / math.log(trained))
+            yield
+        finally:
+            for w, old in zip(queries, kept):
+                w.copy_(old)
 
 
 # ---------------------------------------------------------------------------------------------------------------

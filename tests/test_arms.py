@@ -1,5 +1,6 @@
 """tests/reproduce.py: that its measures measure, that its arms train what they say, that its tables show the arms that they name."""
 import ast
+import copy
 import dataclasses
 import io
 import json
@@ -67,22 +68,31 @@ def test_needles_are_counted_for_each_depth(lab):
 def test_beyond_what_it_was_trained_on_attentions_scores_grow_as_the_logarithm_of_the_length():
     model = build(mil.Config(v=257, d=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=8, context=64, mixers=["attention", "mamba2"]), torch.float32)
     before = {name: w.detach().clone() for name, w in model.named_parameters()}
-    for length, trained, times in ((4096, 64, 2), (64, 4096, 1), (64, 64, 1), (64, 0, 1)):
-        with r.sharper(model, length, trained):
+    for length, trained, times in ((4096, 64, 2), (1000, 64, math.log(1000) / math.log(64)), (64, 4096, 1), (64, 64, 1), (64, 0, 1)):
+        with pytest.raises(OSError), r.sharper(model, length, trained):
             assert {name for name, w in model.named_parameters() if not torch.equal(w, before[name])} == ({"layers.0.mixer.q_proj.weight"} if times > 1 else set())
             assert torch.allclose(model.layers[0].mixer.q_proj.weight, times * before["layers.0.mixer.q_proj.weight"])
+            raise OSError
         assert same(before, dict(model.named_parameters()))
 
 
-def test_needles_and_perplexity_of_a_sharper_model_are_those_of_one_with_larger_queries(lab):
+def test_every_length_is_read_as_sharp_as_it_says_by_the_model_that_is_measured(lab, monkeypatch):
     lab.unseen, lab.size = ["abc = 1\n" * 500], dataclasses.replace(lab.size, lengths=(1, 4), windows=2)
-    model = lab.teacher
-    plain = lab.by_length(model)
-    found = lab.by_length(model, 64)
-    with torch.no_grad():
-        for layer in model.layers:
-            layer.mixer.q_proj.weight *= 8 / 6  # 256 is 2 to the 8th
-    assert found == {64: plain[64], 256: lab.by_length(model)[256]} and found[256] != plain[256]
+    model, seen = build(lab.teacher.config, torch.float32, seed=1), set()
+    weight, hidden = model.layers[1].mixer.q_proj.weight, model.hidden
+    before = weight.detach().clone()
+    monkeypatch.setattr(model, "hidden", lambda tokens: seen.add((tokens.shape[1], round((weight / before).median().item(), 3))) or hidden(tokens))
+    for measure, lengths in ((lab.needles, (63, 255)), (lab.by_length, (64, 256))):
+        for trained, times in ((64, 1.333), (0, 1)):  # 256 is 2 to the 8th, 64 to the 6th
+            seen.clear()
+            measure(model, trained)
+            assert seen == {(lengths[0], 1), (lengths[1], times)}
+
+
+def test_all_processes_look_for_the_same_needles_in_the_same_texts(lab):
+    lab.unseen = ["".join(f"x_{i} = {i}\n" for i in range(500))]
+    other = copy.copy(lab)
+    assert all(torch.equal(a, b) for a, b in zip(lab.haystacks.values(), other.haystacks.values())) and torch.equal(lab.windows, other.windows)
 
 
 def test_what_is_written_is_judged_byte_by_byte_after_a_prompt_of_unseen_text(lab, monkeypatch):
@@ -176,7 +186,11 @@ def test_of_the_teachers_channels_those_turn_that_turn_twice_within_a_length(lab
     assert [100 / turn > 2 for turn in a_turn] == [True, False, False, False]
     cos, sin = mil.rope_angles(config, torch.tensor([[0, 1, 100, 5000]]))
     assert (cos[..., 1:] > 0.9999).all() and sin[..., 1:].abs().max() < 1e-4 and torch.allclose(cos[0, 0, :, 0], torch.tensor([0, 1, 100, 5000.0]).cos(), atol=1e-4)
-    lab.size.rope_still = 0
+    lab.size.rope_still = 300  # neither the teacher's 64 nor its 128 have the same channels turn
+    lab.make_teacher()
+    assert (mil.rope_angles(mil.read_config(lab.out / "teacher")["config"], torch.tensor([[5000]]))[1].abs() > 1e-2).flatten().tolist() == [True, True, False, False]
+    lab.size = r.changed(lab.size, ["rope_still=0", "n_layers=8"])
+    lab.size.n_layers = 2
     lab.make_teacher()
     assert mil.read_config(lab.out / "teacher")["config"].rope_scaling is None
 

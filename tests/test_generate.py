@@ -538,6 +538,11 @@ def test_the_law_of_bf16_logits_is_computed_in_float32():
     assert law.dtype == torch.float32 and torch.equal(law, g.token_law(logits.float(), 0.7, 20, 0.9))
 
 
+def test_a_clock_that_rings_at_once_draws_no_token_outside_the_law(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, generator=None: self.zero_())
+    assert g.draw(torch.tensor([[0.0, 0.25, 0.75, 0.0]])).tolist() == [2]
+
+
 def test_each_piece_is_flushed_as_it_is_drawn(student, monkeypatch):
     out, seen = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), []
     def tokens(*args):

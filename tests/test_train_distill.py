@@ -116,6 +116,11 @@ def test_a_draft_of_some_of_the_teachers_layers_is_distilled_and_proposes(job, t
     assert "of the draft's tokens kept" in fast.stderr and "tokens a pass of the model (K = 3)" in fast.stderr
 
 
+def test_a_small_students_teacher_has_all_layers_where_the_run_makes_both(tmp_path, text):
+    t.main(["--out", str(tmp_path / "o"), "--data", str(text), *TINY, "--teacher_steps", "2", "--stage1_steps", "2", "--stage2_steps", "1", "--eval_sequences", "4", "--student_layers", "0,3"])
+    assert [mil.read_config(tmp_path / "o" / name)["config"].n_layers for name in ("teacher", "student")] == [4, 2]
+
+
 @pytest.mark.parametrize("argv, match", [(["--student_layers", "0,x"], "--student_layers is '0,x', expected numbers with commas"),
                                          (["--student_layers", "0,4"], "--student_layers: layers 0, 4: expected some of 0 to 3"),
                                          (["--student_layers", "2,1"], "each once, in rising order")])
@@ -579,7 +584,7 @@ def test_distilling_goes_on_stage_by_stage_with_the_users_flags_and_leaves_the_t
 
 
 def teacher_made(run, corpus):
-    t.get_teacher(run, t.State(), t.teacher_config(run.s, g.load_tokenizer("bytes")), corpus, g.load_tokenizer("bytes"), "bytes", io.StringIO(), Path(run.s.out) / "teacher")
+    t.get_teacher(run, t.State(), t.new_config(run.s, g.load_tokenizer("bytes")), corpus, g.load_tokenizer("bytes"), "bytes", io.StringIO(), Path(run.s.out) / "teacher")
     return Path(run.s.out) / "teacher"
 
 
