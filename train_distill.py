@@ -92,7 +92,7 @@ class Settings:
     mixer: str = flag("mamba2", "what replaces attention: mamba, mamba2, or none (the paper's ablation)")
     keep: float = flag(0.5, "share of attention layers that stay; the paper finds 0.5 close to the teacher, 0 possible")
     replace_steps: int = flag(0, "replace attention in this many even steps; 0: in the paper's, 25, 50, 75, 87.5, 100 % of the layers as far as --keep "
-                                 "lets. The paper finds steps better than all at once")
+                                 "lets. The paper finds steps better than all at once; with few steps README does not")
     student_layers: str = flag("", "a small student, such as a draft: only these layers of the teacher, say 0,10,20,31; no stage 1, its steps go to "
                                "stage 2 (so --stage1_lr and --replace_steps do not apply). The paper's drafts keep 2 or 4. With --keep 1 it is a Llama")
     init: str = flag("attention", "attention: the mixer inherits W_q, W_k, W_v, W_o; random: it does not (worse)")
@@ -1615,7 +1615,7 @@ def finish(run, state, config, place, encoding, corpus, seconds):
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores, {platform.machine()}"
     machine = f"{run.size} processes, each with {machine}" if run.size > 1 else machine
     show(f"\n{table(rows)}\n\nstudent / teacher validation loss: {rows[-1]['loss'] / rows[0]['loss']:.4f}   "
-         f"peak memory {memory / 2**30:.2f} GiB   {seconds:.0f} s in all on {machine}, torch {torch.__version__}")
+         f"peak memory {memory / 2**30:.2f} GiB   {seconds:.0f} s {'since it went on' if s.resume else 'in all'} on {machine}, torch {torch.__version__}")
     results = {"rows": rows, "seconds": seconds, "peak_memory_bytes": memory, "machine": machine, "torch": torch.__version__,
                "python": platform.python_version(), "teacher_parameters": sum(w.numel() for w in mil.empty_model(config).parameters()), "settings": dataclasses.asdict(s), "made_from": state.settings}
     mil.write_whole(Path(s.out) / "results.json", lambda f: f.write(json.dumps(results, indent=1).encode()))

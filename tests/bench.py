@@ -510,7 +510,7 @@ if __name__ == "__main__":
     limits = ceilings()
     versions = {name: sys.modules[name].__version__ for name in ("torch", "triton", "mamba_ssm", "fla") if name in sys.modules}
     machine = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
-    print(f"{machine}, {versions}, {str(TYPE)[6:]}; copy {limits[0] / 1e9:,.0f} GB/s, matrix product {limits[1] / 1e12:,.1f} TFLOP/s, "
+    print(f"{machine}, {versions}, {str(TYPE)[6:]}; copy {limits[0] / 1e9:,.4g} GB/s, matrix product {limits[1] / 1e12:,.4g} TFLOP/s, "
           f"{limits[2] / 1e12:,.2g} T exponentials/s")
     report = dict(machine=machine, versions=versions, limits=limits)
     if what == "kernels":

@@ -312,7 +312,7 @@ class Lab:
 
     @torch.no_grad()
     def needles(self, model, trained=0):
-        """How often the whole number is found, greedily: {length: [at each depth]}."""
+        """How often the whole number is found, greedily: {length: [at each depth]}; of a model made sharper from the length `trained` on, if one is given."""
         found = {}
         for length, rows in self.haystacks.items():
             hits = []
@@ -350,9 +350,9 @@ class Lab:
 
 @contextlib.contextmanager
 def sharper(model, length, trained):
-    """Attention's scores grown as the logarithm of the number of tokens that share a softmax, from the length `trained` on (0: never): a lead over the
-    others then keeps its weight among more of them."""
-    queries = [layer.mixer.q_proj.weight for layer in model.layers if isinstance(layer.mixer, mil.Attention)] if 0 < trained < length else []
+    """Attention's scores grown as the logarithm of the text's length, from the length `trained` on (0: never), by one factor for all of the text: a lead
+    over the others then keeps its weight among more of them."""
+    queries = [w for layer in model.layers if isinstance(layer.mixer, mil.Attention) for w in layer.mixer.q_proj.parameters()] if 0 < trained < length else []
     kept = [w.detach().clone() for w in queries]
     with torch.no_grad():
         try:
@@ -381,7 +381,7 @@ class Arm:
     train: str = "mixers"        # in stage 1
     longer: bool = False         # stage 1 has the steps of stage 2 as well
     linear: bool = False         # Mamba with A = 0 and Δ = 1, not learned
-    judge: bool = False          # whether what it writes, and what it finds in long texts, is measured, and one of them kept
+    judge: bool = False          # whether what it writes, and what it finds in long texts, is measured, and the first seed's kept in OUT/models
 
 
 def steps_to(n, count):
@@ -917,18 +917,24 @@ def scans(size):
 
 def changed(size, texts):
     """A Size with what --set NAME=VALUE says."""
-    numbers, least = {f.name: f.type for f in dataclasses.fields(Size) if f.type in (int, float)}, {"n_layers": 8, "pairs": 16, "batch": 2, "depths": 2, "rope_still": 0}
+    numbers, least = {f.name: f.type for f in dataclasses.fields(Size) if f.type in (int, float)}, {"n_layers": 8, "pairs": 16, "batch": 2, "depths": 2, "rope_still": 0, "rope_theta": 1}
     for text in texts:
         name, _, value = text.partition("=")
-        if name not in numbers:
-            raise MilError(f"--set {text}: {name!r} is no number of Size; expected one of {', '.join(numbers)}")
+        if name not in numbers or not value:
+            raise MilError(f"--set {text}: expected NAME=VALUE, NAME one of {', '.join(numbers)}")
         try:
             value = numbers[name](value)
         except ValueError:
-            raise MilError(f"--set {text}: {value!r} is no {numbers[name].__name__}") from None
+            raise MilError(f"--set {text}: expected a {'whole ' * (numbers[name] is int)}number") from None
         if not least.get(name, sys.float_info.min) <= value < math.inf:
             raise MilError(f"--set {text}: expected " + (f"{least[name]} or more" if name in least else "more than 0"))
         size = dataclasses.replace(size, **{name: value})
+    try:
+        mil.Config(v=8, context=size.context, rope_theta=size.rope_theta, **{name: getattr(size, name) for name in td.SIZES})
+    except MilError as e:
+        raise MilError(f"--set: {e}") from e
+    if size.before + size.written > size.context:
+        raise MilError(f"--set: before + written is {size.before + size.written}, expected the length of distillation, context {size.context}, or less")
     if size.step_tokens < 2 * max(size.short_context, size.teacher_context):
         raise MilError(f"--set: step_tokens is {size.step_tokens}, expected two of the teacher's texts or more (short_context {size.short_context}, teacher_context {size.teacher_context})")
     return size
@@ -940,7 +946,7 @@ def main(argv):
     parser.add_argument("--minutes", type=float, default=10, help="about how long it may take on one H200: steps are scaled (10)")
     parser.add_argument("--seeds", type=int, default=3, help="students of every arm (3)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another value for a number of Size (in this file), such as rope_still=0 or teacher_context=3072")
-    parser.add_argument("--out", default="", help="where teacher, students and tables go (out/reproduce, of the smoke size out/smoke); a teacher found there is used again")
+    parser.add_argument("--out", default="", help="where teacher, students and tables go (out/reproduce, of the smoke size out/smoke, and what --set says behind it); a teacher found there is used again")
     parser.add_argument("--assets", default="", help="where the pictures go (OUT/assets; the README's are in assets)")
     parser.add_argument("--workers", type=int, default=0, help="students trained at once, on a GPU (default: 8, or half the CPU cores)")
     parser.add_argument("--smoke", action="store_true", help="the smallest sizes, as on a CPU")
@@ -957,6 +963,8 @@ def main(argv):
     if not small:
         scaled = {k: max(1, round(getattr(size, k) * o.minutes / 10)) for k in ("teacher_steps", "long_steps", "layer_steps", "stage2_steps", "dpo_steps", "draft_steps")}
         size = dataclasses.replace(size, **scaled)
+    elif o.minutes != 10:
+        raise MilError(f"--minutes {o.minutes:g}: the smoke size has no minutes; leave it out")
     size = changed(size, o.set)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores, {platform.machine()}"
     versions = f"{machine}, Python {platform.python_version()}, torch {torch.__version__}"
@@ -967,7 +975,8 @@ def main(argv):
         clock[name] = round(time.perf_counter() - began - sum(clock.values()), 1)
         td.show(f"[{name}: {clock[name]} s, {time.perf_counter() - began:.0f} s in all]")
 
-    lab, said = Lab(size, o.out or ("out/smoke" if small else "out/reproduce"), device), "+".join(o.tables and tables) or "reproduce"
+    place = o.out or "-".join(["out/smoke" if small else "out/reproduce", *o.set])  # what --set changes overwrites nothing
+    lab, said = Lab(size, place, device), "+".join(o.tables and tables) or "reproduce"
     for old in [*DRAFTS, *(f"{arm}-{c}" for arm, c in kinds(size.n_layers))] if "speculation" in tables else ():  # an earlier run's: it takes what it finds
         shutil.rmtree(lab.out / "models" / old, ignore_errors=True)
     teacher = {}
@@ -977,7 +986,7 @@ def main(argv):
         teacher = {"context": size.context, "teacher_context": size.teacher_context, "samples": size.samples, **td.evaluate(lab.run, models, lab.corpus, lab.encoding)[0],
                    **lab.writing(lab.teacher), **lab.long_texts(lab.teacher, size.teacher_context)}
         parameters, within = sum(w.numel() for w in lab.teacher.parameters()), [k for k in teacher["needles"] if k <= size.teacher_context][-1]
-        td.show(f"teacher: {parameters / 1e6:.1f} M parameters, {lab.teacher_tokens / 1e6:.0f} M tokens; perplexity {teacher['perplexity']:.3f}; within its "
+        td.show(f"teacher: {parameters / 1e6:.1f} M parameters, {td.short(lab.teacher_tokens)} tokens; perplexity {teacher['perplexity']:.3f}; within its "
                 f"{size.teacher_context} bytes it finds {sum(teacher['needles'][within]) / size.depths:.0%} of the needles; perplexity of the same bytes at the "
                 "end of texts of " + ", ".join(f"{k}: {v:.2f}" for k, v in teacher["by_length"].items()))
         lap("teacher")

@@ -648,6 +648,14 @@ def test_a_run_that_is_stopped_leaves_the_tables_it_has_made(hollow, tmp_path, m
         assert 0 < text.index("Order of replacement") < text.index("Initialisation and frozen MLPs")
 
 
+def test_what_set_changes_goes_to_a_folder_of_its_own(hollow, tmp_path, monkeypatch):
+    hollow_lab, places = r.Lab, []
+    monkeypatch.setattr(r, "Lab", lambda size, out, device: places.append(str(out)) or hollow_lab(size, out, device))
+    for more in ((), ("--set", "rope_still=0", "--set", "depths=3"), ("--set", "depths=3", "--out", "mine")):
+        r.main(["order", "--smoke", *more])
+    assert places == ["out/smoke", "out/smoke-rope_still=0-depths=3", "mine"]
+
+
 def test_t95_holds_95_percent_of_students_t():
     for n, edge in enumerate(r.T95, 1):
         x = torch.linspace(-edge, edge, 20001, dtype=torch.float64)

@@ -256,8 +256,9 @@ def test_a_stage_may_train_mlps_as_well():
 
 
 @pytest.mark.parametrize("argv, match", [(["qualty"], "there is no table 'qualty'; expected some of quality"), (["--seeds", "0"], "--seeds is 0"), (["--minutes", "nan"], "--minutes is nan"),
-                                         (["--minutes", "inf"], "--minutes is inf"), (["--workers", "-1"], "--workers is -1"), (["--set", "rope_theta=0"], "--set rope_theta=0: expected more than 0"),
-                                         (["--set", "rope_thet=1"], "'rope_thet' is no number of Size; expected one of n_layers, d,"), (["--set", "depths=1.5"], "--set depths=1.5: '1.5' is no int"),
+                                         (["--minutes", "inf"], "--minutes is inf"), (["--workers", "-1"], "--workers is -1"), (["--set", "rope_theta=0"], "--set rope_theta=0: expected 1 or more"),
+                                         (["--set", "rope_thet=1"], "--set rope_thet=1: expected NAME=VALUE, NAME one of n_layers, d,"), (["--set", "rope_still"], "--set rope_still: expected NAME=VALUE"),
+                                         (["--set", "d=33"], "--set: "), (["--smoke", "--set", "written=99"], "--set: before \\+ written is 179, expected the length of distillation, context 128"), (["--smoke", "--minutes", "4"], "--minutes 4: the smoke size"), (["--set", "depths=1.5"], "--set depths=1.5: expected a whole number"),
                                          (["--set", "depths=1"], "--set depths=1: expected 2 or more"), (["--smoke", "--set", "step_tokens=300"], "--set: step_tokens is 300, expected two of"),
                                          (["--seeds", "1.5"], "argument --seeds: invalid int value: '1.5'"), (["--sedes", "1"], "unrecognized arguments: --sedes")])
 def test_what_cannot_be_reproduced_is_refused_in_one_line(argv, match):
