@@ -1615,7 +1615,7 @@ def finish(run, state, config, place, encoding, corpus, seconds):
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores, {platform.machine()}"
     machine = f"{run.size} processes, each with {machine}" if run.size > 1 else machine
     show(f"\n{table(rows)}\n\nstudent / teacher validation loss: {rows[-1]['loss'] / rows[0]['loss']:.4f}   "
-         f"peak memory {memory / 2**30:.2f} GiB   {seconds:.0f} s {'since it went on' if s.resume else 'in all'} on {machine}, torch {torch.__version__}")
+         f"peak memory {memory / 2**30:.2f} GiB   {seconds:.0f} s {'since --resume' if s.resume else 'in all'} on {machine}, torch {torch.__version__}")
     results = {"rows": rows, "seconds": seconds, "peak_memory_bytes": memory, "machine": machine, "torch": torch.__version__,
                "python": platform.python_version(), "teacher_parameters": sum(w.numel() for w in mil.empty_model(config).parameters()), "settings": dataclasses.asdict(s), "made_from": state.settings}
     mil.write_whole(Path(s.out) / "results.json", lambda f: f.write(json.dumps(results, indent=1).encode()))

@@ -36,7 +36,7 @@ from mil import MilError
 CUDA = torch.cuda.is_available()
 SHAPES = {"8B": mil.Config(context=2048), "3B": mil.Config(d=3072, n_layers=28, n_heads=24, n_kv_heads=8, head_dim=128, d_ff=8192, tied=True, context=2048),
           "toy": mil.Config(v=257, d=32, n_layers=4, n_heads=2, n_kv_heads=1, d_ff=64, context=64)}
-TEXT = ("asyncio", "email", "unittest")  # of Python's standard library
+TEXT = "asyncio"  # of Python's standard library
 TRAINS, RATES = {1: "mixers", 2: "all"}, {"8B": 1e-4, "3B": 1e-4, "toy": 1e-2}
 FIRST = 10  # steps that compile, and are not timed
 
@@ -67,7 +67,7 @@ class Steps:
         (self.out / "recipe.json").write_text(json.dumps([dict(keep=0.5, train=TRAINS[stage], steps=2 * o.steps, lr=RATES[shape])]))
         flags = dict(teacher=teacher(Path(o.out) / shape, SHAPES[shape]), recipe=self.out / "recipe.json", out=self.out, context=SHAPES[shape].context, batch=o.rows * max(o.processes),
                      accumulate=max(o.processes) // count, eval_sequences=max(o.processes), save_minutes=1e6, device=device_of(shape)[0])
-        script = [str(Path(td.__file__)), *(word for k, v in flags.items() for word in (f"--{k}", str(v))), "--data", *(str(Path(os.__file__).parent / part) for part in TEXT)]
+        script = [str(Path(td.__file__)), *(word for k, v in flags.items() for word in (f"--{k}", str(v))), "--data", str(Path(os.__file__).parent / TEXT)]
         many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "--"] * (count > 1)
         with open(self.said, "w") as said:
             self.process = subprocess.Popen([sys.executable, *many, *script, *["--resume"] * resume], stdout=said, stderr=subprocess.STDOUT, start_new_session=True,

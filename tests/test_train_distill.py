@@ -762,11 +762,12 @@ def test_a_sample_of_a_prompt_longer_than_the_context_has_room_for_a_token():
     assert text.startswith("x" * 40)
 
 
-def test_the_command_to_try_has_a_small_student_as_the_teachers_draft(tmp_path, monkeypatch, capsys):
+def test_the_end_of_a_run_says_how_long_it_took_and_a_command_to_try_with_a_small_student_as_the_teachers_draft(tmp_path, monkeypatch, capsys):
     row = {"model": "m", "loss": 1.0, "perplexity": 2.0, "bits_per_byte": 1.0, "kl": 0.0, "agreement": 1.0}
     for owner, name, value in ((t, "sample", lambda *_: "x"), (t, "plot", lambda *_: False), (mil, "load", lambda *_: None)):
         monkeypatch.setattr(owner, name, value)
-    for more, flags in ((dict(student_layers="0,3", teacher="T"), f"--model T --draft {tmp_path}/student"), (dict(teacher="T"), f"--model {tmp_path}/student")):
+    for more, flags in ((dict(student_layers="0,3", teacher="T"), f"--model T --draft {tmp_path}/student"), (dict(teacher="T", resume=True), f"--model {tmp_path}/student")):
         run = small_run(tmp_path, **more)
         t.finish(run, t.State(rows=[row, row]), tiny_teacher().config, tmp_path / "teacher", g.load_tokenizer("bytes"), some_tokens(np.arange(99)), 1.0)
-        assert f"try: python generate.py {flags} --prompt" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert f"try: python generate.py {flags} --prompt" in said and ("1 s since --resume on" if "resume" in more else "1 s in all on") in said
