@@ -902,6 +902,11 @@ class Run:
     stop: str = ""       # the signal that asks to stop
     cost: dict = field(default_factory=dict)  # bytes it is thought to take, by part
 
+    @property
+    def sharded(self):
+        """Whether torchrun started it, be it as one process: then FSDP2 holds what it trains."""
+        return dist.is_initialized()
+
 
 def begin(s):
     """The Run of this process: one of several when torchrun started it."""
@@ -944,7 +949,7 @@ def whole(run, tensors):
 
 def shard(run, models):
     """Spread the tensors of both models over all processes: each layer is gathered when it is used, and its gradient shared out (FSDP2)."""
-    if run.size > 1:
+    if run.sharded:
         from torch.distributed.fsdp import fully_shard
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # that a layer returns a view: of a tensor nobody else has
         mesh = dist.init_device_mesh(run.device.type, (run.size,))
@@ -1004,7 +1009,7 @@ def save_state(run, state, models, optimizer=None):
         for old in checkpoints(run)[:-run.s.keep_checkpoints]:
             old.unlink()
     together(run)
-    return trained if run.size == 1 else torch.load(place, map_location="cpu", weights_only=True, mmap=True)["trained"]
+    return torch.load(place, map_location="cpu", weights_only=True, mmap=True)["trained"] if run.sharded else trained
 
 
 FREE = {"out", "device", "resume", "save_minutes", "keep_checkpoints", "recompute", "compile", "graph", "prompt", "accumulate", "recipe"}  # may differ when a run goes on
@@ -1053,7 +1058,7 @@ def graphs(run, stage, teacher, student):
     """Whether the steps of a stage of models of these configurations are to be replayed: with --graph, where they are small enough, and made of what a CUDA
     graph can hold."""
     s = run.s
-    return (s.graph and run.device.type == "cuda" and run.size == s.accumulate == 1 and stage.loss == "distill" and s.recompute != "block" and not s.compile
+    return (s.graph and run.device.type == "cuda" and not run.sharded and s.accumulate == 1 and stage.loss == "distill" and s.recompute != "block" and not s.compile
             and flops(teacher, student, stage, s.context) * s.batch * s.context < GRAPHED)
 
 
@@ -1085,7 +1090,7 @@ def fit(run, state, stage, models, batches, journal, last_good):
     """Train what of the student requires gradients, from state.step on: batches(step) gives the parts of a step's batch, and how many tokens, or pairs, all
     processes learn of. Stops with MilError when the loss is not finite; `last_good` is a sentence of it that says which model is then the last good one."""
     s, device, began, saved = run.s, run.device, time.perf_counter() - state.seconds, time.monotonic()
-    if run.size > 1:
+    if run.sharded:
         models.reshard()  # an evaluation leaves some tensors gathered, and those are not the ones that train
     train = [w for w in models.student.parameters() if w.requires_grad]
     graph = graphs(run, stage, *models.configs)
@@ -1100,7 +1105,7 @@ def fit(run, state, stage, models, batches, journal, last_good):
         """Forward, backward, clipping and AdamW; for the log the loss, two more sums and the gradient's norm, of this process."""
         sums = torch.zeros(4, device=device)
         for i, part in enumerate(parts):
-            if run.size > 1:
+            if run.sharded:
                 models.set_requires_gradient_sync(i == len(parts) - 1)
             loss, more = models(part, stage, scale)
             loss.backward()
@@ -1108,7 +1113,7 @@ def fit(run, state, stage, models, batches, journal, last_good):
         norm = torch.nn.utils.clip_grad_norm_(train, s.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        sums[3] = (norm.full_tensor() if run.size > 1 else norm) / run.size
+        sums[3] = (norm.full_tensor() if run.sharded else norm) / run.size
         return sums
 
     replayed = Replayed(update, device)
@@ -1208,8 +1213,8 @@ def owned(model, names, values=None):
 
 
 class Source:
-    """Where a run's teacher, and the Llama its student begins as, come from; read once by one process, anew for each stage by one of many, which
-    shares them out."""
+    """Where a run's teacher, and the Llama its student begins as, come from; read once where one process holds them, anew for each stage where they are
+    shared out."""
 
     def __init__(self, run, place):
         self.run, self.place, self.kept = run, place, None
@@ -1218,11 +1223,11 @@ class Source:
         """The teacher and the student's Llama, in the types of their files where the arithmetic is bfloat16: they only read."""
         if self.kept:
             return self.kept
-        s, single = self.run.s, self.run.size == 1
-        load = lambda place: mil.load(place, self.run.device if single else None, None if s.dtype == "bfloat16" else torch.float32)  # noqa: E731
+        s, sharded = self.run.s, self.run.sharded
+        load = lambda place: mil.load(place, None if sharded else self.run.device, None if s.dtype == "bfloat16" else torch.float32)  # noqa: E731
         teacher = load(self.place)
         found = teacher, load(s.init_from) if s.init_from else mil.keep_layers(teacher, chosen_layers(s)) if s.student_layers else teacher
-        self.kept = found if single else None
+        self.kept = None if sharded else found
         return found
 
 

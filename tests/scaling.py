@@ -5,7 +5,8 @@
     python tests/scaling.py --shapes toy          on the CPU, whose speed says nothing
 
 Every row is the command that a user types, torchrun … train_distill.py (of one process python train_distill.py), on the same batch: --rows sequences a process
-for the largest number of processes; fewer take it in more parts (--accumulate). Printed, and written to OUT/scaling.json:
+for the largest number of processes; fewer take it in more parts (--accumulate). One process is also run sharded, as torchrun starts it: what FSDP2 costs
+where nothing travels. Printed, and written to OUT/scaling.json:
 
     tokens/s      from the tenth step on, of all processes together; beside it its share of what so many single ones would do
     memory        the largest that PyTorch has held on process 0, and what the run said before it began
@@ -61,14 +62,14 @@ def teacher(place, config):
 class Steps:
     """A run of train_distill.py in so many processes, as it goes."""
 
-    def __init__(self, o, shape, stage, count, out, resume=False):
-        self.out, self.count, self.said = Path(out), count, Path(out) / "said"
+    def __init__(self, o, shape, stage, count, out, resume=False, sharded=False):
+        self.out, self.said = Path(out), Path(out) / "said"
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "recipe.json").write_text(json.dumps([dict(keep=0.5, train=TRAINS[stage], steps=2 * o.steps, lr=RATES[shape])]))
         flags = dict(teacher=teacher(Path(o.out) / shape, SHAPES[shape]), recipe=self.out / "recipe.json", out=self.out, context=SHAPES[shape].context, batch=o.rows * max(o.processes),
                      accumulate=max(o.processes) // count, eval_sequences=max(o.processes), save_minutes=1e6, device=device_of(shape)[0])
         script = [str(Path(td.__file__)), *(word for k, v in flags.items() for word in (f"--{k}", str(v))), "--data", str(Path(os.__file__).parent / TEXT)]
-        many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "--"] * (count > 1)
+        many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "--"] * (count > 1 or sharded)
         with open(self.said, "w") as said:
             self.process = subprocess.Popen([sys.executable, *many, *script, *["--resume"] * resume], stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
                                             env={**os.environ, "OMP_NUM_THREADS": "1"} if shape == "toy" else None)
@@ -113,26 +114,28 @@ def said_apart(row):
 
 def scale(o, shape, stage):
     """The rows of a shape and a stage, and what became of the run that was stopped."""
-    rows, logs, place = [], {}, Path(o.out) / f"{shape}-{stage}"
+    rows, logs, place = [], [], Path(o.out) / f"{shape}-{stage}"
     shutil.rmtree(place, ignore_errors=True)
-    for count in o.processes:
-        run = Steps(o, shape, stage, count, place / str(count))
+    for count, sharded in [(1, False), (1, True)] * (1 in o.processes) + [(n, True) for n in o.processes if n > 1]:
+        who = f"{shape}, stage {stage}, {count} process{'es' if count > 1 else ', FSDP2' if sharded else ''}"
+        run = Steps(o, shape, stage, count, place / f"{count}-{sharded}", sharded=sharded)
         done = run.reach(o.steps)
         run.stop()
         if not done:
-            rows.append(dict(shape=shape, stage=stage, processes=count, failed=run.why()))
-            print(f"{shape}, stage {stage}, {count:>2} processes   {rows[-1]['failed']}", flush=True)
+            rows.append(dict(shape=shape, stage=stage, processes=count, sharded=sharded, failed=run.why()))
+            print(f"{who:<32}{rows[-1]['failed']}", flush=True)
             continue
-        log = logs[count] = run.log()[:o.steps]
+        log = run.log()[:o.steps]
+        logs.append(log)
         speed = o.rows * max(o.processes) * SHAPES[shape].context * (log[-1]["step"] - log[FIRST - 1]["step"]) / (log[-1]["seconds"] - log[FIRST - 1]["seconds"])
         said = re.search(r"memory: about ([\d.]+ \S+) of", run.said.read_text())[1]
-        first = next(row for row in [*rows, dict(processes=count, tokens_s=speed)] if "tokens_s" in row)
-        rows.append(dict(shape=shape, stage=stage, processes=count, tokens_s=speed, linear=speed / first["tokens_s"] * first["processes"] / count, memory=log[-1]["memory"], said=said,
-                         loss=log[-1]["loss"], apart=apart(log, logs[first["processes"]])))
-        print(f"{shape}, stage {stage}, {count:>2} processes{speed:>12,.0f} tokens/s{rows[-1]['linear']:>7.1%} of linear{log[-1]['memory'] / 2**30:>8.1f} GiB (said {said})"
+        one = next((row["tokens_s"] / row["processes"] for row in rows if "tokens_s" in row), speed / count)  # of the fewest that fit
+        rows.append(dict(shape=shape, stage=stage, processes=count, sharded=sharded, tokens_s=speed, linear=speed / one / count, memory=log[-1]["memory"], said=said,
+                         loss=log[-1]["loss"], apart=apart(log, logs[0])))
+        print(f"{who:<32}{speed:>12,.0f} tokens/s{rows[-1]['linear']:>7.1%} of linear{log[-1]['memory'] / 2**30:>8.1f} GiB (said {said})"
               f"   loss {log[-1]['loss']:.4f}, {said_apart(rows[-1])}", flush=True)
-    most = max(logs, default=1)
-    if most > 1 and stage == o.stages[0]:
+    most = max(o.processes)
+    if most > 1 and stage == o.stages[0] and "failed" not in rows[-1]:
         run = Steps(o, shape, stage, most, place / "stopped")
         began, half = time.monotonic(), run.reach(o.steps // 2)
         stopped = time.monotonic()
@@ -146,7 +149,7 @@ def scale(o, shape, stage):
             done = again.reach(o.steps)
             again.stop()
             log = again.log()[there:o.steps]
-            rows.append(dict(shape=shape, stage=stage, processes=count, resumed=there, **(dict(apart=apart(log, logs[most])) if done else dict(failed=again.why()))))
+            rows.append(dict(shape=shape, stage=stage, processes=count, resumed=there, **(dict(apart=apart(log, logs[-1])) if done else dict(failed=again.why()))))
             print(f"{shape}, stage {stage}, goes on with {count}: " + (f"steps {log[0]['step']} to {log[-1]['step']}, {said_apart(rows[-1])}" if done else again.why()), flush=True)
     shutil.rmtree(place)
     return rows
