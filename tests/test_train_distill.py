@@ -229,7 +229,7 @@ def test_only_small_steps_of_one_gpu_are_replayed(tmp_path, monkeypatch):
     for name, value in (("batch", 10**9), ("accumulate", 2), ("recompute", "block"), ("compile", True), ("graph", False)):
         other = t.Run(dataclasses.replace(run.s, **{name: value}), run.device)
         assert not t.graphs(other, stage, *pair), name
-    run.size = 2
+    monkeypatch.setattr(t.dist, "is_initialized", lambda: True)
     assert not t.graphs(run, stage, *pair)
 
 
