@@ -12,10 +12,11 @@ where nothing travels. Printed, and written to OUT/scaling.json:
     memory        the largest that PyTorch has held on process 0, and what the run said before it began
     loss          of the last step; beside it the largest relative difference of a step's loss, and of its gradient's norm, from those of the fewest processes
 
-At last the largest run is stopped half-way (SIGTERM to torchrun, as a cluster does it) and goes on twice, with as many processes and with half as many: the
+At last the largest run is stopped half-way (SIGTERM to its processes; torchrun itself, told so, would kill them after 30 s) and goes on twice, with as many processes and with half as many: the
 largest relative differences, in the steps after that, from the run that was not stopped.
 """
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -56,6 +57,8 @@ def teacher(place, config):
         for w in model.parameters():
             torch.nn.init.ones_(w) if w.dim() == 1 else w.data.normal_(std=0.02)
         save_with_tokenizer(model, place, "bytes")
+        del model
+        torch.cuda.empty_cache()  # the runs have the GPU for themselves
     return place
 
 
@@ -89,7 +92,10 @@ class Steps:
 
     def stop(self, gently=False):
         if gently:
-            self.process.send_signal(signal.SIGTERM)
+            for stat in Path("/proc").glob("[0-9]*/stat"):
+                with contextlib.suppress(OSError):  # it has ended
+                    if int(stat.read_text().rpartition(")")[2].split()[1]) == self.process.pid:  # its parent
+                        os.kill(int(stat.parent.name), signal.SIGTERM)
             self.process.wait(600)
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
