@@ -92,7 +92,7 @@ class Settings:
     mixer: str = flag("mamba2", "what replaces attention: mamba, mamba2, or none (the paper's ablation)")
     keep: float = flag(0.5, "share of attention layers that stay; the paper finds 0.5 close to the teacher, 0 possible")
     replace_steps: int = flag(0, "replace attention in this many even steps; 0: in the paper's, 25, 50, 75, 87.5, 100 % of the layers as far as --keep "
-                                 "lets. The paper finds steps better than all at once; with few steps README does not")
+                                 "lets. The paper finds steps better than all at once; README, with few steps, does not")
     student_layers: str = flag("", "a small student, such as a draft: only these layers of the teacher, say 0,10,20,31; no stage 1, its steps go to "
                                "stage 2 (so --stage1_lr and --replace_steps do not apply). The paper's drafts keep 2 or 4. With --keep 1 it is a Llama")
     init: str = flag("attention", "attention: the mixer inherits W_q, W_k, W_v, W_o; random: it does not (worse)")
