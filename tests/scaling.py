@@ -104,8 +104,8 @@ class Steps:
         self.process.wait()
 
     def why(self):
-        lines = [line for line in self.said.read_text().splitlines() if line.startswith("error:")]
-        return lines[0][:150] if lines else f"ended with {self.process.returncode}, see {self.said}"
+        """Why it did not come so far: its own error, or where to look."""
+        return next((line[:150] for line in self.said.read_text().splitlines() if line.startswith("error:")), f"did not come so far; {self.said} has what it said")
 
 
 def apart(log, other):
@@ -157,7 +157,8 @@ def scale(o, shape, stage):
             log = again.log()[there:o.steps]
             rows.append(dict(shape=shape, stage=stage, processes=count, resumed=there, **(dict(apart=apart(log, logs[-1])) if done else dict(failed=again.why()))))
             print(f"{shape}, stage {stage}, goes on with {count}: " + (f"steps {log[0]['step']} to {log[-1]['step']}, {said_apart(rows[-1])}" if done else again.why()), flush=True)
-    shutil.rmtree(place)
+    if not any("failed" in row for row in rows):
+        shutil.rmtree(place)
     return rows
 
 

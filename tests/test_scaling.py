@@ -25,6 +25,14 @@ def test_runs_are_apart_by_their_worst_step():
     assert scaling.apart([line(2, 4, 1), line(3, 2, 1)], [line(1, 9, 9), line(2, 4, 2), line(3, 4, 1)]) == [0.5, 0.5]
 
 
+def test_a_run_that_fails_says_its_own_error_or_where_to_look(tmp_path):
+    run = object.__new__(scaling.Steps)
+    run.said = tmp_path / "said"
+    for said, why in (("data: x\nerror: the GPU's memory is full\nTraceback\n", "error: the GPU's memory is full"), ("killed\n", f"did not come so far; {run.said} has what it said")):
+        run.said.write_text(said)
+        assert run.why() == why
+
+
 @pytest.mark.parametrize("argv, match", [(["--steps", "9"], "more than 10 --steps"), (["--processes", "2", "3"], "that divide the largest"), (["--shapes", "9B"], "argument --shapes")])
 def test_what_cannot_be_scaled_is_refused(argv, match):
     with pytest.raises(MilError, match=match):
