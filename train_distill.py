@@ -28,6 +28,7 @@ and its checkpoints; evaluation; the stages, run; what a stage costs; the report
 import contextlib
 import dataclasses
 import difflib
+import gc
 import hashlib
 import itertools
 import json
@@ -114,6 +115,8 @@ class Settings:
     accumulate: int = flag(1, "how many parts a step's batch is taken in, one after the other: less memory, the same result")
     recompute: str = flag("none", "what the backward pass computes again in place of keeping it: none; mlp, the MLPs' inside; a share of the layers, "
                           "such as 0.5, whose MLPs'; block, all of each layer")
+    shard: str = flag("trained", "what several processes hold a part of: trained, what trains, its gradients and AdamW's state; all, what does not train too: less "
+                                 "memory, and more to send at every step")
     compile: bool = flag(False, "torch.compile the layers: minutes at first, then perhaps faster", action="store_true")
     graph: bool = flag(False, "on one GPU, replay a step as a CUDA graph where it is so small that launching its kernels takes longer than they run: up to twice as fast",
                        action="store_true")
@@ -142,7 +145,7 @@ class Settings:
 
 
 CHOICES = {"mixer": mil.MIXERS[1:], "init": ("attention", "random"), "dtype": ("float32", "bfloat16"), "schedule": ("cosine", "linear", "constant"),
-           "train": ("mixers", "mlps", "all"), "loss": ("distill", "dpo")}
+           "train": ("mixers", "mlps", "all"), "loss": ("distill", "dpo"), "shard": ("trained", "all")}
 LIMITS = {**dict.fromkeys(("alpha", "beta", "lr", "teacher_lr", "stage1_lr", "stage2_lr", "stage3_lr", "save_minutes", "answers", "steps", "stage3_steps"), (0, sys.float_info.max)),
           **dict.fromkeys(("clip", "temperature", "dpo_beta"), (sys.float_info.min, math.inf)), **dict.fromkeys(("accumulate", "keep_checkpoints"), (1, math.inf)),
           "rope_theta": (1, sys.float_info.max), "warmup": (0, 1), "keep": (0, 1), "seed": (0, 2**63 - 2)}
@@ -910,11 +913,11 @@ class Run:
 
 def begin(s):
     """The Run of this process: one of several when torchrun started it."""
-    device = pick_device(s.device)
     if not {"RANK", "LOCAL_RANK"} <= os.environ.keys():
-        return Run(s, device)
-    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}") if device.type == "cuda" else device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))  # process 0 may tokenise for long
+        return Run(s, pick_device(s.device))
+    gpu = s.device.startswith("cuda") or not s.device and torch.cuda.is_available()
+    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if gpu else s.device)
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=12), device_id=device if gpu else None)  # process 0 may tokenise for long
     return Run(s, device, dist.get_rank(), dist.get_world_size())
 
 
@@ -922,6 +925,12 @@ def together(run):
     """Waits for all processes."""
     if run.size > 1:
         dist.barrier()
+
+
+def end_together():
+    """The processes part. Not after an error: it waits for those that still wait for this one; torchrun ends them once one has ended."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -948,13 +957,15 @@ def whole(run, tensors):
 
 
 def shard(run, models):
-    """Spread the tensors of both models over all processes: each layer is gathered when it is used, and its gradient shared out (FSDP2)."""
+    """Spread over all processes what trains, with its gradient and AdamW's state: each layer is gathered when it is used, and its gradient shared out (FSDP2).
+    What does not train every process holds whole, unless --shard is all."""
     if run.sharded:
         from torch.distributed.fsdp import fully_shard
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # that a layer returns a view: of a tensor nobody else has
         mesh = dist.init_device_mesh(run.device.type, (run.size,))
+        alone = {w for w in models.parameters() if not w.requires_grad} if run.s.shard == "trained" else set()
         for module in (*models.layers, models):
-            fully_shard(module, mesh=mesh)
+            fully_shard(module, mesh=mesh, ignored_params=alone)
     return models
 
 
@@ -1012,7 +1023,7 @@ def save_state(run, state, models, optimizer=None):
     return torch.load(place, map_location="cpu", weights_only=True, mmap=True)["trained"] if run.sharded else trained
 
 
-FREE = {"out", "device", "resume", "save_minutes", "keep_checkpoints", "recompute", "compile", "graph", "prompt", "accumulate", "recipe"}  # may differ when a run goes on
+FREE = {"out", "device", "resume", "save_minutes", "keep_checkpoints", "recompute", "compile", "graph", "prompt", "accumulate", "recipe", "shard"}  # may differ when a run goes on
 
 
 def load_state(run, stages, corpus):
@@ -1145,12 +1156,14 @@ def fit(run, state, stage, models, batches, journal, last_good):
                 save_state(run, state, models, optimizer)
                 saved = time.monotonic()
                 if stop:
-                    leave(run)
+                    leave(run, jointly=True)
 
 
-def leave(run):
-    """Ends the program as the signal asks."""
+def leave(run, jointly=False):
+    """Ends the program as the signal asks: this process or, where they all come here, all `jointly`."""
     show(f"\nstopped by {run.stop or 'a signal'}; the same command with --resume goes on from here")
+    if jointly:
+        end_together()
     sys.exit(130 if run.stop == "SIGINT" else 143)
 
 
@@ -1213,7 +1226,7 @@ def owned(model, names, values=None):
 
 
 class Source:
-    """Where a run's teacher, and the Llama its student begins as, come from; read once where one process holds them, anew for each stage where they are
+    """Where a run's teacher, and the Llama its student begins as, come from; read once where a process holds them whole, anew for each stage where they are
     shared out."""
 
     def __init__(self, run, place):
@@ -1223,7 +1236,7 @@ class Source:
         """The teacher and the student's Llama, in the types of their files where the arithmetic is bfloat16: they only read."""
         if self.kept:
             return self.kept
-        s, sharded = self.run.s, self.run.sharded
+        s, sharded = self.run.s, self.run.sharded and self.run.s.shard == "all"
         load = lambda place: mil.load(place, None if sharded else self.run.device, None if s.dtype == "bfloat16" else torch.float32)  # noqa: E731
         teacher = load(self.place)
         found = teacher, load(s.init_from) if s.init_from else mil.keep_layers(teacher, chosen_layers(s)) if s.student_layers else teacher
@@ -1234,6 +1247,7 @@ class Source:
 def assemble(run, teacher, base, stage, number, trained):
     """The Models of a stage: the student is `base` with attention replaced as the stage says, the tensors trained before (`trained`) put in; what trains
     now requires gradients and is float32, and everything else is the base's own tensor."""
+    gc.collect()  # FSDP2 leaves its models in circles, and with them an earlier stage's tensors in memory
     torch.manual_seed(run.s.seed + 1 + number)  # of what no earlier stage trained
     student = mil.replace_attention(base, [], run.s.mixer, share=True)  # other modules, the same tensors
     for mixer in dict.fromkeys(mixer for mixer in stage.mixers if mixer != "attention"):
@@ -1391,8 +1405,7 @@ def memory_needed(s, student, stage, teacher_bytes, base_bytes=0, processes=1, k
     one = max(mixing) + 6 * student.d_ff                     # a layer at work, in its backward pass
     activations = tokens * short * (student.d * (2 - (s.recompute == "block")) * student.n_layers + sum(inside) * (s.recompute != "block") + one + 4 * student.d)
     loss = min(LOGITS[kind], tokens * student.v) * 3 * short + head * (4 + short)
-    parts = {"teacher": teacher_bytes + base_bytes, "student": 4 * trained, "AdamW": 8 * trained}
-    parts = {part: size / processes for part, size in parts.items()}
+    parts = {"teacher": (teacher_bytes + base_bytes) / (processes if s.shard == "all" else 1), "student": 4 * trained / processes, "AdamW": 8 * trained / processes}
     largest = tokens * short * (one + 4 * student.d) + 4 * trained / processes
     parts["activations, loss, gradients"] = activations + loss + 4 * trained if s.accumulate > 1 else max(activations + loss, largest)
     return parts
@@ -1449,7 +1462,7 @@ def gib(size):
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
-LOWER = "--accumulate, --recompute mlp or block, --batch and --context lower it, and --stage2_steps 0"
+LOWER = "--accumulate, --recompute mlp or block, --batch and --context lower it, --stage2_steps 0 and, of several processes, --shard all"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1536,9 +1549,7 @@ def main(argv):
     except torch.OutOfMemoryError as e:
         parts = ", ".join(f"{part} {gib(size)}" for part, size in run.cost.items())
         raise MilError(f"the GPU's memory is full; about {gib(sum(run.cost.values()))} were expected ({parts}). {LOWER}. ({str(e).splitlines()[0]})") from e
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    end_together()
 
 
 def work(run, began):

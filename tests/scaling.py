@@ -5,15 +5,15 @@
     python tests/scaling.py --shapes toy          on the CPU, whose speed says nothing
 
 Every row is the command that a user types, torchrun … train_distill.py (of one process python train_distill.py), on the same batch: --rows sequences a process
-for the largest number of processes; fewer take it in more parts (--accumulate). One process is also run sharded, as torchrun starts it: what FSDP2 costs
-where nothing travels. Printed, and written to OUT/scaling.json:
+for the largest number of processes; fewer take it in more parts (--accumulate). Printed, and written to OUT/scaling.json:
 
     tokens/s      from the tenth step on, of all processes together; beside it its share of what so many single ones would do
     memory        the largest that PyTorch has held on process 0, and what the run said before it began
-    loss          of the last step; beside it the largest relative difference of a step's loss, and of its gradient's norm, from those of the fewest processes
+    loss          of the last step; beside it the largest relative difference of a step's loss, and of its gradient's norm, from those of the first row
 
-At last the largest run is stopped half-way (SIGTERM to its processes; torchrun itself, told so, would kill them after 30 s) and goes on twice, with as many processes and with half as many: the
-largest relative differences, in the steps after that, from the run that was not stopped.
+In stage 1 one process also runs half the steps a second time, since on a GPU no two runs are quite the same, and sharded, as torchrun starts it: what FSDP2 costs
+where nothing travels. And the largest run is stopped half-way (SIGTERM to its processes; torchrun itself, told so, would kill them after 30 s) and goes on twice, with as
+many processes and with half as many: the largest relative differences, in the steps after that, from the run that was not stopped.
 """
 import argparse
 import contextlib
@@ -39,7 +39,7 @@ CUDA = torch.cuda.is_available()
 SHAPES = {"8B": mil.Config(context=2048), "3B": mil.Config(d=3072, n_layers=28, n_heads=24, n_kv_heads=8, head_dim=128, d_ff=8192, tied=True, context=2048),
           "toy": mil.Config(v=257, d=32, n_layers=4, n_heads=2, n_kv_heads=1, d_ff=64, context=64)}
 TEXT = "asyncio"  # of Python's standard library
-TRAINS, RATES = {1: "mixers", 2: "all"}, {"8B": 1e-4, "3B": 1e-4, "toy": 1e-2}
+TRAINS, RATES = {1: "mixers", 2: "all"}, {"8B": 1e-6, "3B": 1e-6, "toy": 1e-2}
 FIRST = 10  # steps that compile, and are not timed
 
 
@@ -70,12 +70,11 @@ class Steps:
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "recipe.json").write_text(json.dumps([dict(keep=0.5, train=TRAINS[stage], steps=2 * o.steps, lr=RATES[shape])]))
         flags = dict(teacher=teacher(Path(o.out) / shape, SHAPES[shape]), recipe=self.out / "recipe.json", out=self.out, context=SHAPES[shape].context, batch=o.rows * max(o.processes),
-                     accumulate=max(o.processes) // count, eval_sequences=max(o.processes), save_minutes=1e6, device=device_of(shape)[0])
+                     accumulate=max(o.processes) // count, eval_sequences=max(o.processes), shard=o.shard, save_minutes=1e6, device=device_of(shape)[0])
         script = [str(Path(td.__file__)), *(word for k, v in flags.items() for word in (f"--{k}", str(v))), "--data", str(Path(os.__file__).parent / TEXT)]
         many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "--"] * (count > 1 or sharded)
         with open(self.said, "w") as said:
-            self.process = subprocess.Popen([sys.executable, *many, *script, *["--resume"] * resume], stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
-                                            env={**os.environ, "OMP_NUM_THREADS": "1"} if shape == "toy" else None)
+            self.process = subprocess.Popen([sys.executable, *many, *script, *["--resume"] * resume], stdout=said, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"} if shape == "toy" else None)
 
     def log(self):
         path = self.out / "log.jsonl"
@@ -90,18 +89,14 @@ class Steps:
             time.sleep(0.2)
         return True
 
-    def stop(self, gently=False):
-        if gently:
-            for stat in Path("/proc").glob("[0-9]*/stat"):
-                with contextlib.suppress(OSError):  # it has ended
-                    if int(stat.read_text().rpartition(")")[2].split()[1]) == self.process.pid:  # its parent
-                        os.kill(int(stat.parent.name), signal.SIGTERM)
-            self.process.wait(600)
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self.process.wait()
+    def stop(self, how=signal.SIGKILL):
+        for stat in Path("/proc").glob("[0-9]*/stat"):  # those that torchrun started, which would outlive it; it ends when they have
+            with contextlib.suppress(OSError):  # it has ended
+                if int(stat.read_text().rpartition(")")[2].split()[1]) == self.process.pid:  # its parent
+                    os.kill(int(stat.parent.name), how)
+        if how == signal.SIGKILL:
+            self.process.kill()
+        self.process.wait(600)
 
     def why(self):
         """Why it did not come so far: its own error, or where to look."""
@@ -122,33 +117,35 @@ def scale(o, shape, stage):
     """The rows of a shape and a stage, and what became of the run that was stopped."""
     rows, logs, place = [], [], Path(o.out) / f"{shape}-{stage}"
     shutil.rmtree(place, ignore_errors=True)
-    for count, sharded in [(1, False), (1, True)] * (1 in o.processes) + [(n, True) for n in o.processes if n > 1]:
-        who = f"{shape}, stage {stage}, {count} process{'es' if count > 1 else ', FSDP2' if sharded else ''}"
-        run = Steps(o, shape, stage, count, place / f"{count}-{sharded}", sharded=sharded)
-        done = run.reach(o.steps)
+    one = [(1, "", o.steps)] + [(1, how, max(FIRST + 1, o.steps // 2)) for how in (", again", ", FSDP2")] * (stage == 1)
+    for count, how, steps in one * (1 in o.processes) + [(n, "", o.steps) for n in o.processes if n > 1]:
+        who = f"{shape}, stage {stage}, {count} process{'es' if count > 1 else ''}{how}"
+        run = Steps(o, shape, stage, count, place / f"{count}{how[2:]}", sharded=how == ", FSDP2")
+        done = run.reach(steps)
         run.stop()
+        row = dict(shape=shape, stage=stage, processes=count, how=how[2:])
+        rows.append(row)
         if not done:
-            rows.append(dict(shape=shape, stage=stage, processes=count, sharded=sharded, failed=run.why()))
-            print(f"{who:<32}{rows[-1]['failed']}", flush=True)
+            row["failed"] = run.why()
+            print(f"{who:<32}{row['failed']}", flush=True)
             continue
-        log = run.log()[:o.steps]
+        log = run.log()[:steps]
         logs.append(log)
         speed = o.rows * max(o.processes) * SHAPES[shape].context * (log[-1]["step"] - log[FIRST - 1]["step"]) / (log[-1]["seconds"] - log[FIRST - 1]["seconds"])
-        said = re.search(r"memory: about ([\d.]+ \S+) of", run.said.read_text())[1]
-        one = next((row["tokens_s"] / row["processes"] for row in rows if "tokens_s" in row), speed / count)  # of the fewest that fit
-        rows.append(dict(shape=shape, stage=stage, processes=count, sharded=sharded, tokens_s=speed, linear=speed / one / count, memory=log[-1]["memory"], said=said,
-                         loss=log[-1]["loss"], apart=apart(log, logs[0])))
-        print(f"{who:<32}{speed:>12,.0f} tokens/s{rows[-1]['linear']:>7.1%} of linear{log[-1]['memory'] / 2**30:>8.1f} GiB (said {said})"
-              f"   loss {log[-1]['loss']:.4f}, {said_apart(rows[-1])}", flush=True)
+        row["tokens_s"] = speed
+        alone = next((r["tokens_s"] for r in rows if r["processes"] == 1 and "tokens_s" in r), None)  # None where one has not enough memory
+        row.update(linear=alone and speed / count / alone, memory=log[-1]["memory"], said=re.search(r"memory: about ([\d.]+ \S+) of", run.said.read_text())[1], loss=log[-1]["loss"], apart=apart(log, logs[0]))
+        print(f"{who:<32}{speed:>12,.0f} tokens/s" + (f"{row['linear']:>7.1%} of linear" if row["linear"] else f"{'':>17}") + f"{row['memory'] / 2**30:>8.1f} GiB (said {row['said']})"
+              f"   step {steps}: loss {row['loss']:.4f}, {said_apart(row)}", flush=True)
     most = max(o.processes)
-    if most > 1 and stage == o.stages[0] and "failed" not in rows[-1]:
+    if most > 1 and stage == 1 and "failed" not in rows[-1]:
         run = Steps(o, shape, stage, most, place / "stopped")
         began, half = time.monotonic(), run.reach(o.steps // 2)
         stopped = time.monotonic()
-        run.stop(gently=True)
+        run.stop(signal.SIGTERM)
         rows.append(dict(shape=shape, stage=stage, processes=most, stopped_s=time.monotonic() - stopped, checkpoint=sum(f.stat().st_size for f in (run.out / "checkpoints").glob("*.pt"))))
         print(f"{shape}, stage {stage}, stopped {'half-way' if half else 'at its end'} after {stopped - began:.0f} s; a checkpoint of {rows[-1]['checkpoint'] / 2**30:.2f} GiB in {rows[-1]['stopped_s']:.0f} s", flush=True)
-        shutil.copytree(run.out, place / "half", ignore=shutil.ignore_patterns("data"))
+        shutil.copytree(run.out, place / "half", ignore=shutil.ignore_patterns("data", "said"), copy_function=os.link)
         there = len(run.log())
         for count, out in ((most, run.out), (most // 2, place / "half")):
             again = Steps(o, shape, stage, count, out, resume=True)
@@ -166,10 +163,11 @@ def main(argv):
     most = torch.cuda.device_count() if CUDA else 2
     parser = mil.Parser(prog="scaling.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["8B", "3B"] if CUDA else ["toy"], choices=SHAPES, help="of the teacher, and of the student that it becomes")
-    parser.add_argument("--stages", nargs="+", type=int, default=[1, 2], choices=TRAINS, help="1: the new mixers train; 2: everything. The first is also stopped")
+    parser.add_argument("--stages", nargs="+", type=int, default=[1, 2], choices=TRAINS, help="1: the new mixers train; 2: everything. Stage 1 is also stopped")
     parser.add_argument("--processes", nargs="+", type=int, default=[n for n in (1, 2, 4, 8) if n <= most], help="in rising order")
     parser.add_argument("--rows", type=int, default=4, help="sequences a process at once")
     parser.add_argument("--steps", type=int, default=50, help="how many; the run is then broken off")
+    parser.add_argument("--shard", default="trained", choices=td.CHOICES["shard"], help="as train_distill.py's")
     parser.add_argument("--out", default="out/scaling", help="for the teachers, which stay, the runs and scaling.json")
     o = parser.parse_args(argv)
     if not CUDA and {*o.shapes} - {"toy"}:

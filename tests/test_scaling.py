@@ -11,11 +11,11 @@ from mil import MilError
 def test_two_processes_and_one_sharded_make_the_steps_of_one_and_a_stopped_run_goes_on_with_two_and_with_one(tmp_path):
     done = run_script("tests/scaling.py", "--shapes", "toy", "--stages", "1", "--processes", "1", "2", "--rows", "1", "--steps", "12", "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    one, alone, two, stopped, *on = json.loads((tmp_path / "scaling.json").read_text())["results"]
-    assert (one["linear"], one["apart"], two["processes"]) == (1, [0, 0], 2) and all(row["tokens_s"] > 0 and row["memory"] > 1e8 for row in (one, alone, two))
-    assert [row["sharded"] for row in (one, alone, two)] == [False, True, True]
+    one, again, alone, two, stopped, *on = json.loads((tmp_path / "scaling.json").read_text())["results"]
+    assert (one["linear"], one["apart"], two["processes"]) == (1, [0, 0], 2) and all(row["tokens_s"] > 0 and row["memory"] > 1e8 for row in (one, again, alone, two))
+    assert [row["how"] for row in (one, again, alone, two)] == ["", "again", "FSDP2", ""]
     assert stopped["checkpoint"] > 1e4 and [row["processes"] for row in on] == [2, 1] and all(6 <= row["resumed"] < 12 for row in on), done.stdout
-    for row in (alone, two, *on):
+    for row in (again, alone, two, *on):
         assert row["apart"] == pytest.approx([0, 0], abs=1e-4)  # rounding, in float32
     assert not (tmp_path / "toy-1").exists()
 
