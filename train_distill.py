@@ -115,8 +115,8 @@ class Settings:
     accumulate: int = flag(1, "how many parts a step's batch is taken in, one after the other: less memory, the same result")
     recompute: str = flag("none", "what the backward pass computes again in place of keeping it: none; mlp, the MLPs' inside; a share of the layers, "
                           "such as 0.5, whose MLPs'; block, all of each layer")
-    shard: str = flag("trained", "what several processes hold a part of: trained, what trains, its gradients and AdamW's state; all, what does not train too: less "
-                                 "memory, and more to send at every step")
+    shard: str = flag("trained", "what several processes hold a part of. trained: what trains, its gradients and AdamW's state; all: what does not train too, for less "
+                                 "memory and more to send at every step; optimizer: what trains only between steps, for more memory and less to send")
     compile: bool = flag(False, "torch.compile the layers: minutes at first, then perhaps faster", action="store_true")
     graph: bool = flag(False, "on one GPU, replay a step as a CUDA graph where it is so small that launching its kernels takes longer than they run: up to twice as fast",
                        action="store_true")
@@ -145,7 +145,7 @@ class Settings:
 
 
 CHOICES = {"mixer": mil.MIXERS[1:], "init": ("attention", "random"), "dtype": ("float32", "bfloat16"), "schedule": ("cosine", "linear", "constant"),
-           "train": ("mixers", "mlps", "all"), "loss": ("distill", "dpo"), "shard": ("trained", "all")}
+           "train": ("mixers", "mlps", "all"), "loss": ("distill", "dpo"), "shard": ("trained", "all", "optimizer")}
 LIMITS = {**dict.fromkeys(("alpha", "beta", "lr", "teacher_lr", "stage1_lr", "stage2_lr", "stage3_lr", "save_minutes", "answers", "steps", "stage3_steps"), (0, sys.float_info.max)),
           **dict.fromkeys(("clip", "temperature", "dpo_beta"), (sys.float_info.min, math.inf)), **dict.fromkeys(("accumulate", "keep_checkpoints"), (1, math.inf)),
           "rope_theta": (1, sys.float_info.max), "warmup": (0, 1), "keep": (0, 1), "seed": (0, 2**63 - 2)}
@@ -957,15 +957,15 @@ def whole(run, tensors):
 
 
 def shard(run, models):
-    """Spread over all processes what trains, with its gradient and AdamW's state: each layer is gathered when it is used, and its gradient shared out (FSDP2).
-    What does not train every process holds whole, unless --shard is all."""
+    """Spread over all processes what trains, with its gradient and AdamW's state (FSDP2): each layer is gathered for its forward pass and again for its backward
+    pass, with --shard optimizer once for both, and its gradient shared out. What does not train every process holds whole, unless --shard is all."""
     if run.sharded:
         from torch.distributed.fsdp import fully_shard
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # that a layer returns a view: of a tensor nobody else has
         mesh = dist.init_device_mesh(run.device.type, (run.size,))
-        alone = {w for w in models.parameters() if not w.requires_grad} if run.s.shard == "trained" else set()
+        stays = set() if run.s.shard == "all" else {w for w in models.parameters() if not w.requires_grad}
         for module in (*models.layers, models):
-            fully_shard(module, mesh=mesh, ignored_params=alone)
+            fully_shard(module, mesh=mesh, ignored_params=stays, **{"reshard_after_forward": False} if run.s.shard == "optimizer" else {})
     return models
 
 
@@ -1101,8 +1101,8 @@ def fit(run, state, stage, models, batches, journal, last_good):
     """Train what of the student requires gradients, from state.step on: batches(step) gives the parts of a step's batch, and how many tokens, or pairs, all
     processes learn of. Stops with MilError when the loss is not finite; `last_good` is a sentence of it that says which model is then the last good one."""
     s, device, began, saved = run.s, run.device, time.perf_counter() - state.seconds, time.monotonic()
-    if run.sharded:
-        models.reshard()  # an evaluation leaves some tensors gathered, and those are not the ones that train
+    for module in (*models.layers, models) if run.sharded else ():
+        module.reshard()  # an evaluation leaves some tensors gathered, and those are not the ones that train
     train = [w for w in models.student.parameters() if w.requires_grad]
     graph = graphs(run, stage, *models.configs)
     optimizer = torch.optim.AdamW(train, lr=torch.tensor(float(stage.lr), device=device) if graph else stage.lr, betas=(0.9, 0.98), weight_decay=0.0,
@@ -1405,7 +1405,8 @@ def memory_needed(s, student, stage, teacher_bytes, base_bytes=0, processes=1, k
     one = max(mixing) + 6 * student.d_ff                     # a layer at work, in its backward pass
     activations = tokens * short * (student.d * (2 - (s.recompute == "block")) * student.n_layers + sum(inside) * (s.recompute != "block") + one + 4 * student.d)
     loss = min(LOGITS[kind], tokens * student.v) * 3 * short + head * (4 + short)
-    parts = {"teacher": (teacher_bytes + base_bytes) / (processes if s.shard == "all" else 1), "student": 4 * trained / processes, "AdamW": 8 * trained / processes}
+    gathered = 4 * trained * (s.shard == "optimizer" and processes > 1)
+    parts = {"teacher": (teacher_bytes + base_bytes) / (processes if s.shard == "all" else 1), "student": 4 * trained / processes + gathered, "AdamW": 8 * trained / processes}
     largest = tokens * short * (one + 4 * student.d) + 4 * trained / processes
     parts["activations, loss, gradients"] = activations + loss + 4 * trained if s.accumulate > 1 else max(activations + loss, largest)
     return parts
@@ -1462,7 +1463,7 @@ def gib(size):
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
-LOWER = "--accumulate, --recompute mlp or block, --batch and --context lower it, --stage2_steps 0 and, of several processes, --shard all"
+LOWER = "--accumulate, --recompute mlp or block, --batch and --context lower it, --stage2_steps 0 and, of several processes, --shard trained or all"
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -698,7 +698,8 @@ def test_the_memory_said_beforehand_counts_what_trains_and_what_only_reads():
         stage = t.Stage(train=train, mixers=HALF)
         parts = t.memory_needed(s, config, stage, 77, 5)
         assert (parts["teacher"], parts["student"], parts["AdamW"]) == (82, 4 * trained, 8 * trained) and parts["activations, loss, gradients"] > 0
-        assert t.memory_needed(s, config, stage, 78, processes=2)["teacher"] == 39
+        two = lambda shard: [t.memory_needed(dataclasses.replace(s, shard=shard), config, stage, 78, processes=2)[part] for part in ("teacher", "student", "AdamW")]  # noqa: E731
+        assert two("trained") == [78, 2 * trained, 4 * trained] and two("all") == [39, 2 * trained, 4 * trained] and two("optimizer") == [78, 6 * trained, 4 * trained]
     last = lambda **more: t.memory_needed(dataclasses.replace(s, context=4096, **more), config, stage, 77)["activations, loss, gradients"]  # noqa: E731
     assert last(batch=4) > 1.5 * last() > 1.5 * last(recompute="mlp") > last(recompute="block") and last(accumulate=2) < last()
 
