@@ -247,7 +247,7 @@ def test_a_run_goes_on_with_other_flags_of_speed_and_with_no_other(tmp_path, mon
     corpus, pair = some_tokens(np.zeros(99, np.int16)), t.Models(None, tiny_teacher())
     t.save_state(run, t.load_state(run, stages, corpus), pair, SimpleNamespace(param_groups=[], state={}))
     run.s.resume = True
-    free = dict(save_minutes=1.0, keep_checkpoints=9, recompute="block", compile=True, graph=True, prompt="x", accumulate=2)
+    free = dict(save_minutes=1.0, keep_checkpoints=9, recompute="block", compile=True, graph=True, prompt="x", accumulate=2, shard="all")
     assert t.load_state(t.Run(dataclasses.replace(run.s, **free), run.device), stages, corpus).settings
     for name in {f.name for f in dataclasses.fields(run.s)} - {"out", "device", "resume", "recipe", *free}:
         value = getattr(run.s, name)
