@@ -136,7 +136,7 @@ def scale(o, shape, stage):
         alone = next((r["tokens_s"] for r in rows if r["processes"] == 1 and "tokens_s" in r), None)  # None where one has not enough memory
         row.update(linear=alone and speed / count / alone, memory=log[-1]["memory"], said=re.search(r"memory: about ([\d.]+ \S+) of", run.said.read_text())[1], loss=log[-1]["loss"], apart=apart(log, logs[0]))
         print(f"{who:<32}{speed:>12,.0f} tokens/s" + (f"{row['linear']:>7.1%} of linear" if row["linear"] else f"{'':>17}") + f"{row['memory'] / 2**30:>8.1f} GiB (said {row['said']})"
-              f"   step {steps}: loss {row['loss']:.4f}, {said_apart(row)}", flush=True)
+              f"   step {steps}: loss {row['loss']:.4f}" + f", {said_apart(row)}" * (len(logs) > 1), flush=True)
     most = max(o.processes)
     if most > 1 and stage == 1 and "failed" not in rows[-1]:
         run = Steps(o, shape, stage, most, place / "stopped")
