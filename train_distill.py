@@ -115,8 +115,9 @@ class Settings:
     accumulate: int = flag(1, "how many parts a step's batch is taken in, one after the other: less memory, the same result")
     recompute: str = flag("none", "what the backward pass computes again in place of keeping it: none; mlp, the MLPs' inside; a share of the layers, "
                           "such as 0.5, whose MLPs'; block, all of each layer")
-    shard: str = flag("trained", "what several processes hold a part of. trained: what trains, its gradients and AdamW's state; all: what does not train too, for less "
-                                 "memory and more to send at every step; optimizer: what trains only between steps, for more memory and less to send")
+    shard: str = flag("trained", "what several processes shard. trained: weights that train, their gradients and AdamW's state (ZeRO-3), the rest replicated; all: the rest "
+                                 "too, for less memory and more to send; grads: as trained, but a layer's weights stay gathered from its forward to its backward pass "
+                                 "(ZeRO-2), for more memory and less to send")
     compile: bool = flag(False, "torch.compile the layers: minutes at first, then perhaps faster", action="store_true")
     graph: bool = flag(False, "on one GPU, replay a step as a CUDA graph where it is so small that launching its kernels takes longer than they run: up to twice as fast",
                        action="store_true")
@@ -145,7 +146,7 @@ class Settings:
 
 
 CHOICES = {"mixer": mil.MIXERS[1:], "init": ("attention", "random"), "dtype": ("float32", "bfloat16"), "schedule": ("cosine", "linear", "constant"),
-           "train": ("mixers", "mlps", "all"), "loss": ("distill", "dpo"), "shard": ("trained", "all", "optimizer")}
+           "train": ("mixers", "mlps", "all"), "loss": ("distill", "dpo"), "shard": ("trained", "all", "grads")}
 LIMITS = {**dict.fromkeys(("alpha", "beta", "lr", "teacher_lr", "stage1_lr", "stage2_lr", "stage3_lr", "save_minutes", "answers", "steps", "stage3_steps"), (0, sys.float_info.max)),
           **dict.fromkeys(("clip", "temperature", "dpo_beta"), (sys.float_info.min, math.inf)), **dict.fromkeys(("accumulate", "keep_checkpoints"), (1, math.inf)),
           "rope_theta": (1, sys.float_info.max), "warmup": (0, 1), "keep": (0, 1), "seed": (0, 2**63 - 2)}
@@ -798,7 +799,7 @@ class DistillationLoss(torch.autograd.Function):
 
 
 class Both(nn.Module):
-    """A layer of the teacher and one of the student, which in stage 1 share most tensors: what many processes gather together. Either may be None."""
+    """A layer of the teacher and one of the student, which in stage 1 share most tensors: FSDP2 gathers what is sharded of them together. Either may be None."""
     again = False  # whether the backward pass computes the student's layer again
 
     def __init__(self, teacher, student):
@@ -913,10 +914,15 @@ class Run:
 
 def begin(s):
     """The Run of this process: one of several when torchrun started it."""
-    if not {"RANK", "LOCAL_RANK"} <= os.environ.keys():
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return Run(s, pick_device(s.device))
-    gpu = s.device.startswith("cuda") or not s.device and torch.cuda.is_available()
-    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if gpu else s.device)
+    local, gpu = int(os.environ["LOCAL_RANK"]), s.device.startswith("cuda") or not s.device and torch.cuda.is_available()
+    if s.device.startswith("cuda:"):
+        raise MilError(f"--device {s.device}: behind torchrun each process takes a GPU of its own; expected cuda or cpu (CUDA_VISIBLE_DEVICES says which GPUs there are)")
+    if gpu and local >= torch.cuda.device_count():
+        raise MilError(f"process {local} finds no GPU of its own, there are {torch.cuda.device_count()}; expected torchrun with --nproc_per_node {torch.cuda.device_count()} "
+                       "at most, or --device cpu")
+    device = pick_device(f"cuda:{local}" if gpu else s.device)
     dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=12), device_id=device if gpu else None)  # process 0 may tokenise for long
     return Run(s, device, dist.get_rank(), dist.get_world_size())
 
@@ -928,7 +934,7 @@ def together(run):
 
 
 def end_together():
-    """The processes part. Not after an error: it waits for those that still wait for this one; torchrun ends them once one has ended."""
+    """Leave the process group. Not after an error: NCCL would wait for processes that are still in an exchange; torchrun ends them once one has ended."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -956,16 +962,20 @@ def whole(run, tensors):
     return {name: w.detach().cpu() if run.rank == 0 else None for name, w in full}
 
 
-def shard(run, models):
-    """Spread over all processes what trains, with its gradient and AdamW's state (FSDP2): each layer is gathered for its forward pass and again for its backward
-    pass, with --shard optimizer once for both, and its gradient shared out. What does not train every process holds whole, unless --shard is all."""
-    if run.sharded:
-        from torch.distributed.fsdp import fully_shard
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # that a layer returns a view: of a tensor nobody else has
-        mesh = dist.init_device_mesh(run.device.type, (run.size,))
-        stays = set() if run.s.shard == "all" else {w for w in models.parameters() if not w.requires_grad}
-        for module in (*models.layers, models):
-            fully_shard(module, mesh=mesh, ignored_params=stays, **{"reshard_after_forward": False} if run.s.shard == "optimizer" else {})
+def shard(run, models, own):
+    """Shard over all processes what trains, its gradients and AdamW's state (FSDP2, as ZeRO-3): each layer's weights are all-gathered for its forward pass and
+    again for its backward pass, with --shard grads once for both (as ZeRO-2), and its gradients reduce-scattered. What does not train is replicated, unless
+    --shard is all. own(part) makes what trains float32, one layer after the other, since all of it may have no room before it is sharded."""
+    if not run.sharded:
+        own("")
+        return models
+    from torch.distributed.fsdp import fully_shard
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # that a layer returns a view, which only an operation in place on it would harm
+    mesh = dist.init_device_mesh(run.device.type, (run.size,))
+    for part, module in [*((f"layers.{i}.", layer) for i, layer in enumerate(models.layers)), (("embed_tokens", "norm", "lm_head"), models)]:
+        own(part)
+        replicated = set() if run.s.shard == "all" else {w for w in module.parameters() if not w.requires_grad}
+        fully_shard(module, mesh=mesh, ignored_params=replicated, **{"reshard_after_forward": False} if run.s.shard == "grads" else {})
     return models
 
 
@@ -1102,7 +1112,7 @@ def fit(run, state, stage, models, batches, journal, last_good):
     processes learn of. Stops with MilError when the loss is not finite; `last_good` is a sentence of it that says which model is then the last good one."""
     s, device, began, saved = run.s, run.device, time.perf_counter() - state.seconds, time.monotonic()
     for module in (*models.layers, models) if run.sharded else ():
-        module.reshard()  # an evaluation leaves some tensors gathered, and those are not the ones that train
+        module.reshard()  # after an evaluation parameters() gives gathered copies; AdamW needs the shards
     train = [w for w in models.student.parameters() if w.requires_grad]
     graph = graphs(run, stage, *models.configs)
     optimizer = torch.optim.AdamW(train, lr=torch.tensor(float(stage.lr), device=device) if graph else stage.lr, betas=(0.9, 0.98), weight_decay=0.0,
@@ -1115,9 +1125,7 @@ def fit(run, state, stage, models, batches, journal, last_good):
     def update(parts, scale):
         """Forward, backward, clipping and AdamW; for the log the loss, two more sums and the gradient's norm, of this process."""
         sums = torch.zeros(4, device=device)
-        for i, part in enumerate(parts):
-            if run.sharded:
-                models.set_requires_gradient_sync(i == len(parts) - 1)
+        for part in parts:
             loss, more = models(part, stage, scale)
             loss.backward()
             sums[:3] += torch.cat([loss.detach()[None], more]) / run.size
@@ -1255,14 +1263,17 @@ def assemble(run, teacher, base, stage, number, trained):
     for w in [*teacher.parameters(), *base.parameters()] if teacher else base.parameters():
         w.requires_grad_(False)
     names = {name for name, _ in student.named_parameters() if name in trained or stage.trains(name)}
-    owned(student, names, trained)
-    for name, w in student.named_parameters():
-        w.requires_grad_(stage.trains(name))
-    return prepare(run, Models(teacher, student))
+
+    def own(part):
+        owned(student, {name for name in names if name.startswith(part)}, trained)
+        for name, w in student.named_parameters():
+            if name.startswith(part):
+                w.requires_grad_(stage.trains(name))
+    return prepare(run, Models(teacher, student), own)
 
 
-def prepare(run, models):
-    """The arithmetic's type, what is computed again, torch.compile, and the processes."""
+def prepare(run, models, own=lambda part: None):
+    """The arithmetic's type, what is computed again, torch.compile, and the processes; own(part) makes ready what begins with this name."""
     s = run.s
     for model in filter(None, (models.teacher, models.student)):
         model.compute = getattr(torch, s.dtype)
@@ -1273,7 +1284,7 @@ def prepare(run, models):
             both.again = s.recompute == "block"
         for layer in filter(None, (both.teacher, both.student)) if s.compile else ():
             layer.compile()
-    return shard(run, models)
+    return shard(run, models, own)
 
 
 def save_student(run, models, place, tokenizer, base_type, **notes):
@@ -1397,7 +1408,8 @@ def memory_needed(s, student, stage, teacher_bytes, base_bytes=0, processes=1, k
     larger of the two counts. Kept for the backward pass, a token: what the layers' operations read (kernels.norm_linears and mlp), in the arithmetic's
     type."""
     short, tokens, p = 2 if s.dtype == "bfloat16" else 4, s.batch * s.context // (processes * s.accumulate), student.head_dim
-    trained = sum(w.numel() for name, w in mil.empty_model(student).named_parameters() if stage.trains(name))
+    sizes = {name: w.numel() for name, w in mil.empty_model(student).named_parameters()}
+    trained = sum(n for name, n in sizes.items() if stage.trains(name))
     wide, narrow, head = student.n_heads * p, student.n_kv_heads * p, student.v * student.d * (stage.train == "all")
     kept = {"attention": 2 * wide + 2 * narrow, "mamba": 8 * wide + 2 * narrow + wide * student.d_state // 4, "mamba2": 6 * wide + 4 * narrow, "none": 0}
     mixing = [kept.get(mixer, kept["mamba2"]) for mixer in student.mixers]
@@ -1405,10 +1417,13 @@ def memory_needed(s, student, stage, teacher_bytes, base_bytes=0, processes=1, k
     one = max(mixing) + 6 * student.d_ff                     # a layer at work, in its backward pass
     activations = tokens * short * (student.d * (2 - (s.recompute == "block")) * student.n_layers + sum(inside) * (s.recompute != "block") + one + 4 * student.d)
     loss = min(LOGITS[kind], tokens * student.v) * 3 * short + head * (4 + short)
-    gathered = 4 * trained * (s.shard == "optimizer" and processes > 1)
-    parts = {"teacher": (teacher_bytes + base_bytes) / (processes if s.shard == "all" else 1), "student": 4 * trained / processes + gathered, "AdamW": 8 * trained / processes}
+    given = teacher_bytes + base_bytes
+    parts = {"teacher": given / (processes if s.shard == "all" else 1), "student": 4 * trained / processes, "AdamW": 8 * trained / processes}
+    if processes > 1:  # at once the ends and two layers, or all
+        gathered = lambda counts: sum(n * (2 / student.n_layers if name.startswith("layers.") else 1) for name, n in sizes.items() if counts(name))  # noqa: E731
+        parts["gathered"] = 4 * (trained if s.shard == "grads" else gathered(stage.trains)) + given * gathered(lambda name: True) / sum(sizes.values()) * (s.shard == "all")
     largest = tokens * short * (one + 4 * student.d) + 4 * trained / processes
-    parts["activations, loss, gradients"] = activations + loss + 4 * trained if s.accumulate > 1 else max(activations + loss, largest)
+    parts["activations, loss, gradients"] = activations + loss + 4 * trained / processes if s.accumulate > 1 else max(activations + loss, largest)
     return parts
 
 
@@ -1431,7 +1446,7 @@ def most_memory(device):
 def announce(run, stages, teacher, base):
     """Says, before a run begins, what its stages are and what they will cost."""
     s, peak = run.s, device_flops(run)
-    there = torch.cuda.get_device_properties(run.device).total_memory if run.device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = torch.cuda.get_device_properties(run.device).total_memory if run.device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / run.size
     given = [weights_of(s, s.teacher, teacher), weights_of(s, s.init_from, base) if s.init_from else 0]
     if s.student_layers:
         given[1] = given[0] * matrices(base) / matrices(teacher)
@@ -1448,7 +1463,7 @@ def announce(run, stages, teacher, base):
         kept, alpha = f"{stage.mixers.count('attention')} of {len(stage.mixers)}", f"{stage.alpha:g}" if stage.loss == "distill" else ""
         lines.append(f"{stage.name:<38}{kept:>10}{short(trained):>10}{short(tokens):>10}{stage.lr:>9.1e}{alpha:>6}{stage.beta:>6g}{gib(sum(parts.values())):>11}{clock(seconds):>8}")
     show("\n".join(lines))
-    show(f"memory: about {gib(sum(run.cost.values()))} of {gib(there)} ({', '.join(f'{part} {gib(size)}' for part, size in run.cost.items())})"
+    show(f"memory{' of each process' * (run.size > 1)}: about {gib(sum(run.cost.values()))} of {gib(there)} ({', '.join(f'{part} {gib(size)}' for part, size in run.cost.items())})"
          f"{'; MORE THAN THERE IS' * (sum(run.cost.values()) > there)}; {LOWER}. time: at half of this device's {peak / 1e12:.3g} TFLOP/s"
          + f"; replayed as CUDA graphs: {', '.join(replayed) or 'no stage'}" * s.graph)
 

@@ -74,20 +74,29 @@ class Steps:
         script = [str(Path(td.__file__)), *(word for k, v in flags.items() for word in (f"--{k}", str(v))), "--data", str(Path(os.__file__).parent / TEXT)]
         many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "--"] * (count > 1 or sharded)
         with open(self.said, "w") as said:
-            self.process = subprocess.Popen([sys.executable, *many, *script, *["--resume"] * resume], stdout=said, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"} if shape == "toy" else None)
+            self.process = subprocess.Popen([sys.executable, *many, *script, *["--resume"] * resume], stdout=said, stderr=subprocess.STDOUT,
+                                            env={**os.environ, "OMP_NUM_THREADS": "1"} if shape == "toy" else None)
 
     def log(self):
         path = self.out / "log.jsonl"
         return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
     def reach(self, step, minutes=15):
-        """Waits until the log has this step; False where the run ended before."""
+        """Waits until the log has this step; why it has not, or ""."""
         began = time.monotonic()
         while not any(line["step"] >= step for line in self.log()):
-            if self.process.poll() is not None or time.monotonic() - began > 60 * minutes:
-                return False
+            if self.process.poll() is not None:
+                return next((line for line in self.said.read_text().splitlines() if line.startswith("error:")), f"ended before step {step}; {self.said} has what it said")
+            if time.monotonic() - began > 60 * minutes:
+                return f"not at step {step} after {minutes} minutes; {self.said} has what it said"
             time.sleep(0.2)
-        return True
+        return ""
 
     def stop(self, how=signal.SIGKILL):
         for stat in Path("/proc").glob("[0-9]*/stat"):  # those that torchrun started, which would outlive it; it ends when they have
@@ -96,11 +105,8 @@ class Steps:
                     os.kill(int(stat.parent.name), how)
         if how == signal.SIGKILL:
             self.process.kill()
-        self.process.wait(600)
-
-    def why(self):
-        """Why it did not come so far: its own error, or where to look."""
-        return next((line[:150] for line in self.said.read_text().splitlines() if line.startswith("error:")), f"did not come so far; {self.said} has what it said")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(600)
 
 
 def apart(log, other):
@@ -120,42 +126,48 @@ def scale(o, shape, stage):
     one = [(1, "", o.steps)] + [(1, how, max(FIRST + 1, o.steps // 2)) for how in (", again", ", FSDP2")] * (stage == 1)
     for count, how, steps in one * (1 in o.processes) + [(n, "", o.steps) for n in o.processes if n > 1]:
         who = f"{shape}, stage {stage}, {count} process{'es' if count > 1 else ''}{how}"
-        run = Steps(o, shape, stage, count, place / f"{count}{how[2:]}", sharded=how == ", FSDP2")
-        done = run.reach(steps)
-        run.stop()
         row = dict(shape=shape, stage=stage, processes=count, how=how[2:])
         rows.append(row)
-        if not done:
-            row["failed"] = run.why()
-            print(f"{who:<32}{row['failed']}", flush=True)
-            continue
+        with Steps(o, shape, stage, count, place / f"{count}{how[2:]}", sharded=how == ", FSDP2") as run:
+            if failed := run.reach(steps):
+                row["failed"] = failed
+                print(f"{who:<32}{failed}", flush=True)
+                continue
         log = run.log()[:steps]
         logs.append(log)
         speed = o.rows * max(o.processes) * SHAPES[shape].context * (log[-1]["step"] - log[FIRST - 1]["step"]) / (log[-1]["seconds"] - log[FIRST - 1]["seconds"])
         row["tokens_s"] = speed
         alone = next((r["tokens_s"] for r in rows if r["processes"] == 1 and "tokens_s" in r), None)  # None where one has not enough memory
-        row.update(linear=alone and speed / count / alone, memory=log[-1]["memory"], said=re.search(r"memory: about ([\d.]+ \S+) of", run.said.read_text())[1], loss=log[-1]["loss"], apart=apart(log, logs[0]))
+        row.update(linear=alone and speed / count / alone, memory=log[-1]["memory"], said=re.search(r"memory.*: about ([\d.]+ \S+) of", run.said.read_text())[1], loss=log[-1]["loss"], apart=apart(log, logs[0]))
         print(f"{who:<32}{speed:>12,.0f} tokens/s" + (f"{row['linear']:>7.1%} of linear" if row["linear"] else f"{'':>17}") + f"{row['memory'] / 2**30:>8.1f} GiB (said {row['said']})"
               f"   step {steps}: loss {row['loss']:.4f}" + f", {said_apart(row)}" * (len(logs) > 1), flush=True)
-    most = max(o.processes)
-    if most > 1 and stage == 1 and "failed" not in rows[-1]:
-        run = Steps(o, shape, stage, most, place / "stopped")
-        began, half = time.monotonic(), run.reach(o.steps // 2)
-        stopped = time.monotonic()
-        run.stop(signal.SIGTERM)
-        rows.append(dict(shape=shape, stage=stage, processes=most, stopped_s=time.monotonic() - stopped, checkpoint=sum(f.stat().st_size for f in (run.out / "checkpoints").glob("*.pt"))))
-        print(f"{shape}, stage {stage}, stopped {'half-way' if half else 'at its end'} after {stopped - began:.0f} s; a checkpoint of {rows[-1]['checkpoint'] / 2**30:.2f} GiB in {rows[-1]['stopped_s']:.0f} s", flush=True)
-        shutil.copytree(run.out, place / "half", ignore=shutil.ignore_patterns("data", "said"), copy_function=os.link)
-        there = len(run.log())
-        for count, out in ((most, run.out), (most // 2, place / "half")):
-            again = Steps(o, shape, stage, count, out, resume=True)
-            done = again.reach(o.steps)
-            again.stop()
-            log = again.log()[there:o.steps]
-            rows.append(dict(shape=shape, stage=stage, processes=count, resumed=there, **(dict(apart=apart(log, logs[-1])) if done else dict(failed=again.why()))))
-            print(f"{shape}, stage {stage}, goes on with {count}: " + (f"steps {log[0]['step']} to {log[-1]['step']}, {said_apart(rows[-1])}" if done else again.why()), flush=True)
+    if max(o.processes) > 1 and stage == 1 and "failed" not in rows[-1]:
+        rows += resume(o, shape, stage, place, logs[-1])
     if not any("failed" in row for row in rows):
         shutil.rmtree(place)
+    return rows
+
+
+def resume(o, shape, stage, place, log):
+    """What became of the largest run, of which `log` is the log, when it was stopped half-way."""
+    most, began = max(o.processes), time.monotonic()
+    with Steps(o, shape, stage, most, place / "stopped") as run:
+        failed, stopped = run.reach(o.steps // 2), time.monotonic()
+        run.stop(signal.SIGTERM)
+        took, there, size = time.monotonic() - stopped, run.log()[-1]["step"] if run.log() else 0, sum(f.stat().st_size for f in (run.out / "checkpoints").glob("*.pt"))
+    failed = failed or "left no checkpoint" * (not size) or f"was at step {there} before it could be stopped; more --steps" * (there >= o.steps)
+    rows = [dict(shape=shape, stage=stage, processes=most, stopped_s=took, checkpoint=size, **{"failed": failed} if failed else {})]
+    print(f"{shape}, stage {stage}, stopped: " + (failed or f"{stopped - began:.0f} s after its start, at step {there}; {took:.0f} s later it had ended and left {size / 2**30:.2f} GiB"), flush=True)
+    if failed:
+        return rows
+    shutil.copytree(run.out, place / "half", ignore=shutil.ignore_patterns("data", "said"), copy_function=os.link)
+    for count, out in ((most, run.out), (most // 2, place / "half")):
+        with Steps(o, shape, stage, count, out, resume=True) as again:
+            failed = again.reach(o.steps)
+        failed = failed or "did not go on from its checkpoint" * ("note:" in again.said.read_text())
+        new = again.log()[there:o.steps]
+        rows.append(dict(shape=shape, stage=stage, processes=count, resumed=there, **{"failed": failed} if failed else {"apart": apart(new, log)}))
+        print(f"{shape}, stage {stage}, goes on with {count}: " + (failed or f"steps {there + 1} to {o.steps}, {said_apart(rows[-1])}"), flush=True)
     return rows
 
 
@@ -164,16 +176,17 @@ def main(argv):
     parser = mil.Parser(prog="scaling.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["8B", "3B"] if CUDA else ["toy"], choices=SHAPES, help="of the teacher, and of the student that it becomes")
     parser.add_argument("--stages", nargs="+", type=int, default=[1, 2], choices=TRAINS, help="1: the new mixers train; 2: everything. Stage 1 is also stopped")
-    parser.add_argument("--processes", nargs="+", type=int, default=[n for n in (1, 2, 4, 8) if n <= most], help="in rising order")
-    parser.add_argument("--rows", type=int, default=4, help="sequences a process at once")
-    parser.add_argument("--steps", type=int, default=50, help="how many; the run is then broken off")
-    parser.add_argument("--shard", default="trained", choices=td.CHOICES["shard"], help="as train_distill.py's")
-    parser.add_argument("--out", default="out/scaling", help="for the teachers, which stay, the runs and scaling.json")
+    parser.add_argument("--processes", nargs="+", type=int, default=[n for n in (1, 2, 4, 8, most) if most % n == 0], help="how many, of each row (%(default)s)")
+    parser.add_argument("--rows", type=int, default=4, help="sequences a process at once (%(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="how many; the run is then broken off (%(default)s)")
+    parser.add_argument("--shard", default="trained", choices=td.CHOICES["shard"], help="as train_distill.py's (%(default)s)")
+    parser.add_argument("--out", default="out/scaling", help="for the teachers, which stay, the runs and scaling.json (%(default)s)")
     o = parser.parse_args(argv)
+    o.processes = sorted({*o.processes})
     if not CUDA and {*o.shapes} - {"toy"}:
         raise MilError(f"--shapes {' '.join(o.shapes)}: without CUDA expected toy")
-    if o.steps <= FIRST or o.rows < 1 or any(n < 1 or max(o.processes) % n for n in o.processes):
-        raise MilError(f"expected more than {FIRST} --steps, one of --rows or more, and --processes that divide the largest of them")
+    if not FIRST < o.steps < 100 or o.rows < 1 or any(n < 1 or max(o.processes) % n for n in o.processes) or CUDA and o.processes[-1] > most:
+        raise MilError(f"expected {FIRST + 1} to 99 --steps, one of --rows or more, and --processes that divide the largest of them" + f", at most {most}, as there are GPUs" * CUDA)
     machine = torch.cuda.get_device_name() if CUDA else f"{os.cpu_count()} CPU cores"
     print(f"{machine}, torch {torch.__version__}; {o.rows} rows a process at once, {o.rows * max(o.processes)} a step", flush=True)
     rows = []
@@ -185,4 +198,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not before the runs have been stopped
     run_command(main)

@@ -216,9 +216,7 @@ def gradients(run, stage, teacher, corpus):
     parts, count = t.training_batches(run, corpus, [7])(3)
     spread = lambda: [sum(hasattr(w, "device_mesh") for w in pair.layers[0].parameters() if w.requires_grad == learns) for learns in (True, False)]  # noqa: E731
     held = [spread()]
-    for i, part in enumerate(parts):
-        if run.size > 1:
-            pair.set_requires_gradient_sync(i == len(parts) - 1)
+    for part in parts:
         loss, _ = pair(part, stage, run.size / count)
         held.append(spread())
         loss.backward()
@@ -234,7 +232,7 @@ def shared_work(rank, place, accumulate, shard, stage, teacher, corpus):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("train, accumulate, shard", [("mixers", 1, "trained"), ("mixers", 1, "all"), ("all", 1, "optimizer"), ("all", 2, "trained")])
+@pytest.mark.parametrize("train, accumulate, shard", [("mixers", 1, "trained"), ("mixers", 1, "all"), ("all", 1, "grads"), ("all", 2, "trained")])
 def test_two_processes_have_the_gradients_of_one(tmp_path, train, accumulate, shard):
     """Sharded with FSDP2, stage 1 with tensors that teacher and student share, and a batch in which some rows teach more than others."""
     teacher = tiny_teacher(tied=True).cpu()
@@ -249,7 +247,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, train, accumulate, sh
         worker.join(100)
     found, held = torch.load(tmp_path / "found.pt")
     trained, others = 8 if train == "mixers" else 13, 9 * (shard == "all")
-    assert held == [[trained, others], *[[trained * (shard != "optimizer"), others]] * accumulate, [trained, others]]
+    assert held == [[trained, others], *[[trained * (shard != "grads"), others]] * accumulate, [trained, others]]
     assert found.keys() == single.keys() and len(found) == (16 if train == "mixers" else 46)
     for k, w in single.items():
         assert_close(found[k], w, 2e-5, k, noise=1e-9)
@@ -286,18 +284,30 @@ def test_a_process_that_failed_does_not_wait_for_the_others(monkeypatch, tmp_pat
     assert ended == [True] * waits
 
 
-@pytest.mark.parametrize("device, there, uses, backend", [("", True, "cuda:3", "nccl"), ("cuda", True, "cuda:3", "nccl"), ("cpu", True, "cpu", "gloo"), ("", False, "", "gloo")])
-def test_each_process_of_torchrun_takes_its_own_gpu_and_touches_no_other(monkeypatch, device, there, uses, backend):
+def started_by_torchrun(monkeypatch, gpus, device):
+    """What the fourth process of a machine, the twelfth of all, asks for."""
     asked = []
-    monkeypatch.setenv("RANK", "11")
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    monkeypatch.setattr(t.torch.cuda, "is_available", lambda: there)
+    for name, value in dict(RANK=11, LOCAL_RANK=3, WORLD_SIZE=16, MASTER_ADDR="here", MASTER_PORT=1).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(t.torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(t.torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(t, "pick_device", lambda name: asked.append(name) or torch.device(name or "cpu"))
     monkeypatch.setattr(t.dist, "init_process_group", lambda backend, **more: asked.append((backend, more["device_id"] and str(more["device_id"]))))
     monkeypatch.setattr(t.dist, "get_rank", lambda: 11)
     monkeypatch.setattr(t.dist, "get_world_size", lambda: 16)
     run = t.begin(t.Settings(device=device))
-    assert asked == [uses, (backend, uses if backend == "nccl" else None)] and (run.rank, run.size) == (11, 16)
+    return asked, run.rank, run.size
+
+
+@pytest.mark.parametrize("device, gpus, uses, backend", [("", 4, "cuda:3", "nccl"), ("cuda", 4, "cuda:3", "nccl"), ("cpu", 4, "cpu", "gloo"), ("", 0, "", "gloo")])
+def test_each_process_of_torchrun_takes_its_own_gpu_and_touches_no_other(monkeypatch, device, gpus, uses, backend):
+    assert started_by_torchrun(monkeypatch, gpus, device) == ([uses, (backend, uses if backend == "nccl" else None)], 11, 16)
+
+
+@pytest.mark.parametrize("device, gpus, match", [("", 3, "process 3 finds no GPU of its own, there are 3; expected torchrun with --nproc_per_node 3"), ("cuda:1", 4, "--device cuda:1: behind torchrun")])
+def test_a_process_without_a_gpu_of_its_own_says_so(monkeypatch, device, gpus, match):
+    with pytest.raises(MilError, match=match):
+        started_by_torchrun(monkeypatch, gpus, device)
 
 
 def test_a_run_of_two_processes_says_what_a_run_of_one_says(data, undisturbed, tmp_path):

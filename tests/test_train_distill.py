@@ -698,8 +698,14 @@ def test_the_memory_said_beforehand_counts_what_trains_and_what_only_reads():
         stage = t.Stage(train=train, mixers=HALF)
         parts = t.memory_needed(s, config, stage, 77, 5)
         assert (parts["teacher"], parts["student"], parts["AdamW"]) == (82, 4 * trained, 8 * trained) and parts["activations, loss, gradients"] > 0
-        two = lambda shard: [t.memory_needed(dataclasses.replace(s, shard=shard), config, stage, 78, processes=2)[part] for part in ("teacher", "student", "AdamW")]  # noqa: E731
-        assert two("trained") == [78, 2 * trained, 4 * trained] and two("all") == [39, 2 * trained, 4 * trained] and two("optimizer") == [78, 6 * trained, 4 * trained]
+        two = lambda shard, **more: t.memory_needed(dataclasses.replace(s, shard=shard, **more), config, stage, 78, processes=2)  # noqa: E731
+        assert "gathered" not in parts and all([two(shard)[part] for part in ("teacher", "student", "AdamW")] == [whole, 2 * trained, 4 * trained]
+                                               for shard, whole in (("trained", 78), ("all", 39), ("grads", 78)))
+        ends = 2 * 1000 * 64 + 64 if train == "all" else 0
+        assert two("trained")["gathered"] == 4 * (ends + (trained - ends) / 2) and two("grads")["gathered"] == 4 * trained
+        assert two("trained")["gathered"] < two("all")["gathered"] < two("trained")["gathered"] + 78
+        one = t.memory_needed(dataclasses.replace(s, accumulate=4), config, stage, 78)  # as many tokens at once
+        assert one["activations, loss, gradients"] - two("trained", accumulate=2)["activations, loss, gradients"] == 2 * trained
     last = lambda **more: t.memory_needed(dataclasses.replace(s, context=4096, **more), config, stage, 77)["activations, loss, gradients"]  # noqa: E731
     assert last(batch=4) > 1.5 * last() > 1.5 * last(recompute="mlp") > last(recompute="block") and last(accumulate=2) < last()
 
