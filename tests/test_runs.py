@@ -245,6 +245,9 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, train, accumulate, sh
         worker.start()
     for worker in workers:
         worker.join(100)
+        worker.kill()  # where the other has failed
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
     found, held = torch.load(tmp_path / "found.pt")
     trained, others = 8 if train == "mixers" else 13, 9 * (shard == "all")
     assert held == [[trained, others], *[[trained * (shard != "grads"), others]] * accumulate, [trained, others]]
@@ -266,6 +269,27 @@ def test_an_earlier_stages_sharded_models_leave_the_memory_before_the_next_come(
         assert there == [None, None]
     finally:
         dist.destroy_process_group()
+
+
+def test_when_one_of_two_processes_fails_the_run_ends_and_says_why(data, tmp_path):
+    """While the other waits for it in an exchange: with NCCL where there are two GPUs."""
+    script = tmp_path / "fails.py"
+    script.write_text(f"""import os, sys
+sys.path.insert(0, {str(Path(t.__file__).parent)!r})
+import train_distill as t
+def windows(*args, made=[], make=t.windows):
+    made.append(1)
+    if os.environ["RANK"] == "1" and len(made) == 9:
+        raise t.MilError("the second process has had enough")
+    return make(*args)
+t.windows = windows
+t.run_command(t.main)
+""")
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", str(script), *data, "--out", str(tmp_path / "o"),
+                           *["--device", "cpu"] * (torch.cuda.device_count() < 2)], capture_output=True, text=True, timeout=200,
+                          env={**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1 and "error: the second process has had enough" in done.stderr and time.monotonic() - began < 100
 
 
 @pytest.mark.parametrize("ends, waits", [(None, True), (MilError("no"), False), (torch.OutOfMemoryError("full"), False)])
