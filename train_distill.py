@@ -747,7 +747,7 @@ def answer(run, work, rows, file, place, encoding):
                 out.write(json.dumps({**record, "number": number, "seed": seed, "tokens": [*(~i for i in ids), *reply]}, ensure_ascii=False) + "\n")
             out.flush()
             if run.stop:
-                leave(run)
+                leave(run)  # alone: the others may have no more to do
             made += sum(map(len, replies))
             seconds = time.perf_counter() - began
             show(f"answers: batch {turn} of {len(mine)}  {made / seconds:,.0f} tokens/s  ETA {clock(seconds / (turn - done) * (len(mine) - turn))}", done=turn == len(mine))
@@ -964,7 +964,7 @@ def whole(run, tensors):
 
 def shard(run, models, own):
     """Shard over all processes what trains, its gradients and AdamW's state (FSDP2, as ZeRO-3): each layer's weights are all-gathered for its forward pass and
-    again for its backward pass, with --shard grads once for both (as ZeRO-2), and its gradients reduce-scattered. What does not train is replicated, unless
+    again for its backward pass, with --shard grads once for both (as ZeRO-2), as are embedding and head always, and its gradients reduce-scattered. What does not train is replicated, unless
     --shard is all. own(part) makes what trains float32, one layer after the other, since all of it may have no room before it is sharded."""
     if not run.sharded:
         own("")
@@ -1402,7 +1402,7 @@ def flops(teacher, student, stage, context):
     return (forward_flops(teacher, context) if teacher and stage.beta > 0 else 0) + 2 * forward_flops(student, context) + 2 * matrices(student, stage.trains)
 
 
-def memory_needed(s, student, stage, teacher_bytes, base_bytes=0, processes=1, kind="cuda"):
+def memory_needed(s, student, stage, teacher_bytes, base_bytes=0, processes=1, kind="cuda", sharded=False):
     """About how many bytes each process takes at most, by part. teacher_bytes and base_bytes: of the teacher's weights and, where the student does not
     begin as the teacher, of its Llama's. What trains is float32, with AdamW's two moments; its gradients come while the activations go, so that the
     larger of the two counts. Kept for the backward pass, a token: what the layers' operations read (kernels.norm_linears and mlp), in the arithmetic's
@@ -1419,7 +1419,7 @@ def memory_needed(s, student, stage, teacher_bytes, base_bytes=0, processes=1, k
     loss = min(LOGITS[kind], tokens * student.v) * 3 * short + head * (4 + short)
     given = teacher_bytes + base_bytes
     parts = {"teacher": given / (processes if s.shard == "all" else 1), "student": 4 * trained / processes, "AdamW": 8 * trained / processes}
-    if processes > 1:  # at once the ends and two layers, or all
+    if sharded or processes > 1:  # at once the ends and two layers, or all
         gathered = lambda counts: sum(n * (2 / student.n_layers if name.startswith("layers.") else 1) for name, n in sizes.items() if counts(name))  # noqa: E731
         parts["gathered"] = 4 * (trained if s.shard == "grads" else gathered(stage.trains)) + given * gathered(lambda name: True) / sum(sizes.values()) * (s.shard == "all")
     largest = tokens * short * (one + 4 * student.d) + 4 * trained / processes
@@ -1456,7 +1456,7 @@ def announce(run, stages, teacher, base):
     for stage in before + stages:
         config, alone = dataclasses.replace(base, mixers=stage.mixers) if stage not in before else teacher, stage in before
         trained, tokens = sum(w.numel() for name, w in mil.empty_model(config).named_parameters() if stage.trains(name)), stage.steps * s.batch * s.context
-        parts = memory_needed(s, config, stage, *([0, 0] if alone else given), run.size, run.device.type)
+        parts = memory_needed(s, config, stage, *([0, 0] if alone else given), run.size, run.device.type, run.sharded)
         run.cost = max(run.cost, parts, key=lambda parts: sum(parts.values()))
         replayed += [stage.name] * graphs(run, stage, None if alone else teacher, config)
         seconds = flops(None if alone else teacher, config, stage, s.context) * tokens / (0.5 * peak * run.size)

@@ -95,7 +95,7 @@ class Steps:
                 return next((line for line in self.said.read_text().splitlines() if line.startswith("error:")), f"ended before step {step}; {self.said} has what it said")
             if time.monotonic() - began > 60 * minutes:
                 return f"not at step {step} after {minutes} minutes; {self.said} has what it said"
-            time.sleep(0.2)
+            time.sleep(0.02)
         return ""
 
     def stop(self, how=signal.SIGKILL):
@@ -110,9 +110,9 @@ class Steps:
 
 
 def apart(log, other):
-    """The largest relative differences of the losses and of the gradients' norms of the steps of `log`."""
+    """The largest relative differences of the losses and of the gradients' norms of the steps that both have."""
     theirs = {line["step"]: line for line in other}
-    return [max(abs(line[key] / theirs[line["step"]][key] - 1) for line in log) for key in ("loss", "gradient")]
+    return [max(abs(line[key] / theirs[line["step"]][key] - 1) for line in log if line["step"] in theirs) for key in ("loss", "gradient")]
 
 
 def said_apart(row):
@@ -135,7 +135,7 @@ def scale(o, shape, stage):
                 continue
         log = run.log()[:steps]
         logs.append(log)
-        speed = o.rows * max(o.processes) * SHAPES[shape].context * (log[-1]["step"] - log[FIRST - 1]["step"]) / (log[-1]["seconds"] - log[FIRST - 1]["seconds"])
+        speed = o.rows * max(o.processes) * SHAPES[shape].context * (log[-1]["step"] - log[FIRST - 1]["step"]) / max(0.01, log[-1]["seconds"] - log[FIRST - 1]["seconds"])
         row["tokens_s"] = speed
         alone = next((r["tokens_s"] for r in rows if r["processes"] == 1 and "tokens_s" in r), None)  # None where one has not enough memory
         row.update(linear=alone and speed / count / alone, memory=log[-1]["memory"], said=re.search(r"memory.*: about ([\d.]+ \S+) of", run.said.read_text())[1], loss=log[-1]["loss"], apart=apart(log, logs[0]))

@@ -1,11 +1,13 @@
 """Runs that end early, go on, are shared between processes; the teacher's answers; preferences."""
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -271,6 +273,69 @@ def test_an_earlier_stages_sharded_models_leave_the_memory_before_the_next_come(
         dist.destroy_process_group()
 
 
+def joined(rank, port, patch=None):
+    """Makes of this process one of two, as torchrun does."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    if patch:
+        patch(rank)
+
+
+@contextlib.contextmanager
+def two_started(argv, said, patch=None):
+    """A run in two processes: they, and a function that waits for their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = [CLEAN.Process(target=work, args=(argv, said, functools.partial(joined, rank, port, patch))) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    try:
+        yield workers, lambda: [worker.join(100) or worker.exitcode for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
+
+
+def late(rank):
+    """The second process answers after the first, which tokenises after it if that does not wait."""
+    if rank:
+        t.answer = lambda *args, answer=t.answer: (time.sleep(2), answer(*args))
+        t.load_corpus = lambda *args, load=t.load_corpus: (Path(args[0].out) / "first").stat() and load(*args)
+    else:
+        t.load_corpus = lambda *args, load=t.load_corpus: (time.sleep(1), (Path(args[0].out) / "first").write_text("x"), load(*args))[2]
+
+
+@pytest.fixture(scope="module")
+def table(data, tmp_path_factory):
+    """The flags of a run without answers of the teacher, in which a rounding may change a token, and its table."""
+    argv, place = [*data[:data.index("--pseudo_labels")], "--device", "cpu", "--out"], tmp_path_factory.mktemp("table")
+    finish([*argv, str(place / "o")], place / "said")
+    return argv, left(place / "o")[2]
+
+
+@pytest.mark.parametrize("shard", ["all", "grads"])
+def test_however_a_run_is_sharded_it_ends_with_the_table_of_one_process(table, tmp_path, shard):
+    argv, want = table
+    with two_started([*argv, str(tmp_path / "o"), "--shard", shard], tmp_path / "said") as (_, wait):
+        assert wait() == [0, 0], (tmp_path / "said").read_text()[-3000:]
+    for row, one in zip(left(tmp_path / "o")[2], want, strict=True):
+        assert row.pop("model") == one["model"] and row == pytest.approx({k: v for k, v in one.items() if k != "model"}, rel=1e-3, abs=1e-4)
+
+
+def test_of_two_processes_either_may_be_told_to_stop_and_both_do(data, tmp_path):
+    argv, log = [*data, "--out", str(tmp_path / "o"), "--teacher_steps", "3000"], tmp_path / "o" / "log.jsonl"
+    with two_started(argv, tmp_path / "said") as (workers, wait):
+        while not log.exists() or log.read_text().count("\n") < 2:
+            assert all(worker.is_alive() for worker in workers), (tmp_path / "said").read_text()
+            time.sleep(0.01)
+        workers[1].terminate()
+        assert wait() == [143, 143]
+    steps, said = [int(place.stem.split("-")[1]) for place in (tmp_path / "o" / "checkpoints").iterdir()], (tmp_path / "said").read_text()
+    assert steps and all(step % 10 == 0 for step in steps) and said.count("stopped by") == 1 and "Connection closed" not in said
+
+
 def test_when_one_of_two_processes_fails_the_run_ends_and_says_why(data, tmp_path):
     """While the other waits for it in an exchange: with NCCL where there are two GPUs."""
     script = tmp_path / "fails.py"
@@ -310,16 +375,17 @@ def test_a_process_that_failed_does_not_wait_for_the_others(monkeypatch, tmp_pat
 
 def started_by_torchrun(monkeypatch, gpus, device):
     """What the fourth process of a machine, the twelfth of all, asks for."""
-    asked = []
+    asked, times = [], []
     for name, value in dict(RANK=11, LOCAL_RANK=3, WORLD_SIZE=16, MASTER_ADDR="here", MASTER_PORT=1).items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(t.torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(t.torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(t, "pick_device", lambda name: asked.append(name) or torch.device(name or "cpu"))
-    monkeypatch.setattr(t.dist, "init_process_group", lambda backend, **more: asked.append((backend, more["device_id"] and str(more["device_id"]))))
+    monkeypatch.setattr(t.dist, "init_process_group", lambda backend, timeout, device_id: asked.append((backend, device_id and str(device_id))) or times.append(timeout))
     monkeypatch.setattr(t.dist, "get_rank", lambda: 11)
     monkeypatch.setattr(t.dist, "get_world_size", lambda: 16)
     run = t.begin(t.Settings(device=device))
+    assert times[0].total_seconds() > 3600  # in which process 0 may tokenise
     return asked, run.rank, run.size
 
 
@@ -335,11 +401,11 @@ def test_a_process_without_a_gpu_of_its_own_says_so(monkeypatch, device, gpus, m
 
 
 def test_a_run_of_two_processes_says_what_a_run_of_one_says(data, undisturbed, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", str(Path(t.__file__)), *data, "--out", str(tmp_path / "o")],
-                          capture_output=True, text=True, timeout=300,
-                          env={**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("chosen preferred") == 1 and "2 processes, each with " in done.stdout and "FSDP2-wrapped" not in done.stderr
+    with two_started([*data, "--out", str(tmp_path / "o")], tmp_path / "said", late) as (_, wait):
+        codes, said = wait(), (tmp_path / "said").read_text()
+    assert codes == [0, 0], said[-3000:]
+    assert said.count("chosen preferred") == 1 and "2 processes, each with " in said and "FSDP2-wrapped" not in said
+    assert sum(len(path.read_text().splitlines()) for path in (tmp_path / "o" / "data").glob("*.answers.?of2.jsonl")) == 30
     (weights, log, rows), (_, want, want_rows) = left(tmp_path / "o"), undisturbed
     assert len(log) == len(want)
     for mine, theirs in zip(log, want):

@@ -1,6 +1,7 @@
 """tests/scaling.py, of the smallest size."""
 import json
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -27,7 +28,62 @@ def test_two_processes_and_one_sharded_make_the_steps_of_one_and_a_stopped_run_g
 
 def test_runs_are_apart_by_their_worst_step():
     line = lambda step, loss, gradient: dict(step=step, loss=loss, gradient=gradient)  # noqa: E731
-    assert scaling.apart([line(2, 4, 1), line(3, 2, 1)], [line(1, 9, 9), line(2, 4, 2), line(3, 4, 1)]) == [0.5, 0.5]
+    assert scaling.apart([line(2, 4, 1), line(3, 2, 1), line(4, 9, 9)], [line(1, 9, 9), line(2, 4, 2), line(3, 4, 1)]) == [0.5, 0.5]
+
+
+class Played:
+    """A run whose losses are 1 and as many thousandths as it is given, at one second a step."""
+    started, OFF = [], {(1, False): [0, 3], (1, True): [5], (2, False): [20, 70, 0], (2, True): [0]}
+
+    def __init__(self, o, shape, stage, count, out, resume=False, sharded=False):
+        self.count, self.resume, self.out, self.said = count, resume, out, out.parent / "said"
+        self.off = 90 if resume and count == 2 else 40 if resume else self.OFF[count, sharded].pop(0)
+        self.started.append(self)
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (out / "checkpoints" / "1.pt").write_text("x")
+        self.said.write_text("memory of each process: about 2.5 GiB of 3 GiB")
+        self.steps, self.stopped = 0, []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stopped.append("killed")
+
+    def stop(self, how):
+        self.stopped.append(how)
+
+    def reach(self, step):
+        self.steps = step
+        return ""
+
+    def log(self):
+        return [dict(step=i, loss=1 + self.off / 1000, gradient=2, seconds=i, memory=7) for i in range(1, self.steps + 1)]
+
+
+def test_a_table_compares_each_row_with_the_first_and_resumed_runs_with_the_one_that_was_not_stopped(monkeypatch, tmp_path):
+    monkeypatch.setattr(scaling, "Steps", Played)
+    o = SimpleNamespace(processes=[1, 2], rows=1, steps=40, out=tmp_path, shard="trained")
+    one, again, alone, two, stopped, *on = scaling.scale(o, "toy", 1)
+    assert [row["apart"][0] for row in (one, again, alone, two)] == pytest.approx([0, 0.003, 0.005, 0.02]) and [row["linear"] for row in (one, again, alone, two)] == [1, 1, 1, 0.5]
+    assert [row["said"] for row in (one, two)] == ["2.5 GiB"] * 2 and one["tokens_s"] == 2 * scaling.SHAPES["toy"].context
+    assert stopped["checkpoint"] == 1 and [(row["processes"], row["resumed"]) for row in on] == [(2, 20), (1, 20)]
+    assert [row["apart"][0] for row in on] == pytest.approx([1.09 / 1.02 - 1, 1.04 / 1.02 - 1])
+    assert [run.stopped for run in Played.started] == [["killed"]] * 4 + [[signal.SIGTERM, "killed"]] + [["killed"]] * 2
+
+
+def test_the_commands_of_the_rows_take_the_same_batch_and_say_how_it_is_sharded(monkeypatch, tmp_path):
+    argv = []
+    monkeypatch.setattr(scaling, "teacher", lambda place, config: place)
+    monkeypatch.setattr(scaling.subprocess, "Popen", lambda words, **_: argv.append(" ".join(map(str, words))))
+    o = SimpleNamespace(processes=[1, 2, 4], rows=3, steps=40, out=tmp_path, shard="grads")
+    for count, more in ((1, {}), (1, dict(sharded=True)), (2, {}), (4, dict(resume=True))):
+        scaling.Steps(o, "toy", 2, count, tmp_path / "o", **more)
+    for words, (count, accumulate) in zip(argv, ((0, 4), (1, 4), (2, 2), (4, 1))):
+        assert f" --accumulate {accumulate} " in words and " --batch 12 " in words and " --shard grads " in words and "train_distill.py " in words
+        assert (f" -m torch.distributed.run --standalone --nproc_per_node {count} -- " in words) == (count > 0) == ("torch.distributed" in words)
+        assert words.endswith(" --resume") == (count == 4)
+    assert json.loads((tmp_path / "o" / "recipe.json").read_text())[0]["train"] == "all"
 
 
 @pytest.mark.parametrize("said, ended, why", [("data: x\nerror: the GPU's memory is full\nTraceback\n", 1, "error: the GPU's memory is full"), ("killed\n", 1, "ended before step 3; .*said has"),

@@ -210,6 +210,9 @@ def test_two_processes_and_two_parts_train_and_log_as_one(tmp_path):
         worker.start()
     for worker in workers:
         worker.join(100)
+        worker.kill()  # where the other has failed
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
     one, two = ([json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in ("one", "two0"))
     for key in ("loss", "ce", "kl", "gradient"):
         assert [record[key] for record in two] == pytest.approx([record[key] for record in one], rel=1e-3), key

@@ -704,10 +704,22 @@ def test_the_memory_said_beforehand_counts_what_trains_and_what_only_reads():
         ends = 2 * 1000 * 64 + 64 if train == "all" else 0
         assert two("trained")["gathered"] == 4 * (ends + (trained - ends) / 2) and two("grads")["gathered"] == 4 * trained
         assert two("trained")["gathered"] < two("all")["gathered"] < two("trained")["gathered"] + 78
-        one = t.memory_needed(dataclasses.replace(s, accumulate=4), config, stage, 78)  # as many tokens at once
-        assert one["activations, loss, gradients"] - two("trained", accumulate=2)["activations, loss, gradients"] == 2 * trained
+        for batch, context, less in ((2, 2, 2 * trained), (2, 2000, 0)):  # as many tokens at once: of few the gradient counts, of many the activations
+            one = t.memory_needed(dataclasses.replace(s, batch=batch, context=context), config, stage, 78)["activations, loss, gradients"]
+            assert one - two("trained", batch=2 * batch, context=context)["activations, loss, gradients"] == less
+        one = t.memory_needed(dataclasses.replace(s, accumulate=4), config, stage, 78)["activations, loss, gradients"]  # and in parts both
+        assert one - two("trained", accumulate=2)["activations, loss, gradients"] == 2 * trained
     last = lambda **more: t.memory_needed(dataclasses.replace(s, context=4096, **more), config, stage, 77)["activations, loss, gradients"]  # noqa: E731
     assert last(batch=4) > 1.5 * last() > 1.5 * last(recompute="mlp") > last(recompute="block") and last(accumulate=2) < last()
+
+
+def test_what_is_said_beforehand_is_of_as_many_processes_as_there_are(monkeypatch, capsys):
+    asked, config = [], Config(v=100, d=16, n_layers=4, n_heads=2, n_kv_heads=1, d_ff=20, mixers=HALF)
+    monkeypatch.setattr(t, "memory_needed", lambda *args: asked.append(args[5:]) or {"student": 2.0**30})
+    for size in (1, 4):
+        t.announce(t.Run(t.Settings(batch=4, context=16, dtype="float32"), torch.device("cpu"), 0, size), [t.Stage(mixers=HALF, steps=1)], config, config)
+    one, four = [float(line.partition("of ")[2].partition(" GiB")[0]) for line in capsys.readouterr().out.replace(" of each process", "").splitlines() if line.startswith("memory")]
+    assert set(asked) == {(1, "cpu", False), (4, "cpu", False)} and four == pytest.approx(one / 4, rel=0.05)
 
 
 def test_a_list_of_conversations_in_one_piece_is_refused(tmp_path):
