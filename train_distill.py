@@ -964,8 +964,9 @@ def whole(run, tensors):
 
 def shard(run, models, own):
     """Shard over all processes what trains, its gradients and AdamW's state (FSDP2, as ZeRO-3): each layer's weights are all-gathered for its forward pass and
-    again for its backward pass, with --shard grads once for both (as ZeRO-2), as are embedding and head always, and its gradients reduce-scattered. What does not train is replicated, unless
-    --shard is all. own(part) makes what trains float32, one layer after the other, since all of it may have no room before it is sharded."""
+    again for its backward pass, with --shard grads once for both (as ZeRO-2), as embedding and head always are, and its gradients reduce-scattered. What does
+    not train is replicated, unless --shard is all. own(part) makes what trains float32, one layer after the other, since before it is sharded there may be no
+    room for all of it."""
     if not run.sharded:
         own("")
         return models

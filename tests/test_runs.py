@@ -352,7 +352,7 @@ t.run_command(t.main)
 """)
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", str(script), *data, "--out", str(tmp_path / "o"),
-                           *["--device", "cpu"] * (torch.cuda.device_count() < 2)], capture_output=True, text=True, timeout=200,
+                           *["--device", "cuda"] * (torch.cuda.device_count() > 1)], capture_output=True, text=True, timeout=200,
                           env={**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 1 and "error: the second process has had enough" in done.stderr and time.monotonic() - began < 100
 
