@@ -919,9 +919,8 @@ def begin(s):
     local, gpu = int(os.environ["LOCAL_RANK"]), s.device.startswith("cuda") or not s.device and torch.cuda.is_available()
     if s.device.startswith("cuda:"):
         raise MilError(f"--device {s.device}: behind torchrun each process takes a GPU of its own; expected cuda or cpu (CUDA_VISIBLE_DEVICES says which GPUs there are)")
-    if gpu and local >= torch.cuda.device_count():
-        raise MilError(f"process {local} finds no GPU of its own, there are {torch.cuda.device_count()}; expected torchrun with --nproc_per_node {torch.cuda.device_count()} "
-                       "at most, or --device cpu")
+    if gpu and 0 < (there := torch.cuda.device_count()) <= local:
+        raise MilError(f"process {local} finds no GPU of its own, there are {there}; expected torchrun with --nproc_per_node {there} at most, or --device cpu")
     device = pick_device(f"cuda:{local}" if gpu else s.device)
     dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=12), device_id=device if gpu else None)  # process 0 may tokenise for long
     return Run(s, device, dist.get_rank(), dist.get_world_size())
@@ -976,6 +975,7 @@ def shard(run, models, own):
     for part, module in [*((f"layers.{i}.", layer) for i, layer in enumerate(models.layers)), (("embed_tokens", "norm", "lm_head"), models)]:
         own(part)
         replicated = set() if run.s.shard == "all" else {w for w in module.parameters() if not w.requires_grad}
+        # left out, reshard_after_forward is True, but of the outermost module False
         fully_shard(module, mesh=mesh, ignored_params=replicated, **{"reshard_after_forward": False} if run.s.shard == "grads" else {})
     return models
 
@@ -1245,11 +1245,11 @@ class Source:
         """The teacher and the student's Llama, in the types of their files where the arithmetic is bfloat16: they only read."""
         if self.kept:
             return self.kept
-        s, sharded = self.run.s, self.run.sharded and self.run.s.shard == "all"
-        load = lambda place: mil.load(place, None if sharded else self.run.device, None if s.dtype == "bfloat16" else torch.float32)  # noqa: E731
+        s, keeps = self.run.s, not self.run.sharded or self.run.s.shard != "all"
+        load = lambda place: mil.load(place, self.run.device if keeps else None, None if s.dtype == "bfloat16" else torch.float32)  # noqa: E731
         teacher = load(self.place)
         found = teacher, load(s.init_from) if s.init_from else mil.keep_layers(teacher, chosen_layers(s)) if s.student_layers else teacher
-        self.kept = None if sharded else found
+        self.kept = found if keeps else None
         return found
 
 
@@ -1403,7 +1403,7 @@ def flops(teacher, student, stage, context):
     return (forward_flops(teacher, context) if teacher and stage.beta > 0 else 0) + 2 * forward_flops(student, context) + 2 * matrices(student, stage.trains)
 
 
-def memory_needed(s, student, stage, teacher_bytes, base_bytes=0, processes=1, kind="cuda", sharded=False):
+def memory_needed(s, student, stage, teacher_bytes, base_bytes=0, processes=1, kind="cuda"):
     """About how many bytes each process takes at most, by part. teacher_bytes and base_bytes: of the teacher's weights and, where the student does not
     begin as the teacher, of its Llama's. What trains is float32, with AdamW's two moments; its gradients come while the activations go, so that the
     larger of the two counts. Kept for the backward pass, a token: what the layers' operations read (kernels.norm_linears and mlp), in the arithmetic's
@@ -1420,7 +1420,7 @@ def memory_needed(s, student, stage, teacher_bytes, base_bytes=0, processes=1, k
     loss = min(LOGITS[kind], tokens * student.v) * 3 * short + head * (4 + short)
     given = teacher_bytes + base_bytes
     parts = {"teacher": given / (processes if s.shard == "all" else 1), "student": 4 * trained / processes, "AdamW": 8 * trained / processes}
-    if sharded or processes > 1:  # at once the ends and two layers, or all
+    if processes > 1:  # at once the ends and two layers, or all
         gathered = lambda counts: sum(n * (2 / student.n_layers if name.startswith("layers.") else 1) for name, n in sizes.items() if counts(name))  # noqa: E731
         parts["gathered"] = 4 * (trained if s.shard == "grads" else gathered(stage.trains)) + given * gathered(lambda name: True) / sum(sizes.values()) * (s.shard == "all")
     largest = tokens * short * (one + 4 * student.d) + 4 * trained / processes
@@ -1457,7 +1457,7 @@ def announce(run, stages, teacher, base):
     for stage in before + stages:
         config, alone = dataclasses.replace(base, mixers=stage.mixers) if stage not in before else teacher, stage in before
         trained, tokens = sum(w.numel() for name, w in mil.empty_model(config).named_parameters() if stage.trains(name)), stage.steps * s.batch * s.context
-        parts = memory_needed(s, config, stage, *([0, 0] if alone else given), run.size, run.device.type, run.sharded)
+        parts = memory_needed(s, config, stage, *([0, 0] if alone else given), run.size, run.device.type)
         run.cost = max(run.cost, parts, key=lambda parts: sum(parts.values()))
         replayed += [stage.name] * graphs(run, stage, None if alone else teacher, config)
         seconds = flops(None if alone else teacher, config, stage, s.context) * tokens / (0.5 * peak * run.size)

@@ -138,8 +138,9 @@ def scale(o, shape, stage):
         speed = o.rows * max(o.processes) * SHAPES[shape].context * (log[-1]["step"] - log[FIRST - 1]["step"]) / max(0.01, log[-1]["seconds"] - log[FIRST - 1]["seconds"])
         row["tokens_s"] = speed
         alone = next((r["tokens_s"] for r in rows if r["processes"] == 1 and "tokens_s" in r), None)  # None where one has not enough memory
-        row.update(linear=alone and speed / count / alone, memory=log[-1]["memory"], said=re.search(r"memory.*: about ([\d.]+ \S+) of", run.said.read_text())[1], loss=log[-1]["loss"], apart=apart(log, logs[0]))
-        print(f"{who:<32}{speed:>12,.0f} tokens/s" + (f"{row['linear']:>7.1%} of linear" if row["linear"] else f"{'':>17}") + f"{row['memory'] / 2**30:>8.1f} GiB (said {row['said']})"
+        said = re.search(r"memory.*: about ([\d.]+ \S+) of", run.said.read_text())[1]
+        row.update(linear=alone and speed / count / alone, memory=log[-1]["memory"], said=said, loss=log[-1]["loss"], apart=apart(log, logs[0]))
+        print(f"{who:<32}{speed:>12,.0f} tokens/s" + (f"{row['linear']:>7.1%} of linear" if row["linear"] else f"{'':>17}") + f"{row['memory'] / 2**30:>8.1f} GiB (said {said})"
               f"   step {steps}: loss {row['loss']:.4f}" + f", {said_apart(row)}" * (len(logs) > 1), flush=True)
     if max(o.processes) > 1 and stage == 1 and "failed" not in rows[-1]:
         rows += resume(o, shape, stage, place, logs[-1])

@@ -211,6 +211,18 @@ def test_resume_without_a_checkpoint_begins_and_of_a_finished_run_says_so(data, 
 # Several processes
 
 
+def in_two_processes(function, *args):
+    """function(rank, *args) in each."""
+    workers = [CLEAN.Process(target=function, args=(rank, *args)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(100)
+        worker.kill()  # where the other has failed
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+
+
 def gradients(run, stage, teacher, corpus):
     """Of one step, all of every tensor that trains; and how many of a layer's tensors a process holds a part of, of those that train and of the others, before
     the forward pass, after it, and after the backward pass."""
@@ -242,14 +254,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, train, accumulate, sh
     corpus = some_tokens(np.where(np.arange(400) % 11 < 4, tokens, ~tokens))
     stage = t.Stage(train=train, mixers=["mamba2", "attention", "mamba2", "attention"])
     single, _ = gradients(t.Run(t.Settings(batch=4, context=16, dtype="float32"), torch.device("cpu")), stage, teacher, corpus)
-    workers = [CLEAN.Process(target=shared_work, args=(rank, tmp_path, accumulate, shard, stage, teacher, corpus)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(100)
-        worker.kill()  # where the other has failed
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0, 0]
+    in_two_processes(shared_work, tmp_path, accumulate, shard, stage, teacher, corpus)
     found, held = torch.load(tmp_path / "found.pt")
     trained, others = 8 if train == "mixers" else 13, 9 * (shard == "all")
     assert held == [[trained, others], *[[trained * (shard != "grads"), others]] * accumulate, [trained, others]]
@@ -389,7 +394,8 @@ def started_by_torchrun(monkeypatch, gpus, device):
     return asked, run.rank, run.size
 
 
-@pytest.mark.parametrize("device, gpus, uses, backend", [("", 4, "cuda:3", "nccl"), ("cuda", 4, "cuda:3", "nccl"), ("cpu", 4, "cpu", "gloo"), ("", 0, "", "gloo")])
+@pytest.mark.parametrize("device, gpus, uses, backend", [("", 4, "cuda:3", "nccl"), ("cuda", 4, "cuda:3", "nccl"), ("cpu", 4, "cpu", "gloo"), ("", 0, "", "gloo"),
+                                                             ("cuda", 0, "cuda:3", "nccl")])  # which pick_device refuses
 def test_each_process_of_torchrun_takes_its_own_gpu_and_touches_no_other(monkeypatch, device, gpus, uses, backend):
     assert started_by_torchrun(monkeypatch, gpus, device) == ([uses, (backend, uses if backend == "nccl" else None)], 11, 16)
 

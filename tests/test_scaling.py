@@ -32,13 +32,12 @@ def test_runs_are_apart_by_their_worst_step():
 
 
 class Played:
-    """A run whose losses are 1 and as many thousandths as it is given, at one second a step."""
-    started, OFF = [], {(1, False): [0, 3], (1, True): [5], (2, False): [20, 70, 0], (2, True): [0]}
+    """A run whose losses are 1 and as many thousandths as the next of `OFF`, at one second a step."""
+    OFF = 0, 3, 5, 20, 70, 90, 40
 
     def __init__(self, o, shape, stage, count, out, resume=False, sharded=False):
-        self.count, self.resume, self.out, self.said = count, resume, out, out.parent / "said"
-        self.off = 90 if resume and count == 2 else 40 if resume else self.OFF[count, sharded].pop(0)
-        self.started.append(self)
+        self.out, self.said, self.off = out, out.parent / "said", self.OFF[len(o.started)]
+        o.started.append(self)
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
         (out / "checkpoints" / "1.pt").write_text("x")
         self.said.write_text("memory of each process: about 2.5 GiB of 3 GiB")
@@ -63,13 +62,13 @@ class Played:
 
 def test_a_table_compares_each_row_with_the_first_and_resumed_runs_with_the_one_that_was_not_stopped(monkeypatch, tmp_path):
     monkeypatch.setattr(scaling, "Steps", Played)
-    o = SimpleNamespace(processes=[1, 2], rows=1, steps=40, out=tmp_path, shard="trained")
+    o = SimpleNamespace(processes=[1, 2], rows=1, steps=40, out=tmp_path, started=[])
     one, again, alone, two, stopped, *on = scaling.scale(o, "toy", 1)
     assert [row["apart"][0] for row in (one, again, alone, two)] == pytest.approx([0, 0.003, 0.005, 0.02]) and [row["linear"] for row in (one, again, alone, two)] == [1, 1, 1, 0.5]
     assert [row["said"] for row in (one, two)] == ["2.5 GiB"] * 2 and one["tokens_s"] == 2 * scaling.SHAPES["toy"].context
     assert stopped["checkpoint"] == 1 and [(row["processes"], row["resumed"]) for row in on] == [(2, 20), (1, 20)]
     assert [row["apart"][0] for row in on] == pytest.approx([1.09 / 1.02 - 1, 1.04 / 1.02 - 1])
-    assert [run.stopped for run in Played.started] == [["killed"]] * 4 + [[signal.SIGTERM, "killed"]] + [["killed"]] * 2
+    assert [run.stopped for run in o.started] == [["killed"]] * 4 + [[signal.SIGTERM, "killed"]] + [["killed"]] * 2
 
 
 def test_the_commands_of_the_rows_take_the_same_batch_and_say_how_it_is_sharded(monkeypatch, tmp_path):

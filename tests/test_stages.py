@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from conftest import assert_close
 from test_train_distill import (HALF, fitted, plain_loss, plans, random_batches, recipe, small_run, some_tokens, tiny_teacher)
-from test_runs import CLEAN, server  # noqa: F401
+from test_runs import in_two_processes, server  # noqa: F401
 
 import generate as g
 import mil
@@ -205,14 +205,7 @@ def test_two_processes_and_two_parts_train_and_log_as_one(tmp_path):
     teacher, corpus = tiny_teacher().cpu(), some_tokens(np.random.default_rng(1).integers(0, 256, 400))
     stage = t.Stage(train="all", mixers=HALF, steps=4, lr=1e-2)
     fit_log(t.Run(t.Settings(batch=4, context=16, dtype="float32"), torch.device("cpu")), tmp_path / "one", stage, teacher, corpus)
-    workers = [CLEAN.Process(target=fit_shared, args=(rank, tmp_path, stage, teacher, corpus)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(100)
-        worker.kill()  # where the other has failed
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0, 0]
+    in_two_processes(fit_shared, tmp_path, stage, teacher, corpus)
     one, two = ([json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in ("one", "two0"))
     for key in ("loss", "ce", "kl", "gradient"):
         assert [record[key] for record in two] == pytest.approx([record[key] for record in one], rel=1e-3), key

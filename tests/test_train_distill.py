@@ -719,7 +719,7 @@ def test_what_is_said_beforehand_is_of_as_many_processes_as_there_are(monkeypatc
     for size in (1, 4):
         t.announce(t.Run(t.Settings(batch=4, context=16, dtype="float32"), torch.device("cpu"), 0, size), [t.Stage(mixers=HALF, steps=1)], config, config)
     one, four = [float(line.partition("of ")[2].partition(" GiB")[0]) for line in capsys.readouterr().out.replace(" of each process", "").splitlines() if line.startswith("memory")]
-    assert set(asked) == {(1, "cpu", False), (4, "cpu", False)} and four == pytest.approx(one / 4, rel=0.05)
+    assert set(asked) == {(1, "cpu"), (4, "cpu")} and four == pytest.approx(one / 4, rel=0.05)
 
 
 def test_a_list_of_conversations_in_one_piece_is_refused(tmp_path):
