@@ -821,11 +821,9 @@ class Models(nn.Module):
 
     def __init__(self, teacher, student):
         super().__init__()
-        vars(self).update(teacher=teacher, student=student)  # unseen by nn.Module: each layer is to be found in one place only, in its Both
+        self.teacher, self.student = teacher, student
         self.configs = [model and model.config for model in (teacher, student)]
         self.layers = nn.ModuleList(Both(*layers) for layers in itertools.zip_longest(teacher.layers if teacher else [], student.layers))
-        # so that FSDP2 finds them
-        self.ends = nn.ModuleList(part for model in filter(None, (teacher, student)) for part in (model.embed_tokens, model.norm, model.lm_head))
 
     def forward(self, batch, stage=Stage(loss="compare"), scale=1.0):
         """What the method that the stage's `loss` names says; `compare` is evaluation's. All go through here, where FSDP2 gathers the tensors."""
@@ -955,6 +953,14 @@ def added_up(run, t):
     return t
 
 
+def shards(models):
+    """The student's parameters by name, what is sharded as the shard that this process holds: after an evaluation they are gathered, as their products read them."""
+    for module in models.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+    return dict(models.student.named_parameters())
+
+
 def whole(run, tensors):
     """All of tensors, by name, of which this process may hold a part: on the CPU of process 0, None elsewhere."""
     full = ((name, w.full_tensor() if hasattr(w, "full_tensor") else w) for name, w in tensors.items())  # the processes do this together, one by one
@@ -962,21 +968,29 @@ def whole(run, tensors):
 
 
 def shard(run, models, own):
-    """Shard over all processes what trains, its gradients and AdamW's state (FSDP2, as ZeRO-3): each layer's weights are all-gathered for its forward pass and
-    again for its backward pass, with --shard grads once for both (as ZeRO-2), as embedding and head always are, and its gradients reduce-scattered. What does
-    not train is replicated, unless --shard is all. own(part) makes what trains float32, one layer after the other, since before it is sharded there may be no
-    room for all of it."""
+    """Shard over all processes what trains, its gradients and AdamW's state (FSDP2, as ZeRO-3): a layer's matrices are all-gathered, in the type of its products,
+    for its forward pass and again for its backward pass, with --shard grads once for both (as ZeRO-2); embedding, head and all layers' vectors once a step, in
+    their own type; gradients are reduce-scattered in float32. What does not train is replicated, unless --shard is all. own(part) makes what trains float32,
+    one layer after the other, since before it is sharded there may be no room for all of it."""
     if not run.sharded:
         own("")
         return models
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # that a layer returns a view, which only an operation in place on it would harm
-    mesh = dist.init_device_mesh(run.device.type, (run.size,))
-    for part, module in [*((f"layers.{i}.", layer) for i, layer in enumerate(models.layers)), (("embed_tokens", "norm", "lm_head"), models)]:
-        own(part)
-        replicated = set() if run.s.shard == "all" else {w for w in module.parameters() if not w.requires_grad}
-        # left out, reshard_after_forward is True, but of the outermost module False
-        fully_shard(module, mesh=mesh, ignored_params=replicated, **{"reshard_after_forward": False} if run.s.shard == "grads" else {})
+    products = MixedPrecisionPolicy(param_dtype=getattr(torch, run.s.dtype), reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+    def over_all(module, matrices, **how):
+        """Of the module what is a layer's matrix, or else all but that."""
+        inside = {m.weight for both in models.layers for m in both.modules() if isinstance(m, nn.Linear)}
+        left = {w for w in module.parameters() if (w in inside) != matrices or not w.requires_grad and run.s.shard != "all"}
+        fully_shard(module, mesh=mesh, ignored_params=left, **how)
+
+    mesh, once = dist.init_device_mesh(run.device.type, (run.size,)), run.s.shard == "grads"
+    for i, both in enumerate(models.layers):
+        own(f"layers.{i}.")
+        over_all(both, True, mp_policy=products, reshard_after_forward=not once)
+    own(("embed_tokens", "norm", "lm_head"))
+    over_all(models, False, reshard_after_forward=False)
     return models
 
 
@@ -1021,7 +1035,7 @@ def checkpoints(run):
 
 def save_state(run, state, models, optimizer=None):
     """Write what the run needs to go on, without an optimizer at the end of a stage, and drop what is older than the newest few."""
-    trained = whole(run, {name: w for name, w in models.student.named_parameters() if name in state.trained or w.requires_grad})
+    trained = whole(run, {name: w for name, w in shards(models).items() if name in state.trained or w.requires_grad})
     moments = [whole(run, optimizer.state[w]) for group in optimizer.param_groups for w in group["params"]] if optimizer else []
     place = Path(run.s.out) / "checkpoints" / f"{state.stage:02d}-{state.step:08d}.pt"
     if run.rank == 0:
@@ -1112,9 +1126,7 @@ def fit(run, state, stage, models, batches, journal, last_good):
     """Train what of the student requires gradients, from state.step on: batches(step) gives the parts of a step's batch, and how many tokens, or pairs, all
     processes learn of. Stops with MilError when the loss is not finite; `last_good` is a sentence of it that says which model is then the last good one."""
     s, device, began, saved = run.s, run.device, time.perf_counter() - state.seconds, time.monotonic()
-    for module in (*models.layers, models) if run.sharded else ():
-        module.reshard()  # after an evaluation parameters() gives gathered copies; AdamW needs the shards
-    train = [w for w in models.student.parameters() if w.requires_grad]
+    train = [w for w in shards(models).values() if w.requires_grad]
     graph = graphs(run, stage, *models.configs)
     optimizer = torch.optim.AdamW(train, lr=torch.tensor(float(stage.lr), device=device) if graph else stage.lr, betas=(0.9, 0.98), weight_decay=0.0,
                                   fused=device.type == "cuda", capturable=graph)
@@ -1290,7 +1302,7 @@ def prepare(run, models, own=lambda part: None):
 
 def save_student(run, models, place, tokenizer, base_type, **notes):
     """Write the student as a model of its own, in the type of the Llama it began as."""
-    weights = whole(run, dict(models.student.named_parameters()))
+    weights = whole(run, shards(models))
     if run.rank == 0:
         model = mil.empty_model(models.student.config)
         model.load_state_dict(weights, strict=False, assign=True)  # of a tied pair, the embedding
@@ -1420,9 +1432,11 @@ def memory_needed(s, student, stage, teacher_bytes, base_bytes=0, processes=1, k
     loss = min(LOGITS[kind], tokens * student.v) * 3 * short + head * (4 + short)
     given = teacher_bytes + base_bytes
     parts = {"teacher": given / (processes if s.shard == "all" else 1), "student": 4 * trained / processes, "AdamW": 8 * trained / processes}
-    if processes > 1:  # at once the ends and two layers, or all
-        gathered = lambda counts: sum(n * (2 / student.n_layers if name.startswith("layers.") else 1) for name, n in sizes.items() if counts(name))  # noqa: E731
-        parts["gathered"] = 4 * (trained if s.shard == "grads" else gathered(stage.trains)) + given * gathered(lambda name: True) / sum(sizes.values()) * (s.shard == "all")
+    if processes > 1:  # at once the ends and, of two layers or of all, the matrices
+        share = (student.n_layers if s.shard == "grads" else 2) / student.n_layers
+        at_once = {name: n * share if name.startswith("layers.") else n for name, n in sizes.items()}
+        parts["gathered"] = sum((short if name.startswith("layers.") else 4) * n for name, n in at_once.items() if stage.trains(name))
+        parts["gathered"] += given * sum(at_once.values()) / sum(sizes.values()) * (s.shard == "all")
     largest = tokens * short * (one + 4 * student.d) + 4 * trained / processes
     parts["activations, loss, gradients"] = activations + loss + 4 * trained / processes if s.accumulate > 1 else max(activations + loss, largest)
     return parts

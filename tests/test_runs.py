@@ -256,11 +256,39 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, train, accumulate, sh
     single, _ = gradients(t.Run(t.Settings(batch=4, context=16, dtype="float32"), torch.device("cpu")), stage, teacher, corpus)
     in_two_processes(shared_work, tmp_path, accumulate, shard, stage, teacher, corpus)
     found, held = torch.load(tmp_path / "found.pt")
-    trained, others = 8 if train == "mixers" else 13, 9 * (shard == "all")
-    assert held == [[trained, others], *[[trained * (shard != "grads"), others]] * accumulate, [trained, others]]
+    (trained, matrices), whole = (8, 2) if train == "mixers" else (13, 5), shard != "all"
+    apart, between = [trained, 0 if whole else 9], [matrices * (shard != "grads"), 0 if whole else 7]  # of a layer's 9 others, 7 are matrices
+    assert held == [apart, *[between] * accumulate, apart]
     assert found.keys() == single.keys() and len(found) == (16 if train == "mixers" else 46)
     for k, w in single.items():
         assert_close(found[k], w, 2e-5, k, noise=1e-9)
+
+
+def types_and_shards(rank, place, shard, teacher, corpus):
+    dist.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2)
+    run = t.Run(t.Settings(batch=4, context=16, dtype="bfloat16", shard=shard), torch.device("cpu"), rank, 2)
+    models = t.assemble(run, teacher, teacher, t.Stage(train="all", mixers=["attention", "mamba2", "mamba2", "attention"]), 1, {})
+    before = {k: w.clone() for k, w in t.whole(run, t.shards(models)).items() if rank == 0}
+    types, layer = {}, models.layers[1].student
+    layer.register_forward_hook(lambda *_: types.update((k, w.dtype) for k, w in layer.named_parameters()))
+    with torch.no_grad():
+        models(t.training_batches(run, corpus, [7])(3)[0][0])
+    after = t.whole(run, t.shards(models))
+    if rank == 0:
+        torch.save((types, before, after), place / "found.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("shard", ["trained", "grads"])
+def test_matrices_are_gathered_in_the_type_of_their_products_and_what_is_saved_after_an_evaluation_is_float32(tmp_path, shard):
+    teacher = tiny_teacher().cpu()
+    in_two_processes(types_and_shards, tmp_path, shard, teacher, some_tokens(np.random.default_rng(1).integers(0, 256, 400)))
+    types, before, after = torch.load(tmp_path / "found.pt")
+    matrices = {k for k in types if "proj" in k and k.endswith("weight")}
+    assert len(matrices) == 5 and types == {k: torch.bfloat16 if k in matrices else torch.float32 for k in types}
+    assert before.keys() == after.keys() and all(w.dtype == torch.float32 and torch.equal(w, before[k]) for k, w in after.items())
+    assert torch.equal(after["layers.0.mlp.up_proj.weight"], teacher.layers[0].mlp.up_proj.weight)
+    assert any(not torch.equal(w, w.bfloat16().float()) for w in after.values())
 
 
 def test_an_earlier_stages_sharded_models_leave_the_memory_before_the_next_come(monkeypatch, tmp_path):

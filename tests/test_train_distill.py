@@ -702,7 +702,8 @@ def test_the_memory_said_beforehand_counts_what_trains_and_what_only_reads():
         assert "gathered" not in parts and all([two(shard)[part] for part in ("teacher", "student", "AdamW")] == [whole, 2 * trained, 4 * trained]
                                                for shard, whole in (("trained", 78), ("all", 39), ("grads", 78)))
         ends = 2 * 1000 * 64 + 64 if train == "all" else 0
-        assert two("trained")["gathered"] == 4 * (ends + (trained - ends) / 2) and two("grads")["gathered"] == 4 * trained
+        assert two("trained")["gathered"] == 4 * ends + (trained - ends) and two("grads")["gathered"] == 4 * ends + 2 * (trained - ends)
+        assert two("trained", dtype="float32")["gathered"] == 4 * (ends + (trained - ends) / 2)
         assert two("trained")["gathered"] < two("all")["gathered"] < two("trained")["gathered"] + 78
         for batch, context, less in ((2, 2, 2 * trained), (2, 2000, 0)):  # as many tokens at once: of few the gradient counts, of many the activations
             one = t.memory_needed(dataclasses.replace(s, batch=batch, context=context), config, stage, 78)["activations, loss, gradients"]
