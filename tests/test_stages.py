@@ -323,7 +323,7 @@ def test_pairs_name_the_flag_they_came_by(tmp_path):
 
 
 def test_a_run_goes_on_from_the_newest_checkpoint(tmp_path):
-    run, corpus, pair = small_run(tmp_path, resume=True), some_tokens(np.arange(99)), SimpleNamespace(student=tiny_teacher())
+    run, corpus, pair = small_run(tmp_path, resume=True), some_tokens(np.arange(99)), t.Models(None, tiny_teacher())
     for step in (1, 2, 10):
         state = t.load_state(run, [], corpus)
         state.stage, state.step = 1, step
