@@ -5,7 +5,7 @@
     python train_distill.py --teacher DIR --data chat.jsonl  your teacher: ours, or a folder from Hugging Face or Meta
     python train_distill.py --teacher DIR --data chat.jsonl --pseudo_labels --pairs pairs.jsonl       the paper's three stages
     python train_distill.py --teacher out/teacher --student_layers 0,3 --keep 1 --out out/draft     a draft for it (generate.py)
-    torchrun --nproc_per_node 8 -- train_distill.py --teacher DIR …                                   on eight GPUs, sharded (FSDP2)
+    torchrun --standalone --nproc_per_node 2 -- train_distill.py --teacher DIR …                      on two GPUs, sharded (FSDP2)
 
     corpus -> teacher -> stage 1.1, 1.2 …, each replacing more of attention by Mamba -> stage 2 -> (preferences) -> table, sample
 
@@ -112,11 +112,12 @@ class Settings:
     context: int = sized("context", "tokens in a training sequence; the longest text attention can read")
     rope_theta: float = flag(10000.0, "teacher: base of RoPE's frequencies; the larger, the more channels hardly turn (Llama 3: 500000)")
     batch: int = sized("batch", "sequences in a step, of all processes together; less noise, more time")
-    accumulate: int = flag(1, "how many parts a step's batch is taken in, one after the other: less memory, the same result")
+    accumulate: int = flag(1, "how many parts a step's batch is taken in, one after the other: less memory, the same result; several processes "
+                          "send for each part what they send for a step")
     recompute: str = flag("none", "what the backward pass computes again in place of keeping it: none; mlp, the MLPs' inside; a share of the layers, "
                           "such as 0.5, whose MLPs'; block, all of each layer")
     shard: str = flag("trained", "what several processes shard. trained: weights that train, their gradients and AdamW's state (ZeRO-3), the rest replicated; all: the rest "
-                                 "too, for less memory and more to send; grads: as trained, but a layer's weights stay gathered from its forward to its backward pass "
+                                 "too, for less memory and more to send; grads: as trained, but a layer stays gathered from its forward to its backward pass "
                                  "(ZeRO-2), for more memory and less to send")
     compile: bool = flag(False, "torch.compile the layers: minutes at first, then perhaps faster", action="store_true")
     graph: bool = flag(False, "on one GPU, replay a step as a CUDA graph where it is so small that launching its kernels takes longer than they run: up to twice as fast",
@@ -592,7 +593,7 @@ def shares(run, rows):
 
 def turns(run, count, rows):
     """Yields, turn by turn until all of `count` things are shared out among the processes, (the numbers of those that this one takes, whether they count):
-    at most as many as it takes of a step's `rows` rows. Where none are left for it number 0 stands in and does not count, since all take part in every turn."""
+    at most as many as it takes of a step's `rows` rows. Where none are left for it number 0 stands in and does not count, since FSDP2 needs all in every pass."""
     size = max(1, rows // (run.size * run.s.accumulate))
     for i in range(0, count, size * run.size):
         mine = list(range(i, min(i + size * run.size, count))[run.rank::run.size])
@@ -799,7 +800,7 @@ class DistillationLoss(torch.autograd.Function):
 
 
 class Both(nn.Module):
-    """A layer of the teacher and one of the student, which in stage 1 share most tensors: FSDP2 gathers what is sharded of them together. Either may be None."""
+    """A layer of the teacher and one of the student, of which either may be None: one module, since FSDP2 must hold in one place what they share (--shard all)."""
     again = False  # whether the backward pass computes the student's layer again
 
     def __init__(self, teacher, student):
@@ -823,10 +824,11 @@ class Models(nn.Module):
         super().__init__()
         self.teacher, self.student = teacher, student
         self.configs = [model and model.config for model in (teacher, student)]
+        # so a layer is found in two places, which `shard` needs: FSDP2 looks for nothing inside a Both that is sharded, and comes to its vectors through the student
         self.layers = nn.ModuleList(Both(*layers) for layers in itertools.zip_longest(teacher.layers if teacher else [], student.layers))
 
     def forward(self, batch, stage=Stage(loss="compare"), scale=1.0):
-        """What the method that the stage's `loss` names says; `compare` is evaluation's. All go through here, where FSDP2 gathers the tensors."""
+        """What the method that the stage's `loss` names says; `compare` is evaluation's. All go through here, so that FSDP2 gathers embedding, head and vectors first."""
         targets = batch.y.flatten() if batch.at is None else batch.y.flatten()[batch.at]
         return getattr(self, stage.loss)(batch, targets, stage, scale)
 
@@ -920,7 +922,7 @@ def begin(s):
     if gpu and 0 < (there := torch.cuda.device_count()) <= local:
         raise MilError(f"process {local} finds no GPU of its own, there are {there}; expected torchrun with --nproc_per_node {there} at most, or --device cpu")
     device = pick_device(f"cuda:{local}" if gpu else s.device)
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=12), device_id=device if gpu else None)  # process 0 may tokenise for long
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=12), device_id=device if gpu else None)  # a process may tokenise, or answer, for long
     return Run(s, device, dist.get_rank(), dist.get_world_size())
 
 
@@ -953,8 +955,8 @@ def added_up(run, t):
     return t
 
 
-def shards(models):
-    """The student's parameters by name, what is sharded as the shard that this process holds: after an evaluation they are gathered, as their products read them."""
+def resharded(models):
+    """The student's parameters by name, what is sharded as the shard that this process holds: an evaluation leaves them gathered, as their products read them."""
     for module in models.modules():
         if hasattr(module, "reshard"):
             module.reshard()
@@ -963,34 +965,32 @@ def shards(models):
 
 def whole(run, tensors):
     """All of tensors, by name, of which this process may hold a part: on the CPU of process 0, None elsewhere."""
-    full = ((name, w.full_tensor() if hasattr(w, "full_tensor") else w) for name, w in tensors.items())  # the processes do this together, one by one
+    full = ((name, w.full_tensor() if hasattr(w, "full_tensor") else w) for name, w in tensors.items())  # tensor by tensor, in each of which all processes take part
     return {name: w.detach().cpu() if run.rank == 0 else None for name, w in full}
 
 
 def shard(run, models, own):
-    """Shard over all processes what trains, its gradients and AdamW's state (FSDP2, as ZeRO-3): a layer's matrices are all-gathered, in the type of its products,
-    for its forward pass and again for its backward pass, with --shard grads once for both (as ZeRO-2); embedding, head and all layers' vectors once a step, in
-    their own type; gradients are reduce-scattered in float32. What does not train is replicated, unless --shard is all. own(part) makes what trains float32,
-    one layer after the other, since before it is sharded there may be no room for all of it."""
+    """Shard over all processes what trains, its gradients and AdamW's state (FSDP2, as ZeRO-3). For each part of a step a layer's matrices are all-gathered, in
+    the type of its products, for its forward pass and again for its backward pass, with --shard grads once for both (as ZeRO-2); embedding, head and all
+    layers' other tensors once, in their own type; gradients are reduce-scattered in float32. What does not train is replicated, unless --shard is all.
+    own(prefixes) makes float32 what trains and is named so, one layer after the other, since before it is sharded there may be no room for all of it."""
     if not run.sharded:
-        own("")
+        own(("",))
         return models
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # that a layer returns a view, which only an operation in place on it would harm
     products = MixedPrecisionPolicy(param_dtype=getattr(torch, run.s.dtype), reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh, matrices = dist.init_device_mesh(run.device.type, (run.size,)), lambda module: {m.weight for m in module.modules() if isinstance(m, nn.Linear)}
 
-    def over_all(module, matrices, **how):
-        """Of the module what is a layer's matrix, or else all but that."""
-        inside = {m.weight for both in models.layers for m in both.modules() if isinstance(m, nn.Linear)}
-        left = {w for w in module.parameters() if (w in inside) != matrices or not w.requires_grad and run.s.shard != "all"}
-        fully_shard(module, mesh=mesh, ignored_params=left, **how)
+    def over_all(module, these, **how):
+        replicated = {w for w in module.parameters() if not w.requires_grad and run.s.shard != "all"}
+        fully_shard(module, mesh=mesh, ignored_params={*module.parameters()} - these | replicated, **how)
 
-    mesh, once = dist.init_device_mesh(run.device.type, (run.size,)), run.s.shard == "grads"
     for i, both in enumerate(models.layers):
-        own(f"layers.{i}.")
-        over_all(both, True, mp_policy=products, reshard_after_forward=not once)
+        own((f"layers.{i}.",))
+        over_all(both, matrices(both), mp_policy=products, reshard_after_forward=run.s.shard != "grads")
     own(("embed_tokens", "norm", "lm_head"))
-    over_all(models, False, reshard_after_forward=False)
+    over_all(models, {*models.parameters()} - matrices(models.layers), reshard_after_forward=False)
     return models
 
 
@@ -1034,8 +1034,9 @@ def checkpoints(run):
 
 
 def save_state(run, state, models, optimizer=None):
-    """Write what the run needs to go on, without an optimizer at the end of a stage, and drop what is older than the newest few."""
-    trained = whole(run, {name: w for name, w in shards(models).items() if name in state.trained or w.requires_grad})
+    """Write what the run needs to go on, without an optimizer at the end of a stage, and drop what is older than the newest few.
+    Gives all processes what was trained, read from the file, which only process 0 could fill; it stays readable when it has been dropped."""
+    trained = whole(run, {name: w for name, w in resharded(models).items() if name in state.trained or w.requires_grad})
     moments = [whole(run, optimizer.state[w]) for group in optimizer.param_groups for w in group["params"]] if optimizer else []
     place = Path(run.s.out) / "checkpoints" / f"{state.stage:02d}-{state.step:08d}.pt"
     if run.rank == 0:
@@ -1126,7 +1127,7 @@ def fit(run, state, stage, models, batches, journal, last_good):
     """Train what of the student requires gradients, from state.step on: batches(step) gives the parts of a step's batch, and how many tokens, or pairs, all
     processes learn of. Stops with MilError when the loss is not finite; `last_good` is a sentence of it that says which model is then the last good one."""
     s, device, began, saved = run.s, run.device, time.perf_counter() - state.seconds, time.monotonic()
-    train = [w for w in shards(models).values() if w.requires_grad]
+    train = [w for w in resharded(models).values() if w.requires_grad]
     graph = graphs(run, stage, *models.configs)
     optimizer = torch.optim.AdamW(train, lr=torch.tensor(float(stage.lr), device=device) if graph else stage.lr, betas=(0.9, 0.98), weight_decay=0.0,
                                   fused=device.type == "cuda", capturable=graph)
@@ -1136,7 +1137,7 @@ def fit(run, state, stage, models, batches, journal, last_good):
     every, recent, names = min(10, max(1, stage.steps // 100)), [], ("chosen", "margin") if stage.loss == "dpo" else ("ce", "kl")
 
     def update(parts, scale):
-        """Forward, backward, clipping and AdamW; for the log the loss, two more sums and the gradient's norm, of this process."""
+        """Forward, backward, clipping and AdamW; for the log the loss, two more sums and the gradient's norm, of which all processes' add up to the step's."""
         sums = torch.zeros(4, device=device)
         for part in parts:
             loss, more = models(part, stage, scale)
@@ -1153,7 +1154,7 @@ def fit(run, state, stage, models, batches, journal, last_good):
         for group in optimizer.param_groups:
             rate = stage.lr * lr_share(stage, step)
             group["lr"] = group["lr"].fill_(rate) if graph else rate  # where a graph finds it
-        recent.append((replayed if parts[0].graph else update)(parts, run.size / max(1, count)))  # FSDP takes the mean over processes
+        recent.append((replayed if parts[0].graph else update)(parts, run.size / max(1, count)))  # times run.size, since FSDP2 takes the mean of the gradients
         state.step, last = step + 1, step == stage.steps - 1
         if step % every == every - 1 or last or run.size == 1 and run.stop:  # reading the loss waits for the device, so not every step
             wish = recent[-1].new_tensor([bool(run.stop), not run.rank and time.monotonic() - saved >= 60 * s.save_minutes])
@@ -1267,26 +1268,26 @@ class Source:
 
 def assemble(run, teacher, base, stage, number, trained):
     """The Models of a stage: the student is `base` with attention replaced as the stage says, the tensors trained before (`trained`) put in; what trains
-    now requires gradients and is float32, and everything else is the base's own tensor."""
+    now requires gradients; that and what was trained before is the student's own, in float32, and everything else the base's own tensor."""
     gc.collect()  # FSDP2 leaves its models in circles, and with them an earlier stage's tensors in memory
-    torch.manual_seed(run.s.seed + 1 + number)  # of what no earlier stage trained
-    student = mil.replace_attention(base, [], run.s.mixer, share=True)  # other modules, the same tensors
+    torch.manual_seed(run.s.seed + 1 + number)  # the new mixers' first values: the same in every process, which keeps its shard of them
+    student = mil.replace_attention(base, [], run.s.mixer, share=True)  # replaces nothing: other modules, the same tensors
     for mixer in dict.fromkeys(mixer for mixer in stage.mixers if mixer != "attention"):
         student = mil.replace_attention(student, [i for i, m in enumerate(stage.mixers) if m == mixer], mixer, run.s.init, share=True)
     for w in [*teacher.parameters(), *base.parameters()] if teacher else base.parameters():
         w.requires_grad_(False)
     names = {name for name, _ in student.named_parameters() if name in trained or stage.trains(name)}
 
-    def own(part):
-        owned(student, {name for name in names if name.startswith(part)}, trained)
+    def own(prefixes):
+        owned(student, {name for name in names if name.startswith(prefixes)}, trained)
         for name, w in student.named_parameters():
-            if name.startswith(part):
+            if name.startswith(prefixes):
                 w.requires_grad_(stage.trains(name))
     return prepare(run, Models(teacher, student), own)
 
 
-def prepare(run, models, own=lambda part: None):
-    """The arithmetic's type, what is computed again, torch.compile, and the processes; own(part) makes ready what begins with this name."""
+def prepare(run, models, own=lambda prefixes: None):
+    """The arithmetic's type, what is computed again, torch.compile, and the processes (for `own` see shard)."""
     s = run.s
     for model in filter(None, (models.teacher, models.student)):
         model.compute = getattr(torch, s.dtype)
@@ -1302,7 +1303,7 @@ def prepare(run, models, own=lambda part: None):
 
 def save_student(run, models, place, tokenizer, base_type, **notes):
     """Write the student as a model of its own, in the type of the Llama it began as."""
-    weights = whole(run, shards(models))
+    weights = whole(run, resharded(models))
     if run.rank == 0:
         model = mil.empty_model(models.student.config)
         model.load_state_dict(weights, strict=False, assign=True)  # of a tied pair, the embedding
@@ -1415,10 +1416,11 @@ def flops(teacher, student, stage, context):
     return (forward_flops(teacher, context) if teacher and stage.beta > 0 else 0) + 2 * forward_flops(student, context) + 2 * matrices(student, stage.trains)
 
 
-def memory_needed(s, student, stage, teacher_bytes, base_bytes=0, processes=1, kind="cuda"):
+def memory_needed(s, student, stage, teacher_bytes, base_bytes=0, processes=1, kind="cuda", earlier=frozenset()):
     """About how many bytes each process takes at most, by part. teacher_bytes and base_bytes: of the teacher's weights and, where the student does not
     begin as the teacher, of its Llama's. What trains is float32, with AdamW's two moments; its gradients come while the activations go, so that the
-    larger of the two counts. Kept for the backward pass, a token: what the layers' operations read (kernels.norm_linears and mlp), in the arithmetic's
+    larger of the two counts. processes: how many divide the batch; of several each gathers, at once, embedding, head and, of two layers (that at work and the
+    next) or of all, the matrices. earlier: the names of what stages before this one trained, which stays float32. Kept for the backward pass, a token: what the layers' operations read (kernels.norm_linears and mlp), in the arithmetic's
     type."""
     short, tokens, p = 2 if s.dtype == "bfloat16" else 4, s.batch * s.context // (processes * s.accumulate), student.head_dim
     sizes = {name: w.numel() for name, w in mil.empty_model(student).named_parameters()}
@@ -1431,9 +1433,10 @@ def memory_needed(s, student, stage, teacher_bytes, base_bytes=0, processes=1, k
     activations = tokens * short * (student.d * (2 - (s.recompute == "block")) * student.n_layers + sum(inside) * (s.recompute != "block") + one + 4 * student.d)
     loss = min(LOGITS[kind], tokens * student.v) * 3 * short + head * (4 + short)
     given = teacher_bytes + base_bytes
-    parts = {"teacher": given / (processes if s.shard == "all" else 1), "student": 4 * trained / processes, "AdamW": 8 * trained / processes}
-    if processes > 1:  # at once the ends and, of two layers or of all, the matrices
-        share = (student.n_layers if s.shard == "grads" else 2) / student.n_layers
+    sharing, stays = processes if s.shard == "all" else 1, sum(n for name, n in sizes.items() if name in earlier and not stage.trains(name))
+    parts = {"teacher": given / sharing, "student": 4 * trained / processes + 4 * stays / sharing, "AdamW": 8 * trained / processes}
+    if processes > 1:
+        share = 1 if s.shard == "grads" else min(1, 2 / student.n_layers)
         at_once = {name: n * share if name.startswith("layers.") else n for name, n in sizes.items()}
         parts["gathered"] = sum((short if name.startswith("layers.") else 4) * n for name, n in at_once.items() if stage.trains(name))
         parts["gathered"] += given * sum(at_once.values()) / sum(sizes.values()) * (s.shard == "all")
@@ -1466,17 +1469,18 @@ def announce(run, stages, teacher, base):
     if s.student_layers:
         given[1] = given[0] * matrices(base) / matrices(teacher)
     lines = [f"{'':<38}{'attention':>10}{'trained':>10}{'tokens':>10}{'lr':>9}{'α':>6}{'β':>6}{'memory':>11}{'time':>8}"]
-    replayed = []
+    replayed, earlier = [], set()
     before = [Stage(train="all", beta=0, steps=s.teacher_steps, lr=s.teacher_lr, name="teacher", mixers=teacher.mixers)] * (not s.teacher)
     for stage in before + stages:
         config, alone = dataclasses.replace(base, mixers=stage.mixers) if stage not in before else teacher, stage in before
-        trained, tokens = sum(w.numel() for name, w in mil.empty_model(config).named_parameters() if stage.trains(name)), stage.steps * s.batch * s.context
-        parts = memory_needed(s, config, stage, *([0, 0] if alone else given), run.size, run.device.type)
+        learns, tokens = {name: w.numel() for name, w in mil.empty_model(config).named_parameters() if stage.trains(name)}, stage.steps * s.batch * s.context
+        parts = memory_needed(s, config, stage, *([0, 0] if alone else given), run.size, run.device.type, earlier)
+        earlier |= set() if alone else learns.keys()
         run.cost = max(run.cost, parts, key=lambda parts: sum(parts.values()))
         replayed += [stage.name] * graphs(run, stage, None if alone else teacher, config)
         seconds = flops(None if alone else teacher, config, stage, s.context) * tokens / (0.5 * peak * run.size)
         kept, alpha = f"{stage.mixers.count('attention')} of {len(stage.mixers)}", f"{stage.alpha:g}" if stage.loss == "distill" else ""
-        lines.append(f"{stage.name:<38}{kept:>10}{short(trained):>10}{short(tokens):>10}{stage.lr:>9.1e}{alpha:>6}{stage.beta:>6g}{gib(sum(parts.values())):>11}{clock(seconds):>8}")
+        lines.append(f"{stage.name:<38}{kept:>10}{short(sum(learns.values())):>10}{short(tokens):>10}{stage.lr:>9.1e}{alpha:>6}{stage.beta:>6g}{gib(sum(parts.values())):>11}{clock(seconds):>8}")
     show("\n".join(lines))
     show(f"memory{' of each process' * (run.size > 1)}: about {gib(sum(run.cost.values()))} of {gib(there)} ({', '.join(f'{part} {gib(size)}' for part, size in run.cost.items())})"
          f"{'; MORE THAN THERE IS' * (sum(run.cost.values()) > there)}; {LOWER}. time: at half of this device's {peak / 1e12:.3g} TFLOP/s"
@@ -1660,9 +1664,9 @@ def finish(run, state, config, place, encoding, corpus, seconds):
     s, device, rows = run.s, run.device, state.rows
     memory = most_memory(device)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    machine = f"{run.size} processes, each with {machine}" if run.size > 1 else machine
+    machine = f"{run.size} processes{', each with' if device.type == 'cuda' else ' on'} {machine}" if run.size > 1 else machine
     show(f"\n{table(rows)}\n\nstudent / teacher validation loss: {rows[-1]['loss'] / rows[0]['loss']:.4f}   "
-         f"peak memory {memory / 2**30:.2f} GiB   {seconds:.0f} s {'since --resume' if s.resume else 'in all'} on {machine}, torch {torch.__version__}")
+         f"peak memory {'of process 0 ' * (run.size > 1)}{memory / 2**30:.2f} GiB   {seconds:.0f} s {'since --resume' if s.resume else 'in all'} on {machine}, torch {torch.__version__}")
     results = {"rows": rows, "seconds": seconds, "peak_memory_bytes": memory, "machine": machine, "torch": torch.__version__,
                "python": platform.python_version(), "teacher_parameters": sum(w.numel() for w in mil.empty_model(config).parameters()), "settings": dataclasses.asdict(s), "made_from": state.settings}
     mil.write_whole(Path(s.out) / "results.json", lambda f: f.write(json.dumps(results, indent=1).encode()))

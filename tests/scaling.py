@@ -1,4 +1,4 @@
-"""One step of train_distill.py on 1, 2, 4 … GPUs of a machine: how fast, how much memory, and whether it stays the same step.
+"""The steps of train_distill.py on 1, 2, 4 … GPUs of a machine: how fast, how much memory, and whether they stay the same.
 
     python tests/scaling.py                       all GPUs, the shapes of Llama-3-8B and Llama-3.2-3B, random weights; without CUDA a toy
     python tests/scaling.py --shapes 8B --stages 1 --processes 1 2
@@ -186,6 +186,7 @@ def main(argv):
     o.processes = sorted({*o.processes})
     if not CUDA and {*o.shapes} - {"toy"}:
         raise MilError(f"--shapes {' '.join(o.shapes)}: without CUDA expected toy")
+    # of a stage of fewer than 200 steps, twice as many as here, each is logged
     if not FIRST < o.steps < 100 or o.rows < 1 or any(n < 1 or max(o.processes) % n for n in o.processes) or CUDA and o.processes[-1] > most:
         raise MilError(f"expected {FIRST + 1} to 99 --steps, one of --rows or more, and --processes that divide the largest of them" + f", at most {most}, as there are GPUs" * CUDA)
     machine = torch.cuda.get_device_name() if CUDA else f"{os.cpu_count()} CPU cores"

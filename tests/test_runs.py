@@ -268,12 +268,12 @@ def types_and_shards(rank, place, shard, teacher, corpus):
     dist.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2)
     run = t.Run(t.Settings(batch=4, context=16, dtype="bfloat16", shard=shard), torch.device("cpu"), rank, 2)
     models = t.assemble(run, teacher, teacher, t.Stage(train="all", mixers=["attention", "mamba2", "mamba2", "attention"]), 1, {})
-    before = {k: w.clone() for k, w in t.whole(run, t.shards(models)).items() if rank == 0}
+    before = {k: w.clone() for k, w in t.whole(run, t.resharded(models)).items() if rank == 0}
     types, layer = {}, models.layers[1].student
     layer.register_forward_hook(lambda *_: types.update((k, w.dtype) for k, w in layer.named_parameters()))
     with torch.no_grad():
         models(t.training_batches(run, corpus, [7])(3)[0][0])
-    after = t.whole(run, t.shards(models))
+    after = t.whole(run, t.resharded(models))
     if rank == 0:
         torch.save((types, before, after), place / "found.pt")
     dist.destroy_process_group()

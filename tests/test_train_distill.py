@@ -698,13 +698,16 @@ def test_the_memory_said_beforehand_counts_what_trains_and_what_only_reads():
         stage = t.Stage(train=train, mixers=HALF)
         parts = t.memory_needed(s, config, stage, 77, 5)
         assert (parts["teacher"], parts["student"], parts["AdamW"]) == (82, 4 * trained, 8 * trained) and parts["activations, loss, gradients"] > 0
-        two = lambda shard, **more: t.memory_needed(dataclasses.replace(s, shard=shard, **more), config, stage, 78, processes=2)  # noqa: E731
+        two = lambda shard, earlier=(), **more: t.memory_needed(dataclasses.replace(s, shard=shard, **more), config, stage, 78, processes=2, earlier=earlier)  # noqa: E731
         assert "gathered" not in parts and all([two(shard)[part] for part in ("teacher", "student", "AdamW")] == [whole, 2 * trained, 4 * trained]
                                                for shard, whole in (("trained", 78), ("all", 39), ("grads", 78)))
         ends = 2 * 1000 * 64 + 64 if train == "all" else 0
         assert two("trained")["gathered"] == 4 * ends + (trained - ends) and two("grads")["gathered"] == 4 * ends + 2 * (trained - ends)
         assert two("trained", dtype="float32")["gathered"] == 4 * (ends + (trained - ends) / 2)
         assert two("trained")["gathered"] < two("all")["gathered"] < two("trained")["gathered"] + 78
+        before = {"norm.weight", "layers.0.mlp.up_proj.weight"} if train == "mixers" else {"norm.weight"}  # of which stage "mixers" trains none
+        for shard, whole in (("trained", 1), ("all", 2)):
+            assert two(shard, earlier=before)["student"] - two(shard)["student"] == (4 * (64 + 6400) / whole if train == "mixers" else 0)
         for batch, context, less in ((2, 2, 2 * trained), (2, 2000, 0)):  # as many tokens at once: of few the gradient counts, of many the activations
             one = t.memory_needed(dataclasses.replace(s, batch=batch, context=context), config, stage, 78)["activations, loss, gradients"]
             assert one - two("trained", batch=2 * batch, context=context)["activations, loss, gradients"] == less
@@ -716,7 +719,7 @@ def test_the_memory_said_beforehand_counts_what_trains_and_what_only_reads():
 
 def test_what_is_said_beforehand_is_of_as_many_processes_as_there_are(monkeypatch, capsys):
     asked, config = [], Config(v=100, d=16, n_layers=4, n_heads=2, n_kv_heads=1, d_ff=20, mixers=HALF)
-    monkeypatch.setattr(t, "memory_needed", lambda *args: asked.append(args[5:]) or {"student": 2.0**30})
+    monkeypatch.setattr(t, "memory_needed", lambda *args: asked.append(args[5:7]) or {"student": 2.0**30})
     for size in (1, 4):
         t.announce(t.Run(t.Settings(batch=4, context=16, dtype="float32"), torch.device("cpu"), 0, size), [t.Stage(mixers=HALF, steps=1)], config, config)
     one, four = [float(line.partition("of ")[2].partition(" GiB")[0]) for line in capsys.readouterr().out.replace(" of each process", "").splitlines() if line.startswith("memory")]
