@@ -1074,6 +1074,7 @@ def load_state(run, stages, corpus):
         other = other or [f"the files of {k} have changed (size or time)" for k, v in said["files"].items() if was["files"].get(k) != v]
         if other:
             raise MilError(f"--resume: {place} was made with other settings: {'; '.join(other)}. Give them as they were, or another --out")
+        show(f"goes on from {place}: {['the teacher', *(stage.name for stage in stages), 'the report'][state.stage]}, after step {state.step}")
         return state
     if run.s.resume and not (Path(run.s.out) / "results.json").exists():
         show(f"note: --out {run.s.out}: there is no checkpoint to go on from; this run begins anew")
@@ -1134,7 +1135,7 @@ def fit(run, state, stage, models, batches, journal, last_good):
     if state.moments:
         optimizer.load_state_dict({"state": dict(enumerate(map(spread, state.moments, train))), "param_groups": optimizer.state_dict()["param_groups"]})
         state.moments = []
-    every, recent, names = min(10, max(1, stage.steps // 100)), [], ("chosen", "margin") if stage.loss == "dpo" else ("ce", "kl")
+    every, recent, told, names = min(10, max(1, stage.steps // 100)), [], saved, ("chosen", "margin") if stage.loss == "dpo" else ("ce", "kl")
 
     def update(parts, scale):
         """Forward, backward, clipping and AdamW; for the log the loss, two more sums and the gradient's norm, of which all processes' add up to the step's."""
@@ -1172,8 +1173,8 @@ def fit(run, state, stage, models, batches, journal, last_good):
                 journal.flush()
             show(f"{stage.name}  step {state.step}/{stage.steps}  loss {means[0]:.4f}  {names[0]} {means[1]:.4f}  {names[1]} {means[2]:.4f}  "
                  + f"{speed:,.0f} tokens/s  " * (stage.loss != "dpo") + f"ETA {clock(ahead_of)}",
-                 done=last or not sys.stdout.isatty() and state.step % (20 * max(every, stage.steps // 100)) == 0)
-            recent = []
+                 done=(done := last or not sys.stdout.isatty() and (state.step % (20 * max(every, stage.steps // 100)) == 0 or time.monotonic() - told > 30)))
+            recent, told = [], time.monotonic() if done else told
             if (due or stop) and not last:  # after the last, distill saves
                 save_state(run, state, models, optimizer)
                 saved = time.monotonic()
@@ -1195,6 +1196,8 @@ def listen(run):
         if run.stop:
             raise KeyboardInterrupt
         run.stop = signal.Signals(number).name
+        if not run.rank:  # print may be what was interrupted
+            os.write(2, f"\n{run.stop}: stops at the next logged step, with a checkpoint; a second signal stops at once, without one\n".encode())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, heard)
 
@@ -1584,6 +1587,10 @@ def main(argv):
     except torch.OutOfMemoryError as e:
         parts = ", ".join(f"{part} {gib(size)}" for part, size in run.cost.items())
         raise MilError(f"the GPU's memory is full; about {gib(sum(run.cost.values()))} were expected ({parts}). {LOWER}. ({str(e).splitlines()[0]})") from e
+    except RuntimeError as e:  # of gloo; NCCL waits, and torchrun ends what waits
+        if not (run.sharded and re.search("closed by peer|reset by peer", str(e))):
+            raise
+        raise MilError("another process has ended; what it said stands above. With --resume the same command goes on from the newest checkpoint, if there is one") from e
     end_together()
 
 

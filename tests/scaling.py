@@ -177,11 +177,11 @@ def main(argv):
     parser = mil.Parser(prog="scaling.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["8B", "3B"] if CUDA else ["toy"], choices=SHAPES, help="of the teacher, and of the student that it becomes")
     parser.add_argument("--stages", nargs="+", type=int, default=[1, 2], choices=TRAINS, help="1: the new mixers train; 2: everything. Stage 1 is also stopped")
-    parser.add_argument("--processes", nargs="+", type=int, default=[n for n in (1, 2, 4, 8, most) if most % n == 0], help="how many, of each row (%(default)s)")
+    parser.add_argument("--processes", nargs="+", type=int, default=sorted({n for n in (1, 2, 4, 8, most) if most % n == 0}), help="how many, of each row (%(default)s)")
     parser.add_argument("--rows", type=int, default=4, help="sequences a process at once (%(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="how many; the run is then broken off (%(default)s)")
     parser.add_argument("--shard", default="trained", choices=td.CHOICES["shard"], help="as train_distill.py's (%(default)s)")
-    parser.add_argument("--out", default="out/scaling", help="for the teachers, which stay, the runs and scaling.json (%(default)s)")
+    parser.add_argument("--out", default="out/scaling", help="for the teachers, which stay, the runs and scaling.json, of the last call (%(default)s)")
     o = parser.parse_args(argv)
     o.processes = sorted({*o.processes})
     if not CUDA and {*o.shapes} - {"toy"}:

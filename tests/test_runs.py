@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -14,6 +15,7 @@ import time
 import weakref
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ import torch.nn.functional as F
 from conftest import DEVICE, assert_close, build
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.tensor import DTensor, Shard
 from test_train_distill import HALF, recipe, some_tokens, tiny_teacher
 
 import generate as g
@@ -136,7 +139,7 @@ def paused(data, out, said, after=20):
         while not (out / "log.jsonl").exists() or (out / "log.jsonl").read_text().count("\n") < after:
             time.sleep(0.01)
         send(signal.SIGTERM)
-        assert wait() == 143 and "stopped by SIGTERM; the same command with --resume goes on" in said.read_text()
+        assert wait() == 143 and re.search("SIGTERM: stops at the next logged step.* a second signal stops at once[^$]*stopped by SIGTERM; the same command with --resume goes on", said.read_text())
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_only_the_newest_are_kept(data, undisturbed, tmp_path):
@@ -151,9 +154,11 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_only_the_newest_are_kept(dat
     newest.write_bytes(kept[newest][:1000])   # and one that is cut short is passed over
     finish([*data, "--out", str(out), "--resume"], said)
     assert f"{newest}: not a whole checkpoint, passed over" in said.read_text() and same(left(out), undisturbed)
+    older, step = min(kept), int(min(kept).stem.split("-")[1])
+    assert f"goes on from {older}: the teacher, after step {step}\n" in said.read_text() and step > 0
 
 
-def test_a_run_that_fails_in_a_stage_goes_on_from_the_end_of_the_one_before(data, undisturbed, tmp_path, monkeypatch):
+def test_a_run_that_fails_in_a_stage_goes_on_from_the_end_of_the_one_before(data, undisturbed, tmp_path, monkeypatch, capsys):
     argv, fit, calls = [*data, "--out", str(tmp_path / "o"), "--save_minutes", "1e9"], t.fit, []
 
     def failing(*args):
@@ -165,8 +170,10 @@ def test_a_run_that_fails_in_a_stage_goes_on_from_the_end_of_the_one_before(data
     with pytest.raises(MilError, match="cable"):
         t.main(argv)
     assert [place.name for place in t.checkpoints(calls[0][0])] == ["01-00000000.pt", "02-00000000.pt"]
+    capsys.readouterr()
     t.main([*argv, "--resume"])
     assert same(left(tmp_path / "o"), undisturbed) and len(calls) == 5
+    assert "02-00000000.pt: stage 2, all parameters, after step 0\n" in capsys.readouterr().out
 
 
 def test_other_settings_are_named_and_an_unfinished_run_is_not_overwritten(data, tmp_path):
@@ -264,31 +271,60 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, train, accumulate, sh
         assert_close(found[k], w, 2e-5, k, noise=1e-9)
 
 
-def types_and_shards(rank, place, shard, teacher, corpus):
+def in_bfloat16(rank, place, shard, teacher, corpus):
+    """What two processes that compute in bfloat16 gather, and what they save after an evaluation."""
     dist.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2)
-    run = t.Run(t.Settings(batch=4, context=16, dtype="bfloat16", shard=shard), torch.device("cpu"), rank, 2)
-    models = t.assemble(run, teacher, teacher, t.Stage(train="all", mixers=["attention", "mamba2", "mamba2", "attention"]), 1, {})
-    before = {k: w.clone() for k, w in t.whole(run, t.resharded(models)).items() if rank == 0}
+    run = t.Run(t.Settings(batch=4, context=16, dtype="bfloat16", shard=shard, out=str(place)), torch.device("cpu"), rank, 2)
+    models, batch = t.assemble(run, teacher, teacher, t.Stage(train="all", mixers=["attention", "mamba2", "mamba2", "attention"]), 1, {}), t.training_batches(run, corpus, [7])(3)[0][0]
+    made = t.whole(run, t.resharded(models))
+    assert rank == 0 or {*made.values()} == {None}
+    made = {k: w.clone() for k, w in made.items() if rank == 0}
     types, layer = {}, models.layers[1].student
-    layer.register_forward_hook(lambda *_: types.update((k, w.dtype) for k, w in layer.named_parameters()))
+    layer.register_forward_hook(lambda _, args, __: types.update({**{k: w.dtype for k, w in layer.named_parameters()}, **{f"angles {i}": w.dtype for i, w in enumerate(args[1])}}))
     with torch.no_grad():
-        models(t.training_batches(run, corpus, [7])(3)[0][0])
-    after = t.whole(run, t.resharded(models))
+        models(batch)
+    saved = t.save_state(run, t.State(), models)
+    with torch.no_grad():
+        models(batch)
+    t.save_student(run, models, place / "student", "bytes", torch.float32)
+    models(batch, t.Stage(), 0.1)[0].backward()
+    gradients = t.whole(run, {k: w.grad for k, w in t.resharded(models).items() if "proj.weight" in k})
     if rank == 0:
-        torch.save((types, before, after), place / "found.pt")
+        torch.save((types, made, dict(saved), gradients), place / "found.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("shard", ["trained", "grads"])
-def test_matrices_are_gathered_in_the_type_of_their_products_and_what_is_saved_after_an_evaluation_is_float32(tmp_path, shard):
+def test_in_bfloat16_matrices_are_gathered_so_and_nothing_else_nor_what_is_added_up_or_saved(tmp_path, shard):
     teacher = tiny_teacher().cpu()
-    in_two_processes(types_and_shards, tmp_path, shard, teacher, some_tokens(np.random.default_rng(1).integers(0, 256, 400)))
-    types, before, after = torch.load(tmp_path / "found.pt")
-    matrices = {k for k in types if "proj" in k and k.endswith("weight")}
-    assert len(matrices) == 5 and types == {k: torch.bfloat16 if k in matrices else torch.float32 for k in types}
-    assert before.keys() == after.keys() and all(w.dtype == torch.float32 and torch.equal(w, before[k]) for k, w in after.items())
-    assert torch.equal(after["layers.0.mlp.up_proj.weight"], teacher.layers[0].mlp.up_proj.weight)
-    assert any(not torch.equal(w, w.bfloat16().float()) for w in after.values())
+    in_two_processes(in_bfloat16, tmp_path, shard, teacher, some_tokens(np.random.default_rng(1).integers(0, 256, 400)))
+    types, made, saved, gradients = torch.load(tmp_path / "found.pt")
+    matrices = {k for k in types if k.endswith("proj.weight")}
+    assert len(matrices) == 5 and len(types) == 13 + 2 and types == {k: torch.bfloat16 if k in matrices else torch.float32 for k in types}
+    assert torch.equal(made["layers.0.mlp.up_proj.weight"], teacher.layers[0].mlp.up_proj.weight) and any(not torch.equal(w, w.bfloat16().float()) for w in made.values())
+    for kept in (saved, mil.load(tmp_path / "student").state_dict()):
+        assert made.keys() <= kept.keys() and all(kept[k].dtype == torch.float32 and torch.equal(kept[k].cpu(), w) for k, w in made.items())
+    assert len(gradients) == 24 and not any(torch.equal(w, w.bfloat16().float()) for w in gradients.values())  # the sum of two bfloat16 has more places
+
+
+def one_at_a_time(rank, place):
+    dist.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2)
+    mesh, gathered, alive = dist.init_device_mesh("cpu", (2,)), [], []
+    tensors = {str(i): DTensor.from_local(torch.ones(2, 4), mesh, [Shard(0)]) for i in range(4)}
+    full = DTensor.full_tensor
+
+    def watched(w):
+        alive.append(sum(earlier() is not None for earlier in gathered))
+        gathered.append(weakref.ref(found := full(w)))
+        return found
+    DTensor.full_tensor = watched
+    t.whole(t.Run(t.Settings(), torch.device("cpu"), rank, 2), tensors)
+    assert len(alive) == 4 and (rank == 0 or max(alive) <= 1)  # on process 0 they are on the CPU already, where they stay
+    dist.destroy_process_group()
+
+
+def test_a_checkpoint_is_gathered_one_tensor_at_a_time(tmp_path):
+    in_two_processes(one_at_a_time, tmp_path)
 
 
 def test_an_earlier_stages_sharded_models_leave_the_memory_before_the_next_come(monkeypatch, tmp_path):
@@ -357,6 +393,25 @@ def test_however_a_run_is_sharded_it_ends_with_the_table_of_one_process(table, t
         assert row.pop("model") == one["model"] and row == pytest.approx({k: v for k, v in one.items() if k != "model"}, rel=1e-3, abs=1e-4)
 
 
+def fast(rank):
+    """The second process's clock runs a thousand times as fast."""
+    if rank:
+        began, real = time.monotonic(), time.monotonic
+        t.time = SimpleNamespace(**{**vars(time), "monotonic": lambda: began + 1000 * (real() - began)})
+
+
+def test_processes_save_together_though_their_clocks_differ(data, tmp_path):
+    argv = [*data, "--out", str(tmp_path / "o"), "--teacher_steps", "200", "--stage1_steps", "1", "--stage2_steps", "1", "--stage3_steps", "1", "--save_minutes", "1"]
+    with two_started(argv, tmp_path / "said", fast) as (_, wait):
+        assert wait() == [0, 0], (tmp_path / "said").read_text()[-3000:]
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(data, tmp_path):
+    with two_started([*data, "--out", str(tmp_path / "o"), "--batch", "6", "--accumulate", "2"], tmp_path / "said") as (_, wait):
+        assert wait() == [1, 1]
+    assert "--batch is 6, expected a multiple of 8: 2 processes × --accumulate 2 × the 2 of a pair" in (tmp_path / "said").read_text()
+
+
 def test_of_two_processes_either_may_be_told_to_stop_and_both_do(data, tmp_path):
     argv, log = [*data, "--out", str(tmp_path / "o"), "--teacher_steps", "3000"], tmp_path / "o" / "log.jsonl"
     with two_started(argv, tmp_path / "said") as (workers, wait):
@@ -388,6 +443,24 @@ t.run_command(t.main)
                            *["--device", "cuda"] * (torch.cuda.device_count() > 1)], capture_output=True, text=True, timeout=200,
                           env={**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 1 and "error: the second process has had enough" in done.stderr and time.monotonic() - began < 100
+    assert "[rank0]" not in done.stderr  # whose traceback torch marks so
+
+
+def lost(rank, place):
+    dist.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2)
+    if rank == 0:
+        t.work = lambda run, began: t.together(t.Run(run.s, run.device, 0, 2))
+        t.begin = lambda s: t.Run(s, torch.device("cpu"), 0, 2)
+        with pytest.raises(MilError, match="another process has ended; what it said stands above"):
+            t.main([])
+        t.work = lambda run, began: torch.ones(2) @ torch.ones(3)
+        with pytest.raises(RuntimeError, match="size"):
+            t.main([])
+    os._exit(0)
+
+
+def test_a_process_whose_peer_has_gone_says_so_in_a_line(tmp_path):
+    in_two_processes(lost, tmp_path)
 
 
 @pytest.mark.parametrize("ends, waits", [(None, True), (MilError("no"), False), (torch.OutOfMemoryError("full"), False)])

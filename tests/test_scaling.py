@@ -71,6 +71,20 @@ def test_a_table_compares_each_row_with_the_first_and_resumed_runs_with_the_one_
     assert [run.stopped for run in o.started] == [["killed"]] * 4 + [[signal.SIGTERM, "killed"]] + [["killed"]] * 2
 
 
+class Anew(Played):
+    """One that, told to go on, begins anew."""
+
+    def __init__(self, *args, resume=False, **more):
+        super().__init__(*args, **more)
+        self.said.write_text(self.said.read_text() + "\nnote: there is no checkpoint to go on from" * resume)
+
+
+def test_a_run_that_began_anew_is_not_taken_for_one_that_went_on(monkeypatch, tmp_path):
+    monkeypatch.setattr(scaling, "Steps", Anew)
+    *rows, two, one = scaling.scale(SimpleNamespace(processes=[1, 2], rows=1, steps=40, out=tmp_path, started=[]), "toy", 1)
+    assert all(row["failed"] == "did not go on from its checkpoint" and "apart" not in row for row in (two, one)) and not any("failed" in row for row in rows)
+
+
 def test_the_commands_of_the_rows_take_the_same_batch_and_say_how_it_is_sharded(monkeypatch, tmp_path):
     argv = []
     monkeypatch.setattr(scaling, "teacher", lambda place, config: place)
