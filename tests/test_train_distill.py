@@ -724,6 +724,10 @@ def test_what_is_said_beforehand_is_of_as_many_processes_as_there_are(monkeypatc
         t.announce(t.Run(t.Settings(batch=4, context=16, dtype="float32"), torch.device("cpu"), 0, size), [t.Stage(mixers=HALF, steps=1)], config, config)
     one, four = [float(line.partition("of ")[2].partition(" GiB")[0]) for line in capsys.readouterr().out.replace(" of each process", "").splitlines() if line.startswith("memory")]
     assert set(asked) == {(1, "cpu"), (4, "cpu")} and four == pytest.approx(one / 4, rel=0.05)
+    earlier = []
+    monkeypatch.setattr(t, "memory_needed", lambda *args: earlier.append({*args[7]}) or {})
+    t.announce(t.Run(t.Settings(batch=4, context=16, dtype="float32"), torch.device("cpu")), [t.Stage(mixers=HALF, train=train, steps=1) for train in ("mixers", "all", "mixers")], config, config)
+    assert [len(names) for names in earlier] == [0, 0, 16, len([*mil.Hybrid(config).parameters()])]  # of the teacher, which trains before, none stays
 
 
 def test_a_list_of_conversations_in_one_piece_is_refused(tmp_path):
