@@ -360,12 +360,13 @@ def test_the_log_has_means_over_the_steps_since_the_last_line(tmp_path):
     assert [r["step"] for r in records] == [*range(2, 201, 2), 201] and {round(r["loss"], 3) for r in records} == {round(records[0]["loss"], 3)}
 
 
-def test_a_second_signal_stops_a_run_at_once(monkeypatch):
-    run, heard = SimpleNamespace(stop=""), {}
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_second_signal_stops_a_run_at_once(monkeypatch, capfd, rank):
+    run, heard = SimpleNamespace(stop="", rank=rank), {}
     monkeypatch.setattr(t.signal, "signal", heard.__setitem__)
     t.listen(run)
     heard[signal.SIGINT](signal.SIGINT, None)
-    assert run.stop == "SIGINT" and set(heard) == {signal.SIGINT, signal.SIGTERM}
+    assert run.stop == "SIGINT" and set(heard) == {signal.SIGINT, signal.SIGTERM} and ("a second signal stops at once" in capfd.readouterr().err) == (rank == 0)
     with pytest.raises(KeyboardInterrupt):
         heard[signal.SIGTERM](signal.SIGTERM, None)
 
