@@ -1422,9 +1422,9 @@ def flops(teacher, student, stage, context):
 def memory_needed(s, student, stage, teacher_bytes, base_bytes=0, processes=1, kind="cuda", earlier=frozenset()):
     """About how many bytes each process takes at most, by part. teacher_bytes and base_bytes: of the teacher's weights and, where the student does not
     begin as the teacher, of its Llama's. What trains is float32, with AdamW's two moments; its gradients come while the activations go, so that the
-    larger of the two counts. processes: how many divide the batch; of several each gathers, at once, embedding, head and, of two layers (that at work and the
-    next) or of all, the matrices. earlier: the names of what stages before this one trained, which stays float32. Kept for the backward pass, a token: what the layers' operations read (kernels.norm_linears and mlp), in the arithmetic's
-    type."""
+    larger of the two counts. Kept for the backward pass, a token: what the layers' operations read (kernels.norm_linears and mlp), in the arithmetic's
+    type. processes: how many divide the batch; of several each gathers at once embedding, head and the matrices of two layers (the one at work and the
+    next) or of all. earlier: names of what stages before this one trained, which stays float32."""
     short, tokens, p = 2 if s.dtype == "bfloat16" else 4, s.batch * s.context // (processes * s.accumulate), student.head_dim
     sizes = {name: w.numel() for name, w in mil.empty_model(student).named_parameters()}
     trained = sum(n for name, n in sizes.items() if stage.trains(name))
