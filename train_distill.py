@@ -1171,10 +1171,10 @@ def fit(run, state, stage, models, batches, journal, last_good):
                 journal.write(json.dumps({"stage": stage.name, "step": state.step, "loss": means[0], names[0]: means[1], names[1]: means[2], "gradient": means[3],
                                           "lr": stage.lr * lr_share(stage, step), "seconds": round(state.seconds, 2), "memory": most_memory(device)}) + "\n")
                 journal.flush()
+            stays = last or not sys.stdout.isatty() and (state.step % (20 * max(every, stage.steps // 100)) == 0 or time.monotonic() - told > 30)
             show(f"{stage.name}  step {state.step}/{stage.steps}  loss {means[0]:.4f}  {names[0]} {means[1]:.4f}  {names[1]} {means[2]:.4f}  "
-                 + f"{speed:,.0f} tokens/s  " * (stage.loss != "dpo") + f"ETA {clock(ahead_of)}",
-                 done=(done := last or not sys.stdout.isatty() and (state.step % (20 * max(every, stage.steps // 100)) == 0 or time.monotonic() - told > 30)))
-            recent, told = [], time.monotonic() if done else told
+                 + f"{speed:,.0f} tokens/s  " * (stage.loss != "dpo") + f"ETA {clock(ahead_of)}", done=stays)
+            recent, told = [], time.monotonic() if stays else told
             if (due or stop) and not last:  # after the last, distill saves
                 save_state(run, state, models, optimizer)
                 saved = time.monotonic()
@@ -1588,7 +1588,7 @@ def main(argv):
         parts = ", ".join(f"{part} {gib(size)}" for part, size in run.cost.items())
         raise MilError(f"the GPU's memory is full; about {gib(sum(run.cost.values()))} were expected ({parts}). {LOWER}. ({str(e).splitlines()[0]})") from e
     except RuntimeError as e:  # of gloo; NCCL waits, and torchrun ends what waits
-        if not (run.sharded and re.search("closed by peer|reset by peer", str(e))):
+        if not (run.sharded and re.search("by peer|Broken pipe", str(e))):
             raise
         raise MilError("another process has ended; what it said stands above. With --resume the same command goes on from the newest checkpoint, if there is one") from e
     end_together()

@@ -188,7 +188,7 @@ def main(argv):
         raise MilError(f"--shapes {' '.join(o.shapes)}: without CUDA expected toy")
     # of a stage of fewer than 200 steps, twice as many as here, each is logged
     if not FIRST < o.steps < 100 or o.rows < 1 or any(n < 1 or max(o.processes) % n for n in o.processes) or CUDA and o.processes[-1] > most:
-        raise MilError(f"expected {FIRST + 1} to 99 --steps, one of --rows or more, and --processes that divide the largest of them" + f", at most {most}, as there are GPUs" * CUDA)
+        raise MilError(f"--steps {o.steps} --rows {o.rows} --processes {' '.join(map(str, o.processes))}: expected {FIRST + 1} to 99 --steps, one of --rows or more, and --processes that divide the largest of them" + f", at most {most}, as there are GPUs" * CUDA)
     machine = torch.cuda.get_device_name() if CUDA else f"{os.cpu_count()} CPU cores"
     print(f"{machine}, torch {torch.__version__}; {o.rows} rows a process at once, {o.rows * max(o.processes)} a step", flush=True)
     rows = []

@@ -360,6 +360,20 @@ def test_the_log_has_means_over_the_steps_since_the_last_line(tmp_path):
     assert [r["step"] for r in records] == [*range(2, 201, 2), 201] and {round(r["loss"], 3) for r in records} == {round(records[0]["loss"], 3)}
 
 
+@pytest.mark.parametrize("second, lines", [(0.1, [20, 40]), (31, [*range(1, 41)]), (11, [*range(3, 19, 3), 20, *range(23, 39, 3), 40])])
+def test_into_a_file_a_line_comes_every_so_many_steps_and_at_least_every_half_a_minute(monkeypatch, tmp_path, capsys, second, lines):
+    run, stage, now = small_run(tmp_path), t.Stage(train="all", mixers=HALF, beta=0, steps=40, lr=0.0, name="s"), [0.0]
+    make = random_batches(run)
+    monkeypatch.setattr(t, "time", SimpleNamespace(perf_counter=time.perf_counter, monotonic=lambda: now[0]))
+
+    def batch(step):
+        now[0] = second * max(0, step)
+        return make(0)
+    monkeypatch.setattr(t, "ahead", lambda batches, first, last, device: map(batches, range(first + 1, last + 1)))
+    fitted(run, t.assemble(run, None, tiny_teacher(), stage, 1, {}), stage, batch)
+    assert [int(line.split("step ")[1].split("/")[0]) for line in capsys.readouterr().out.splitlines()] == lines
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_second_signal_stops_a_run_at_once(monkeypatch, capfd, rank):
     run, heard = SimpleNamespace(stop="", rank=rank), {}
