@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from kernels import causal_conv, gated_norm, linear, linears, ssm_scan
+from kernels import causal_conv, ssm_scan
 
 
 class MilError(ValueError):
@@ -111,84 +111,127 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Mixers: what moves information between tokens. forward(u, angles, log, norm, docs): u (b, l, d), angles the RoPE of the tokens' positions,
-# log this layer's part of the Cache or None in training, docs the Documents that a row holds or None for one. Each returns u + mixer(norm u),
-# or, without a norm, mixer(u). READS names the projections of its input; inherit(attention) pairs its tensors with attention's; new_log(cache) is its
-# log. One with a state has `scan`, which the StateLog calls, and may have `replay`, the same by the kernels for decoding. A weight may be of another
-# type than u: it is used in u's.
+# Layers. A weight may be of another type than what it is multiplied with (float32 masters under bf16 arithmetic);
+# it is used in the type of the activations, and its gradient, a sum in float32, is rounded once to that type. An
+# optimiser's step does not notice that rounding: it is 2^-9 of each gradient, and sums over parts of a batch are float32.
+
+
+class Linear(nn.Linear):
+    """x Wᵀ + bias, in x's type."""
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / √(mean of x² + eps) ∘ weight over the last axis, in the wider of both types; returned in x's."""
+
+    def forward(self, x):
+        f = torch.promote_types(x.dtype, self.weight.dtype)
+        return F.rms_norm(x.to(f), self.normalized_shape, self.weight.to(f), self.eps).to(x.dtype)
+
+    def step(self, x):
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+
+def wider(t):
+    """`t` in float32, or in float64 if it is."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def rope_angles(config, pos):
-    """cos and sin (b, 1, l, head_dim / 2) of the positions pos (b, l) × frequency, in float32, with linear or Llama 3.1's
-    scaling when configured."""
-    half = config.head_dim // 2
-    freq = config.rope_theta ** (-torch.arange(half, device=pos.device, dtype=torch.float32) / half)
-    r, ramp = config.rope_scaling or {"factor": 1}, torch.zeros_like(freq)
-    if len(r) > 1:  # slow turns are stretched by `factor`, fast ones kept, a smooth ramp in between
-        turns = r["original_max_position_embeddings"] * freq / (2 * math.pi)
-        ramp = (turns - r["low_freq_factor"]) / (r["high_freq_factor"] - r["low_freq_factor"])
-    freq = torch.lerp(freq / r["factor"], freq, ramp.clamp(0, 1))
+    """cos and sin (b, 1, l, head_dim / 2), float32, of RoPE's angles at the positions pos (b, l).
+
+    The frequencies are Hugging Face's to the last bit. Llama 3.1's scaling divides slow ones by `factor`, keeps fast
+    ones, and goes smoothly from one to the other between; linear scaling divides all of them.
+    """
+    i = torch.arange(0, config.head_dim, 2, device=pos.device).float()
+    freq = 1 / config.rope_theta ** (i / config.head_dim)
+    scaling = config.rope_scaling or {"factor": 1}
+    kept = torch.zeros_like(freq)
+    if len(scaling) > 1:
+        turns = scaling["original_max_position_embeddings"] / (2 * math.pi / freq)  # within the first training length
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    freq = (1 - kept) * freq / scaling["factor"] + kept * freq
     angle = pos[:, None, :, None].float() * freq
     return angle.cos(), angle.sin()
 
 
-def read(mixer, u, norm):
-    """The mixer's projections of norm u (b, l, d): a list of (b, l, width)."""
-    parts = [getattr(mixer, name) for name in mixer.READS]
-    weights = [part.weight for part in parts]
-    read = linears(u, *weights) if norm is None else kernels.norm_linears(u, norm.weight, norm.eps, *weights)
-    return [biased(t, part) for t, part in zip(read, parts)]
-
-
-def write(y, part, u, norm):
-    """What a mixer returns: y (b, l, heads, p) through its last projection, onto u."""
-    return biased(linear(y.flatten(2), part.weight, None if norm is None else u), part)
-
-
-def biased(t, part):
-    return t if part.bias is None else t + part.bias.to(t.dtype)
+def rotate(q, angles):
+    """RoPE (2104.09864): turns the channel pairs (i, i + p/2) of q (b, l, h, p) by the angles; float32 inside."""
+    cos, sin = (t.transpose(1, 2) for t in angles)  # (b, l, 1, p / 2)
+    q1, q2 = wider(q).chunk(2, dim=-1)
+    return torch.cat([q1 * cos - q2 * sin, q2 * cos + q1 * sin], dim=-1).to(q.dtype)
 
 
 @functools.cache
 def packed_attention():
-    """PyTorch's causal attention within packed sequences, in bf16 on a GPU, from torch 2.11 on, or None. To import it takes a second, so only who needs it does."""
+    """PyTorch's causal attention within packed documents (torch 2.11 or later, bf16 on a GPU), or None.
+
+    Imported lazily; the import takes a second.
+    """
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
     takes = inspect.signature(varlen_attn).parameters
-    shared = {"enable_gqa": True} if "enable_gqa" in takes else {}  # asked for from 2.12 on
+    shared = {"enable_gqa": True} if "enable_gqa" in takes else {}  # required from torch 2.12 on
     return functools.partial(varlen_attn, window_size=(-1, 0), **shared) if "window_size" in takes else None
 
 
 class Documents:
-    """Several documents in a row, one after the other: nothing passes from one to the next. pos (b, l), whole numbers on the CPU, is the place of
-    each token in its document, 0 where a row begins. With `most` the sizes of all tensors are the same for up to `most` documents of any lengths."""
+    """Rows that hold several documents one after the other: nothing passes from one to the next.
 
-    def __init__(self, pos, device, most=0):
+    pos (b, l), integers on the CPU, is the place of each token in its document, 0 where a row begins. On `device`:
+    pos; bounds, where each document begins in the flattened batch, and the end; and mask (b, 1, l, l), who sees whom,
+    unless PyTorch has attention within documents for queries of this `dtype`.
+    """
+
+    def __init__(self, pos, device, dtype=torch.float32):
         begins = (pos.flatten() == 0).nonzero()[:, 0]
-        bounds = F.pad(begins, (0, 1 + max(0, most - len(begins))), value=pos.numel()).int()  # those at the end are of documents without tokens
-        self.longest, send = pos.shape[1] if most else int(bounds.diff().max()), lambda t: t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
-        self.pos, self.bounds = send(pos.int()), send(bounds)  # bounds: where in the flattened batch a document begins, and the end
-        self.packed = packed_attention() if device.type == "cuda" else None
-
-    @functools.cached_property
-    def mask(self):
-        """Who sees whom (b, 1, l, l)."""
-        number, i = (self.pos == 0).cumsum(1), torch.arange(self.pos.shape[1], device=self.pos.device)
-        return ((number[:, :, None] == number[:, None]) & (i[:, None] >= i))[:, None]
+        bounds = F.pad(begins, (0, 1), value=pos.numel()).int()
+        send = (lambda t: t.pin_memory().to(device, non_blocking=True)) if device.type == "cuda" else (lambda t: t)
+        self.pos, self.bounds = send(pos.int()), send(bounds)
+        torch._dynamo.maybe_mark_dynamic(self.bounds, 0)  # another number of documents compiles nothing
+        self.packed, self.mask = packed_attention() if device.type == "cuda" and dtype.itemsize == 2 else None, None
+        if self.packed is None:
+            number, i = (self.pos == 0).cumsum(1), torch.arange(pos.shape[1], device=device)
+            self.mask = ((number[:, :, None] == number[:, None]) & (i[:, None] >= i))[:, None]
 
     def attend(self, q, k, v):
         """Attention within documents: q (b, l, h, p), k and v (b, l, g, p) -> (b, l, h, p)."""
-        if self.packed is None or q.dtype.itemsize > 2:
+        if self.packed is None:
             return sdpa(q, k, v, self.mask)
-        return self.packed(*[t.flatten(0, 1) for t in (q, k, v)], self.bounds, self.bounds, self.longest, self.longest).view(q.shape)
+        flat = [t.flatten(0, 1) for t in (q, k, v)]
+        return self.packed(*flat, self.bounds, self.bounds, q.shape[1], q.shape[1]).view(q.shape)
 
 
 def sdpa(q, k, v, mask=None):
     """PyTorch's attention of q (b, l, h, p) over k and v (b, ·, g, p), causal without a mask."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa).transpose(1, 2)
+
+
+def project(u, *parts):
+    """u through several projections, in decoding: one launch where their weights lie side by side (`pack`)."""
+    ys = kernels.linears(u, *[part.weight for part in parts])
+    return [y if part.bias is None else y + part.bias for y, part in zip(ys, parts)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Mixers: what moves information between tokens.
+#
+#   forward(u, angles, log, docs)   the mixer's formula. u (b, l, d) is normed; angles are RoPE's; log is this layer's
+#                                   part of the Cache, or None in training; docs are Documents, or None if every row is one
+#   step(v, u, angles, log)         u + mixer(v) of a few tokens by kernels.py's decoding kernels; optional
+#   inherit(attention)              pairs (our tensor, attention's projection) that begin equal
+#   new_log(cache)                  this layer's part of a Cache
+#   READS                           the projections of the input, which `pack` lays side by side
+#
+# A mixer with a state also has `scan`, which the StateLog calls.
 
 
 class Attention(nn.Module):
@@ -197,23 +240,32 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, wide, narrow = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.d, wide, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.d, narrow, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.d, narrow, bias=config.attention_bias)
-        self.o_proj = nn.Linear(wide, config.d, bias=config.attention_bias)
+        self.config = config
+        wide, narrow = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q_proj = Linear(config.d, wide, bias=config.attention_bias)
+        self.k_proj = Linear(config.d, narrow, bias=config.attention_bias)
+        self.v_proj = Linear(config.d, narrow, bias=config.attention_bias)
+        self.o_proj = Linear(wide, config.d, bias=config.attention_bias)
 
-    def forward(self, u, angles, log=None, norm=None, docs=None):
-        q, k, v = (t.unflatten(2, (-1, self.config.head_dim)) for t in read(self, u, norm))       # (b, l, heads, p)
-        if log is not None and log.cache.fused:
-            y = kernels.attend(q, k, v, *angles, log.k, log.v, log.cache.at)
+    def forward(self, u, angles, log=None, docs=None):
+        q = self.q_proj(u).unflatten(2, (-1, self.config.head_dim))  # (b, l, h, p)
+        k = self.k_proj(u).unflatten(2, (-1, self.config.head_dim))  # (b, l, g, p)
+        v = self.v_proj(u).unflatten(2, (-1, self.config.head_dim))  # (b, l, g, p)
+        q, k = rotate(q, angles), rotate(k, angles)
+        if log is not None:
+            y = sdpa(q, *log.extend(k, v))  # over all so far
+        elif docs is not None:
+            y = docs.attend(q, k, v)
         else:
-            q, k = (kernels.rotate(t, *[turn[:, 0] for turn in angles]) for t in (q, k))
-            if log is not None:
-                y = sdpa(q, *log.extend(k, v))                    # over all so far
-            else:
-                y = sdpa(q, k, v) if docs is None else docs.attend(q, k, v)
-        return write(y, self.o_proj, u, norm)
+            y = sdpa(q, k, v)
+        return self.o_proj(y.flatten(2))
+
+    def step(self, v, u, angles, log):
+        qkv = project(v, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (t.unflatten(2, (-1, self.config.head_dim)) for t in qkv)
+        y = kernels.attend(q, k, v, *angles, log.k, log.v, log.cache.at)
+        y = kernels.linear(y.flatten(2), self.o_proj.weight, onto=u)
+        return y if self.o_proj.bias is None else y + self.o_proj.bias
 
     def new_log(self, cache):
         return AttentionLog(cache, self.config, self.q_proj.weight.dtype)
@@ -223,11 +275,6 @@ def initial_dt_bias(n):
     """The bias for which Δ = softplus(bias) is log-uniform in [1e-3, 1e-1] (Mamba's initialisation)."""
     delta = torch.exp(torch.empty(n, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1)))
     return delta + torch.log(-torch.expm1(-delta))  # the inverse of softplus
-
-
-def decay_rates(A_log):
-    """A = -exp(A_log), never in less than float32."""
-    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
 
 
 class Mamba(nn.Module):
@@ -243,18 +290,19 @@ class Mamba(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, wide, narrow = config, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.config = config
+        wide, narrow = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.dt_rank = math.ceil(config.d / 16)
-        self.in_proj_x = nn.Linear(config.d, narrow, bias=False)
-        self.in_proj_z = nn.Linear(config.d, wide, bias=False)
-        self.B_proj = nn.Linear(config.d, narrow, bias=False)
-        self.C_proj = nn.Linear(config.d, wide, bias=False)
-        self.dt_proj_down = nn.Linear(config.d, self.dt_rank, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, wide, bias=True)
+        self.in_proj_x = Linear(config.d, narrow, bias=False)
+        self.in_proj_z = Linear(config.d, wide, bias=False)
+        self.B_proj = Linear(config.d, narrow, bias=False)
+        self.C_proj = Linear(config.d, wide, bias=False)
+        self.dt_proj_down = Linear(config.d, self.dt_rank, bias=False)
+        self.dt_proj = Linear(self.dt_rank, wide, bias=True)
         self.conv1d = nn.Conv1d(wide, wide, config.d_conv, groups=wide)
         self.A_log = nn.Parameter(torch.empty(wide, config.d_state))
         self.D = nn.Parameter(torch.empty(wide))
-        self.out_proj = nn.Linear(wide, config.d, bias=False)
+        self.out_proj = Linear(wide, config.d, bias=False)
         self.reset()
 
     @torch.no_grad()
@@ -267,30 +315,48 @@ class Mamba(nn.Module):
 
     def inherit(self, attention):
         """Which of this block's tensors take which of attention's."""
-        return [(self.C_proj.weight, attention.q_proj), (self.B_proj.weight, attention.k_proj),
-                (self.in_proj_x.weight, attention.v_proj), (self.out_proj.weight, attention.o_proj)]
+        return [
+            (self.C_proj.weight, attention.q_proj),
+            (self.B_proj.weight, attention.k_proj),
+            (self.in_proj_x.weight, attention.v_proj),
+            (self.out_proj.weight, attention.o_proj),
+        ]
 
-    def forward(self, u, angles, log=None, norm=None, docs=None):
-        *mixed, dt = read(self, u, norm)
-        heads = lambda t: t.unflatten(-1, (-1, self.config.d_state))  # noqa: E731    (..., h·p) -> (..., h, p), p = n
-        x, z, B, C, dt = map(heads, (*mixed, linear(dt, self.dt_proj.weight)))  # (b, l, g, p) and (b, l, h, p); dt's bias is added in the scan
-        y = self.scan(x, dt, B, C, z, docs=docs)[0] if log is None else log.extend(self, (x, dt, B), (C, z))
-        return write(y, self.out_proj, u, norm)
+    def heads(self, t):
+        """(b, l, h·p) -> (b, l, h, p)."""
+        return t.unflatten(-1, (-1, self.config.d_state))
+
+    def forward(self, u, angles, log=None, docs=None):
+        x = self.heads(self.in_proj_x(u))  # (b, l, g, p)
+        z = self.heads(self.in_proj_z(u))  # (b, l, h, p)
+        B = self.heads(self.B_proj(u))     # (b, l, g, n)
+        C = self.heads(self.C_proj(u))     # (b, l, h, n)
+        dt = self.heads(F.linear(self.dt_proj_down(u), self.dt_proj.weight.to(u.dtype)))  # its bias comes in the scan
+        if log is None:
+            y, _, _ = self.scan(x, dt, B, C, z, docs=docs)
+        else:
+            y = log.extend(self, (x, dt, B), (C, z))
+        return self.out_proj(y.flatten(2))
 
     def scan(self, x, dt, B, C, z, window=None, h0=None, lengths=None, docs=None):
-        """What the projections give, through convolution and scan: y (b, l, h, p), and what a later call goes on from,
-        the convolution's last inputs and the state. lengths (b,): how many of each row's tokens are real."""
+        """Convolution and scan of what the projections gave: y (b, l, h, p), and what a later call goes on from, the
+        convolution's last inputs and the state. lengths (b,): how many of each row's tokens are real."""
         n = self.config.d_state
+        pos = None if docs is None else docs.pos
         dt = dt if lengths is None else hide_padding(dt, lengths)
-        x, window = causal_conv(x, self.conv1d.weight.view(-1, n, self.config.d_conv), self.conv1d.bias.view(-1, n), window, lengths,
-                                docs and docs.pos)
-        A, D, dt_bias = decay_rates(self.A_log).view(-1, n, n), self.D.view(-1, n), self.dt_proj.bias.view(-1, n)  # (h, p, n) (h, p)
-        y, h = ssm_scan(x, dt, A, B, C, D, z, dt_bias, h0, docs and docs.pos)
+        weight, bias = self.conv1d.weight.view(-1, n, self.config.d_conv), self.conv1d.bias.view(-1, n)
+        x, window = causal_conv(x, weight, bias, window, lengths, pos)  # (b, l, g, p) -> (b, l, h, p)
+        A = -torch.exp(wider(self.A_log)).view(-1, n, n)                # (h, p, n)
+        y, h = ssm_scan(x, dt, A, B, C, self.heads(self.D), z, self.heads(self.dt_proj.bias), h0, pos)
         return y, window, h
 
-    def replay(self, x, dt, B, C, z, log):
-        """The same by the kernels for decoding: y alone, the log written."""
-        return kernels.replay(x, dt, B, C, z, log.inputs, self.conv1d.weight, self.conv1d.bias, self.A_log, self.dt_proj.bias, self.D, log.h, *log.places)
+    def step(self, v, u, angles, log):
+        x, z, B, C, dt = project(v, *[getattr(self, name) for name in self.READS])
+        dt = kernels.linear(dt, self.dt_proj.weight)
+        y = kernels.replay(
+            *map(self.heads, (x, dt, B, C, z)), log.allocate([self.heads(t) for t in (x, dt, B)]), log.h, log.places,
+            self.conv1d.weight, self.conv1d.bias, self.A_log, self.dt_proj.bias, self.D)
+        return kernels.linear(y.flatten(2), self.out_proj.weight, onto=u)
 
     def new_log(self, cache):
         c = self.config
@@ -310,13 +376,13 @@ class Mamba2(nn.Module):
         self.config = config
         wide, narrow, h = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.n_heads
         self.sizes = [wide, 2 * narrow + wide, h]  # z | x, B, C | dt
-        self.in_proj = nn.Linear(config.d, sum(self.sizes), bias=False)
+        self.in_proj = Linear(config.d, sum(self.sizes), bias=False)
         self.conv1d = nn.Conv1d(self.sizes[1], self.sizes[1], config.d_conv, groups=self.sizes[1])
         self.dt_bias = nn.Parameter(torch.empty(h))
         self.A_log = nn.Parameter(torch.empty(h))
         self.D = nn.Parameter(torch.empty(h))
         self.norm = nn.RMSNorm(wide, eps=1e-5)  # holds the weight; normalised per head below
-        self.out_proj = nn.Linear(wide, config.d, bias=False)
+        self.out_proj = Linear(wide, config.d, bias=False)
         self.reset()
 
     @torch.no_grad()
@@ -332,33 +398,34 @@ class Mamba2(nn.Module):
         _, x, B, C, _ = self.in_proj.weight.split([wide, narrow, narrow, wide, self.sizes[2]])
         return [(C, attention.q_proj), (B, attention.k_proj), (x, attention.v_proj), (self.out_proj.weight, attention.o_proj)]
 
-    def forward(self, u, angles, log=None, norm=None, docs=None):
-        z, xBC, dt = read(self, u, norm)[0].split(self.sizes, dim=-1)
-        y = self.scan(xBC, dt, z, docs=docs)[0] if log is None else log.extend(self, (xBC, dt), (z,))
-        return write(y, self.out_proj, u, norm)
-
-    def heads(self, xBC):
-        """x, B and C (…, heads, p) of (…, channels)."""
-        g = self.config.n_kv_heads
-        return xBC.unflatten(-1, (-1, self.config.head_dim)).split([g, g, self.config.n_heads], dim=-2)
+    def forward(self, u, angles, log=None, docs=None):
+        z, xBC, dt = self.in_proj(u).split(self.sizes, dim=-1)
+        if log is None:
+            y, _, _ = self.scan(xBC, dt, z, docs=docs)
+        else:
+            y = log.extend(self, (xBC, dt), (z,))
+        return self.out_proj(y.flatten(2))
 
     def scan(self, xBC, dt, z, window=None, h0=None, lengths=None, docs=None):
         """As Mamba's; gate and norm included."""
+        g, h, p = self.config.n_kv_heads, self.config.n_heads, self.config.head_dim
+        pos = None if docs is None else docs.pos
         dt = dt if lengths is None else hide_padding(dt, lengths)
-        window = window if window is None else window.unsqueeze(2)                                # (b, w - 1, 1, channels)
-        xBC, window = causal_conv(xBC.unsqueeze(2), self.conv1d.weight.transpose(0, 1), self.conv1d.bias[None], window, lengths,
-                                  docs and docs.pos)
-        x, B, C = self.heads(xBC.squeeze(2))                                                      # (b, l, heads, p)
-        y, h = ssm_scan(x, dt, decay_rates(self.A_log), B, C, D=self.D, dt_bias=self.dt_bias, h0=h0, pos=docs and docs.pos)
-        return self.gate(y, z), window.squeeze(2), h
+        window = None if window is None else window.unsqueeze(2)                     # (b, w - 1, 1, channels)
+        weight, bias = self.conv1d.weight.transpose(0, 1), self.conv1d.bias[None]    # (1, channels, w) (1, channels)
+        xBC, window = causal_conv(xBC.unsqueeze(2), weight, bias, window, lengths, pos)
+        x, B, C = xBC.view(*dt.shape[:2], -1, p).split([g, g, h], dim=2)             # (b, l, heads, p)
+        y, state = ssm_scan(x, dt, -torch.exp(wider(self.A_log)), B, C, self.D, None, self.dt_bias, h0, pos)
+        y = wider(y) * F.silu(wider(z)).view(y.shape)
+        y = F.rms_norm(y, (p,), eps=self.norm.eps) * self.norm.weight.view(h, p)     # per head
+        return y.to(z.dtype), window.squeeze(2), state
 
-    def gate(self, y, z):
-        return gated_norm(y, z.unflatten(2, y.shape[2:]), self.norm.weight.view(y.shape[2:]), self.norm.eps)  # per head (b, l, h, p)
-
-    def replay(self, xBC, dt, z, log):
-        """As Mamba's."""
-        y = kernels.replay(xBC, dt, None, None, None, log.inputs, self.conv1d.weight, self.conv1d.bias, self.A_log, self.dt_bias, self.D, log.h, *log.places)
-        return self.gate(y, z)
+    def step(self, v, u, angles, log):
+        z, xBC, dt = project(v, self.in_proj)[0].split(self.sizes, dim=2)
+        y = kernels.replay(
+            xBC, dt, None, None, z.unflatten(2, (self.config.n_heads, -1)), log.allocate((xBC, dt)), log.h, log.places,
+            self.conv1d.weight, self.conv1d.bias, self.A_log, self.dt_bias, self.D, self.norm.weight, self.norm.eps)
+        return kernels.linear(y.flatten(2), self.out_proj.weight, onto=u)
 
     def new_log(self, cache):
         p, h = self.config.head_dim, self.config.n_heads
@@ -375,8 +442,11 @@ class NoMixer(nn.Module):
     def inherit(self, attention):
         return []
 
-    def forward(self, u, angles, log=None, norm=None, docs=None):
-        return torch.zeros_like(u) if norm is None else u
+    def forward(self, u, angles, log=None, docs=None):
+        return torch.zeros_like(u)
+
+    def step(self, v, u, angles, log):
+        return u
 
     def new_log(self, cache):
         return None
@@ -391,35 +461,41 @@ MIXERS = tuple(CLASSES)  # attention, and what may replace it
 
 
 class MLP(nn.Module):
-    """SwiGLU: u + down(silu(gate v) ∘ up v) of v = norm u. With `again` the backward computes gate v and up v again, which otherwise are kept."""
-    again = False
+    """SwiGLU (2002.05202): down(silu(gate u) ∘ up u)."""
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.d, config.d_ff, bias=False)
-        self.up_proj = nn.Linear(config.d, config.d_ff, bias=False)
-        self.down_proj = nn.Linear(config.d_ff, config.d, bias=False)
+        self.gate_proj = Linear(config.d, config.d_ff, bias=False)
+        self.up_proj = Linear(config.d, config.d_ff, bias=False)
+        self.down_proj = Linear(config.d_ff, config.d, bias=False)
 
-    def forward(self, u, norm):
-        return kernels.mlp(u, norm.weight, norm.eps, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight, self.again)
+    def forward(self, u):
+        return self.down_proj(F.silu(self.gate_proj(u)) * self.up_proj(u))
 
-
-def rms_norm(u, norm):
-    return kernels.rms_norm(u, norm.weight, norm.eps)
+    def step(self, v, u):
+        """u + mlp(v), in decoding."""
+        inside = kernels.linear(v, self.up_proj.weight, gate=self.gate_proj.weight)
+        return kernels.linear(inside, self.down_proj.weight, onto=u)
 
 
 class Block(nn.Module):
-    """A Llama layer, whatever its mixer: u + mixer(norm u), then u + mlp(norm u)."""
+    """A Llama layer, whatever its mixer."""
 
     def __init__(self, config, mixer):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.d, eps=config.norm_eps)
+        self.input_layernorm = RMSNorm(config.d, eps=config.norm_eps)
         self.mixer = CLASSES[mixer](config)
-        self.post_attention_layernorm = nn.RMSNorm(config.d, eps=config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.d, eps=config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, u, angles, log=None, docs=None):
-        return self.mlp(self.mixer(u, angles, log, self.input_layernorm, docs), self.post_attention_layernorm)
+        u = u + self.mixer(self.input_layernorm(u), angles, log, docs)
+        return u + self.mlp(self.post_attention_layernorm(u))
+
+    def step(self, u, angles, log):
+        """`forward` of a few tokens by kernels.py's decoding kernels, whose products add the residual themselves."""
+        u = self.mixer.step(self.input_layernorm.step(u), u, angles, log)
+        return self.mlp.step(self.post_attention_layernorm.step(u), u)
 
 
 class Hybrid(nn.Module):
@@ -432,8 +508,8 @@ class Hybrid(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.v, config.d)
         self.layers = nn.ModuleList(Block(config, mixer) for mixer in config.mixers)
-        self.norm = nn.RMSNorm(config.d, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.d, config.v, bias=False)
+        self.norm = RMSNorm(config.d, eps=config.norm_eps)
+        self.lm_head = Linear(config.d, config.v, bias=False)
         self.tie()
         self.reset()
 
@@ -454,7 +530,7 @@ class Hybrid(nn.Module):
 
         With a cache the tokens follow what it holds and are added to it. lengths (b,) says how many of each row's
         tokens are real when rows are padded on the right; what stands at padded positions of the result is undefined.
-        docs: the Documents that the rows hold; None: one each. MilError for lengths without a cache, or docs with one.
+        docs: the Documents that the rows hold; None: one each. Raises MilError for lengths without a cache, or docs with one.
         """
         if (lengths if cache is None else docs) is not None:
             raise MilError("lengths are for a cache, and docs for rows without one; leave them out")
@@ -462,23 +538,34 @@ class Hybrid(nn.Module):
             cache.open(*tokens.shape, lengths)
         u, angles = self.start(tokens, cache, docs)
         for i, layer in enumerate(self.layers):
-            u = layer(u, angles, None if cache is None else cache.logs[i], docs)
+            if cache is not None and cache.fused:
+                u = layer.step(u, angles, cache.logs[i])
+            else:
+                u = layer(u, angles, None if cache is None else cache.logs[i], docs)
         if cache is not None:
             cache.close()
-        return rms_norm(u, self.norm)
+        return self.norm.step(u) if cache is not None and cache.fused else self.norm(u)
 
     def start(self, tokens, cache=None, docs=None):
         """What the first layer reads: the embedding (b, l, d), and the angles of RoPE."""
         u = self.embed_tokens(tokens)
-        pos = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape) if docs is None else docs.pos
-        return u if self.compute is None else u.to(self.compute), rope_angles(self.config, pos) if cache is None else cache.angles
+        if cache is not None:
+            angles = cache.angles
+        elif docs is not None:
+            angles = rope_angles(self.config, docs.pos)
+        else:
+            angles = rope_angles(self.config, torch.arange(tokens.shape[1], device=tokens.device)[None])
+        return u if self.compute is None else u.to(self.compute), angles
 
     def forward(self, tokens, cache=None, lengths=None, docs=None):
         """Logits (b, l, v) of the token after each. See `hidden`."""
         return self.logits(self.hidden(tokens, cache, lengths, docs))
 
     def logits(self, hidden):
-        return linear(hidden, self.lm_head.weight)
+        """(b, l, d) -> (b, l, v)."""
+        if kernels.few(hidden, hidden.shape[1], self.lm_head.weight):
+            return kernels.linear(hidden, self.lm_head.weight)
+        return self.lm_head(hidden)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -514,7 +601,7 @@ class Cache:
         self.turns = rope_angles(c, torch.arange(size, device=self.device)[None]) if "attention" in c.mixers else ()  # of all positions
         self.small = max(c.head_dim, c.d_state) <= 128 and c.n_heads // c.n_kv_heads <= 16  # what the kernels hold in registers
         self.logs = [layer.mixer.new_log(self) for layer in model.layers]
-        self.small &= all(hasattr(layer.mixer, "replay") for layer, log in zip(model.layers, self.logs) if isinstance(log, StateLog))
+        self.small &= all(hasattr(layer.mixer, "step") for layer in model.layers)
 
     def fusable(self, l):
         """Whether a pass of l tokens a row, all of them real, is made of the kernels for decoding."""
@@ -615,15 +702,20 @@ class StateLog:
     def places(self):
         return self.cache.at, self.cache.base, self.cache.to
 
+    def allocate(self, written):
+        """The log of inputs, when the first ones come; `written` (b, l, ...) are tensors of their widths and types."""
+        if self.inputs is None:
+            c = self.cache
+            room = c.places + max(c.places, kernels.FEW) + max(1, self.window)  # the logged, the new, and what came before
+            size = 2 ** math.ceil(math.log2(room))
+            self.inputs = [t.new_zeros(t.shape[0], size, *t.shape[2:]) for t in written]
+        return self.inputs
+
     def extend(self, mixer, written, read):
-        """y (b, l, h, p) of l new tokens by the mixer's `scan` or `replay`: `written` (b, l, …) is what a token leaves behind (Mamba-2's
+        """y (b, l, h, p) of l new tokens by the mixer's `scan`: `written` (b, l, …) is what a token leaves behind (Mamba-2's
         convolution mixes in C), and is logged, `read` what it only reads with."""
         c, blank = self.cache, lambda t, l: t.new_zeros(t.shape[0], l, *t.shape[2:])
-        if self.inputs is None:
-            size = 2 ** math.ceil(math.log2(c.places + max(c.places, kernels.FEW) + max(1, self.window)))  # the logged, the new, and what came before
-            self.inputs = [blank(t, size) for t in written]
-        if c.fused:
-            return mixer.replay(*written, *read, self)
+        self.allocate(written)
         ring = lambda first, l: (c.row, (first[:, None] + torch.arange(l, device=c.device)) % self.inputs[0].shape[1])  # noqa: E731
         before = lambda at: ring(at - self.window, self.window)  # noqa: E731
         if c.due:

@@ -25,9 +25,11 @@ suit small models, and by default the text is the corpus itself and not the teac
 In this file, top to bottom: settings; stages; data; the teacher's answers; losses; teacher and student side by side; processes; the training loop
 and its checkpoints; evaluation; the stages, run; what a stage costs; the report and the command.
 """
+import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import gc
 import hashlib
 import itertools
@@ -56,12 +58,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-import kernels
 import mil
-from generate import (Conversation, Decoder, Launched, TextStream, chat_format, encode, flag, generate, load_tokenizer, parse_flags, pick_device,
-                      run_command, save_with_tokenizer, stop_tokens, token_bytes, tokenizer_of, vocabulary)
+from generate import (Conversation, Decoder, TextStream, chat_format, encode, flag, generate, load_tokenizer, parse_flags, pick_device, run_command,
+                      save_with_tokenizer, stop_tokens, token_bytes, tokenizer_of, vocabulary)
 from mil import MilError
 
 
@@ -114,14 +114,19 @@ class Settings:
     batch: int = sized("batch", "sequences in a step, of all processes together; less noise, more time")
     accumulate: int = flag(1, "how many parts a step's batch is taken in, one after the other: less memory, the same result; several processes "
                           "send for each part what they send for a step")
-    recompute: str = flag("none", "what the backward pass computes again in place of keeping it: none; mlp, the MLPs' inside; a share of the layers, "
-                          "such as 0.5, whose MLPs'; block, all of each layer")
     shard: str = flag("trained", "what several processes shard. trained: weights that train, their gradients and AdamW's state (ZeRO-3), the rest replicated; all: the rest "
                                  "too, for less memory and more to send; grads: as trained, but a layer stays gathered from its forward to its backward pass "
                                  "(ZeRO-2), for more memory and less to send")
-    compile: bool = flag(False, "torch.compile the layers: minutes at first, then perhaps faster", action="store_true")
-    graph: bool = flag(False, "on one GPU, replay a step as a CUDA graph where it is so small that launching its kernels takes longer than they run: up to twice as fast",
-                       action="store_true")
+    compile: bool = flag(
+        True,
+        "on a GPU, torch.compile every layer: faster, in less memory; the first steps take a minute",
+        action=argparse.BooleanOptionalAction,
+    )
+    memory_budget: float = flag(
+        1.0,
+        "share of the activations that compiled layers keep for the backward pass; the rest they "
+        "compute again. 0.7: about a fifth less memory in all, 6 % more time",
+    )
     teacher_steps: int = sized("teacher_steps", "training steps of the teacher; a better teacher gives a better student")
     stage1_steps: int = sized("stage1_steps", "steps of stage 1, all replacement steps together: the new mixers learn")
     stage2_steps: int = flag(-1, f"steps of stage 2: everything learns; 0: no stage 2 (default {PRESETS['cpu']['stage2_steps']} on cpu, "
@@ -150,7 +155,7 @@ CHOICES = {"mixer": mil.MIXERS[1:], "init": ("attention", "random"), "dtype": ("
            "train": ("mixers", "mlps", "all"), "loss": ("distill", "dpo"), "shard": ("trained", "all", "grads")}
 LIMITS = {**dict.fromkeys(("alpha", "beta", "lr", "teacher_lr", "stage1_lr", "stage2_lr", "stage3_lr", "save_minutes", "answers", "steps", "stage3_steps"), (0, sys.float_info.max)),
           **dict.fromkeys(("clip", "temperature", "dpo_beta"), (sys.float_info.min, math.inf)), **dict.fromkeys(("accumulate", "keep_checkpoints"), (1, math.inf)),
-          "rope_theta": (1, sys.float_info.max), "warmup": (0, 1), "keep": (0, 1), "seed": (0, 2**63 - 2)}
+          "memory_budget": (sys.float_info.min, 1), "rope_theta": (1, sys.float_info.max), "warmup": (0, 1), "keep": (0, 1), "seed": (0, 2**63 - 2)}
 
 
 def check(of, where):
@@ -161,7 +166,10 @@ def check(of, where):
     for name, (least, most) in LIMITS.items():
         value = getattr(of, name, None)
         if value is not None and not least <= value <= most:
-            span = f"{least:g} to {most}" if most < 2**63 else "more than 0" if 0 < least < 1 else f"{least} or more"
+            bounded = most < 2**63
+            span = f"{least} to {most}" if bounded else f"{least} or more"
+            if 0 < least < 1:
+                span = f"more than 0, at most {most}" if bounded else "more than 0"
             raise MilError(f"{where}{name} is {value}, expected {span}")
     if getattr(of, "alpha", 1) == getattr(of, "beta", 1) == 0:
         raise MilError(f"{where}alpha is 0, and so is beta: nothing would be learned; expected at least one above 0")
@@ -178,17 +186,6 @@ def chosen_layers(s):
     except MilError as e:
         raise MilError(f"--student_layers: {e}") from None
     return layers
-
-
-def share_recomputed(s):
-    """Of how many layers, as a share, the MLPs' inside is computed again."""
-    try:
-        share = float({"none": 0, "mlp": 1, "block": 0}.get(s.recompute, s.recompute))
-    except ValueError:
-        share = -1
-    if not 0 <= share <= 1:
-        raise MilError(f"--recompute is {s.recompute!r}, expected none, mlp, block, or a share of the layers between 0 and 1")
-    return share
 
 
 def complete(s, device, teacher_config=None):
@@ -222,7 +219,11 @@ def complete(s, device, teacher_config=None):
         raise MilError(f"--context is {s.context}, expected 2 or more")
     if not 1 <= s.answer_tokens < s.context:
         raise MilError(f"--answer_tokens is {s.answer_tokens}, expected 1 to {s.context - 1}, less than --context")
-    share_recomputed(s)
+    if s.memory_budget < 1 and not (s.compile and device.type == "cuda"):
+        why = "on a CPU" if s.compile else "with --no-compile"
+        raise MilError(
+            f"--memory_budget is {s.memory_budget}, but layers are not compiled {why}; leave it out"
+        )
     if not s.prompt:
         raise MilError("--prompt is '', expected some text")
     if s.recipe and (s.keep, s.replace_steps) != (Settings.keep, Settings.replace_steps):
@@ -561,27 +562,41 @@ def windows(data, begins, starts, length):
     return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(np.minimum(place, np.arange(length + 1))[:, :-1])
 
 
-def to_device(x, y, pos, device, most=0):
-    """A batch: x, y (b, l), docs their Documents (None where every row is one), `at` the places in the flattened targets that are learned (None: all).
-    With `most`, one for a CUDA graph (`graph`), whose tensors have the same shape every time: all places (losses skip those that are not learned), and
-    room for so many documents; with more of them than that it is an ordinary one."""
-    graph = bool((pos == 0).sum() <= most)
+def to_device(x, y, pos, device, dtype=torch.float32):
+    """A batch on `device`.
+
+    x and y are (b, l). `at` holds the places in the flattened targets that are learned; None: all.
+    docs are the Documents of the rows; None: every row is one. In bf16 on a GPU, where attention
+    within documents costs nothing, they are always there, so that layers are compiled once.
+    """
     at = (y.flatten() >= 0).nonzero()[:, 0]
-    send = lambda t: t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t  # noqa: E731
-    return SimpleNamespace(x=send(x), y=send(y), at=None if graph or len(at) == y.numel() else send(at), graph=graph,
-                           docs=mil.Documents(pos, device, most * graph) if graph or (pos[:, 1:] == 0).any() else None)
+    docs = mil.Documents(pos, device, dtype)
+    if docs.packed is None and not (pos[:, 1:] == 0).any():
+        docs = None
+
+    def send(t):
+        return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
+
+    return SimpleNamespace(
+        x=send(x), y=send(y), at=None if len(at) == y.numel() else send(at), docs=docs
+    )
 
 
-def training_batches(run, corpus, seed, graph=False):
+def training_batches(run, corpus, seed):
     """step -> the parts of that step's batch that this process takes, and how many tokens all of them learn: windows at random places, which depend
-    on the seed and the step and on nothing else. With `graph`, as a CUDA graph takes them."""
+    on the seed and the step and on nothing else."""
     s, (data, begins) = run.s, (corpus.train, corpus.begins[0])
-    most = s.batch + 64 + 2 * s.batch * s.context * len(begins) // len(data) if graph else 0  # twice as many documents as there are on average
 
     def batch(step):
-        starts = np.random.default_rng([*seed, step]).integers(0, len(data) - s.context, size=s.batch)
+        starts = np.random.default_rng([*seed, step]).integers(
+            0, len(data) - s.context, size=s.batch
+        )
         x, y, pos = windows(data, begins, starts, s.context)
-        return [to_device(x[mine], y[mine], pos[mine], run.device, most) for mine in shares(run, s.batch)], int((y >= 0).sum())
+        return [
+            to_device(x[mine], y[mine], pos[mine], run.device, run.dtype)
+            for mine in shares(run, s.batch)
+        ], int((y >= 0).sum())
+
     return batch
 
 
@@ -592,12 +607,18 @@ def shares(run, rows):
 
 
 def turns(run, count, rows):
-    """Yields, turn by turn until all of `count` things are shared out among the processes, (the numbers of those that this one takes, whether they count):
-    at most as many as it takes of a step's `rows` rows. Where none are left for it number 0 stands in and does not count, since FSDP2 needs all in every pass."""
+    """Shares out `count` things among the processes, turn by turn.
+
+    Yields the numbers of the things that this process takes, at most as many as it takes of a
+    step's `rows` rows, and how many of them count. The others are number 0 and fill up the turn:
+    to one thing, since FSDP2 needs all processes in every pass; where layers are compiled to the
+    full size, since another size would compile them again.
+    """
     size = max(1, rows // (run.size * run.s.accumulate))
+    least = size if run.compiled else 1
     for i in range(0, count, size * run.size):
-        mine = list(range(i, min(i + size * run.size, count))[run.rank::run.size])
-        yield mine or [0], bool(mine)
+        mine = list(range(i, min(i + size * run.size, count))[run.rank :: run.size])
+        yield mine + [0] * (least - len(mine)), len(mine)
 
 
 def evaluation_batches(run, corpus):
@@ -607,7 +628,8 @@ def evaluation_batches(run, corpus):
     starts = np.linspace(0, len(data) - s.context - 1, count).astype(int)
     for mine, real in turns(run, count, s.batch):
         x, y, pos = windows(data, corpus.begins[1], starts[mine], s.context)
-        yield to_device(x, y if real else torch.full_like(y, -100), pos, run.device)
+        y[real:] = -100
+        yield to_device(x, y, pos, run.device, run.dtype)
 
 
 def ahead(make, first, last, device):
@@ -656,7 +678,7 @@ def pair_batch(run, pairs):
     for row, ids in zip(block, rows):
         row[:len(ids)] = torch.tensor(ids)
     x, y = torch.where(block < 0, ~block, block)[:, :-1], block.masked_fill(block < 0, -100)[:, 1:]
-    return to_device(x, y, torch.arange(x.shape[1]).expand(x.shape), run.device)
+    return to_device(x, y, torch.arange(x.shape[1]).expand(x.shape), run.device, run.dtype)
 
 
 def pair_batches(run, pairs, seed):
@@ -769,8 +791,75 @@ def chunks(hidden, head, teacher_hidden, teacher_head):
         yield at, hidden[at] @ head.T, None if teacher_hidden is None else teacher_hidden[at] @ teacher_head.T
 
 
+def losses_and_gradient(logits, wanted, targets, alpha, beta, tau, reverse, gradient):
+    """token_losses in plain PyTorch. A compiler takes `reverse`, `gradient` and None as constants."""
+    learned = targets >= 0
+    x = mil.wider(logits)
+    log_q = x.log_softmax(-1)
+    ce = -log_q.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    kl = torch.zeros_like(ce)
+    if gradient:
+        hit = torch.arange(x.shape[1], device=x.device) == targets[:, None]  # (n, v)
+        dx = alpha[:, None] * (log_q.exp() - hit.to(x.dtype))
+    if wanted is not None:
+        log_p = (mil.wider(wanted) / tau).log_softmax(-1)
+        log_q = log_q if tau == 1 else (x / tau).log_softmax(-1)
+        p, q = log_p.exp(), log_q.exp()
+        left, far = (q, log_q - log_p) if reverse else (p, log_p - log_q)
+        kl = torch.where(left > 0, left * far, 0).sum(-1)
+        if gradient:
+            d_kl = torch.where(q > 0, q * (far - kl[:, None]), 0) if reverse else q - p
+            dx = dx + tau * beta[:, None] * d_kl
+    if gradient:
+        logits.copy_(torch.where(learned[:, None], dx, 0))
+    return torch.where(learned, ce, 0), torch.where(learned, tau**2 * kl, 0)
+
+
+@functools.cache
+def compiled_losses():
+    """One kernel for a row's softmax and sums; split reductions would read the logits again."""
+    return torch.compile(losses_and_gradient, options={"split_reductions": False})
+
+
+@torch.no_grad()
+def token_losses(
+    logits, wanted, targets, alpha, beta, temperature=1.0, reverse=False, gradient=False
+):
+    """Cross-entropy with the target and KL divergence from the teacher, in nats, of each token.
+
+        ce = -log softmax(logits)[target]
+        kl = τ² KL(softmax(wanted / τ) ‖ softmax(logits / τ)), with `reverse` the other way round
+
+    logits (n, v); wanted (n, v), or None: then kl is 0. targets (n,), negative where nothing is
+    to be learned: there both are 0. Returns ce and kl (n,) in float32, or float64 if the logits
+    are. With `gradient` the logits are overwritten with the gradient of Σ alpha ce + beta kl,
+    alpha and beta (n,). What has probability 0 on the left of the ‖ adds nothing, whatever it
+    has on the right.
+    """
+    formula = losses_and_gradient
+    if logits.is_cuda:
+        formula = compiled_losses()
+        for t in (logits, wanted, targets, alpha, beta):
+            if t is not None:
+                torch._dynamo.maybe_mark_dynamic(t, 0)  # another number of tokens compiles nothing
+    return formula(logits, wanted, targets, alpha, beta, temperature, reverse, gradient)
+
+
+MIXED = hasattr(
+    torch.ops.aten.mm, "dtype"
+)  # torch 2.8: a float32 product of bf16 matrices, on CUDA
+
+
+def add_product(total, a, b):
+    """total += a b; of bf16 matrices on a GPU in float32 throughout."""
+    if MIXED and a.is_cuda and a.element_size() == 2 and total.dtype == torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
+
+
 class DistillationLoss(torch.autograd.Function):
-    """Σ alpha·CE + beta·KL over n tokens, alpha and beta (n,) their weights, with CE and KL (n,) as kernels.token_losses gives them; from what the
+    """Σ alpha·CE + beta·KL over n tokens, alpha and beta (n,) their weights, with CE and KL (n,) as token_losses gives them; from what the
     heads read, and never with the logits of more than a few tokens in memory: their gradient is made in the forward, in their place."""
 
     @staticmethod
@@ -780,11 +869,11 @@ class DistillationLoss(torch.autograd.Function):
         d_head = torch.zeros_like(head, dtype=torch.promote_types(head.dtype, torch.float32)) if ctx.needs_input_grad[1] else None
         ce, kl, cast = torch.empty_like(alpha), torch.empty_like(alpha), head.to(hidden.dtype)
         for at, logits, theirs in chunks(hidden, cast, teacher_hidden, teacher_head):
-            ce[at], kl[at] = kernels.token_losses(logits, theirs, targets[at], alpha[at], None if theirs is None else beta[at], temperature, reverse, learns)
+            ce[at], kl[at] = token_losses(logits, theirs, targets[at], alpha[at], beta[at], temperature, reverse, learns)
             if d_hidden is not None:
                 torch.mm(logits, cast, out=d_hidden[at])
             if d_head is not None:
-                kernels.add_product(d_head, logits.T, hidden[at])
+                add_product(d_head, logits.T, hidden[at])
         ctx.save_for_backward(d_hidden, d_head)
         ctx.mark_non_differentiable(ce, kl)
         return (alpha * ce + (beta * kl if teacher_hidden is not None else 0)).sum(), ce, kl
@@ -801,7 +890,6 @@ class DistillationLoss(torch.autograd.Function):
 
 class Both(nn.Module):
     """A layer of the teacher and one of the student, of which either may be None: one module, since FSDP2 must hold in one place what they share (--shard all)."""
-    again = False  # whether the backward pass computes the student's layer again
 
     def __init__(self, teacher, student):
         super().__init__()
@@ -812,8 +900,7 @@ class Both(nn.Module):
             with torch.no_grad():
                 teacher_u = self.teacher(teacher_u, angles[0], None, docs)
         if self.student is not None:
-            layer = self.student
-            u = checkpoint(layer, u, angles[1], None, docs, use_reentrant=False) if self.again and torch.is_grad_enabled() else layer(u, angles[1], None, docs)
+            u = self.student(u, angles[1], None, docs)
         return teacher_u, u
 
 
@@ -823,7 +910,6 @@ class Models(nn.Module):
     def __init__(self, teacher, student):
         super().__init__()
         self.teacher, self.student = teacher, student
-        self.configs = [model and model.config for model in (teacher, student)]
         # so a layer is found in two places, which `shard` needs: FSDP2 looks for nothing inside a Both that is sharded, and comes to its vectors through the student
         self.layers = nn.ModuleList(Both(*layers) for layers in itertools.zip_longest(teacher.layers if teacher else [], student.layers))
 
@@ -841,7 +927,7 @@ class Models(nn.Module):
             teacher_u, u = both(teacher_u, u, (teachers, students), batch.docs)
         out = []
         for model, t in ((self.teacher, teacher_u), (self.student, u)):
-            t = t if t is None else mil.rms_norm(t, model.norm).flatten(0, 1)
+            t = t if t is None else model.norm(t).flatten(0, 1)
             out.append(t if t is None or batch.at is None else t[batch.at])
         return out
 
@@ -886,8 +972,8 @@ class Models(nn.Module):
         teacher_hidden, head = (hidden, self.student.lm_head.weight) if teacher_hidden is None else (teacher_hidden, self.teacher.lm_head.weight)
         total, ones = torch.zeros(5, dtype=torch.float64, device=targets.device), torch.ones(targets.shape, device=targets.device)
         for at, logits, theirs in chunks(hidden, self.student.lm_head.weight, teacher_hidden, head):
-            ce, kl = kernels.token_losses(logits, theirs, targets[at], ones[at], ones[at])
-            teacher_ce, _ = kernels.token_losses(theirs, None, targets[at], ones[at], None)
+            ce, kl = token_losses(logits, theirs, targets[at], ones[at], ones[at])
+            teacher_ce, _ = token_losses(theirs, None, targets[at], ones[at], ones[at])
             total += torch.stack([ce.sum(), kl.sum(), (logits.argmax(-1) == theirs.argmax(-1)).sum(), teacher_ce.sum(), ones[at].sum()]).double()
         return total
 
@@ -904,7 +990,16 @@ class Run:
     rank: int = 0        # of this process
     size: int = 1        # how many there are
     stop: str = ""       # the signal that asks to stop
-    cost: dict = field(default_factory=dict)  # bytes it is thought to take, by part
+
+    @property
+    def compiled(self):
+        """Whether layers are compiled."""
+        return self.s.compile and self.device.type == "cuda"
+
+    @property
+    def dtype(self):
+        """Of the arithmetic."""
+        return getattr(torch, self.s.dtype or "float32")
 
     @property
     def sharded(self):
@@ -1049,7 +1144,7 @@ def save_state(run, state, models, optimizer=None):
     return torch.load(place, map_location="cpu", weights_only=True, mmap=True)["trained"] if run.sharded else trained
 
 
-FREE = {"out", "device", "resume", "save_minutes", "keep_checkpoints", "recompute", "compile", "graph", "prompt", "accumulate", "recipe", "shard"}  # may differ when a run goes on
+FREE = {"out", "device", "resume", "save_minutes", "keep_checkpoints", "compile", "memory_budget", "prompt", "accumulate", "recipe", "shard"}  # may differ when a run goes on
 
 
 def load_state(run, stages, corpus):
@@ -1089,49 +1184,15 @@ def spread(moments, w):
     return {key: distribute_tensor(t.to(w.device), w.device_mesh, w.placements) if t.dim() else t.clone() for key, t in moments.items()}
 
 
-GRAPHED = 3e13  # a step of fewer FLOPs a GPU has done before Python has launched its kernels
-
-
-def graphs(run, stage, teacher, student):
-    """Whether the steps of a stage of models of these configurations are to be replayed: with --graph, where they are small enough, and made of what a CUDA
-    graph can hold."""
-    s = run.s
-    return (s.graph and run.device.type == "cuda" and not run.sharded and s.accumulate == 1 and stage.loss == "distill" and s.recompute != "block" and not s.compile
-            and flops(teacher, student, stage, s.context) * s.batch * s.context < GRAPHED)
-
-
-class Replayed:
-    """update(parts, scale) of batches that to_device has made for a CUDA graph: each is copied to where the graph reads it. The first call runs update as it is, which
-    compiles its kernels, the second captures it and runs the graph, as all later ones do (generate.Launched)."""
-
-    def __init__(self, update, device):
-        self.update, self.device, self.launch = update, device, None
-
-    def __call__(self, parts, scale):
-        (part,) = parts
-        if self.launch is None:
-            self.part, self.scale = part, torch.tensor(scale, device=self.device)
-
-            def again(update=self.update, part=self.part, scale=self.scale):  # with self in it the graph would outlive its stage
-                vars(part.docs).pop("mask", None)  # of another batch
-                return update([part], scale)
-            self.launch = Launched(again, self.device if self.device.type == "cuda" else None)
-        for name in ("x", "y"):
-            getattr(self.part, name).copy_(getattr(part, name))
-        for name in ("pos", "bounds"):
-            getattr(self.part.docs, name).copy_(getattr(part.docs, name))
-        self.scale.fill_(scale)
-        return self.launch().clone()
-
-
 def fit(run, state, stage, models, batches, journal, last_good):
     """Train what of the student requires gradients, from state.step on: batches(step) gives the parts of a step's batch, and how many tokens, or pairs, all
     processes learn of. Stops with MilError when the loss is not finite; `last_good` is a sentence of it that says which model is then the last good one."""
     s, device, began, saved = run.s, run.device, time.perf_counter() - state.seconds, time.monotonic()
     train = [w for w in resharded(models).values() if w.requires_grad]
-    graph = graphs(run, stage, *models.configs)
-    optimizer = torch.optim.AdamW(train, lr=torch.tensor(float(stage.lr), device=device) if graph else stage.lr, betas=(0.9, 0.98), weight_decay=0.0,
-                                  fused=device.type == "cuda", capturable=graph)
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        train, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=fused
+    )
     if state.moments:
         optimizer.load_state_dict({"state": dict(enumerate(map(spread, state.moments, train))), "param_groups": optimizer.state_dict()["param_groups"]})
         state.moments = []
@@ -1150,12 +1211,10 @@ def fit(run, state, stage, models, batches, journal, last_good):
         sums[3] = (norm.full_tensor() if run.sharded else norm) / run.size
         return sums
 
-    replayed = Replayed(update, device)
     for step, (parts, count) in enumerate(ahead(batches, state.step, stage.steps, device), state.step):
         for group in optimizer.param_groups:
-            rate = stage.lr * lr_share(stage, step)
-            group["lr"] = group["lr"].fill_(rate) if graph else rate  # where a graph finds it
-        recent.append((replayed if parts[0].graph else update)(parts, run.size / max(1, count)))  # times run.size, since FSDP2 takes the mean of the gradients
+            group["lr"] = stage.lr * lr_share(stage, step)
+        recent.append(update(parts, run.size / max(1, count)))  # times run.size, since FSDP2 takes the mean of the gradients
         state.step, last = step + 1, step == stage.steps - 1
         if step % every == every - 1 or last or run.size == 1 and run.stop:  # reading the loss waits for the device, so not every step
             wish = recent[-1].new_tensor([bool(run.stop), not run.rank and time.monotonic() - saved >= 60 * s.save_minutes])
@@ -1173,7 +1232,7 @@ def fit(run, state, stage, models, batches, journal, last_good):
                 journal.flush()
             stays = last or not sys.stdout.isatty() and (state.step % (20 * max(every, stage.steps // 100)) == 0 or time.monotonic() - told > 30)
             show(f"{stage.name}  step {state.step}/{stage.steps}  loss {means[0]:.4f}  {names[0]} {means[1]:.4f}  {names[1]} {means[2]:.4f}  "
-                 + f"{speed:,.0f} tokens/s  " * (stage.loss != "dpo") + f"ETA {clock(ahead_of)}", done=stays)
+                 + f"{speed:,.0f} tokens/s  " * (stage.loss != "dpo") + f"{gib(most_memory(device))}  " * fused + f"ETA {clock(ahead_of)}", done=stays)
             recent, told = [], time.monotonic() if stays else told
             if (due or stop) and not last:  # after the last, distill saves
                 save_state(run, state, models, optimizer)
@@ -1227,8 +1286,11 @@ def evaluate(run, models, corpus, encoding):
 def preferences(run, stage, models, pairs):
     """How often the chosen answer gains more over the teacher than the rejected one, its standard error, and by how much (β times, in nats)."""
     total = torch.zeros(2, device=run.device)
+    # Nothing of the filler is learned, so that its margin is 0 and it is not preferred.
+    filler = tuple([min(i, ~i) for i in ids] for ids in pairs[0])
     for mine, real in turns(run, len(pairs), run.s.batch // 2):
-        total += real * models(pair_batch(run, [pairs[i] for i in mine]), stage)[1]
+        batch = [pairs[i] for i in mine[:real]] + [filler] * (len(mine) - real)
+        total += models(pair_batch(run, batch), stage)[1]
     right, margin = added_up(run, total).tolist()
     rather = (right + 1) / (len(pairs) + 2)  # so that a few pairs that agree are not taken for certain
     return {"preferred": right / len(pairs), "preferred_error": (rather * (1 - rather) / (len(pairs) + 2)) ** 0.5, "margin": margin / len(pairs)}
@@ -1290,17 +1352,20 @@ def assemble(run, teacher, base, stage, number, trained):
 
 
 def prepare(run, models, own=lambda prefixes: None):
-    """The arithmetic's type, what is computed again, torch.compile, and the processes (for `own` see shard)."""
-    s = run.s
-    for model in filter(None, (models.teacher, models.student)):
-        model.compute = getattr(torch, s.dtype)
-    share = share_recomputed(s)
-    for i, both in enumerate(models.layers):
-        if both.student is not None:
-            both.student.mlp.again = math.floor((i + 1) * share) > math.floor(i * share)
-            both.again = s.recompute == "block"
-        for layer in filter(None, (both.teacher, both.student)) if s.compile else ():
-            layer.compile()
+    """The arithmetic's type, torch.compile, and the processes (for `own` see shard)."""
+    present = [model for model in (models.teacher, models.student) if model is not None]
+    for model in present:
+        model.compute = getattr(torch, run.s.dtype)
+    if run.compiled:
+        # All layers share one limit, and each mixer compiles a version for what of it trains, for
+        # whether its input has a gradient, for evaluation, and for pairs, whose lengths vary.
+        torch._dynamo.config.recompile_limit = 64
+        torch._functorch.config.activation_memory_budget = run.s.memory_budget
+        for model in present:
+            for layer in model.layers:
+                layer.compile()
+        told = "compiling the layers: the first batches take about a minute"
+        show(told, done=not sys.stdout.isatty())
     return shard(run, models, own)
 
 
@@ -1341,7 +1406,7 @@ def get_teacher(run, state, config, corpus, encoding, tokenizer, journal, place)
         stage = Stage(train="all", alpha=1, beta=0, steps=s.teacher_steps, lr=s.teacher_lr, warmup=s.warmup, schedule=s.schedule, name="teacher", mixers=config.mixers)
         model = owned(mil.Hybrid(config).to(run.device), state.trained, state.trained)
         models = prepare(run, Models(None, model))
-        fit(run, state, stage, models, training_batches(run, corpus, [s.seed, 0], graphs(run, stage, *models.configs)), journal, "This run saved no teacher")
+        fit(run, state, stage, models, training_batches(run, corpus, [s.seed, 0]), journal, "This run saved no teacher")
         save_student(run, models, place, tokenizer, torch.float32, recipe=recipe)
         state.rows = [{"model": "teacher", **evaluate(run, models, corpus, encoding)[0], **throughput(run, state, stage)}]
         state.stage, state.step, state.seconds = 1, 0, 0.0
@@ -1383,7 +1448,7 @@ def distill(run, state, stages, source, corpora, encoding, tokenizer, journal):
             train, held = load_pairs(s, stage.data, encoding)
             batches = pair_batches(run, train, [s.seed, number])
         else:
-            batches = training_batches(run, corpora(stage.data, answers=s.pseudo_labels and not stage.data), [s.seed, number], graphs(run, stage, *models.configs))
+            batches = training_batches(run, corpora(stage.data, answers=s.pseudo_labels and not stage.data), [s.seed, number])
         fit(run, state, stage, models, batches, journal, last_good)
         took = throughput(run, state, stage) if stage.loss == "distill" else {"seconds": state.seconds}
         report(stage.name, models, {**took, "kl_before": state.before, **(preferences(run, stage, models, held) if held else {})})
@@ -1419,35 +1484,6 @@ def flops(teacher, student, stage, context):
     return (forward_flops(teacher, context) if teacher and stage.beta > 0 else 0) + 2 * forward_flops(student, context) + 2 * matrices(student, stage.trains)
 
 
-def memory_needed(s, student, stage, teacher_bytes, base_bytes=0, processes=1, kind="cuda", earlier=frozenset()):
-    """About how many bytes each process takes at most, by part. teacher_bytes and base_bytes: of the teacher's weights and, where the student does not
-    begin as the teacher, of its Llama's. What trains is float32, with AdamW's two moments; its gradients come while the activations go, so that the
-    larger of the two counts. Kept for the backward pass, a token: what the layers' operations read (kernels.norm_linears and mlp), in the arithmetic's
-    type. processes: how many divide the batch; of several each gathers at once embedding, head and the matrices of two layers (the one at work and the
-    next) or of all. earlier: names of what stages before this one trained, which stays float32."""
-    short, tokens, p = 2 if s.dtype == "bfloat16" else 4, s.batch * s.context // (processes * s.accumulate), student.head_dim
-    sizes = {name: w.numel() for name, w in mil.empty_model(student).named_parameters()}
-    trained = sum(n for name, n in sizes.items() if stage.trains(name))
-    wide, narrow, head = student.n_heads * p, student.n_kv_heads * p, student.v * student.d * (stage.train == "all")
-    kept = {"attention": 2 * wide + 2 * narrow, "mamba": 8 * wide + 2 * narrow + wide * student.d_state // 4, "mamba2": 6 * wide + 4 * narrow, "none": 0}
-    mixing = [kept.get(mixer, kept["mamba2"]) for mixer in student.mixers]
-    inside = [2 * student.d_ff * (1 - share_recomputed(s)) + size for size in mixing]
-    one = max(mixing) + 6 * student.d_ff                     # a layer at work, in its backward pass
-    activations = tokens * short * (student.d * (2 - (s.recompute == "block")) * student.n_layers + sum(inside) * (s.recompute != "block") + one + 4 * student.d)
-    loss = min(LOGITS[kind], tokens * student.v) * 3 * short + head * (4 + short)
-    given = teacher_bytes + base_bytes
-    sharing, stays = processes if s.shard == "all" else 1, sum(n for name, n in sizes.items() if name in earlier and not stage.trains(name))
-    parts = {"teacher": given / sharing, "student": 4 * trained / processes + 4 * stays / sharing, "AdamW": 8 * trained / processes}
-    if processes > 1:
-        share = 1 if s.shard == "grads" else min(1, 2 / student.n_layers)
-        at_once = {name: n * share if name.startswith("layers.") else n for name, n in sizes.items()}
-        parts["gathered"] = sum((short if name.startswith("layers.") else 4) * n for name, n in at_once.items() if stage.trains(name))
-        parts["gathered"] += given * sum(at_once.values()) / sum(sizes.values()) * (s.shard == "all")
-    largest = tokens * short * (one + 4 * student.d) + 4 * trained / processes
-    parts["activations, loss, gradients"] = activations + loss + 4 * trained / processes if s.accumulate > 1 else max(activations + loss, largest)
-    return parts
-
-
 def device_flops(run):
     """Matrix operations a second that this device does, of matrices of a few thousand rows."""
     a = torch.randn((4096 if run.device.type == "cuda" else 512,) * 2, device=run.device, dtype=getattr(torch, run.s.dtype))
@@ -1465,29 +1501,46 @@ def most_memory(device):
 
 
 def announce(run, stages, teacher, base):
-    """Says, before a run begins, what its stages are and what they will cost."""
+    """Says, before a run begins, what its stages are and how long they may take."""
     s, peak = run.s, device_flops(run)
-    there = torch.cuda.get_device_properties(run.device).total_memory if run.device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / run.size
-    given = [weights_of(s, s.teacher, teacher), weights_of(s, s.init_from, base) if s.init_from else 0]
-    if s.student_layers:
-        given[1] = given[0] * matrices(base) / matrices(teacher)
-    lines = [f"{'':<38}{'attention':>10}{'trained':>10}{'tokens':>10}{'lr':>9}{'α':>6}{'β':>6}{'memory':>11}{'time':>8}"]
-    replayed, earlier = [], set()
-    before = [Stage(train="all", beta=0, steps=s.teacher_steps, lr=s.teacher_lr, name="teacher", mixers=teacher.mixers)] * (not s.teacher)
+    lines = [
+        f"{'':<38}{'attention':>10}{'trained':>10}{'tokens':>10}{'lr':>9}{'α':>6}{'β':>6}{'time':>8}"
+    ]
+    before = [
+        Stage(
+            train="all",
+            beta=0,
+            steps=s.teacher_steps,
+            lr=s.teacher_lr,
+            name="teacher",
+            mixers=teacher.mixers,
+        )
+    ] * (not s.teacher)
     for stage in before + stages:
-        config, alone = dataclasses.replace(base, mixers=stage.mixers) if stage not in before else teacher, stage in before
-        learns, tokens = {name: w.numel() for name, w in mil.empty_model(config).named_parameters() if stage.trains(name)}, stage.steps * s.batch * s.context
-        parts = memory_needed(s, config, stage, *([0, 0] if alone else given), run.size, run.device.type, earlier)
-        earlier |= set() if alone else learns.keys()
-        run.cost = max(run.cost, parts, key=lambda parts: sum(parts.values()))
-        replayed += [stage.name] * graphs(run, stage, None if alone else teacher, config)
-        seconds = flops(None if alone else teacher, config, stage, s.context) * tokens / (0.5 * peak * run.size)
-        kept, alpha = f"{stage.mixers.count('attention')} of {len(stage.mixers)}", f"{stage.alpha:g}" if stage.loss == "distill" else ""
-        lines.append(f"{stage.name:<38}{kept:>10}{short(sum(learns.values())):>10}{short(tokens):>10}{stage.lr:>9.1e}{alpha:>6}{stage.beta:>6g}{gib(sum(parts.values())):>11}{clock(seconds):>8}")
+        config, alone = (
+            dataclasses.replace(base, mixers=stage.mixers) if stage not in before else teacher,
+            stage in before,
+        )
+        learns = sum(
+            w.numel()
+            for name, w in mil.empty_model(config).named_parameters()
+            if stage.trains(name)
+        )
+        tokens = stage.steps * s.batch * s.context
+        seconds = (
+            flops(None if alone else teacher, config, stage, s.context)
+            * tokens
+            / (0.5 * peak * run.size)
+        )
+        kept, alpha = (
+            f"{stage.mixers.count('attention')} of {len(stage.mixers)}",
+            f"{stage.alpha:g}" if stage.loss == "distill" else "",
+        )
+        lines.append(
+            f"{stage.name:<38}{kept:>10}{short(learns):>10}{short(tokens):>10}{stage.lr:>9.1e}{alpha:>6}{stage.beta:>6g}{clock(seconds):>8}"
+        )
     show("\n".join(lines))
-    show(f"memory{' of each process' * (run.size > 1)}: about {gib(sum(run.cost.values()))} of {gib(there)} ({', '.join(f'{part} {gib(size)}' for part, size in run.cost.items())})"
-         f"{'; MORE THAN THERE IS' * (sum(run.cost.values()) > there)}; {LOWER}. time: at half of this device's {peak / 1e12:.3g} TFLOP/s"
-         + f"; replayed as CUDA graphs: {', '.join(replayed) or 'no stage'}" * s.graph)
+    show(f"time: at half of this device's {peak / 1e12:.3g} TFLOP/s")
 
 
 def short(n):
@@ -1498,9 +1551,6 @@ def short(n):
 def gib(size):
     """Bytes, in GiB or, where they are few, in MiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
-
-
-LOWER = "--accumulate, --recompute mlp or block, --batch and --context lower it, --stage2_steps 0 and, of several processes, --shard trained or all"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1572,21 +1622,16 @@ def open_journal(run, state, stages):
         raise MilError(f"{path}: cannot be read or written: {e}") from e
 
 
-def weights_of(s, place, config):
-    """How many bytes the weights of a folder take in memory, or those of a model that is yet to be trained."""
-    if s.dtype == "float32" or not place:
-        return 4 * sum(w.numel() for w in mil.empty_model(config).parameters())
-    return sum((Path(place) / file).stat().st_size for file in mil.read_config(place)["weights"])
-
-
 def main(argv):
     s, began = parse_flags(Settings, argv, __doc__), time.perf_counter()
     run = begin(s)
     try:
         work(run, began)
     except torch.OutOfMemoryError as e:
-        parts = ", ".join(f"{part} {gib(size)}" for part, size in run.cost.items())
-        raise MilError(f"the GPU's memory is full; about {gib(sum(run.cost.values()))} were expected ({parts}). {LOWER}. ({str(e).splitlines()[0]})") from e
+        lower = "--memory_budget 0.7, --accumulate, --batch, --context or --stage2_steps 0"
+        lower += ", and of several processes --shard all" * (run.size > 1)
+        full = str(e).splitlines()[0]
+        raise MilError(f"the GPU's memory is full; these flags lower it: {lower}. ({full})") from e
     except RuntimeError as e:  # of gloo; NCCL waits, and torchrun ends what waits
         if not (run.sharded and re.search("by peer|Broken pipe", str(e))):
             raise

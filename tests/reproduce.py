@@ -17,7 +17,7 @@
 
 Signs and orderings are the claim, not digits. One teacher, a Llama over bytes, learns the sources of Python's standard library, in which notes
 (`# kd=582`) are strewn and repeated later: so it has to use its context, and a needle is something that it can find. A student is distilled on
-texts a quarter as long as the teacher's, by train_distill.py's own functions, its steps replayed as CUDA graphs (--graph);
+texts a quarter as long as the teacher's, by train_distill.py's own functions, with --no-compile, since models so small and of so many shapes would wait for it;
 it learns from the text itself, cross-entropy and KL alike (the paper: from the teacher's answers, and of the KL a tenth in stage 1).
 
 Every arm's rate of stage 1 is the best of Size.rates for it, or of what follows beyond the best one, by the KL at the arm's end on text that
@@ -189,7 +189,7 @@ class Lab:
         self.encoding = generate.load_tokenizer("bytes")
         shape = {name: getattr(size, name) for name in td.SIZES}
         self.s = td.Settings(out=str(out), device=str(device), context=size.context, batch=size.batch, teacher_steps=size.teacher_steps, rope_theta=size.rope_theta,
-                             eval_sequences=size.eval_sequences, graph=True, stage1_steps=1, stage2_steps=1, **shape)
+                             eval_sequences=size.eval_sequences, compile=False, stage1_steps=1, stage2_steps=1, **shape)
         td.complete(self.s, device)
         self.run = td.Run(self.s, device)
         self.kind = getattr(torch, self.s.dtype)
@@ -243,7 +243,7 @@ class Lab:
             base.config.context = size.teacher_context
             stage = td.Stage(train="all", beta=0, steps=size.long_steps, lr=self.s.teacher_lr / 3, name="teacher, long texts", mixers=base.config.mixers)
             models = td.assemble(long, None, base, stage, 0, {})
-            td.fit(long, td.State(), stage, models, td.training_batches(long, self.corpus, [self.s.seed, 1], td.graphs(long, stage, *models.configs)), io.StringIO(), "No teacher was saved")
+            td.fit(long, td.State(), stage, models, td.training_batches(long, self.corpus, [self.s.seed, 1]), io.StringIO(), "No teacher was saved")
             td.save_student(long, models, place, "bytes", torch.float32, recipe=recipe)
 
     def decoding(self, model):
@@ -450,7 +450,7 @@ def train_student(lab, arm, seed, rate, sweep, rows):
         models = td.assemble(run, lab.teacher, lab.teacher, stage, number, trained)
         if arm.linear:
             freeze_linear(models.student)
-        batches = batches or td.training_batches(run, lab.corpus, [s.seed, number], td.graphs(run, stage, *models.configs))
+        batches = batches or td.training_batches(run, lab.corpus, [s.seed, number])
         td.fit(run, td.State(), stage, models, batches, io.StringIO(), "No student was saved")
         tokens += stage.steps * s.batch * s.context * (stage.loss == "distill")
         return models, {name: w for name, w in models.student.named_parameters() if name in trained or w.requires_grad}
@@ -499,7 +499,7 @@ def make_draft(lab, name):
     stage = td.Stage(train="all", steps=lab.size.draft_steps, lr=1e-3, name=name, mixers=[mixer] * count)
     models = td.assemble(run, lab.teacher, base, stage, 1, {})
     try:
-        td.fit(run, td.State(), stage, models, td.training_batches(run, lab.corpus, [7, 0], td.graphs(run, stage, *models.configs)), io.StringIO(), "No draft was saved")
+        td.fit(run, td.State(), stage, models, td.training_batches(run, lab.corpus, [7, 0]), io.StringIO(), "No draft was saved")
     except MilError as e:
         return [dict(arm=f"draft, {name}", seed=0, rate=stage.lr, diverged=str(e))]
     td.save_student(run, models, lab.out / "models" / name, "bytes", torch.float32)

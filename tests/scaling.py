@@ -8,7 +8,7 @@ Every row is the command that a user types, torchrun … train_distill.py (of on
 for the largest number of processes; fewer take it in more parts (--accumulate). Printed, and written to OUT/scaling.json:
 
     tokens/s      from the tenth step on, of all processes together; beside it its share of what so many single ones would do
-    memory        the largest that PyTorch has held on process 0, and what the run said before it began
+    memory        the largest that PyTorch has held on process 0
     loss          of the last step; beside it the largest relative difference of a step's loss, and of its gradient's norm, from those of the first row
 
 In stage 1 one process also runs half the steps a second time, since on a GPU no two runs are quite the same, and sharded, as torchrun starts it: what FSDP2 costs
@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -138,9 +137,8 @@ def scale(o, shape, stage):
         speed = o.rows * max(o.processes) * SHAPES[shape].context * (log[-1]["step"] - log[FIRST - 1]["step"]) / max(0.01, log[-1]["seconds"] - log[FIRST - 1]["seconds"])
         row["tokens_s"] = speed
         alone = next((r["tokens_s"] for r in rows if r["processes"] == 1 and "tokens_s" in r), None)  # None where one has not enough memory
-        said = re.search(r"memory.*: about ([\d.]+ \S+) of", run.said.read_text())[1]
-        row.update(linear=alone and speed / count / alone, memory=log[-1]["memory"], said=said, loss=log[-1]["loss"], apart=apart(log, logs[0]))
-        print(f"{who:<32}{speed:>12,.0f} tokens/s" + (f"{row['linear']:>7.1%} of linear" if row["linear"] else f"{'':>17}") + f"{row['memory'] / 2**30:>8.1f} GiB (said {said})"
+        row.update(linear=alone and speed / count / alone, memory=log[-1]["memory"], loss=log[-1]["loss"], apart=apart(log, logs[0]))
+        print(f"{who:<32}{speed:>12,.0f} tokens/s" + (f"{row['linear']:>7.1%} of linear" if row["linear"] else f"{'':>17}") + f"{row['memory'] / 2**30:>8.1f} GiB"
               f"   step {steps}: loss {row['loss']:.4f}" + f", {said_apart(row)}" * (len(logs) > 1), flush=True)
     if max(o.processes) > 1 and stage == 1 and "failed" not in rows[-1]:
         rows += resume(o, shape, stage, place, logs[-1])

@@ -197,7 +197,7 @@ def test_of_the_teachers_channels_those_turn_that_turn_twice_within_a_length(lab
 
 def test_the_teachers_two_stages_read_by_seeds_of_their_own_the_second_at_a_third_of_the_rate_and_is_made_again_for_other_steps(lab, monkeypatch):
     seeds, rates, batches = [], [], td.training_batches
-    monkeypatch.setattr(td, "training_batches", lambda run, corpus, seed, graph: seeds.append(tuple(seed)) or batches(run, corpus, seed, graph))
+    monkeypatch.setattr(td, "training_batches", lambda run, corpus, seed: seeds.append(tuple(seed)) or batches(run, corpus, seed))
     monkeypatch.setattr(td, "fit", lambda run, state, stage, *_: rates.append((stage.name, stage.lr, stage.steps)))
     monkeypatch.setattr(td, "evaluate", lambda *_: ({}, {}))
     for lab.size.long_steps in (5, 5, 6):

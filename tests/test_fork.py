@@ -49,7 +49,6 @@ def test_the_mixer_of_the_readme_takes_attentions_weights_and_is_distilled(gla, 
     s.batch, s.context = 2, 16
     stages, run = t.plan(s, teacher.config), t.Run(s, torch.device(DEVICE))
     assert [stage.mixers.count("gla") for stage in stages] == [1, 2, 2]
-    assert sum(t.memory_needed(s, mil.Config(**{**vars(teacher.config), "mixers": stages[-1].mixers}), stages[-1], 10**6).values()) > 10**6
     tokens = np.random.default_rng(0).integers(0, 257, 999).astype(np.int16)
     corpus = t.Corpus(tokens, tokens, [np.arange(0, 999, 40)] * 2, "", "")
     models = t.assemble(run, teacher, teacher, stages[1], 2, {})

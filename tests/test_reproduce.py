@@ -191,13 +191,14 @@ def test_mamba_without_decay_is_linear_attention_that_does_not_learn_it():
     mixer = model.layers[0].mixer
     r.freeze_linear(model)
     x, dt, B, C = (torch.randn(2, 9, h, 4, generator=torch.Generator().manual_seed(h + i)).to(DEVICE) for i, h in enumerate((2, 4, 2, 4)))
-    dt, z = mil.linear(torch.randn(2, 9, mixer.dt_rank, device=DEVICE), mixer.dt_proj.weight).unflatten(2, (-1, 4)), torch.full_like(C, 20.0)
+    raw = torch.randn(2, 9, mixer.dt_rank, device=DEVICE) @ mixer.dt_proj.weight.T
+    dt, z = raw.unflatten(2, (-1, 4)), torch.full_like(C, 20.0)
     with torch.no_grad():
         mixer.conv1d.weight.zero_(), mixer.D.zero_()
         mixer.conv1d.bias.fill_(1.0)
         y = mixer.scan(x, dt, B, C, z)[0]
     one = torch.nn.functional.silu(torch.ones((), device=DEVICE))  # what the convolution makes of any x
-    B, C = mil.kernels.repeat_heads(B, 4), C
+    B = B.repeat_interleave(2, dim=2)
     want = torch.einsum("blhn,bshn,ls->blh", C, B, torch.ones(9, 9, device=DEVICE).tril())[..., None] * one * torch.nn.functional.silu(z)
     assert_close(y, want.expand_as(y), 1e-4)
     assert not any(w.requires_grad for w in (mixer.A_log, *mixer.dt_proj.parameters())) and mixer.in_proj_x.weight.requires_grad

@@ -40,7 +40,7 @@ class Played:
         o.started.append(self)
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
         (out / "checkpoints" / "1.pt").write_text("x")
-        self.said.write_text("memory of each process: about 2.5 GiB of 3 GiB")
+        self.said.write_text("what it said")
         self.steps, self.stopped = 0, []
 
     def __enter__(self):
@@ -65,7 +65,7 @@ def test_a_table_compares_each_row_with_the_first_and_resumed_runs_with_the_one_
     o = SimpleNamespace(processes=[1, 2], rows=1, steps=40, out=tmp_path, started=[])
     one, again, alone, two, stopped, *on = scaling.scale(o, "toy", 1)
     assert [row["apart"][0] for row in (one, again, alone, two)] == pytest.approx([0, 0.003, 0.005, 0.02]) and [row["linear"] for row in (one, again, alone, two)] == [1, 1, 1, 0.5]
-    assert [row["said"] for row in (one, two)] == ["2.5 GiB"] * 2 and one["tokens_s"] == 2 * scaling.SHAPES["toy"].context
+    assert one["tokens_s"] == 2 * scaling.SHAPES["toy"].context
     assert stopped["checkpoint"] == 1 and [(row["processes"], row["resumed"]) for row in on] == [(2, 20), (1, 20)]
     assert [row["apart"][0] for row in on] == pytest.approx([1.09 / 1.02 - 1, 1.04 / 1.02 - 1])
     assert [run.stopped for run in o.started] == [["killed"]] * 4 + [[signal.SIGTERM, "killed"]] + [["killed"]] * 2

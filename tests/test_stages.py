@@ -35,25 +35,6 @@ def test_the_flags_of_the_loss_and_of_the_rate_reach_every_stage():
     assert [{k: getattr(stage, k) for k in flags} for stage in plans(4, **flags)] == [flags] * 3
 
 
-def test_what_is_computed_again_is_not_kept_and_changes_no_gradient_with_documents(tmp_path):
-    x, y = torch.randint(257, (2, 2, 16), generator=torch.Generator().manual_seed(0))
-    kept, found = [], []
-    for recompute in ("none", "mlp", "block"):
-        run, teacher, size = small_run(tmp_path, recompute=recompute), tiny_teacher(), {}
-        pair = t.assemble(run, teacher, teacher, t.Stage(train="all", mixers=HALF), 1, {})
-        batch = t.to_device(x, y, torch.arange(16).remainder(7).expand(2, 16), run.device)
-        pack = lambda w, size=size: size.__setitem__(w.untyped_storage().data_ptr(), (w.untyped_storage().nbytes(), w)) or w  # noqa: E731
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda w: w):
-            loss, _ = pair(batch, t.Stage(), 1 / 32)
-        kept.append(sum(n for n, _ in size.values()))
-        loss.backward()
-        found.append({k: w.grad for k, w in pair.student.named_parameters()})
-    assert kept[0] > kept[1] > kept[2]
-    for again in found[1:]:
-        for k, w in again.items():
-            assert_close(w, found[0][k], 1e-5, k, noise=1e-8)
-
-
 def test_what_a_stage_trained_stays_through_later_ones_and_their_checkpoints(tmp_path, monkeypatch):
     run, teacher, after, saved, seen = small_run(tmp_path), tiny_teacher(), [], [], []
     run.s.recipe = recipe(tmp_path, {"keep": 0.75, "train": "all", "steps": 1, "lr": 0.1}, *[{"keep": keep, "train": "mixers", "steps": 1, "lr": 0.1} for keep in (0.5, 0.25)])
@@ -180,7 +161,12 @@ def test_the_processes_of_an_evaluation_share_its_windows(tmp_path):
 def test_the_share_of_preferred_pairs_its_error_and_its_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(t, "added_up", lambda run, total: total)
     margins, pairs = torch.tensor([1.0, 2, -6, 4, 5]), [([~1, i], [~1, 9]) for i in range(5)]
-    pair = lambda batch, stage: (None, torch.stack([(m := margins[batch.y.chunk(2)[0][:, 0]]).gt(0).float().sum(), m.sum()]))  # noqa: E731
+
+    def pair(batch, stage):
+        chosen = batch.y.chunk(2)[0][:, 0]
+        found = torch.where(chosen >= 0, margins[chosen.clamp(min=0)], 0)
+        return None, torch.stack([found.gt(0).float().sum(), found.sum()])
+
     for size in (1, 2, 4):
         parts = [t.preferences(t.Run(small_run(tmp_path).s, torch.device("cpu"), rank, size), None, pair, pairs) for rank in range(size)]
         assert sum(part["preferred"] for part in parts) == pytest.approx(0.8) and sum(part["margin"] for part in parts) == pytest.approx(1.2)
@@ -211,12 +197,6 @@ def test_two_processes_and_two_parts_train_and_log_as_one(tmp_path):
         assert [record[key] for record in two] == pytest.approx([record[key] for record in one], rel=1e-3), key
 
 
-def test_the_memory_said_falls_with_processes_and_with_the_type():
-    config, stage, s = Config(v=1000, d=64, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=100, mixers=HALF), t.Stage(mixers=HALF), t.Settings(batch=4, context=4096, dtype="bfloat16")
-    part = lambda s, **more: t.memory_needed(s, config, stage, 0, **more)["activations, loss, gradients"]  # noqa: E731
-    assert part(s, processes=2) < 0.7 * part(s) and part(dataclasses.replace(s, dtype="float32")) > 1.3 * part(s)
-
-
 @pytest.mark.parametrize("content", [b"x", b"\xff", b"[1]"])
 def test_what_is_wrong_with_pairs_names_pairs(tmp_path, content):
     (tmp_path / "p.jsonl").write_bytes(content)
@@ -243,7 +223,7 @@ def test_a_run_goes_on_with_other_flags_of_speed_and_with_no_other(tmp_path, mon
     corpus, pair = some_tokens(np.zeros(99, np.int16)), t.Models(None, tiny_teacher())
     t.save_state(run, t.load_state(run, stages, corpus), pair, SimpleNamespace(param_groups=[], state={}))
     run.s.resume = True
-    free = dict(save_minutes=1.0, keep_checkpoints=9, recompute="block", compile=True, graph=True, prompt="x", accumulate=2, shard="all")
+    free = dict(save_minutes=1.0, keep_checkpoints=9, memory_budget=0.5, compile=False, prompt="x", accumulate=2, shard="all")
     assert t.load_state(t.Run(dataclasses.replace(run.s, **free), run.device), stages, corpus).settings
     for name in {f.name for f in dataclasses.fields(run.s)} - {"out", "device", "resume", "recipe", *free}:
         value = getattr(run.s, name)
@@ -296,7 +276,7 @@ def test_the_teachers_forward_costs_where_it_is_asked_and_nowhere_else():
 
 def test_the_bounds_of_documents_in_several_rows():
     docs = mil.Documents(torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]), torch.device("cpu"))
-    assert docs.bounds.tolist() == [0, 3, 5, 6, 10] and docs.longest == 4
+    assert docs.bounds.tolist() == [0, 3, 5, 6, 10]
 
 
 def test_files_are_found_below_a_hidden_folder(tmp_path):
@@ -331,12 +311,17 @@ def test_a_run_goes_on_from_the_newest_checkpoint(tmp_path):
         assert t.load_state(run, [], corpus).step == step
 
 
-def test_packed_attention_gets_16_bits_only():
+def test_packed_attention_gets_flat_rows_and_the_bounds_of_all_documents():
     docs, asked = mil.Documents(torch.tensor([[0, 1, 0], [0, 1, 2]]), torch.device("cpu")), []
-    docs.packed = lambda q, k, v, *bounds: asked.append((q.shape, bounds)) or q
-    for kind in (torch.float32, torch.bfloat16):
-        q = torch.randn(2, 3, 2, 4).to(kind)
-        assert docs.attend(q, q, q).shape == q.shape
+    q = torch.randn(2, 3, 2, 4)
+    assert torch.equal(docs.attend(q, q, q), mil.sdpa(q, q, q, docs.mask))  # no packed attention on a CPU
+
+    def packed(q, k, v, *bounds):
+        asked.append((q.shape, bounds))
+        return q
+
+    docs.packed = packed
+    assert docs.attend(q, q, q).shape == q.shape
     assert asked == [((6, 2, 4), (docs.bounds, docs.bounds, 3, 3))]
 
 
@@ -391,10 +376,3 @@ def test_a_loss_whose_perplexity_no_number_holds_is_a_row_like_any_other(tmp_pat
         model.lm_head.weight.mul_(1e5)
     _, row = t.evaluate(run, t.prepare(run, t.Models(None, model)), some_tokens(np.arange(99).astype(np.int16)), g.load_tokenizer("bytes"))
     assert 800 < row["loss"] < math.inf and math.isfinite(row["perplexity"])
-
-
-def test_the_memory_of_a_small_student_counts_its_layers_beside_its_teachers(tmp_path):
-    run, teacher, base = small_run(tmp_path, student_layers="0,3", teacher="T"), tiny_teacher().config, tiny_teacher(n_layers=2).config
-    t.announce(run, t.plan(run.s, base), teacher, base)
-    whole_, small = (4 * sum(w.numel() for w in mil.empty_model(config).parameters()) for config in (teacher, base))
-    assert run.cost["teacher"] == pytest.approx(whole_ + small, rel=0.1) and run.cost["teacher"] < 2 * whole_
