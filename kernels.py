@@ -82,9 +82,9 @@ def repeat_heads(t, h):
 def ssm_reference(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None, pos=None):
     """The recurrence above, token by token (the paper's Eq. 1, discretised as in Mamba).
 
-    D and dt_bias are shaped like dt without (b, l); z is (b, l, h, p), h0 (b, h, p, n), and pos (b, l)
-    integers. The state is float32, or float64 when x is. Returns y (b, l, h, p) in x's type, and the
-    last state.
+    D and dt_bias are shaped like dt without (b, l); z is (b, l, h, p), h0 (b, h, p, n), pos (b, l).
+    The state is float32, or float64 when x is. Returns y (b, l, h, p) in x's type, and the last
+    state.
     """
     f = torch.promote_types(x.dtype, torch.float32)
     (h, n), p = C.shape[2:], x.shape[3]
@@ -189,12 +189,12 @@ def segments(channels, l):
 def causal_conv(x, weight, bias=None, state=None, lengths=None, pos=None):
     """`conv_reference`, fast and differentiable, which goes on from a state and returns the next.
 
-    state (b, w - 1, g, p) holds the inputs before x, zeros if None. With lengths (b,) row i has only
-    that many real tokens, padded on the right. Returns y and each row's last w - 1 real inputs, of
-    whichever document they are. Raises ValueError, naming the argument, if shapes do not fit.
+    state (b, w - 1, g, p) holds the inputs before x, zeros if None. With lengths (b,) row i has
+    only that many real tokens, padded on the right. Returns y and each row's last w - 1 real
+    inputs. Raises ValueError, naming the argument, if shapes do not fit.
     """
     check_conv(x, weight, bias, state, pos)
-    (b, l, g, p), w = x.shape, weight.shape[2]
+    (_, _, g, p), w = x.shape, weight.shape[2]
     full, skip = x, 0
     if state is not None:
         full, skip = torch.cat([state.to(x.dtype), x], dim=1), w - 1
@@ -280,8 +280,8 @@ def split_chunks(T, *tensors):
 
 
 def pass_states(ends, decay, h0):
-    """The state each chunk starts from (b, c, h, p, n), and the last, from the state each ends with on
-    its own and its decay, broadcastable to (b, c, h, p, n)."""
+    """The states that chunks start from (b, c, h, p, n), and the last one, from those that they end
+    with on their own, and their decay, broadcastable."""
     starts = []
     for i in range(ends.shape[1]):
         starts.append(h0)
@@ -291,7 +291,7 @@ def pass_states(ends, decay, h0):
 
 def s6_torch(x, delta, A, B, C, h0, pos=None):
     """Mamba. With T = √l both loops, over a chunk's tokens and over the chunks, take √l turns."""
-    l, (h, p, _) = x.shape[1], A.shape
+    l, h = x.shape[1], len(A)
     T = max(1, round(l**0.5))
     x, B = repeat_heads(x, h), repeat_heads(B, h)
     x, delta, B, C = split_chunks(T, x, delta, B, C)
@@ -312,7 +312,7 @@ def s6_torch(x, delta, A, B, C, h0, pos=None):
 
 
 def ssd_torch(x, delta, A, B, C, h0, pos=None, T=64):
-    """Mamba-2. Inside a chunk y = (decay ∘ C Bᵀ) (Δ x): attention without softmax, weighted by the decay."""
+    """Mamba-2. Inside a chunk y = (decay ∘ C Bᵀ) (Δ x): attention weighted by the decay."""
     l, h = x.shape[1], C.shape[2]
     T = min(T, l)
     x, B = repeat_heads(x, h), repeat_heads(B, h)
@@ -390,7 +390,7 @@ S6_SAVE = 2  # tokens between two saved states; the backward holds theirs in reg
 
 @jit
 def s6_program(p_A, p_D, p_bias, p_h, h, p: constexpr, n: constexpr, BP: constexpr, BN: constexpr):
-    """A program's row and head, channels and states, and their masks; A, D, the bias and a state."""
+    """A program's row, head, channels, states and their masks, and A, D, the bias and a state."""
     i_b = tl.program_id(0).to(tl.int64) // h
     i_h = tl.program_id(0) % h
     o_p = tl.program_id(1) * BP + tl.arange(0, BP)[None, :]
@@ -449,8 +449,8 @@ def s6_join(a_1, h_1, a_2, h_2):
 
 #     h ← exp(Δ A) ∘ h + B (Δ x)ᵀ,    y = (Cᵀ h + D ∘ x) ∘ silu(z)
 #
-# T tokens at a time by an associative scan, whose first element takes in the state before them. With
-# p_S it also saves the state before every SAVE-th token, in S (b, ⌈l/SAVE⌉, h, n, p).
+# T tokens at a time by an associative scan, whose first element takes in the state before them.
+# With p_S it also saves the state before every SAVE-th token, in S (b, ⌈l/SAVE⌉, h, n, p).
 # fmt: off
 @jit(do_not_specialize=["l"])
 def s6_forward_kernel(
@@ -468,11 +468,12 @@ def s6_forward_kernel(
     p_C += i_b * l * s_C + i_h * n + o_k
     first = (tl.arange(0, T) == 0)[:, None, None]
     last = (tl.arange(0, T) == T - 1)[:, None, None]
-    t = tl.arange(0, T)[:, None].to(tl.int64)
+    o_t = tl.arange(0, T)[:, None].to(tl.int64)
     if p_S is not None:
         p_S += (i_b * tl.cdiv(l, SAVE) * h + i_h) * (n * p) + o_n * p + o_p
         tl.store(p_S, b_h, mask=m_n & m_p)
-    for _ in range(tl.cdiv(l, T)):
+    for i_t in tl.range(0, tl.cdiv(l, T), num_stages=3):
+        t = i_t * T + o_t
         m_tp = (t < l) & m_p
         m_tn = (t < l) & (o_k < n)
         b_dt = tl.load(p_dt + t * s_dt, mask=m_tp, other=-float("inf"))  # past the end Δ = 0
@@ -492,9 +493,8 @@ def s6_forward_kernel(
         if p_z is not None:
             b_y *= silu(read(p_z + (i_b * l + t) * s_z + i_h * p + o_p, m_tp))
         tl.store(p_y + ((i_b * l + t) * h + i_h) * p + o_p, b_y, mask=m_tp)
-        t += T
         if p_S is not None:
-            after = (t - T + 1)[:, :, None]
+            after = (t + 1)[:, :, None]
             m_S = (after % SAVE == 0) & (after < l) & (m_n & m_p)[None]
             tl.store(p_S[None] + after // SAVE * (h * n * p), b_hs, mask=m_S)
     tl.store(p_h + (i_b * h + i_h) * (p * n) + o_p * n + o_n, b_h, mask=m_n & m_p)
@@ -507,8 +507,8 @@ def s6_forward_kernel(
 #
 # T tokens at a time from the end: their states are computed again from S and held in registers. dx,
 # dB and dC come per query head (dB, dC also per block of channels); sums (b, h, p, n + 2) holds dA,
-# dD and dbias per row. The sums over p of dB and dC are products with ones, since a sum across a warp
-# takes far more instructions.
+# dD and dbias per row. The sums over p of dB and dC are products with ones, since a sum across a
+# warp takes far more instructions.
 # fmt: off
 @jit(do_not_specialize=["l"])
 def s6_backward_kernel(
@@ -593,13 +593,14 @@ def s6_backward_kernel(
 
 # --------------------------------------------------------------------------------------------------
 # Mamba-2 (SSD). A tile of T tokens is a few products of matrices. With s_t the running sum of Δ A
-# within the tile, in log2, 2^(s_t - s_r) is the decay from token r to token t; s_T is its last value:
+# within the tile, in log2, 2^(s_t - s_r) is the decay from token r to token t; s_T is its last
+# value:
 #
 #     y_t = Σ_{r≤t} 2^(s_t - s_r) (C_t·B_r) Δ_r x_r  +  2^s_t h C_t  +  D x_t
 #     h ← 2^s_T h + Σ_r 2^(s_T - s_r) Δ_r x_r B_rᵀ
 #
-# In kernels the state is a tile (n, p), and a matrix of pairs of tokens is (t, r), reader and writer,
-# or (r, t).
+# In kernels the state is a tile (n, p), and a matrix of pairs of tokens is (t, r), reader and
+# writer, or (r, t).
 
 
 # Δ (b, tiles·T, h), 0 past the end, and s within each tile. Beyond 2^-200 nothing is left of a
@@ -652,7 +653,8 @@ def decay_between(b_to, b_from, m):
 @jit(do_not_specialize=["l", "tiles"])
 def ssd_forward_kernel(
     p_x, s_x: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr,
-    p_delta, p_s, p_D, p_h0, p_y, p_h, l, tiles, h: constexpr, p: constexpr, n: constexpr, r: constexpr,
+    p_delta, p_s, p_D, p_h0, p_y, p_h, l, tiles,
+    h: constexpr, p: constexpr, n: constexpr, r: constexpr,
     DOT: constexpr, PREC: constexpr, T: constexpr, BP: constexpr, BN: constexpr,
 ):  # fmt: on
     i_b = tl.program_id(0).to(tl.int64) // h
@@ -689,12 +691,13 @@ def ssd_forward_kernel(
         b_h = b_h * tl.exp2(b_end.to(tl.float32)) + tl.dot(b_B, b_u, input_precision=PREC)
     tl.store(p_h + o_h, b_h, mask=m_np)
 
-# The walk alone, of u = x and v = B. It leaves in S (b, tiles, h, n, p) the state at every tile's start:
+# The walk alone, of u = x and v = B. It leaves in S (b, tiles, h, n, p) the state at every tile's
+# start:
 #
 #     h ← 2^s_T h + Σ_r 2^(s_T - s_r) Δ_r u_r v_rᵀ
 #
-# The ADJOINT walks from the last tile to the first, with u = dy and v = C, and leaves the adjoint of
-# the state at every tile's end:     G ← 2^s_T G + Σ_t 2^s_t u_t v_tᵀ
+# The ADJOINT walks from the last tile to the first, with u = dy and v = C, and leaves the adjoint
+# of the state at every tile's end:     G ← 2^s_T G + Σ_t 2^s_t u_t v_tᵀ
 # fmt: off
 @jit(do_not_specialize=["l", "tiles"])
 def ssd_states_kernel(
@@ -786,11 +789,12 @@ def ssd_dx_kernel(
 #     dC_t = 2^s_t S dy_t + Σ_r decay_tr Δ_r (dy_t·x_r) B_r                    b_yx (t, r)
 #     dB_r = Δ_r (2^(s_T - s_r) G x_r + Σ_t decay_tr (dy_t·x_r) C_t)           b_xy (r, t)
 #
-# The adjoint of a_t = Δ_t A is the sum of every product whose decay spans token t: b_ds, what a token
-# reads minus what it writes inside the tile, summed from the tile's end back to t; what the writers
-# before t give to the tile's end (b_give); and b_hold = <S, G>, what crosses the whole tile. Readers
-# and writers have products of their own, since Triton 3.4 to 3.7 on Hopper miscompiles a product with
-# another one's transposed result. sums (·, 3, h) holds the tile's part of dA, dD and dbias.
+# The adjoint of a_t = Δ_t A is the sum of every product whose decay spans token t: b_ds, what a
+# token reads minus what it writes inside the tile, summed from the tile's end back to t; what the
+# writers before t give to the tile's end (b_give); and b_hold = <S, G>, what crosses the whole
+# tile. Readers and writers have products of their own, since Triton 3.4 to 3.7 on Hopper
+# miscompiles a product with another one's transposed result. sums (·, 3, h) holds the tile's part
+# of dA, dD and dbias.
 # fmt: off
 @jit(do_not_specialize=["l", "tiles"])
 def ssd_backward_kernel(
@@ -867,91 +871,145 @@ def ssd_backward_kernel(
 
 
 # --------------------------------------------------------------------------------------------------
-# The convolution, for tiles of T tokens and BC channels. Channel c of query head i reads kv head
-# i // r; the weights come as (W, channels).
+# The convolution. A program walks BC channels of all query heads through T tokens, U at a time, the
+# last W - 1 inputs in registers. Channel c of query head i reads kv head i // r.
 
-CONV_TILE = (32, 128)
+CONV_TOKENS, CONV_CHANNELS = 32, 256
+
+
+@jit
+def conv_tokens(ptr, s_t: constexpr, t, l, m_c, width: constexpr, U: constexpr):
+    """U tokens from t on, as a tuple; zeros outside the row. m_c are channels below `width`."""
+    tokens = ()
+    for j in tl.static_range(U):
+        m = m_c < tl.where((t + j >= 0) & (t + j < l), width, 0)
+        tokens = tokens + (read(ptr + (t + j) * s_t, m),)
+    return tokens
 
 
 @jit
-def conv_tile(n, T: constexpr, BC: constexpr):
-    """A program's row of the batch, its tokens (T, 1) and its channels (1, BC), of n."""
-    o_t = tl.program_id(1) * T + tl.arange(0, T)[:, None]
-    o_c = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
-    return tl.program_id(2).to(tl.int64), o_t, o_c, o_c < n
-
-@jit
-def conv_seen(p_pos, o_t, lag: constexpr, l):
-    """Which tokens of the row see the token `lag` before them: it is of their document."""
-    m = (o_t >= lag) & (o_t < l)
+def conv_pos(p_pos, t, l):
+    """The place of token t in its document; without documents, 64: it sees all that come before."""
+    pos = 64
     if p_pos is not None:
-        m = m & (tl.load(p_pos + o_t, mask=m, other=0) >= lag)
-    return m
+        pos = tl.load(p_pos + t, mask=t < l, other=0)
+    return pos
+
 
 @jit
-def conv_sum(p_x, s_x: constexpr, p_w, p_bias, p_pos, o_t, o_c, m_c, l, c, W: constexpr):
-    """e_t = bias + Σ_k weight_k x_{t-W+1+k}; p_x points to the channels."""
-    b_e = 0.0
+def conv_layer(p_w, p_bias, o_c, m, W: constexpr):
+    """The weights of each tap, a tuple, and the bias."""
+    ws = ()
+    for k in tl.static_range(W):
+        ws = ws + (read(p_w + o_c * W + k, m),)
+    b_bias = tl.zeros(o_c.shape, tl.float32)
     if p_bias is not None:
-        b_e = read(p_bias + o_c, m_c)
-    for lag in tl.static_range(W):
-        m = m_c & conv_seen(p_pos, o_t, lag, l)
-        b_e += read(p_w + (W - 1 - lag) * c + o_c, m_c) * read(p_x + (o_t - lag) * s_x, m)
+        b_bias = read(p_bias + o_c, m)
+    return ws, b_bias
+
+
+@jit
+def conv_sum(xs, j: constexpr, ws, b_bias, pos, W: constexpr):
+    """e_t = bias + Σ_k weight_k x_{t-W+1+k}: the inputs from xs[j] on that are of the document."""
+    b_e = b_bias
+    for k in tl.static_range(W):
+        b_e += tl.where(pos >= W - 1 - k, ws[k], 0.0) * xs[j + k]
     return b_e
 
-#     y_t = silu(e_t)
+
+# y_t = silu(e_t)
 # fmt: off
 @jit(do_not_specialize=["l"])
 def conv_forward_kernel(
-    p_x, s_x: constexpr, p_w, p_bias, p_pos, p_y,
-    l, c: constexpr, r: constexpr, p: constexpr, W: constexpr, T: constexpr, BC: constexpr,
+    p_x, s_x: constexpr, p_w, p_bias, p_pos, p_y, l, c: constexpr, r: constexpr, p: constexpr,
+    W: constexpr, T: constexpr, U: constexpr, BC: constexpr,
 ):  # fmt: on
-    i_b, o_t, o_c, m_c = conv_tile(c, T, BC)
+    i_b = tl.program_id(2).to(tl.int64)
+    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
+    ws, b_bias = conv_layer(p_w, p_bias, o_c, o_c < c, W)
     p_x += i_b * l * s_x + o_c // (r * p) * p + o_c % p
+    p_y += i_b * l * c + o_c
     p_pos = None if p_pos is None else p_pos + i_b * l
-    b_e = conv_sum(p_x, s_x, p_w, p_bias, p_pos, o_t.to(tl.int64), o_c, m_c, l, c, W)
-    tl.store(p_y + (i_b * l + o_t) * c + o_c, silu(b_e), mask=m_c & (o_t < l))
+    t = 0 * i_b + tl.program_id(1) * T
+    xs = conv_tokens(p_x, s_x, t - (W - 1), l, o_c, c, W - 1)
+    for _ in range(T // U):
+        xs = xs + conv_tokens(p_x, s_x, t, l, o_c, c, U)
+        for j in tl.static_range(U):
+            b_e = conv_sum(xs, j, ws, b_bias, conv_pos(p_pos, t + j, l), W)
+            tl.store(p_y + (t + j) * c, silu(b_e), mask=o_c < tl.where(t + j < l, c, 0))
+        xs = xs[U:]
+        t += U
 
-#     de_t = dy_t silu'(e_t),    dweight_k = Σ_t de_t x_{t-W+1+k},    dbias = Σ_t de_t
+
+# de_t = dy_t silu'(e_t),    dweight_k = Σ_t de_t x_{t-W+1+k},    dbias = Σ_t de_t
 #
 # It stores de (b, l, c), and in sums (·, W + 1, c) its part of dweight and, last, of dbias.
 # fmt: off
 @jit(do_not_specialize=["l"])
 def conv_weight_kernel(
-    p_x, s_x: constexpr, p_w, p_bias, p_pos, p_dy, p_de, p_sums,
-    l, c: constexpr, r: constexpr, p: constexpr, W: constexpr, T: constexpr, BC: constexpr,
+    p_x, s_x: constexpr, p_w, p_bias, p_pos, p_dy, p_de, p_sums, l,
+    c: constexpr, r: constexpr, p: constexpr,
+    W: constexpr, T: constexpr, U: constexpr, BC: constexpr,
 ):  # fmt: on
-    i_b, o_t, o_c, m_c = conv_tile(c, T, BC)
+    i_b = tl.program_id(2).to(tl.int64)
+    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
+    ws, b_bias = conv_layer(p_w, p_bias, o_c, o_c < c, W)
     p_x += i_b * l * s_x + o_c // (r * p) * p + o_c % p
+    o_y = i_b * l * c + o_c
     p_pos = None if p_pos is None else p_pos + i_b * l
-    b_e = conv_sum(p_x, s_x, p_w, p_bias, p_pos, o_t.to(tl.int64), o_c, m_c, l, c, W)
-    o_y = (i_b * l + o_t) * c + o_c
-    b_de = read(p_dy + o_y, m_c & (o_t < l)) * silu_slope(b_e)
-    tl.store(p_de + o_y, b_de, mask=m_c & (o_t < l))
+    b_dbias = tl.zeros((BC,), tl.float32)
+    dws = (b_dbias,) * W
+    t = 0 * i_b + tl.program_id(1) * T
+    xs = conv_tokens(p_x, s_x, t - (W - 1), l, o_c, c, W - 1)
+    for _ in range(T // U):
+        xs = xs + conv_tokens(p_x, s_x, t, l, o_c, c, U)
+        dys = conv_tokens(p_dy + o_y, c, t, l, o_c, c, U)
+        for j in tl.static_range(U):
+            pos = conv_pos(p_pos, t + j, l)
+            b_de = dys[j] * silu_slope(conv_sum(xs, j, ws, b_bias, pos, W))
+            tl.store(p_de + o_y + (t + j) * c, b_de, mask=o_c < tl.where(t + j < l, c, 0))
+            b_dbias += b_de
+            sums = ()
+            for k in tl.static_range(W):
+                sums = sums + (dws[k] + tl.where(pos >= W - 1 - k, b_de, 0.0) * xs[j + k],)
+            dws = sums
+        xs = xs[U:]
+        t += U
     p_sums += (i_b * tl.num_programs(1) + tl.program_id(1)) * ((W + 1) * c) + o_c
-    tl.store(p_sums + W * c, tl.sum(b_de, axis=0, keep_dims=True), mask=m_c)
-    for lag in tl.static_range(W):
-        m = m_c & conv_seen(p_pos, o_t, lag, l)
-        b_dw = b_de * read(p_x + (o_t - lag).to(tl.int64) * s_x, m)
-        tl.store(p_sums + (W - 1 - lag) * c, tl.sum(b_dw, axis=0, keep_dims=True), mask=m_c)
+    for k in tl.static_range(W):
+        tl.store(p_sums + k * c, dws[k], mask=o_c < c)
+    tl.store(p_sums + W * c, b_dbias, mask=o_c < c)
 
-#     dx_t = Σ_k weight_k de_{t+W-1-k},    summed over the r query heads of a kv head
+
+# dx_t = Σ_k weight_k de_{t+W-1-k},    summed over the r query heads (R, a power of 2) of a kv head
 # fmt: off
 @jit(do_not_specialize=["l"])
 def conv_dx_kernel(
-    p_de, p_w, p_pos, p_dx,
-    l, c: constexpr, r: constexpr, p: constexpr, W: constexpr, T: constexpr, BC: constexpr,
+    p_de, p_w, p_pos, p_dx, l, c: constexpr, r: constexpr, p: constexpr,
+    W: constexpr, T: constexpr, U: constexpr, R: constexpr, BC: constexpr,
 ):  # fmt: on
-    i_b, o_t, o_x, m_c = conv_tile(c // r, T, BC)
+    i_b = tl.program_id(2).to(tl.int64)
+    o_x = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]  # channels of the kv heads
+    o_r = tl.arange(0, R)[:, None]
+    o_c = (o_x // p * r + o_r) * p + o_x % p
+    o_m = tl.where((o_x < c // r) & (o_r < r), o_c, c)
+    ws, _ = conv_layer(p_w, None, o_c, o_m < c, W)
+    p_de += i_b * l * c + o_c
+    p_dx += i_b * l * (c // r) + o_x
     p_pos = None if p_pos is None else p_pos + i_b * l
-    b_dx = tl.zeros((T, BC), tl.float32)
-    for i_r in tl.static_range(r):
-        o_c = (o_x // p * r + i_r) * p + o_x % p
-        for lag in tl.static_range(W):
-            m = m_c & conv_seen(p_pos, o_t + lag, lag, l)
-            b_de = read(p_de + (i_b * l + o_t + lag) * c + o_c, m)
-            b_dx += read(p_w + (W - 1 - lag) * c + o_c, m_c) * b_de
-    tl.store(p_dx + (i_b * l + o_t) * (c // r) + o_x, b_dx, mask=m_c & (o_t < l))
+    t = 0 * i_b + tl.program_id(1) * T
+    des = conv_tokens(p_de, c, t, l, o_m, c, W - 1)
+    for _ in range(T // U):
+        des = des + conv_tokens(p_de, c, t + W - 1, l, o_m, c, U)
+        for j in tl.static_range(U):
+            b_dx = tl.zeros((R, BC), tl.float32)
+            for lag in tl.static_range(W):
+                b_w = tl.where(conv_pos(p_pos, t + j + lag, l) >= lag, ws[W - 1 - lag], 0.0)
+                b_dx += b_w * des[j + lag]
+            b_dx = tl.sum(b_dx, axis=0, keep_dims=True)
+            tl.store(p_dx + (t + j) * (c // r), b_dx, mask=o_x < tl.where(t + j < l, c // r, 0))
+        des = des[U:]
+        t += U
 
 
 # --------------------------------------------------------------------------------------------------
@@ -960,7 +1018,7 @@ def conv_dx_kernel(
 
 
 def strided(t):
-    """`t` (b, l, …) with all tokens at one distance, and that distance: two arguments of a kernel."""
+    """`t` (b, l, …) with all its tokens at one distance, and that distance."""
     if t is None:
         return None, 0
     if t.stride(0) != t.shape[1] * t.stride(1) or not t[:1, :1].is_contiguous():
@@ -969,7 +1027,7 @@ def strided(t):
 
 
 def launch(kernel, grid, *args, **sizes):
-    """kernel[grid](...) on the device of args[0], which torch.compile, asking for shapes, leaves out."""
+    """kernel[grid](...) on the device of args[0]; nothing where torch.compile asks for shapes."""
     if not isinstance(args[0], FakeTensor):
         with torch.cuda.device_of(args[0]):
             kernel[grid](*args, **sizes)
@@ -981,7 +1039,7 @@ def flat(t):
 
 
 def over_group(t, like):
-    """(b, l, h, w) -> (b, l, g, w), summed over the query heads of a kv head, in the type of `like`."""
+    """(b, l, h, w) -> (b, l, g, w), summed over the query heads of a kv head, in like's type."""
     g = like.shape[2]
     return (t if t.shape[2] == g else t.unflatten(2, (g, -1)).sum(3)).to(like.dtype)
 
@@ -1010,8 +1068,9 @@ def s6_forward(x, dt, A, B, C, D, z, dt_bias, h0, pos, save=False):
     grid, sizes = s6_sizes(x, C)
     y, last = x.new_empty(b, l, h, p), x.new_empty(b, h, p, n, dtype=torch.float32)
     S = last.new_empty(b, triton.cdiv(l, S6_SAVE), h, n, p) if save else None
-    tensors = *strided(x), *strided(dt), *strided(B), *strided(C), *strided(z), flat(A), flat(D), flat(dt_bias), flat(h0)
-    launch(s6_forward_kernel, grid, *tensors, pos, y, last, S, l, SAVE=S6_SAVE, T=S6_TILE, **sizes)
+    tensors = [v for t in (x, dt, B, C, z) for v in strided(t)]
+    tensors += [flat(A), flat(D), flat(dt_bias), flat(h0), pos, y, last, S]
+    launch(s6_forward_kernel, grid, *tensors, l, SAVE=S6_SAVE, T=S6_TILE, **sizes)
     return y, last, S
 
 
@@ -1022,16 +1081,15 @@ def s6_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, h0, pos):
     dx, ddt, dz = x.new_empty(b, l, h, p), dt.new_empty(b, l, h, p), x.new_empty(b, l, h, p)
     dB, dC = B.new_empty(grid[1], b, l, h, n), C.new_empty(grid[1], b, l, h, n)
     dh0, sums = S.new_empty(b, h, p, n), S.new_empty(b, h, p, n + 2)
-    tensors = *strided(x), *strided(dt), *strided(B), *strided(C), *strided(z), *strided(dy), flat(A), flat(D), flat(dt_bias)
-    gradients = dx, ddt, dB, dC, dz, dh0, sums
-    more = dict(sizes, T=S6_SAVE, PREC=precision(x))
-    launch(s6_backward_kernel, grid, *tensors, flat(dh), pos, S, *gradients, l, **more)
+    tensors = [v for t in (x, dt, B, C, z, dy) for v in strided(t)]
+    tensors += [flat(A), flat(D), flat(dt_bias), flat(dh), pos, S, dx, ddt, dB, dC, dz, dh0, sums]
+    launch(s6_backward_kernel, grid, *tensors, l, T=S6_SAVE, PREC=precision(x), **sizes)
     dB, dC = (t[0] if len(t) == 1 else t.sum(0) for t in (dB, dC))
     return dx, ddt, dB, dC, dz, dh0, sums
 
 
 def ssd_sizes(x, C):
-    """The constants of Mamba-2's kernels: bf16 in tiles of 64 tokens, all else, in float32, of 32."""
+    """The constants of Mamba-2's kernels: tiles of 64 tokens in bf16, of 32 in float32."""
     bf16 = x.dtype == torch.bfloat16 and not INTERPRET  # which the interpreter lacks
     h, n, p, T = C.shape[2], C.shape[3], x.shape[3], 64 if bf16 else 32
     sizes = dict(h=h, p=p, n=n, T=T, BP=T, DOT=tl.bfloat16 if bf16 else tl.float32)
@@ -1074,8 +1132,10 @@ def ssd_backward(dy, dh, x, dt, A, B, C, D, dt_bias, h0, pos):
     dB, dC = B.new_empty(b, l, h, n), C.new_empty(b, l, h, n)
     sums = delta.new_empty(b * tiles, 3, h)
     grid, sizes = (b * tiles * h, grid[1]), dict(sizes, r=r, BN=sizes["BP"])
-    launch(ssd_dx_kernel, grid, *strided(B), *strided(C), *strided(dy), delta, s, flat(D), G, dx, l, tiles, **sizes)
-    tensors = *strided(x), *strided(B), *strided(C), *strided(dy), delta, s, flat(A), pos, S, G, ddt, dB, dC, sums
+    inputs = [v for t in (x, B, C, dy) for v in strided(t)]
+    tensors = *inputs[2:], delta, s, flat(D), G, dx
+    launch(ssd_dx_kernel, grid, *tensors, l, tiles, **sizes)
+    tensors = *inputs, delta, s, flat(A), pos, S, G, ddt, dB, dC, sums
     launch(ssd_backward_kernel, grid[:1], *tensors, l, tiles, **sizes)
     return dx, ddt, dB, dC, dx.new_empty(0), dh0, sums
 
@@ -1087,8 +1147,8 @@ def scan_forward(x, dt, A, B, C, D, z, dt_bias, h0, pos):
 
 
 def scan_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, h0, pos):
-    """The gradients of x and B per query head, of dt, C, z (undefined if None) and h0; and those of A,
-    D and dt_bias side by side, to be added up over the first axis: (·, h, p, n + 2) of Mamba,
+    """The gradients of x and B per query head, of dt, C, z (undefined if None) and h0; and those of
+    A, D and dt_bias side by side, to be added up over the first axis: (·, h, p, n + 2) of Mamba,
     (·, 3, h) of Mamba-2."""
     if A.dim() == 1:
         return ssd_backward(dy, dh, x, dt, A, B, C, D, dt_bias, h0, pos)
@@ -1111,32 +1171,34 @@ def scan_gradient(ctx, dy, dh):
     return over_group(dx, x), ddt, dA, over_group(dB, B), dC, dD, dz, dbias, dh0, None
 
 
-def conv_sizes(x, weight, channels):
-    """The grid, for that many channels, the weights as kernels read them, and the constants."""
-    (b, l, g, _), (h, p, w), (T, BC) = x.shape, weight.shape, CONV_TILE
-    sizes = dict(c=h * p, r=h // g, p=p, W=w, T=T, BC=BC)
-    grid = triton.cdiv(channels, BC), triton.cdiv(l, T), b
-    return grid, weight.permute(2, 0, 1).contiguous(), sizes
+def conv_sizes(x, weight, R=1):
+    """The grid and the constants of the convolution's kernels, for R query heads at a time."""
+    (b, l, g, _), (h, p, w) = x.shape, weight.shape
+    channels = h * p if R == 1 else g * p
+    BC = max(1, min(CONV_CHANNELS // R, triton.next_power_of_2(channels)))
+    grid = triton.cdiv(channels, BC), triton.cdiv(l, CONV_TOKENS), b
+    return grid, dict(c=h * p, r=h // g, p=p, W=w, T=CONV_TOKENS, U=8, BC=BC, num_warps=1)
 
 
 def conv_forward(x, weight, bias, pos):
     y = x.new_empty(*x.shape[:2], *weight.shape[:2])
-    grid, weight, sizes = conv_sizes(x, weight, weight[..., 0].numel())
-    bias = None if bias is None else bias.contiguous()
-    launch(conv_forward_kernel, grid, *strided(x), weight, bias, pos, y, x.shape[1], **sizes)
+    grid, sizes = conv_sizes(x, weight)
+    tensors = *strided(x), weight.contiguous(), None if bias is None else bias.contiguous(), pos, y
+    launch(conv_forward_kernel, grid, *tensors, x.shape[1], **sizes)
     return y
 
 
 def conv_backward(dy, x, weight, bias, pos):
-    """The gradient of x and, (·, w + 1, h·p), to be added up over the first axis, those of the weights
-    and of the bias."""
-    (b, l, g, p), dy, bias = x.shape, dy.contiguous(), None if bias is None else bias.contiguous()
-    dx, de = x.new_empty(x.shape), torch.empty_like(dy)
-    grid, weights, sizes = conv_sizes(x, weight, weight[..., 0].numel())
-    sums = x.new_empty(grid[1] * b, sizes["W"] + 1, sizes["c"], dtype=torch.float32)
-    launch(conv_weight_kernel, grid, *strided(x), weights, bias, pos, dy, de, sums, l, **sizes)
-    grid, weights, sizes = conv_sizes(x, weight, g * p)
-    launch(conv_dx_kernel, grid, de, weights, pos, dx, l, **sizes)
+    """The gradient of x and, (·, w + 1, h·p), to be added up over the first axis, those of the
+    weights and of the bias."""
+    (b, l, g, _), (h, p, w), dy = x.shape, weight.shape, dy.contiguous()
+    layer = weight.contiguous(), None if bias is None else bias.contiguous()
+    dx, de, (grid, sizes) = x.new_empty(x.shape), torch.empty_like(dy), conv_sizes(x, weight)
+    sums = x.new_empty(grid[1] * b, w + 1, h * p, dtype=torch.float32)
+    launch(conv_weight_kernel, grid, *strided(x), *layer, pos, dy, de, sums, l, **sizes)
+    R = triton.next_power_of_2(h // g)
+    grid, sizes = conv_sizes(x, weight, R)
+    launch(conv_dx_kernel, grid, de, layer[0], pos, dx, l, **sizes, R=R)
     return dx, sums
 
 
@@ -1173,9 +1235,10 @@ CONV.register_autograd(conv_gradient, setup_context=save)
 
 # --------------------------------------------------------------------------------------------------
 # Decoding: l ≤ FEW new tokens a row, which follow what a cache holds. A step is bound by memory, so
-# each weight and each cached value is read once, at full rate. And speculative decoding is exact only
-# if a row's bits do not depend on how many tokens come at once, so each row has the same products in
-# the same order, whatever the other rows hold. (Another batch may cut attention's keys differently.)
+# each weight and each cached value is read once, at full rate. And speculative decoding is exact
+# only if a row's bits do not depend on how many tokens come at once, so each row has the same
+# products in the same order, whatever the other rows hold. (Another batch may cut attention's keys
+# differently.)
 
 FEW = 16  # the most tokens a row
 MANY = 64  # rows of a batch above which PyTorch's product is faster; its bits vary with the rows
@@ -1203,8 +1266,8 @@ def norm_kernel(p_x, p_w, p_y, eps, k: constexpr, BK: constexpr):
     tl.store(p_y + o_x, b_y, mask=o < k)
 
 
-# y = x Wᵀ, with a gate V silu(x Vᵀ) ∘ x Wᵀ, onto u u + x Wᵀ. x (rows, k), W and V (n, k): BN columns of
-# y for M rows, so the weights are read once for every 64 rows.
+# y = x Wᵀ, with a gate V silu(x Vᵀ) ∘ x Wᵀ, onto u u + x Wᵀ. x (rows, k), W and V (n, k): BN
+# columns of y for M rows, so the weights are read once for every 64 rows.
 # fmt: off
 @jit(do_not_specialize=["rows"])
 def linear_kernel(
@@ -1250,7 +1313,7 @@ def rms_norm(x, weight, eps):
 
 
 def linear(x, weight, gate=None, onto=None):
-    """x Wᵀ of x (b, l, k) and W (n, k), with a gate V (n, k) silu(x Vᵀ) ∘ x Wᵀ, plus `onto` (b, l, n)."""
+    """x Wᵀ of x (b, l, k) and W (n, k); with a gate V silu(x Vᵀ) ∘ x Wᵀ; plus `onto` (b, l, n)."""
     (b, l, k), n = x.shape, weight.shape[0]
     if b > MANY:
         y = F.linear(x, weight)
@@ -1289,9 +1352,9 @@ def rotated(ptr, o, m, b_cos, b_sin, half: constexpr):
     return (b_1 * b_cos - b_2 * b_sin).to(kind), (b_2 * b_cos + b_1 * b_sin).to(kind)
 
 
-# Writes the l new keys, rotated, and values of one row and kv head into the cache, where they lie in a
-# piece of SPLIT keys. Every program that reads the piece writes them, with the same bits, so that none
-# waits for another.
+# Writes the l new keys, rotated, and values of one row and kv head into the cache, where they lie
+# in a piece of SPLIT keys. Every program that reads the piece writes them, with the same bits, so
+# that none waits for another.
 # fmt: off
 @jit
 def append(
@@ -1314,7 +1377,8 @@ def append(
     tl.debug_barrier()  # this program reads them next
 
 
-# For the keys j of one piece, the r query heads of one kv head and 16 / R tokens, a tile of 16 queries:
+# For the keys j of one piece, the r query heads of one kv head and 16 / R tokens, a tile of 16
+# queries:
 #
 #     s_j = q·k_j / √p in log2,  y = Σ_j 2^(s_j - m) v_j / Σ_j 2^(s_j - m),  weight = log2 Σ_j 2^s_j
 #
@@ -1408,11 +1472,10 @@ def attend_join_kernel(
 
 
 def attend(q, k, v, cos, sin, keys, values, at):
-    """Causal attention of l ≤ FEW new tokens over a cache of `at` (b,) tokens a row, to which it adds
-    them.
+    """Causal attention of l ≤ FEW new tokens over a cache of `at` (b,) tokens a row, then in it.
 
-    q (b, l, h, p), k and v (b, l, g, p) before RoPE; cos, sin (b, 1, l, p / 2), float32; keys, values
-    (b, g, size, p). p ≤ 128 and h/g ≤ 16. Returns y (b, l, h, p).
+    q (b, l, h, p), k and v (b, l, g, p) before RoPE; cos, sin (b, 1, l, p / 2), float32; keys and
+    values (b, g, size, p). p ≤ 128 and h/g ≤ 16. Returns y (b, l, h, p).
     """
     (b, l, h, p), (g, size) = q.shape, keys.shape[1:3]
     split = SPLIT[b * g >= 64]  # enough pieces to fill the chip; never by the number of new tokens
@@ -1436,8 +1499,9 @@ def replay_read(p_log, s_log, p_new, s_new, o_t, o, m, at, SIZE):
     return b_old + read(p_new + (o_t - at) * s_new + o, m & (o_t >= at))
 
 
-# silu(bias + Σ_k weight_k x_{t-W+1+k}) of BC of c channels of one row, for every token from `base` on,
-# T at a time, into y (b, SIZE, c). r channels read one of x. The new tokens' x goes into the log.
+# silu(bias + Σ_k weight_k x_{t-W+1+k}) of BC of c channels of one row, for every token from `base`
+# on, T at a time, into y (b, SIZE, c). r channels read one of x. The new tokens' x goes into the
+# log.
 # fmt: off
 @jit(do_not_specialize=["l", "SIZE"])
 def replay_conv_kernel(
@@ -1464,11 +1528,11 @@ def replay_conv_kernel(
         tl.store(p_log + (o_t & (SIZE - 1)) * s_log + o_x, b_new, mask=m)
 
 
-# One head of one row: from the state before token `base` through the logged tokens to token `at` and on
-# through the l new ones: the recurrence and, for new tokens, the output, its gate and its norm. The
-# state is stored where it is to stand, before token `to`; dt and B go into the log. p_c is what
-# replay_conv_kernel left; Mamba-2 (p_B is None) has B and C there too. A state is a tile (p, n / NB, NB),
-# whose sums over n take few steps.
+# One head of one row: from the state before token `base` through the logged tokens to token `at`
+# and on through the l new ones: the recurrence and, for new tokens, the output, its gate and its
+# norm. The state is stored where it is to stand, before token `to`; dt and B go into the log. p_c
+# is what replay_conv_kernel left; Mamba-2 (p_B is None) has B and C there too. A state is a tile
+# (p, n / NB, NB), whose sums over n take few steps.
 # fmt: off
 @jit(do_not_specialize=["l", "SIZE", "eps"])
 def replay_kernel(
@@ -1536,8 +1600,9 @@ def replay_kernel(
 
 
 def replay(x, dt, B, C, z, log, h, places, weight, bias, A_log, dt_bias, D, norm=None, eps=0.0):
-    """Convolution, scan, gate and norm of l ≤ FEW new tokens, after a replay of the logged ones (the
-    paper's section 4).
+    """Convolution, scan, gate and norm of l ≤ FEW new tokens, after a replay of the logged ones.
+
+    Section 4 of the paper, in two kernels.
 
     Mamba: x (b, l, g, p), dt and z (b, l, h, p), B (b, l, g, n), C (b, l, h, n), A_log (h·p, n),
     dt_bias and D (h·p). Mamba-2: x (b, l, channels) is x, B and C together; dt (b, l, h); B and C

@@ -817,8 +817,7 @@ def losses_and_gradient(logits, wanted, targets, alpha, beta, tau, reverse, grad
 
 @functools.cache
 def compiled_losses():
-    """One kernel for a row's softmax and sums; split reductions would read the logits again."""
-    return torch.compile(losses_and_gradient, options={"split_reductions": False})
+    return torch.compile(losses_and_gradient)
 
 
 @torch.no_grad()

@@ -5,13 +5,12 @@
     python tests/bench.py decode TARGET DRAFT    and 10, of two checkpoints over the same tokens
     python tests/bench.py train                  table 11, bench-train.json
     python tests/bench.py train 8B               only the rows whose name holds that word
-    python tests/bench.py kernels growth         only the tables of the functions named so
+    python tests/bench.py kernels scans kept     only the tables of these functions
     … --small                                    sizes for a CPU; the default without a GPU
 
-The function that makes a table says what is in it. A time is the median in ms; wall / gpu is of a
-call from Python, and of the same call as a CUDA graph, without Python and the launches. On a
-CPU both are the same. A dash is what is not installed or refused. Weights, inputs and tokens are
-random except in table 10.
+The function that makes a table says what is in it. A time is the median in ms; wall / gpu: of a
+call from Python, and of the same as a CUDA graph, without Python and the launches (on a CPU, the
+same). A dash: not installed or refused. Weights, inputs and tokens are random but in table 10.
 """
 
 import contextlib
@@ -27,8 +26,8 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
-import torch._dynamo
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 from torch.utils import benchmark
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -40,7 +39,8 @@ import train_distill
 CUDA = torch.cuda.is_available()
 SMALL = "--small" in sys.argv or not CUDA
 DEVICE, TYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
-PEERS = [name for name in ("mamba_ssm", "fla") if CUDA and importlib.util.find_spec(name)]
+PACKAGES = ["torch", "triton", "mamba_ssm", "fla"] if CUDA else ["torch"]
+PACKAGES = [name for name in PACKAGES if importlib.util.find_spec(name)]
 FORWARD, BOTH = "forward", "forward + backward"
 STACKS = [["attention"], ["mamba2", "attention"], ["mamba2"], ["mamba"]]  # over and over
 MAMBA, MAMBA2 = ("Mamba", 256, 64, 16), ("Mamba-2", 32, 8, 128)  # heads, kv heads, p = n
@@ -68,6 +68,8 @@ TRAINING = [  # name, shape, what trains, mixer of half the layers, batch, lengt
     ("135M, stage 2, b16", SMOL, "all", "mamba2", 16, 2048, False, 1),
     ("135M, stage 2, b32 × 1,024, packed documents", SMOL, "all", "mamba2", 32, 1024, True, 1),
 ]
+if SMALL:
+    TRAINING = [(*row[:4], 2, 64, *row[6:]) for row in TRAINING]
 
 
 def now():
@@ -118,28 +120,22 @@ def table(title, rows):
     done = []
     for name, row in rows:
         if not done:
-            print(f"\n{title:<46}" + "".join(f"{column:>15}" for column in row))
+            print(f"\n{title}\n{'':<46}" + "".join(f"{column:>16}" for column in row))
         done.append({"name": name, **row})
-        print(f"{name:<46}" + "".join(f"{cell(value):>15}" for value in row.values()), flush=True)
+        print(f"{name:<46}" + "".join(f"{cell(value):>16}" for value in row.values()), flush=True)
     return done
 
 
 @cache
 def ceilings():
-    """Bytes, matrix operations and exponentials a second: of a copy, of a large product, and of a
-    GPU's units for them, 16 a clock and multiprocessor."""
+    """Bytes, matrix operations and exponentials a second; a multiprocessor does 16 a clock."""
     a = torch.zeros(2**28 if CUDA else 2**22, device=DEVICE)
     m = torch.randn((8192 if CUDA else 1024,) * 2, device=DEVICE, dtype=TYPE)
-    moved = 8e3 * len(a) / wall_ms(a.clone)
-    products = 2e3 * len(m) ** 3 / wall_ms(partial(torch.mm, m, m))
-    if not CUDA:
-        return moved, products, 1e3 * len(a) / wall_ms(a.exp)
-    gpu = kernels.triton.runtime.driver.active.utils.get_device_properties(0)
-    return (
-        moved,
-        products,
-        16e3 * gpu["multiprocessor_count"] * gpu["sm_clock_rate"],
-    )  # it is in kHz
+    exps = 1e3 * len(a) / wall_ms(a.exp)
+    if CUDA:
+        gpu = kernels.triton.runtime.driver.active.utils.get_device_properties(0)
+        exps = 16e3 * gpu["multiprocessor_count"] * gpu["sm_clock_rate"]  # it is in kHz
+    return 8e3 * len(a) / wall_ms(a.clone), 2e3 * len(m) ** 3 / wall_ms(lambda: m @ m), exps
 
 
 def inputs(kind, h, g, p, b, l):
@@ -156,31 +152,28 @@ def inputs(kind, h, g, p, b, l):
 
 def contenders(t):
     """Who does the work of ssm_scan(**t): {name: [(f, its leaves)]}, of which the fastest counts.
-
-    Attention has heads of 128 and the same width. mamba_ssm gets its own layout, for Mamba-2 in
-    chunks of 64 or 256 tokens. fla leaves out the softplus, the products with Δ, and D.
-    """
+    Attention has heads of 128 and the same width; fla does no softplus, products with Δ, or D."""
     b, l, h, p = t["C"].shape
     qkv = torch.randn(3, b, max(1, h * p // 128), l, 128, device=DEVICE, dtype=TYPE)
     ways = {"ours": [(lambda *a: kernels.ssm_scan(**dict(zip(t, a, strict=True)))[0], t.values())]}
     ways["attention"] = [(partial(F.scaled_dot_product_attention, is_causal=True), qkv)]
     dt, A, C, D, bias = (t[name] for name in ("dt", "A", "C", "D", "dt_bias"))
     x, B = kernels.repeat_heads(t["x"], h), kernels.repeat_heads(t["B"], h)
-    if "mamba_ssm" in PEERS and "z" in t:
+    if "mamba_ssm" in PACKAGES and "z" in t:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-        # to (b, h·p, l) and (b, h, n, l)
+        # (b, h·p, l) and (b, h, n, l)
         x, dt, z = (v.flatten(2).transpose(1, 2).contiguous() for v in (x, dt, t["z"]))
         B, C = (v.permute(0, 2, 3, 1).contiguous() for v in (B, C))
         args = x, dt, A.flatten(0, 1), B, C, D.flatten(), z, bias.flatten()
         ways["mamba_ssm"] = [(partial(selective_scan_fn, delta_softplus=True), args)]
-    elif "mamba_ssm" in PEERS:
+    elif "mamba_ssm" in PACKAGES:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as scan
 
         scans = [partial(scan, chunk_size=T, dt_softplus=True) for T in (64, 256)]
         args = x, dt, A, B, C, D, bias
         ways["mamba_ssm"] = [(lambda *a, f=f: f(*a[:5], D=a[5], dt_bias=a[6]), args) for f in scans]
-    if "fla" in PEERS and "z" not in t:
+    if "fla" in PACKAGES and "z" not in t:
         from fla.ops.simple_gla import chunk_simple_gla
 
         delta = F.softplus(dt.float() + bias)
@@ -191,32 +184,27 @@ def contenders(t):
     return ways
 
 
-def floor_ms(kind, h, g, p, b, l, T=64):
-    """The least time of a forward (n = p): the bytes of every input and output, the products of
-    matrices, or the exponentials, by the ceilings."""
-    moved, products, exps = (2 * g + 2 * h) * p, 4 * h * p * (T + p), 0
-    if kind == "Mamba":
-        moved, products, exps = (2 * g + 4 * h) * p, 0, h * p * p
-    amounts = TYPE.itemsize * moved, products, exps
-    return 1e3 * b * l * max(n / most for n, most in zip(amounts, ceilings(), strict=True))
-
-
 def scans():
-    """1. scans: a backward's floor is twice a forward's"""
-    for kind, *shape in [(*scan, *size) for scan in (MAMBA, MAMBA2) for size in SCANS]:
-        them = contenders(inputs(kind, *shape))
+    """1. scans; a backward's floor is twice a forward's
+    That is the longest, by the ceilings, of: the bytes of every input and output, the products of
+    matrices in tiles of 64 tokens, and the exponentials."""
+    for kind, h, g, p, b, l in [(*scan, *size) for scan in (MAMBA, MAMBA2) for size in SCANS]:
+        work = TYPE.itemsize * (2 * g + 2 * h), 4 * h * (64 + p), 0
+        if kind == "Mamba":
+            work = TYPE.itemsize * (2 * g + 4 * h), 0, h * p
+        floor = 1e3 * b * l * p * max(n / most for n, most in zip(work, ceilings(), strict=True))
+        them = contenders(inputs(kind, h, g, p, b, l))
         for name, times in ((FORWARD, 1), (BOTH, 3)):
             row = dict.fromkeys(("ours", "attention", "mamba_ssm", "fla"))
             for who, ways in them.items():
                 took = filter(None, [measure(*way, name == BOTH) for way in ways])
                 row[who] = min(took, key=lambda times: times["gpu"], default=None)
-            row["floor"] = times * floor_ms(kind, *shape)
-            row["of floor"] = row["floor"] / row["ours"]["gpu"]
-            yield f"{kind} b{shape[3]} l{shape[4]:,} {name}", row
+            row.update({"floor": times * floor, "of floor": times * floor / row["ours"]["gpu"]})
+            yield f"{kind} b{b} l{l:,} {name}", row
 
 
 def errors():
-    """2. errors: ‖a − r‖ / ‖r‖, r by ssm_reference in float64"""
+    """2. errors of the scans and their gradients: ‖a − r‖ / ‖r‖, r by ssm_reference in float64"""
     for kind, *shape in (MAMBA, MAMBA2):
         t = inputs(kind, *shape, 1, 512)
         exact = {k: v.detach().double().requires_grad_() for k, v in t.items()}
@@ -231,17 +219,14 @@ def errors():
 
 
 def mixers():
-    """3. whole mixers, forward + backward
-
-    On a GPU compiled as in training, each for its length alone, and with Documents as there.
-    """
+    """3. whole mixers, forward + backward, on a GPU compiled and with Documents as in training"""
     cheaper = {}  # than attention from this length on
     for b, l in MIXERS:
-        pos, attention = torch.arange(l).expand(b, l), None
+        pos, attention = torch.arange(l).repeat(b, 1), None
         docs = train_distill.to_device(pos, pos, pos, torch.device(DEVICE), TYPE).docs
         angles = mil.rope_angles(EIGHT, pos.to(DEVICE))
         for name in ("attention", "mamba", "mamba2"):
-            torch._dynamo.reset()
+            torch._dynamo.reset()  # compiled for this length alone
             mixer = mil.cast(mil.CLASSES[name](EIGHT), TYPE).to(DEVICE)
             if CUDA:
                 mixer.compile()
@@ -253,7 +238,8 @@ def mixers():
             yield f"b{b} l{l:,} {name}", {"time": took, "÷ attention": ratio}
             cheaper[name] = (cheaper.get(name) or l) if ratio < 1 else None
     for name in ("mamba", "mamba2"):
-        print(f"{name} is cheaper than attention from {cheaper[name] or 'no'} tokens on")
+        said = f"from l = {cheaper[name]:,} on" if cheaper[name] else "at none of these lengths"
+        print(f"{name} is cheaper than attention {said}")
 
 
 def growth():
@@ -291,8 +277,8 @@ def random_model(config, dtype=TYPE, seed=0):
 
 def stacked(config, mixers):
     """`config` with these mixers over and over."""
-    repeated = list(mixers) * config.n_layers
-    return dataclasses.replace(config, mixers=repeated[: config.n_layers])
+    n = config.n_layers
+    return dataclasses.replace(config, mixers=(list(mixers) * n)[:n])
 
 
 @torch.inference_mode()
@@ -318,11 +304,8 @@ def cache_bytes(cache, length):
 
 @torch.inference_mode()
 def step_ms(model, cache, l):
-    """The time of a pass of l tokens a row and their logits, always from the same place.
-
-    Of l > 1 as after a round that kept l tokens: their inputs go into the states first. Of single
-    tokens the mean of as many as come from one writing of the states to the next.
-    """
+    """The time of a pass of l tokens a row and their logits, always from the same place. Of l > 1
+    after a round that kept as many; of one the mean from one writing of the states to the next."""
     tokens = torch.zeros(len(cache.at), l, dtype=torch.long, device=DEVICE)
     at, used = cache.at.clone(), cache.used
     logged, passes = (l, 1) if l > 1 else (0, cache.places + 1)
@@ -340,11 +323,8 @@ def step_ms(model, cache, l):
 
 def step():
     """6. a step, and 7. one at a long context in a batch
-
-    `of floor`: every weight but the embedding, and the cache, read once at the bandwidth of a copy
-    (a CPU's own caches hold so small a model: there it says little). `verify 5` checks 4 proposed
-    tokens; the replay of the round before is included.
-    """
+    The floor: every weight but the embedding, and the cache, read once at the bandwidth of a copy.
+    `verify 5` checks 4 proposed tokens, and replays those of the round before."""
     for b, l in STEPS:
         first = None
         for mixers in STACKS:
@@ -364,8 +344,8 @@ def step():
 
 
 def follow(rounds):
-    """Runs a decoding. Returns the texts, the model's passes, each row for itself, and tokens/s in
-    all and from round 4 on: in the first three a GPU compiles and captures."""
+    """The texts of a decoding, the passes (each row for itself), and tokens/s: in all, and from
+    round 4 on, as a GPU compiles and captures in the first."""
     parts, times = [], [now()]
     for new in rounds:
         parts.append(new)
@@ -377,21 +357,18 @@ def follow(rounds):
 
 
 def many():
-    """7. sampling many rows, prompts of 64 tokens"""
+    """7. many rows sampled, prompts of 64 tokens included"""
     rows, new = MANY
     model = random_model(SMOL)
     prompts = torch.randint(SMOL.v, (rows, 64)).tolist()
     dice = torch.Generator(DEVICE).manual_seed(0)
     *_, overall, warm = follow(generate.generate(model, prompts, new, 0.8, generator=dice))
-    row = {"tokens/s": overall, "from round 4": warm}
-    yield f"{rows:,} rows of the 135M shape, {new} new tokens", row
+    name = f"{rows:,} rows of the 135M shape, {new} new tokens"
+    yield name, {"tokens/s": overall, "from round 4": warm}
 
 
 def replay():
-    """8. the replay of a Mamba-2 layer, gate and norm included
-
-    One new token a row after some logged ones; GB/s of the state, which is written or not.
-    """
+    """8. the replay of a Mamba-2 layer, a new token after logged ones; GB/s of the state"""
     b, h, p = 64, EIGHT.n_heads, EIGHT.head_dim
     mixer = mil.cast(mil.Mamba2(EIGHT), TYPE).to(DEVICE)
     u = torch.randn(b, 1, sum(mixer.sizes), device=DEVICE, dtype=TYPE)
@@ -401,9 +378,8 @@ def replay():
     at = torch.full((b,), 64, device=DEVICE)
     weights = mixer.conv1d.weight, mixer.conv1d.bias, mixer.A_log, mixer.dt_bias, mixer.D
     for logged, written in ((0, True), (0, False), (1, False), (1, True), (2, True), (4, True)):
-        base = at - logged
-        to = at + (logged == 0) if written else base  # without a log the new token goes in at once
-        tensors = xBC, dt, None, None, z.unflatten(2, (h, p)), log, state, (at, base, to)
+        to = at + int(not logged) if written else at - logged  # without a log it takes the new one
+        tensors = xBC, dt, None, None, z.unflatten(2, (h, p)), log, state, (at, at - logged, to)
         call = partial(kernels.replay, *tensors, *weights, mixer.norm.weight, mixer.norm.eps)
         ms = measure(lambda call=call: [call() for _ in range(10)][0], [], False)["gpu"] / 10
         name = f"b{b} h{h} p{p}, {logged} logged, state {'' if written else 'not '}written"
@@ -411,18 +387,14 @@ def replay():
 
 
 def exactness():
-    """9. greedy speculative = greedy plain
-
-    Random models of every pairing of stacks, K from 1 to 8, 1 to 4 rows of unequal length: in
-    float64, or on a GPU in bf16, in which its kernels work.
-    """
+    """9. greedy speculative = plain: every pairing of stacks, K 1 to 8, 1 to 4 unequal rows"""
     dtype = torch.bfloat16 if CUDA else torch.float64
     sizes = dict(v=512, d=256, d_ff=704) if CUDA else dict(v=7, d=16, d_ff=24, d_state=4)
     config = mil.Config(n_layers=2, n_heads=4, n_kv_heads=2, context=256, **sizes)
     stacks = [stacked(config, mixers) for mixers in (*STACKS, ["mamba", "attention"])]
     pairs = [(a, b) for a in stacks for b in stacks]
     n, row = 0, {"tokens": 0, "differ": 0}
-    while row["tokens"] < (5_000 if SMALL else 30_000):
+    while row["tokens"] < (2_000 if "--small" in sys.argv else 30_000):
         target, draft = pairs[n % len(pairs)]
         model = random_model(target, dtype, 2 * n)
         more = dict(draft=random_model(draft, dtype, 2 * n + 1), speculate=1 + n % 8)
@@ -438,12 +410,10 @@ def exactness():
 
 
 def speculation(model, encoding, draft):
-    """10. speculative decoding, K tokens at a time
-
-    Of eight prompts of this file's text: tokens/s from the fourth round on; the share of proposed
-    tokens that is kept; tokens a pass; whether the greedy text is the plain one; and how many of
-    its windows of 8 tokens are distinct: a text that repeats itself is easy to propose.
-    """
+    """10. speculative decoding, K tokens at a time, of eight prompts of this file's text
+    tokens/s are from the fourth round on; `kept` is of the proposed tokens; `text` says whether the
+    greedy one is the plain one; `distinct` is of its windows of 8 tokens: what repeats itself is
+    easy to propose."""
     text = generate.encode(encoding, Path(__file__).read_text())  # in no training text of ours
     prompts, plain = [text[i : i + 64] for i in range(0, 1600, 200)], {}
     runs = [(b, t, K) for b in (1, 8) for t, K in ((0, 0), (0, 2), (0, 4), (0, 6), (1, 0), (1, 4))]
@@ -458,7 +428,7 @@ def speculation(model, encoding, draft):
             passes += used
             speed += warm * batch / 8
         plain = plain if K else {"speed": speed, "texts": texts}
-        row = {"tokens/s": speed, "÷ plain": speed / plain["speed"], "kept": None}
+        row = {"tokens/s": speed, "÷ plain": speed / plain["speed"]}
         row["a pass"] = sum(map(len, texts)) / passes
         row["kept"] = (row["a pass"] - 1) / K if K else None
         row["text"] = None if temperature else "same" if texts == plain["texts"] else "DIFFERS"
@@ -469,16 +439,13 @@ def speculation(model, encoding, draft):
 
 def trained(name, config, train, mixer, batch, length, packed, budget):
     """Thirty steps of a row of table 11, by train_distill's own loop."""
-    if SMALL:
-        batch, length = 2, 128
     torch._dynamo.reset()
-    graphs = torch._dynamo.utils.counters["stats"]
-    graphs.clear()
+    counters.clear()
     s = train_distill.Settings(context=length, batch=batch, dtype=str(TYPE)[6:])
     s.memory_budget = budget
     run, base = train_distill.Run(s, torch.device(DEVICE)), random_model(config)
-    mixers = list(base.config.mixers)
-    for i in mil.interleaved_layers(len(mixers), 0.5):
+    mixers = ["attention"] * config.n_layers
+    for i in mil.interleaved_layers(config.n_layers, 0.5):
         mixers[i] = mixer
     state = train_distill.State(step=970)  # of 1,000 steps, of which the loop logs each tenth
     stage = train_distill.Stage(train=train, steps=1000, lr=1e-5, name=name, mixers=mixers)
@@ -504,15 +471,13 @@ def trained(name, config, train, mixer, batch, length, packed, budget):
     student = dataclasses.replace(config, mixers=mixers)
     mfu = speed * train_distill.flops(config, student, stage, length) / ceilings()[1]
     row = {"tokens/s": speed, "peak, GiB": last["memory"] / 2**30, "MFU": mfu, "loss": last["loss"]}
-    return {**row, "first step, s": begins[1] - begins[0], "graphs": graphs["unique_graphs"]}
+    row["first step, s"] = begins[1] - begins[0]
+    return {**row, "graphs": counters["stats"]["unique_graphs"]}
 
 
 def training(rows):
-    """11. training
-
-    tokens/s from the tenth step on. MFU takes a row for one document. The first step is mostly
-    compilation, less where an earlier row left compiled code on disk; graphs are those compiled.
-    """
+    """11. training, tokens/s from the tenth step on; MFU takes a row for one document
+    The first step is mostly compilation, less where an earlier row left compiled code on disk."""
     for row in rows:
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # what the loop itself prints
@@ -524,28 +489,26 @@ def training(rows):
 
 TABLES = {
     "kernels": [scans, errors, mixers, growth, kept],
-    "decode": [step, many, *[replay] * CUDA, exactness],
+    "decode": [step, many, replay, exactness] if CUDA else [step, many, exactness],
     "train": [training],
 }
 
 
-def main():
-    words = [word for word in sys.argv[1:] if word != "--small"]
-    what, word, draft = (*words, "", "", "")[:3]
-    if what not in TABLES:
-        sys.exit(__doc__)
-    tables = {f: [] for f in TABLES[what] if word in f.__name__}  # and what they are given
+def main(argv):
+    what, *words = [word for word in argv if word != "--small"] or [""]
+    tables = {f: [] for f in TABLES.get(what, ()) if not words or f.__name__ in words}
     if what == "train":
-        tables = {training: [[row for row in TRAINING if word in row[0]]]}
-    elif draft:
-        model, encoding = generate.load_with_tokenizer(word, DEVICE, TYPE)
-        settings = generate.Settings(word, draft, dtype=str(TYPE)[6:])
-        draft = generate.load_draft(settings, model, encoding, DEVICE)
-        tables = {**dict.fromkeys(TABLES[what], []), speculation: [model, encoding, draft]}
-    packages = [m for m in ("torch", "triton", "mamba_ssm", "fla") if m in sys.modules]
-    versions = {m: sys.modules[m].__version__ for m in packages}
+        tables = {training: [[row for row in TRAINING if all(word in row[0] for word in words)]]}
+    elif what == "decode" and len(words) == 2:
+        model, encoding = generate.load_with_tokenizer(words[0], DEVICE, TYPE)
+        draft = generate.load_draft(generate.Settings(*words), model, encoding, DEVICE)
+        tables = {f: [] for f in TABLES[what]}
+        tables[speculation] = model, encoding, mil.pack(mil.cast(draft, TYPE))
+    if not tables:
+        sys.exit(__doc__)
+    versions = {name: importlib.import_module(name).__version__ for name in PACKAGES}
     machine = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU"
-    print(f"{machine}, {torch.get_num_threads()} threads, {versions}, {TYPE}")
+    print(f"{machine}, {versions}, {TYPE}{', small sizes' * SMALL}")
     print("bytes, operations, exponentials a second:", *(f"{n:.3g}" for n in ceilings()))
     report = dict(machine=machine, versions=versions, limits=ceilings())
     for f, given in tables.items():
@@ -554,4 +517,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    generate.run_command(main)

@@ -110,18 +110,39 @@ def test_parameters_are_named_and_shaped_as_in_the_released_checkpoints():
                          "dt_bias": (4,), "A_log": (4,), "D": (4,), "norm.weight": (64,), "out_proj.weight": (32, 64)}
 
 
-def test_the_gated_norm_of_mamba2_is_per_head_and_after_the_gate():
+def test_the_gated_norm_of_mamba2_is_per_head_and_after_the_gate(monkeypatch):
     config = Config(**{**SMALL, "mixers": ["mamba2"] * 4})
-    block = build(config).layers[0].mixer
-    seen, u = {}, torch.randn(1, 5, 16, dtype=torch.float64, device=DEVICE)
-    patch = pytest.MonkeyPatch()
-    patch.setattr(mil, "ssm_scan", lambda *a, **k: seen.setdefault("scan", kernels.ssm_scan(*a, **k)))
-    patch.setattr(mil, "linear", lambda y, weight, u: seen.setdefault("y", y))
-    block(u, None)
-    patch.undo()
-    gated = seen["scan"][0] * F.silu((u @ block.in_proj.weight[:16].T)).view(1, 5, 4, 4)
-    want = gated / (gated.square().mean(-1, keepdim=True) + 1e-5).sqrt() * block.norm.weight.view(4, 4)
-    assert_close(seen["y"], want.flatten(2), 1e-9)
+    block, seen = build(config).layers[0].mixer, {}
+    u = torch.randn(1, 5, 16, dtype=torch.float64, device=DEVICE)
+
+    def scan(*args):
+        seen["y"], state = kernels.ssm_scan(*args)
+        return seen["y"], state
+
+    monkeypatch.setattr(mil, "ssm_scan", scan)
+    with torch.no_grad():
+        block.out_proj.weight.copy_(torch.eye(16))
+    got = block(u, None)
+    gated = seen["y"] * F.silu(u @ block.in_proj.weight[:16].T).view(1, 5, 4, 4)
+    want = gated / (gated.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert_close(got, (want * block.norm.weight.view(4, 4)).flatten(2), 1e-9)
+
+
+def test_the_frequencies_of_rope_are_those_of_hugging_face_to_the_last_bit():
+    pos, inverse = torch.tensor([[131_071]]), 1.0 / 500000.0 ** (torch.arange(0, 128, 2).float() / 128)
+    cos, sin = mil.rope_angles(Config(), pos)
+    assert torch.equal(cos[0, 0, 0], (131_071.0 * inverse).cos())
+    assert torch.equal(sin[0, 0, 0], (131_071.0 * inverse).sin())
+    cos, _ = mil.rope_angles(Config(rope_scaling={"factor": 4.0}), pos)
+    assert torch.equal(cos[0, 0, 0], (131_071.0 * (inverse / 4.0)).cos())
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    cos, _ = mil.rope_angles(Config(rope_scaling=dict(zip(names, (8.0, 1.0, 4.0, 8192)))), pos)
+    wavelength = 2 * math.pi / inverse  # as transformers' _compute_llama3_parameters has it
+    scaled = torch.where(wavelength > 8192, inverse / 8.0, inverse)
+    smooth = (8192 / wavelength - 1.0) / 3.0
+    between = ~(wavelength < 2048) & ~(wavelength > 8192)
+    scaled = torch.where(between, (1 - smooth) * scaled / 8.0 + smooth * scaled, scaled)
+    assert torch.equal(cos[0, 0, 0], (131_071.0 * scaled).cos())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -342,20 +363,6 @@ def test_a_lazy_cache_writes_its_states_every_few_tokens_and_gives_the_same_bits
     with torch.no_grad(), form("torch"):
         model(tokens[:, 11:], lazy)
     assert lazy.base.tolist() == [12, 11]  # PyTorch, for which that would be more work, does without
-
-
-@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
-def test_a_large_batch_replays_in_another_way_with_the_same_bits(mixer, monkeypatch):
-    model, got = build(Config(**{**WIDE, "n_layers": 1, "mixers": [mixer]}), torch.float32), []
-    for size in kernels.REPLAY:  # of few programs, and of many
-        with torch.no_grad(), form("triton"):
-            monkeypatch.setattr(kernels, "REPLAY", (size, size))
-            cache = Cache(model, 1, 40, places=6)
-            for i in range(2):
-                cache.settle(5)
-                got.append(model(random_tokens(model.config, 1, 5, i), cache))
-                cache.back([3 * i + 3])
-    assert all(torch.equal(a, b) for a, b in zip(got[:2], got[2:]))
 
 
 @pytest.mark.parametrize("mixer", mil.MIXERS)
