@@ -674,7 +674,7 @@ def ssd_forward_kernel(
     p_B += i_b * l * s_B + i_h // r * n
     p_C += i_b * l * s_C + i_h * n
     for i_t in range(tiles):
-        i_0 = i_t * T
+        i_0 = i_t * T + 0 * i_b  # int64
         b_x = tile(p_x + i_0 * s_x, s_x, o_t, o_p, l - i_0, p, DOT)  # (T, p)
         b_B = tl.trans(tile(p_B + i_0 * s_B, s_B, o_t, o_n, l - i_0, n, DOT))  # (n, T)
         b_C = tile(p_C + i_0 * s_C, s_C, o_t, o_n, l - i_0, n, DOT)  # (T, n)
@@ -720,8 +720,8 @@ def ssd_states_kernel(
     p_S += (i_b * tiles * h + i_h) * (n * p) + o_n[:, None] * p + o_p[None, :]
     for k in range(tiles):
         i_t = tiles - 1 - k if ADJOINT else k
-        i_0 = i_t * T
-        tl.store(p_S + i_t.to(tl.int64) * (h * n * p), b_h, mask=m_np)
+        i_0 = i_t * T + 0 * i_b  # int64
+        tl.store(p_S + i_0 // T * (h * n * p), b_h, mask=m_np)
         b_u = tile(p_u + i_0 * s_u, s_u, o_t, o_p, l - i_0, p, DOT)
         b_v = tl.trans(tile(p_v + i_0 * s_v, s_v, o_t, o_n, l - i_0, n, DOT))
         b_delta, b_s, b_end = ssd_steps(p_delta, p_s, (i_b * tiles * T + i_0) * h + i_h, h, T)
@@ -913,7 +913,7 @@ def conv_sum(xs, j: constexpr, ws, b_bias, pos, W: constexpr):
     """e_t = bias + Σ_k weight_k x_{t-W+1+k}: the inputs from xs[j] on that are of the document."""
     b_e = b_bias
     for k in tl.static_range(W):
-        b_e += tl.where(pos >= W - 1 - k, ws[k], 0.0) * xs[j + k]
+        b_e += ws[k] * tl.where(pos >= W - 1 - k, xs[j + k], 0.0)
     return b_e
 
 
@@ -971,7 +971,7 @@ def conv_weight_kernel(
             b_dbias += b_de
             sums = ()
             for k in tl.static_range(W):
-                sums = sums + (dws[k] + tl.where(pos >= W - 1 - k, b_de, 0.0) * xs[j + k],)
+                sums = sums + (dws[k] + b_de * tl.where(pos >= W - 1 - k, xs[j + k], 0.0),)
             dws = sums
         xs = xs[U:]
         t += U
@@ -1004,8 +1004,8 @@ def conv_dx_kernel(
         for j in tl.static_range(U):
             b_dx = tl.zeros((R, BC), tl.float32)
             for lag in tl.static_range(W):
-                b_w = tl.where(conv_pos(p_pos, t + j + lag, l) >= lag, ws[W - 1 - lag], 0.0)
-                b_dx += b_w * des[j + lag]
+                seen = conv_pos(p_pos, t + j + lag, l) >= lag
+                b_dx += ws[W - 1 - lag] * tl.where(seen, des[j + lag], 0.0)
             b_dx = tl.sum(b_dx, axis=0, keep_dims=True)
             tl.store(p_dx + (t + j) * (c // r), b_dx, mask=o_x < tl.where(t + j < l, c // r, 0))
         des = des[U:]
