@@ -410,13 +410,12 @@ def s6_program(p_A, p_D, p_bias, p_h, h, p: constexpr, n: constexpr, BP: constex
     return i_b, i_h, o_p, o_n, m_p, m_n, b_A, b_D, b_bias, b_h
 
 
-# fmt: off
 @jit
 def s6_tokens(
     p_dt, s_dt: constexpr, p_x, s_x: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr,
     p_z, s_z: constexpr, p_dy, s_dy: constexpr, p_pos,
     t, l, o_p, p: constexpr, o_n, n: constexpr, T: constexpr,
-):  # fmt: on
+):  # fmt: skip
     """dt, x, B, C, dy, z and pos of the T tokens from t on. Outside the row Δ = 0, which changes no
     state. The loop asks for them a turn before their use, to hide the memory's latency."""
     tokens = ()
@@ -437,28 +436,30 @@ def s6_tokens(
         tokens = tokens + ((b_dt, b_x, b_B, b_C, b_dy, b_z, b_pos),)
     return tokens
 
+
 @jit
 def s6_decay(b_delta, b_A, b_pos):
     """exp(Δ A), or 0 at the start of a document; -1e30 does that also where A is 0."""
     return tl.exp2(b_delta * b_A + tl.where(b_pos == 0, -1e30, 0.0))
+
 
 @jit
 def s6_join(a_1, h_1, a_2, h_2):
     """Two stretches of h ← a h + u, one after the other, as one."""
     return a_1 * a_2, a_2 * h_1 + h_2
 
+
 #     h ← exp(Δ A) ∘ h + B (Δ x)ᵀ,    y = (Cᵀ h + D ∘ x) ∘ silu(z)
 #
 # T tokens at a time by an associative scan, whose first element takes in the state before them.
 # With p_S it also saves the state before every SAVE-th token, in S (b, ⌈l/SAVE⌉, h, n, p).
-# fmt: off
 @jit(do_not_specialize=["l"])
 def s6_forward_kernel(
     p_x, s_x: constexpr, p_dt, s_dt: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr,
     p_z, s_z: constexpr, p_A, p_D, p_bias, p_h0, p_pos, p_y, p_h, p_S,
     l, h: constexpr, p: constexpr, n: constexpr, r: constexpr,
     SAVE: constexpr, T: constexpr, BP: constexpr, BN: constexpr,
-):  # fmt: on
+):  # fmt: skip
     about = s6_program(p_A, p_D, p_bias, p_h0, h, p, n, BP, BN)
     i_b, i_h, o_p, o_n, m_p, m_n, b_A, b_D, b_bias, b_h = about
     o_k = tl.arange(0, BN)[None, :]  # n once more, along the other axis
@@ -499,6 +500,7 @@ def s6_forward_kernel(
             tl.store(p_S[None] + after // SAVE * (h * n * p), b_hs, mask=m_S)
     tl.store(p_h + (i_b * h + i_h) * (p * n) + o_p * n + o_n, b_h, mask=m_n & m_p)
 
+
 #     G ← G + C dyᵀ                      the adjoint of the state; dy without the gate's share
 #     dC = h dy,  dB = G (Δ x),  du = Bᵀ G,  dx = Δ ∘ du + D ∘ dy
 #     da = G ∘ exp(Δ A) ∘ h_{t-1}        the adjoint of the exponent Δ A
@@ -509,7 +511,6 @@ def s6_forward_kernel(
 # dB and dC come per query head (dB, dC also per block of channels); sums (b, h, p, n + 2) holds dA,
 # dD and dbias per row. The sums over p of dB and dC are products with ones, since a sum across a
 # warp takes far more instructions.
-# fmt: off
 @jit(do_not_specialize=["l"])
 def s6_backward_kernel(
     p_x, s_x: constexpr, p_dt, s_dt: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr,
@@ -517,7 +518,7 @@ def s6_backward_kernel(
     p_A, p_D, p_bias, p_dh, p_pos, p_S, p_dx, p_ddt, p_dB, p_dC, p_dz, p_dh0, p_sums,
     l, h: constexpr, p: constexpr, n: constexpr, r: constexpr,
     T: constexpr, BP: constexpr, BN: constexpr, PREC: constexpr,
-):  # fmt: on
+):  # fmt: skip
     about = s6_program(p_A, p_D, p_bias, p_dh, h, p, n, BP, BN)
     i_b, i_h, o_p, o_n, m_p, m_n, b_A, b_D, b_bias, b_G = about
     o_one = tl.arange(0, 16)[None, :]  # a product is 16 wide; the first of its columns is stored
@@ -606,12 +607,11 @@ def s6_backward_kernel(
 # Δ (b, tiles·T, h), 0 past the end, and s within each tile. Beyond 2^-200 nothing is left of a
 # float32, so a larger decay is cut there, and so is the start of a document: then float32 keeps the
 # differences of s better than bf16 keeps the inputs. For inputs in float32 s is float64.
-# fmt: off
 @jit(do_not_specialize=["l", "tiles"])
 def ssd_delta_kernel(
     p_dt, s_dt: constexpr, p_A, p_bias, p_pos, p_delta, p_s, l, tiles,
     h: constexpr, T: constexpr, BH: constexpr,
-):  # fmt: on
+):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64) // tiles
     i_0 = tl.program_id(0) % tiles * T
     o_h = tl.program_id(1) * BH + tl.arange(0, BH)[None, :]
@@ -631,11 +631,13 @@ def ssd_delta_kernel(
     tl.store(p_delta + o_out, b_delta, mask=m_h)
     tl.store(p_s + o_out, tl.cumsum(b_a.to(p_s.dtype.element_ty), axis=0), mask=m_h)
 
+
 @jit
 def tile(ptr, s_row: constexpr, o_row, o_col, n_row, n_col, DOT: constexpr):
     """A tile in the type of the products, zero from row n_row and column n_col on."""
     m = (o_row < n_row)[:, None] & (o_col < n_col)[None, :]
     return tl.load(ptr + o_row[:, None] * s_row + o_col[None, :], mask=m, other=0.0).to(DOT)
+
 
 @jit
 def ssd_steps(p_delta, p_s, o, h: constexpr, T: constexpr):
@@ -643,20 +645,21 @@ def ssd_steps(p_delta, p_s, o, h: constexpr, T: constexpr):
     o_t = o + tl.arange(0, T) * h
     return tl.load(p_delta + o_t), tl.load(p_s + o_t), tl.load(p_s + o + (T - 1) * h)
 
+
 @jit
 def decay_between(b_to, b_from, m):
     """2^(to - from) of each pair, rows `to`, in float32; 0 where m is False."""
     return tl.exp2(tl.where(m, b_to - b_from, -float("inf")).to(tl.float32))
 
+
 # The formulas above: one program walks BP channels of one head of one row.
-# fmt: off
 @jit(do_not_specialize=["l", "tiles"])
 def ssd_forward_kernel(
     p_x, s_x: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr,
     p_delta, p_s, p_D, p_h0, p_y, p_h, l, tiles,
     h: constexpr, p: constexpr, n: constexpr, r: constexpr,
     DOT: constexpr, PREC: constexpr, T: constexpr, BP: constexpr, BN: constexpr,
-):  # fmt: on
+):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64) // h
     i_h = tl.program_id(0) % h
     o_t = tl.arange(0, T)
@@ -691,6 +694,7 @@ def ssd_forward_kernel(
         b_h = b_h * tl.exp2(b_end.to(tl.float32)) + tl.dot(b_B, b_u, input_precision=PREC)
     tl.store(p_h + o_h, b_h, mask=m_np)
 
+
 # The walk alone, of u = x and v = B. It leaves in S (b, tiles, h, n, p) the state at every tile's
 # start:
 #
@@ -698,13 +702,12 @@ def ssd_forward_kernel(
 #
 # The ADJOINT walks from the last tile to the first, with u = dy and v = C, and leaves the adjoint
 # of the state at every tile's end:     G ← 2^s_T G + Σ_t 2^s_t u_t v_tᵀ
-# fmt: off
 @jit(do_not_specialize=["l", "tiles"])
 def ssd_states_kernel(
     p_u, s_u: constexpr, p_v, s_v: constexpr, p_delta, p_s, p_h0, p_S, p_h, l, tiles,
     h: constexpr, p: constexpr, n: constexpr, r: constexpr,
     ADJOINT: constexpr, DOT: constexpr, PREC: constexpr, T: constexpr, BP: constexpr, BN: constexpr,
-):  # fmt: on
+):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64) // h
     i_h = tl.program_id(0) % h
     o_t = tl.arange(0, T)
@@ -733,12 +736,12 @@ def ssd_states_kernel(
         b_h = b_h * tl.exp2(b_end.to(tl.float32)) + tl.dot(b_v, b_u, input_precision=PREC)
     tl.store(p_h + o_h, b_h, mask=m_np)
 
-# fmt: off
+
 @jit
 def products(
     p_a, s_a: constexpr, p_c, s_c: constexpr, o_t, l, w: constexpr,
     DOT: constexpr, PREC: constexpr, BW: constexpr,
-):  # fmt: on
+):  # fmt: skip
     """a cᵀ of two tiles of T tokens, w columns wide: (T, T)."""
     b = tl.zeros((o_t.shape[0], o_t.shape[0]), tl.float32)
     for i in range(0, w, BW):
@@ -752,13 +755,12 @@ def products(
 # state at its end. With decay_tr = 2^(s_t - s_r) for r ≤ t, else 0:
 #
 #     dx_r = Δ_r (2^(s_T - s_r) G B_r + Σ_t decay_tr (C_t·B_r) dy_t) + D dy_r
-# fmt: off
 @jit(do_not_specialize=["l", "tiles"])
 def ssd_dx_kernel(
     p_B, s_B: constexpr, p_C, s_C: constexpr, p_dy, s_dy: constexpr,
     p_delta, p_s, p_D, p_G, p_dx, l, tiles, h: constexpr, p: constexpr, n: constexpr, r: constexpr,
     DOT: constexpr, PREC: constexpr, T: constexpr, BP: constexpr, BN: constexpr,
-):  # fmt: on
+):  # fmt: skip
     i_bt = tl.program_id(0).to(tl.int64) // h
     i_h = tl.program_id(0) % h
     i_b = i_bt // tiles
@@ -786,6 +788,7 @@ def ssd_dx_kernel(
     o_x = ((i_b * l + i_0 + o_t[:, None]) * h + i_h) * p + o_p[None, :]
     tl.store(p_dx + o_x, b_dx, mask=(o_t < left)[:, None] & (o_p < p)[None, :])
 
+
 #     dC_t = 2^s_t S dy_t + Σ_r decay_tr Δ_r (dy_t·x_r) B_r                    b_yx (t, r)
 #     dB_r = Δ_r (2^(s_T - s_r) G x_r + Σ_t decay_tr (dy_t·x_r) C_t)           b_xy (r, t)
 #
@@ -795,14 +798,13 @@ def ssd_dx_kernel(
 # tile. Readers and writers have products of their own, since Triton 3.4 to 3.7 on Hopper
 # miscompiles a product with another one's transposed result. sums (·, 3, h) holds the tile's part
 # of dA, dD and dbias.
-# fmt: off
 @jit(do_not_specialize=["l", "tiles"])
 def ssd_backward_kernel(
     p_x, s_x: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr, p_dy, s_dy: constexpr,
     p_delta, p_s, p_A, p_pos, p_S, p_G, p_ddt, p_dB, p_dC, p_sums, l, tiles,
     h: constexpr, p: constexpr, n: constexpr, r: constexpr,
     DOT: constexpr, PREC: constexpr, T: constexpr, BP: constexpr, BN: constexpr,
-):  # fmt: on
+):  # fmt: skip
     i_bt = tl.program_id(0).to(tl.int64) // h
     i_h = tl.program_id(0) % h
     i_b = i_bt // tiles
@@ -918,12 +920,11 @@ def conv_sum(xs, j: constexpr, ws, b_bias, pos, W: constexpr):
 
 
 # y_t = silu(e_t)
-# fmt: off
 @jit(do_not_specialize=["l"])
 def conv_forward_kernel(
     p_x, s_x: constexpr, p_w, p_bias, p_pos, p_y, l, c: constexpr, r: constexpr, p: constexpr,
     W: constexpr, T: constexpr, U: constexpr, BC: constexpr,
-):  # fmt: on
+):  # fmt: skip
     i_b = tl.program_id(2).to(tl.int64)
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
     ws, b_bias = conv_layer(p_w, p_bias, o_c, o_c < c, W)
@@ -944,13 +945,12 @@ def conv_forward_kernel(
 # de_t = dy_t silu'(e_t),    dweight_k = Σ_t de_t x_{t-W+1+k},    dbias = Σ_t de_t
 #
 # It stores de (b, l, c), and in sums (·, W + 1, c) its part of dweight and, last, of dbias.
-# fmt: off
 @jit(do_not_specialize=["l"])
 def conv_weight_kernel(
     p_x, s_x: constexpr, p_w, p_bias, p_pos, p_dy, p_de, p_sums, l,
     c: constexpr, r: constexpr, p: constexpr,
     W: constexpr, T: constexpr, U: constexpr, BC: constexpr,
-):  # fmt: on
+):  # fmt: skip
     i_b = tl.program_id(2).to(tl.int64)
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
     ws, b_bias = conv_layer(p_w, p_bias, o_c, o_c < c, W)
@@ -982,12 +982,11 @@ def conv_weight_kernel(
 
 
 # dx_t = Σ_k weight_k de_{t+W-1-k},    summed over the r query heads (R, a power of 2) of a kv head
-# fmt: off
 @jit(do_not_specialize=["l"])
 def conv_dx_kernel(
     p_de, p_w, p_pos, p_dx, l, c: constexpr, r: constexpr, p: constexpr,
     W: constexpr, T: constexpr, U: constexpr, R: constexpr, BC: constexpr,
-):  # fmt: on
+):  # fmt: skip
     i_b = tl.program_id(2).to(tl.int64)
     o_x = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]  # channels of the kv heads
     o_r = tl.arange(0, R)[:, None]
@@ -1268,12 +1267,11 @@ def norm_kernel(p_x, p_w, p_y, eps, k: constexpr, BK: constexpr):
 
 # y = x Wᵀ, with a gate V silu(x Vᵀ) ∘ x Wᵀ, onto u u + x Wᵀ. x (rows, k), W and V (n, k): BN
 # columns of y for M rows, so the weights are read once for every 64 rows.
-# fmt: off
 @jit(do_not_specialize=["rows"])
 def linear_kernel(
     p_x, s_x: constexpr, p_w, p_v, p_u, p_y, rows, n: constexpr, k: constexpr,
     PREC: constexpr, M: constexpr, BN: constexpr, BK: constexpr,
-):  # fmt: on
+):  # fmt: skip
     o_m = (tl.program_id(0) * M + tl.arange(0, M)[None, :]).to(tl.int64)
     o_n = tl.program_id(1) * BN + tl.arange(0, BN)[:, None]
     o_k = tl.arange(0, BK)
@@ -1355,12 +1353,11 @@ def rotated(ptr, o, m, b_cos, b_sin, half: constexpr):
 # Writes the l new keys, rotated, and values of one row and kv head into the cache, where they lie
 # in a piece of SPLIT keys. Every program that reads the piece writes them, with the same bits, so
 # that none waits for another.
-# fmt: off
 @jit
 def append(
     p_k, s_k: constexpr, p_v, s_v: constexpr, p_cos, p_sin, p_keys, p_values,
     i_t, at, first, l, p: constexpr, SPLIT: constexpr, BH: constexpr,
-):  # fmt: on
+):  # fmt: skip
     half: constexpr = p // 2
     o_i = tl.arange(0, 16)[:, None]
     o_h = tl.arange(0, BH)[None, :]
@@ -1383,13 +1380,12 @@ def append(
 #     s_j = q·k_j / √p in log2,  y = Σ_j 2^(s_j - m) v_j / Σ_j 2^(s_j - m),  weight = log2 Σ_j 2^s_j
 #
 # with the running maximum m of the scores.
-# fmt: off
 @jit(do_not_specialize=["l", "size"])
 def attend_kernel(
     p_q, s_q: constexpr, p_k, s_k: constexpr, p_v, s_v: constexpr, p_cos, p_sin, p_at,
     p_keys, p_values, p_weight, p_y, scale, l, size, g: constexpr, r: constexpr, p: constexpr,
     PREC: constexpr, R: constexpr, SPLIT: constexpr, BK: constexpr, BH: constexpr,
-):  # fmt: on
+):  # fmt: skip
     half: constexpr = p // 2
     tiles = tl.cdiv(l, 16 // R)
     i_bg = tl.program_id(0) // tiles
@@ -1444,12 +1440,11 @@ def attend_kernel(
 
 
 # y = Σ_s 2^weight_s y_s / Σ_s 2^weight_s over the pieces s of one token and head, 16 at a time
-# fmt: off
 @jit(do_not_specialize=["l", "pieces"])
 def attend_join_kernel(
     p_weight, p_parts, p_at, p_y, l, pieces,
     h: constexpr, p: constexpr, SPLIT: constexpr, BP: constexpr,
-):  # fmt: on
+):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
     i_t = i // h
     end = (tl.load(p_at + i_t // l).to(tl.int32) + (i_t % l).to(tl.int32)) // SPLIT + 1
@@ -1502,12 +1497,11 @@ def replay_read(p_log, s_log, p_new, s_new, o_t, o, m, at, SIZE):
 # silu(bias + Σ_k weight_k x_{t-W+1+k}) of BC of c channels of one row, for every token from `base`
 # on, T at a time, into y (b, SIZE, c). r channels read one of x. The new tokens' x goes into the
 # log.
-# fmt: off
 @jit(do_not_specialize=["l", "SIZE"])
 def replay_conv_kernel(
     p_x, s_x: constexpr, p_log, s_log: constexpr, p_at, p_base, p_w, p_bias, p_y, l, SIZE,
     c: constexpr, r: constexpr, p: constexpr, W: constexpr, T: constexpr, BC: constexpr,
-):  # fmt: on
+):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
     at = tl.load(p_at + i_b).to(tl.int32)
     base = tl.load(p_base + i_b).to(tl.int32)
@@ -1533,7 +1527,6 @@ def replay_conv_kernel(
 # norm. The state is stored where it is to stand, before token `to`; dt and B go into the log. p_c
 # is what replay_conv_kernel left; Mamba-2 (p_B is None) has B and C there too. A state is a tile
 # (p, n / NB, NB), whose sums over n take few steps.
-# fmt: off
 @jit(do_not_specialize=["l", "SIZE", "eps"])
 def replay_kernel(
     p_dt, s_dt: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr, p_z, s_z: constexpr,
@@ -1541,7 +1534,7 @@ def replay_kernel(
     p_h, p_at, p_base, p_to, p_A, p_bias, p_D, p_norm, p_y, l, SIZE, eps,
     c: constexpr, h: constexpr, r: constexpr, p: constexpr, n: constexpr,
     BP: constexpr, BN: constexpr, NB: constexpr,
-):  # fmt: on
+):  # fmt: skip
     i_b = (tl.program_id(0) // h).to(tl.int64)
     i_h = tl.program_id(0) % h
     o_p = tl.arange(0, BP)[:, None, None]
