@@ -480,7 +480,7 @@ def token_law(logits, temperature=1.0, top_k=0, top_p=1.0):
     if temperature == 0:
         law = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
         return law.masked_fill(logits.isnan().any(-1, keepdim=True), torch.nan)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    logits = logits / max(temperature, 1e-30)  # below, a large logit would overflow
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
     law = logits.softmax(-1)
@@ -489,7 +489,8 @@ def token_law(logits, temperature=1.0, top_k=0, top_p=1.0):
         kept = ordered.cumsum(-1) - ordered < top_p          # a token stays while those before it have not reached top_p
         least = ordered.masked_fill(~kept, torch.inf).min(-1, keepdim=True).values
         law = law.masked_fill(law < least, 0)
-    return law / law.sum(-1, keepdim=True)
+        law = law / law.sum(-1, keepdim=True)
+    return law
 
 
 def longest_text(model):
@@ -499,9 +500,9 @@ def longest_text(model):
 
 def draw(law, generator=None):
     """One token (...) from each law (..., v): the first to ring among clocks of these rates. Where the law is no law (a NaN), -1."""
-    clocks = torch.empty_like(law).exponential_(generator=generator).clamp(min=torch.finfo(law.dtype).tiny)
-    tokens = (law / clocks).argmax(-1)  # as torch.multinomial, which would wait for the GPU
-    return torch.where(law.sum(-1) > 0, tokens, -1)
+    clocks = torch.empty_like(law).exponential_(generator=generator).clamp_(min=torch.finfo(law.dtype).tiny)
+    first, tokens = (law / clocks).max(-1)  # as torch.multinomial, which would wait for the GPU
+    return torch.where(first > 0, tokens, -1)
 
 
 def acceptance(p, q, tokens):
@@ -520,6 +521,8 @@ def residual(p, q):
 def verify(proposed, q, p, generator=None):
     """How many of the draft's tokens (b, K) each row keeps, and one token more: (b,), (b,). They are drawn from q (b, K, v), the target's
     laws are p (b, K + 1, v); what results is distributed as if drawn from p alone."""
+    if not proposed.shape[1]:
+        return torch.zeros_like(proposed.sum(1)), draw(p[:, 0], generator)
     chance, row = acceptance(p[:, :-1], q, proposed), torch.arange(len(p), device=p.device)  # (b, K); NaN, so rejected, where q is
     kept = torch.rand(chance.shape, generator=generator, dtype=p.dtype, device=p.device) < chance
     count = kept.long().cumprod(1).sum(1)

@@ -138,51 +138,82 @@ def ssm_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None, pos=None):
     above 256 take the PyTorch form. Raises ValueError, naming the argument, if shapes do not fit.
     """
     check_ssm(x, dt, A, B, C, D, z, dt_bias, h0, pos)
-    gate = None
-    if A.dim() == 1:  # Mamba-2's kernels have no gate: in a model, the norm comes with it
-        gate, z = z, None
-    if use_triton(x) and x.shape[1] > 1 and max(x.shape[3], C.shape[3]) <= 256:
-        pos = None if pos is None else pos.int().contiguous()
-        if B.shape[2] != x.shape[2]:  # in a Llama they never differ
-            x, B = repeat_heads(x, C.shape[2]), repeat_heads(B, C.shape[2])
-        y, h = scan_rows(x, dt, A, B, C, D, z, dt_bias, h0, pos)
-    else:
+    if not use_triton(x) or x.shape[1] == 1 or max(x.shape[3], C.shape[3]) > 256:
         with torch.autocast(x.device.type, enabled=False):  # state and Δ A stay float32
-            y, h = scan_torch(x, dt, A, B, C, D, z, dt_bias, h0, pos)
-    if gate is not None:
-        f = torch.promote_types(x.dtype, torch.float32)
-        y = (y.to(f) * F.silu(gate.to(f))).to(x.dtype)
-    return y, h
+            return scan_torch(x, dt, A, B, C, D, z, dt_bias, h0, pos)
+    if B.shape[2] != x.shape[2]:  # in a Llama they never differ
+        x, B = repeat_heads(x, C.shape[2]), repeat_heads(B, C.shape[2])
+    if A.dim() == 3:
+        return s6_scan(x, dt, A, B, C, D, z, dt_bias, h0, pos)
+    y, state = ssd_scan(x, dt, A, B, C, D, dt_bias, h0, pos)
+    if z is not None:  # these kernels have no gate: in a model, the norm follows it
+        y = (y.float() * F.silu(z.float())).to(y.dtype)
+    return y, state
 
 
-def scan_rows(x, dt, A, B, C, D, z, dt_bias, h0, pos):
-    """The scan by the kernels. The rows of a small batch are cut, which costs a second walk."""
-    b, l, h, n = C.shape
-    c = segments(b * h * x.shape[3], l)
+def step_size(dt, dt_bias):
+    """Δ, in float32 or more."""
+    f = torch.promote_types(dt.dtype, torch.float32)
+    return F.softplus(dt.to(f) if dt_bias is None else dt + dt_bias.to(f))
+
+
+def ssd_steps(dt, A, dt_bias, pos):
+    """Δ and its product with A, the logarithm of the decay, of each token and head of Mamba-2.
+
+    Where a document starts nothing is left of the state. There, and where the decay is below what
+    the type can hold, e^-800 or e^-139, it is cut off: a sum with more would blur its neighbours.
+    """
+    delta = step_size(dt, dt_bias)
+    least = -800.0 if delta.dtype == torch.float64 else -139.0
+    a = (delta * A).clamp(min=least)
+    return delta, a if pos is None else a.masked_fill((pos == 0)[..., None], least)
+
+
+def ssd_scan(x, dt, A, B, C, D, dt_bias, h0, pos):
+    """Mamba-2 by the kernels."""
+    delta, a = ssd_steps(dt, A, dt_bias, pos)
+    inputs, c = (x, delta, a, B, C), segments(x, C)
     if c == 1:
-        return SCAN(x, dt, A, B, C, D, z, dt_bias, h0, pos)
+        return SSD(*inputs, h0, D)
+    decay = a.unflatten(1, (c, -1)).sum(2).exp()[..., None, None]  # (b, c, h, 1, 1)
+    return scan_cut(SSD, inputs, h0, (D,), decay)
 
-    def rows(t):
-        return None if t is None else t.unflatten(1, (c, -1)).flatten(0, 1)  # (b·c, l / c, …)
 
-    x, dt, B, C, z, pos = map(rows, (x, dt, B, C, z, pos))
-    _, ends = SCAN(x, dt, A, B, C, None, None, dt_bias, None, pos)
-    delta = F.softplus(dt.float() if dt_bias is None else dt.float() + dt_bias)
-    decay = torch.exp(delta.sum(1).view(b * c, h, -1, 1) * A.view(h, -1, n if A.dim() == 3 else 1))
+def s6_scan(x, dt, A, B, C, D, z, dt_bias, h0, pos):
+    """Mamba by the kernels."""
+    pos = None if pos is None else pos.int().contiguous()
+    inputs, c = (x, dt, B, C, z, pos), segments(x, C)
+    if c == 1:
+        return S6(*inputs, h0, A, D, dt_bias)
+    decay = step_size(dt, dt_bias).unflatten(1, (c, -1)).sum(2)[..., None] * A  # (b, c, h, p, n)
+    decay = decay.exp()
     if pos is not None:
-        decay = decay.masked_fill((pos == 0).any(1)[:, None, None, None], 0)
-    h0 = ends.new_zeros(b, *ends.shape[1:]) if h0 is None else h0.float()
-    starts, _ = pass_states(ends.unflatten(0, (b, c)), decay.unflatten(0, (b, c)), h0)
-    y, state = SCAN(x, dt, A, B, C, D, z, dt_bias, starts.flatten(0, 1), pos)
-    return y.unflatten(0, (b, c)).flatten(1, 2), state.unflatten(0, (b, c))[:, -1]
+        starts = (pos == 0).unflatten(1, (c, -1)).any(2)
+        decay = decay.masked_fill(starts[..., None, None, None], 0)
+    return scan_cut(S6, inputs, h0, (A, D, dt_bias), decay)
 
 
-def segments(channels, l):
-    """Into how many segments to cut rows of l tokens, `channels` in all; 1 where it does not pay.
+def scan_cut(op, inputs, h0, rest, decay):
+    """op(*inputs, h0, *rest) with every row cut into segments, of the given decay (b, c, h, …).
+
+    A first walk gives the states that segments end with on their own, a second one starts right.
+    """
+    c = decay.shape[1]
+    inputs = [None if t is None else t.unflatten(1, (c, -1)).flatten(0, 1) for t in inputs]
+    _, ends = op(*inputs, None, *rest)
+    h0 = torch.zeros_like(ends[::c]) if h0 is None else h0.float()
+    starts, _ = pass_states(ends.unflatten(0, (-1, c)), decay, h0)
+    y, state = op(*inputs, starts.flatten(0, 1), *rest)
+    return y.unflatten(0, (-1, c)).flatten(1, 2), state[c - 1 :: c]
+
+
+def segments(x, C):
+    """Into how many segments to cut each row; 1 where it does not pay.
 
     A large GPU is full with 16,384 channels: 1,024 programs of Mamba, 256 of Mamba-2.
     """
-    most = min(16384 // max(1, channels), l // 1024)
+    (b, l, h, _), p = C.shape, x.shape[3]
+    most = min(16384 // max(1, b * h * p), l // 1024)
     return next((c for c in range(most, 3, -1) if l % c == 0), 1)
 
 
@@ -212,43 +243,47 @@ def causal_conv(x, weight, bias=None, state=None, lengths=None, pos=None):
     return y, full.gather(1, at[..., None, None].expand(-1, -1, g, p))
 
 
-def check_shapes(where, about, **wanted):
-    """Raises ValueError for the first of (tensor or None, shape) that do not agree."""
-    for name, (t, shape) in wanted.items():
-        if t is not None and tuple(t.shape) != shape:
-            raise ValueError(f"{where}: {name} is {tuple(t.shape)}, expected {shape} for {about}")
+def check(where, wanted, **tensors):
+    """Raises ValueError for the first tensor whose axes are not those wanted, such as "b l h p".
+
+    A letter stands for one size, that of its first tensor. Returns the sizes by letter.
+    """
+    sizes, seen = {}, ""
+    for (name, t), axes in zip(tensors.items(), wanted, strict=True):
+        if t is None:
+            continue
+        letters = axes.split()
+        if t.dim() == len(letters):
+            sizes = dict(zip(letters, t.shape, strict=True)) | sizes
+        if list(t.shape) != [sizes.get(letter) for letter in letters]:
+            want = ", ".join(f"{letter} = {sizes.get(letter, '…')}" for letter in letters)
+            raise ValueError(f"{where}: {name} is {tuple(t.shape)}, expected ({want}){seen}")
+        seen += f"; {name} is {tuple(t.shape)}"
+    if sizes["l"] < 1:
+        raise ValueError(f"{where}: x has no tokens (l = 0), expected at least one")
+    return sizes
 
 
 def check_ssm(x, dt, A, B, C, D, z, dt_bias, h0, pos):
-    for name, t, axes in (("x", x, "b, l, g, p"), ("B", B, "b, l, g, n"), ("C", C, "b, l, h, n")):
-        if t.dim() != 4:
-            raise ValueError(f"ssm: {name} is {tuple(t.shape)}, expected four axes ({axes})")
-    (b, l, gx, p), gb, (h, n) = x.shape, B.shape[2], C.shape[2:]
-    if B.shape[3] != n:
-        raise ValueError(f"ssm: B is {tuple(B.shape)} and C is {tuple(C.shape)}; n must agree")
-    kind, per, A_shape = ("Mamba-2", (h,), (h,)) if A.dim() == 1 else ("Mamba", (h, p), (h, p, n))
-    about = f"x {tuple(x.shape)}, C {tuple(C.shape)} and {kind} (A has {A.dim()} axes)"
-    over_heads = dict(A=(A, A_shape), D=(D, per), dt_bias=(dt_bias, per), h0=(h0, (b, h, p, n)))
-    over_tokens = dict(B=(B, (b, l, gb, n)), C=(C, (b, l, h, n)), z=(z, (b, l, h, p)))
-    check_shapes(
-        "ssm", about, **over_heads, dt=(dt, (b, l, *per)), **over_tokens, pos=(pos, (b, l))
-    )
-    if l < 1:
-        raise ValueError("ssm: x has no tokens (l = 0), expected at least one")
-    if h % gx or h % gb:
-        raise ValueError(
-            f"ssm: kv heads of x ({gx}) and B ({gb}) must both divide query heads ({h})"
-        )
+    kind = ("h", "h") if A.dim() == 1 else ("h p", "h p n")  # of one token's Δ, and of A
+    wanted = "b l g p", "b l k n", "b l h n", f"b l {kind[0]}", kind[1], kind[0], "b l h p"
+    wanted += kind[0], "b h p n", "b l"
+    given = dict(x=x, B=B, C=C, dt=dt, A=A, D=D, z=z, dt_bias=dt_bias, h0=h0, pos=pos)
+    sizes = check("ssm", wanted, **given)
+    if sizes["h"] % sizes["g"] or sizes["h"] % sizes["k"]:
+        heads = f"kv heads of x ({sizes['g']}) and B ({sizes['k']})"
+        raise ValueError(f"ssm: {heads} must both divide query heads ({sizes['h']})")
 
 
 def check_conv(x, weight, bias, state, pos):
-    (b, l, g, p), (h, _, w) = x.shape, weight.shape
-    if l < 1:
-        raise ValueError("causal_conv: x has no tokens (l = 0), expected at least one")
-    if h % g:
-        raise ValueError(f"causal_conv: kv heads of x ({g}) must divide the heads of weight ({h})")
-    shapes = dict(weight=(weight, (h, p, w)), bias=(bias, (h, p)), pos=(pos, (b, l)))
-    check_shapes("causal_conv", f"x {tuple(x.shape)}", **shapes, state=(state, (b, w - 1, g, p)))
+    wanted, given = ("b l g p", "h p w", "h p", "b l"), dict(x=x, weight=weight, bias=bias, pos=pos)
+    sizes = check("causal_conv", wanted, **given)
+    if sizes["h"] % sizes["g"]:
+        heads = f"kv heads of x ({sizes['g']}) must divide the heads of weight ({sizes['h']})"
+        raise ValueError(f"causal_conv: {heads}")
+    before = (len(x), sizes["w"] - 1, *x.shape[2:])
+    if state is not None and state.shape != before:
+        raise ValueError(f"causal_conv: state is {tuple(state.shape)}, expected {before}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -261,10 +296,12 @@ def scan_torch(x, dt, A, B, C, D, z, dt_bias, h0, pos):
         return ssm_reference(x, dt, A, B, C, D, z, dt_bias, h0, pos)
     f = torch.promote_types(x.dtype, torch.float32)
     b, h, p, n = x.shape[0], C.shape[2], x.shape[3], C.shape[3]
-    delta = F.softplus(dt.to(f) if dt_bias is None else dt.to(f) + dt_bias.to(f))
+    wide_x, dt, A, B, C = (t.to(f) for t in (x, dt, A, B, C))
     h0 = x.new_zeros(b, h, p, n, dtype=f) if h0 is None else h0.to(f)
-    chunked = ssd_torch if A.dim() == 1 else s6_torch
-    y, state = chunked(x.to(f), delta, A.to(f), B.to(f), C.to(f), h0, pos)
+    if A.dim() == 1:
+        y, state = ssd_torch(wide_x, *ssd_steps(dt, A, dt_bias, pos), B, C, h0)
+    else:
+        y, state = s6_torch(wide_x, step_size(dt, dt_bias), A, B, C, h0, pos)
     if D is not None:
         D = D[:, None] if D.dim() == 1 else D
         y = y + repeat_heads(x, h) * D.to(f)
@@ -311,17 +348,14 @@ def s6_torch(x, delta, A, B, C, h0, pos=None):
     return y.flatten(1, 2)[:, :l], last
 
 
-def ssd_torch(x, delta, A, B, C, h0, pos=None, T=64):
+def ssd_torch(x, delta, a, B, C, h0, T=64):
     """Mamba-2. Inside a chunk y = (decay ∘ C Bᵀ) (Δ x): attention weighted by the decay."""
     l, h = x.shape[1], C.shape[2]
     T = min(T, l)
     x, B = repeat_heads(x, h), repeat_heads(B, h)
-    x, delta, B, C = split_chunks(T, x, delta, B, C)
-    a = delta.double() * A.double()  # (b, c, T, h)
-    if pos is not None:  # e^-800 is 0 in float64 too; a lower value would blur its neighbours in s
-        a = a.masked_fill(split_chunks(T, pos == 0)[0][..., None], -800)
-    # float64 for s: far into a chunk it is large, and small differences between neighbours matter
-    s = a.cumsum(2).transpose(2, 3)  # (b, c, h, T): log decay since the chunk's start
+    x, delta, a, B, C = split_chunks(T, x, delta, a, B, C)
+    # float64: far into a chunk s is large, and small differences between neighbours matter
+    s = a.double().cumsum(2).transpose(2, 3)  # (b, c, h, T): log decay since the chunk's start
     later = torch.ones(T, T, dtype=torch.bool, device=s.device).triu(1)
     between = (s[..., :, None] - s[..., None, :]).masked_fill(later, -torch.inf).to(x.dtype).exp()
     since = s.to(x.dtype).exp().transpose(2, 3)[..., None]  # (b, c, T, h, 1)
@@ -359,13 +393,6 @@ def softplus(b):
     b_q = b_w * b_w
     b_series = 1 + b_q * (1 / 3 + b_q * (1 / 5 + b_q * (1 / 7 + b_q / 8.25)))  # 1/9 and the rest
     return tl.maximum(b, 0.0) + 2 * b_w * b_series
-
-
-@jit
-def softplus_slope(b_delta):
-    """The derivative of softplus where it is Δ: 1 - e^-Δ, by its series where Δ is small."""
-    b_series = 1 - b_delta / 2 * (1 - b_delta / 3 * (1 - b_delta / 4 * (1 - b_delta / 5)))
-    return tl.where(b_delta < 0.05, b_delta * b_series, 1 - tl.exp(-b_delta))
 
 
 @jit
@@ -457,15 +484,15 @@ def s6_join(a_1, h_1, a_2, h_2):
 def s6_forward_kernel(
     p_x, s_x: constexpr, p_dt, s_dt: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr,
     p_z, s_z: constexpr, p_A, p_D, p_bias, p_h0, p_pos, p_y, p_h, p_S,
-    l, h: constexpr, p: constexpr, n: constexpr, r: constexpr,
+    l, h: constexpr, p: constexpr, n: constexpr, group: constexpr,
     SAVE: constexpr, T: constexpr, BP: constexpr, BN: constexpr,
 ):  # fmt: skip
     about = s6_program(p_A, p_D, p_bias, p_h0, h, p, n, BP, BN)
     i_b, i_h, o_p, o_n, m_p, m_n, b_A, b_D, b_bias, b_h = about
     o_k = tl.arange(0, BN)[None, :]  # n once more, along the other axis
-    p_x += i_b * l * s_x + i_h // r * p + o_p
+    p_x += i_b * l * s_x + i_h // group * p + o_p
     p_dt += i_b * l * s_dt + i_h * p + o_p
-    p_B += i_b * l * s_B + i_h // r * n + o_k
+    p_B += i_b * l * s_B + i_h // group * n + o_k
     p_C += i_b * l * s_C + i_h * n + o_k
     first = (tl.arange(0, T) == 0)[:, None, None]
     last = (tl.arange(0, T) == T - 1)[:, None, None]
@@ -516,16 +543,16 @@ def s6_backward_kernel(
     p_x, s_x: constexpr, p_dt, s_dt: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr,
     p_z, s_z: constexpr, p_dy, s_dy: constexpr,
     p_A, p_D, p_bias, p_dh, p_pos, p_S, p_dx, p_ddt, p_dB, p_dC, p_dz, p_dh0, p_sums,
-    l, h: constexpr, p: constexpr, n: constexpr, r: constexpr,
+    l, h: constexpr, p: constexpr, n: constexpr, group: constexpr,
     T: constexpr, BP: constexpr, BN: constexpr, PREC: constexpr,
 ):  # fmt: skip
     about = s6_program(p_A, p_D, p_bias, p_dh, h, p, n, BP, BN)
     i_b, i_h, o_p, o_n, m_p, m_n, b_A, b_D, b_bias, b_G = about
     o_one = tl.arange(0, 16)[None, :]  # a product is 16 wide; the first of its columns is stored
     b_ones = tl.full((BP, 16), 1.0, tl.float32)
-    p_x += i_b * l * s_x + i_h // r * p + o_p
+    p_x += i_b * l * s_x + i_h // group * p + o_p
     p_dt += i_b * l * s_dt + i_h * p + o_p
-    p_B += i_b * l * s_B + i_h // r * n + o_n
+    p_B += i_b * l * s_B + i_h // group * n + o_n
     p_C += i_b * l * s_C + i_h * n + o_n
     p_dy += i_b * l * s_dy + i_h * p + o_p
     if p_z is not None:
@@ -593,9 +620,9 @@ def s6_backward_kernel(
 
 
 # --------------------------------------------------------------------------------------------------
-# Mamba-2 (SSD). A tile of T tokens is a few products of matrices. With s_t the running sum of Δ A
-# within the tile, in log2, 2^(s_t - s_r) is the decay from token r to token t; s_T is its last
-# value:
+# Mamba-2 (SSD). A tile of T tokens is a few products of matrices. PyTorch gives the kernels Δ and
+# a = Δ A of each token. With s_t the running sum of a within the tile, in log2, 2^(s_t - s_r) is
+# the decay from token r to token t; s_T is its last value:
 #
 #     y_t = Σ_{r≤t} 2^(s_t - s_r) (C_t·B_r) Δ_r x_r  +  2^s_t h C_t  +  D x_t
 #     h ← 2^s_T h + Σ_r 2^(s_T - s_r) Δ_r x_r B_rᵀ
@@ -604,32 +631,41 @@ def s6_backward_kernel(
 # writer, or (r, t).
 
 
-# Δ (b, tiles·T, h), 0 past the end, and s within each tile. Beyond 2^-200 nothing is left of a
-# float32, so a larger decay is cut there, and so is the start of a document: then float32 keeps the
-# differences of s better than bf16 keeps the inputs. For inputs in float32 s is float64.
-@jit(do_not_specialize=["l", "tiles"])
-def ssd_delta_kernel(
-    p_dt, s_dt: constexpr, p_A, p_bias, p_pos, p_delta, p_s, l, tiles,
-    h: constexpr, T: constexpr, BH: constexpr,
-):  # fmt: skip
-    i_b = tl.program_id(0).to(tl.int64) // tiles
-    i_0 = tl.program_id(0) % tiles * T
-    o_h = tl.program_id(1) * BH + tl.arange(0, BH)[None, :]
-    o_t = tl.arange(0, T)[:, None]
-    m_h = o_h < h
-    m_t = i_0 + o_t < l
-    at = p_dt + (i_b * l + i_0 + o_t) * s_dt + o_h
-    b_dt = tl.load(at, mask=m_t & m_h, other=-float("inf")).to(tl.float32)
-    if p_bias is not None:
-        b_dt += read(p_bias + o_h, m_h)
-    b_delta = softplus(b_dt)
-    b_a = tl.maximum(b_delta * read(p_A + o_h, m_h) * LOG2E, -200.0)
-    if p_pos is not None:
-        b_pos = tl.load(p_pos + i_b * l + i_0 + o_t, mask=m_t, other=1)
-        b_a = tl.where(b_pos == 0, -200.0, b_a)
-    o_out = (i_b * tiles * T + i_0 + o_t) * h + o_h
-    tl.store(p_delta + o_out, b_delta, mask=m_h)
-    tl.store(p_s + o_out, tl.cumsum(b_a.to(p_s.dtype.element_ty), axis=0), mask=m_h)
+@jit
+def ssd_walk(p_h0, h, p: constexpr, n: constexpr, BP: constexpr, BN: constexpr):
+    """A walk's row, head, channels, states, the offsets and mask of its state, and the state."""
+    i_b = tl.program_id(0).to(tl.int64) // h
+    i_h = tl.program_id(0) % h
+    o_p = tl.program_id(1) * BP + tl.arange(0, BP)
+    o_n = tl.arange(0, BN)
+    o_h = (i_b * h + i_h) * (p * n) + o_p[None, :] * n + o_n[:, None]
+    m_h = (o_n < n)[:, None] & (o_p < p)[None, :]
+    b_h = tl.zeros((BN, BP), tl.float32)
+    if p_h0 is not None:
+        b_h = read(p_h0 + o_h, m_h)
+    return i_b, i_h, o_p, o_n, o_h, m_h, b_h
+
+
+@jit
+def ssd_tokens(p_delta, p_a, left, h: constexpr, T: constexpr, PREC: constexpr):
+    """Δ, s and s_T of T tokens, of which `left` are in the row; s of float32 inputs in float64."""
+    o_t = tl.arange(0, T)
+    b_delta = read(p_delta + o_t * h, o_t < left)
+    b_a = read(p_a + o_t * h, o_t < left).to(tl.float64 if PREC == "ieee" else tl.float32)
+    b_s = tl.cumsum(b_a * LOG2E, axis=0)
+    return b_delta, b_s, tl.sum(tl.where(o_t == T - 1, b_s, 0.0), axis=0)
+
+
+@jit
+def exp2(b):
+    """2^b in float32."""
+    return tl.exp2(b.to(tl.float32))
+
+
+@jit
+def decay_between(b_s, m):
+    """2^(s_j - s_i) of tokens i, rows, and j, columns, in float32; 0 where m is False."""
+    return exp2(tl.where(m, b_s[None, :] - b_s[:, None], -float("inf")))
 
 
 @jit
@@ -639,193 +675,147 @@ def tile(ptr, s_row: constexpr, o_row, o_col, n_row, n_col, DOT: constexpr):
     return tl.load(ptr + o_row[:, None] * s_row + o_col[None, :], mask=m, other=0.0).to(DOT)
 
 
-@jit
-def ssd_steps(p_delta, p_s, o, h: constexpr, T: constexpr):
-    """Δ, s and s_T of the tile whose first token lies at o."""
-    o_t = o + tl.arange(0, T) * h
-    return tl.load(p_delta + o_t), tl.load(p_s + o_t), tl.load(p_s + o + (T - 1) * h)
-
-
-@jit
-def decay_between(b_to, b_from, m):
-    """2^(to - from) of each pair, rows `to`, in float32; 0 where m is False."""
-    return tl.exp2(tl.where(m, b_to - b_from, -float("inf")).to(tl.float32))
-
-
 # The formulas above: one program walks BP channels of one head of one row.
-@jit(do_not_specialize=["l", "tiles"])
+@jit(do_not_specialize=["l"])
 def ssd_forward_kernel(
     p_x, s_x: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr,
-    p_delta, p_s, p_D, p_h0, p_y, p_h, l, tiles,
-    h: constexpr, p: constexpr, n: constexpr, r: constexpr,
+    p_delta, p_a, p_D, p_h0, p_y, p_h, l,
+    h: constexpr, p: constexpr, n: constexpr, group: constexpr,
     DOT: constexpr, PREC: constexpr, T: constexpr, BP: constexpr, BN: constexpr,
 ):  # fmt: skip
-    i_b = tl.program_id(0).to(tl.int64) // h
-    i_h = tl.program_id(0) % h
+    i_b, i_h, o_p, o_n, o_h, m_h, b_h = ssd_walk(p_h0, h, p, n, BP, BN)
     o_t = tl.arange(0, T)
-    o_p = tl.program_id(1) * BP + tl.arange(0, BP)
-    o_n = tl.arange(0, BN)
-    m_np = (o_n < n)[:, None] & (o_p < p)[None, :]
-    o_h = (i_b * h + i_h) * (p * n) + o_p[None, :] * n + o_n[:, None]
-    b_h = tl.zeros((BN, BP), tl.float32)
-    if p_h0 is not None:
-        b_h = read(p_h0 + o_h, m_np)
+    p_x += i_b * l * s_x + i_h // group * p
+    p_B += i_b * l * s_B + i_h // group * n
+    p_C += i_b * l * s_C + i_h * n
     b_D = 0.0
     if p_D is not None:
         b_D = tl.load(p_D + i_h)
-    p_x += i_b * l * s_x + i_h // r * p
-    p_B += i_b * l * s_B + i_h // r * n
-    p_C += i_b * l * s_C + i_h * n
-    for i_t in range(tiles):
+    for i_t in range(tl.cdiv(l, T)):
         i_0 = i_t * T + 0 * i_b  # int64
-        b_x = tile(p_x + i_0 * s_x, s_x, o_t, o_p, l - i_0, p, DOT)  # (T, p)
-        b_B = tl.trans(tile(p_B + i_0 * s_B, s_B, o_t, o_n, l - i_0, n, DOT))  # (n, T)
-        b_C = tile(p_C + i_0 * s_C, s_C, o_t, o_n, l - i_0, n, DOT)  # (T, n)
-        b_delta, b_s, b_end = ssd_steps(p_delta, p_s, (i_b * tiles * T + i_0) * h + i_h, h, T)
-        b_decay = decay_between(b_s[:, None], b_s[None, :], o_t[:, None] >= o_t[None, :])
+        left = l - i_0  # tokens from here on
+        o_0 = (i_b * l + i_0) * h + i_h
+        b_x = tile(p_x + i_0 * s_x, s_x, o_t, o_p, left, p, DOT)  # (T, p)
+        b_B = tl.trans(tile(p_B + i_0 * s_B, s_B, o_t, o_n, left, n, DOT))  # (n, T)
+        b_C = tile(p_C + i_0 * s_C, s_C, o_t, o_n, left, n, DOT)  # (T, n)
+        b_delta, b_s, b_end = ssd_tokens(p_delta + o_0, p_a + o_0, left, h, T, PREC)
+        b_decay = decay_between(-b_s, o_t[:, None] >= o_t[None, :])
         b_scores = tl.dot(b_C, b_B, input_precision=PREC) * b_decay * b_delta[None, :]  # (t, r)
-        b_y = tl.dot(b_C, b_h.to(DOT), input_precision=PREC) * tl.exp2(b_s.to(tl.float32))[:, None]
+        b_y = tl.dot(b_C, b_h.to(DOT), input_precision=PREC) * exp2(b_s)[:, None]
         b_y += tl.dot(b_scores.to(DOT), b_x, input_precision=PREC)
         b_y += b_D * b_x.to(tl.float32)
-        o_y = ((i_b * l + i_0 + o_t[:, None]) * h + i_h) * p + o_p[None, :]
-        tl.store(p_y + o_y, b_y, mask=(i_0 + o_t < l)[:, None] & (o_p < p)[None, :])
-        b_after = tl.exp2((b_end - b_s).to(tl.float32)) * b_delta
-        b_u = (b_x.to(tl.float32) * b_after[:, None]).to(DOT)
-        b_h = b_h * tl.exp2(b_end.to(tl.float32)) + tl.dot(b_B, b_u, input_precision=PREC)
-    tl.store(p_h + o_h, b_h, mask=m_np)
+        m_y = (o_t < left)[:, None] & (o_p < p)[None, :]
+        tl.store(p_y + (o_0 + o_t[:, None] * h) * p + o_p[None, :], b_y, mask=m_y)
+        b_u = (b_x.to(tl.float32) * (exp2(b_end - b_s) * b_delta)[:, None]).to(DOT)
+        b_h = b_h * exp2(b_end) + tl.dot(b_B, b_u, input_precision=PREC)
+    tl.store(p_h + o_h, b_h, mask=m_h)
 
 
-# The walk alone, of u = x and v = B. It leaves in S (b, tiles, h, n, p) the state at every tile's
-# start:
+# The walk of the state alone, with u = x and v = B. It leaves in S (b, tiles, h, n, p) the state at
+# every tile's start:
 #
 #     h ← 2^s_T h + Σ_r 2^(s_T - s_r) Δ_r u_r v_rᵀ
 #
 # The ADJOINT walks from the last tile to the first, with u = dy and v = C, and leaves the adjoint
 # of the state at every tile's end:     G ← 2^s_T G + Σ_t 2^s_t u_t v_tᵀ
-@jit(do_not_specialize=["l", "tiles"])
+@jit(do_not_specialize=["l"])
 def ssd_states_kernel(
-    p_u, s_u: constexpr, p_v, s_v: constexpr, p_delta, p_s, p_h0, p_S, p_h, l, tiles,
-    h: constexpr, p: constexpr, n: constexpr, r: constexpr,
-    ADJOINT: constexpr, DOT: constexpr, PREC: constexpr, T: constexpr, BP: constexpr, BN: constexpr,
+    p_u, s_u: constexpr, p_v, s_v: constexpr, p_delta, p_a, p_first, p_S, p_last, l,
+    h: constexpr, p: constexpr, n: constexpr, group: constexpr, ADJOINT: constexpr,
+    DOT: constexpr, PREC: constexpr, T: constexpr, BP: constexpr, BN: constexpr,
 ):  # fmt: skip
-    i_b = tl.program_id(0).to(tl.int64) // h
-    i_h = tl.program_id(0) % h
+    i_b, i_h, o_p, o_n, o_h, m_h, b_h = ssd_walk(p_first, h, p, n, BP, BN)
+    tiles = tl.cdiv(l, T)
     o_t = tl.arange(0, T)
-    o_p = tl.program_id(1) * BP + tl.arange(0, BP)
-    o_n = tl.arange(0, BN)
-    m_np = (o_n < n)[:, None] & (o_p < p)[None, :]
-    o_h = (i_b * h + i_h) * (p * n) + o_p[None, :] * n + o_n[:, None]
-    b_h = tl.zeros((BN, BP), tl.float32)
-    if p_h0 is not None:
-        b_h = read(p_h0 + o_h, m_np)
-    p_u += i_b * l * s_u + i_h // r * p
-    p_v += i_b * l * s_v + i_h // r * n
+    p_u += i_b * l * s_u + i_h // group * p
+    p_v += i_b * l * s_v + i_h // group * n
     p_S += (i_b * tiles * h + i_h) * (n * p) + o_n[:, None] * p + o_p[None, :]
     for k in range(tiles):
-        i_t = tiles - 1 - k if ADJOINT else k
-        i_0 = i_t * T + 0 * i_b  # int64
-        tl.store(p_S + i_0 // T * (h * n * p), b_h, mask=m_np)
+        i_t = 0 * i_b + (tiles - 1 - k if ADJOINT else k)  # int64
+        i_0 = i_t * T
+        o_0 = (i_b * l + i_0) * h + i_h
+        tl.store(p_S + i_t * (h * n * p), b_h, mask=m_h)
         b_u = tile(p_u + i_0 * s_u, s_u, o_t, o_p, l - i_0, p, DOT)
         b_v = tl.trans(tile(p_v + i_0 * s_v, s_v, o_t, o_n, l - i_0, n, DOT))
-        b_delta, b_s, b_end = ssd_steps(p_delta, p_s, (i_b * tiles * T + i_0) * h + i_h, h, T)
-        if ADJOINT:
-            b_w = tl.exp2(b_s.to(tl.float32))
-        else:
-            b_w = tl.exp2((b_end - b_s).to(tl.float32)) * b_delta
+        b_delta, b_s, b_end = ssd_tokens(p_delta + o_0, p_a + o_0, l - i_0, h, T, PREC)
+        b_w = exp2(b_s) if ADJOINT else exp2(b_end - b_s) * b_delta
         b_u = (b_u.to(tl.float32) * b_w[:, None]).to(DOT)
-        b_h = b_h * tl.exp2(b_end.to(tl.float32)) + tl.dot(b_v, b_u, input_precision=PREC)
-    tl.store(p_h + o_h, b_h, mask=m_np)
+        b_h = b_h * exp2(b_end) + tl.dot(b_v, b_u, input_precision=PREC)
+    tl.store(p_last + o_h, b_h, mask=m_h)
 
 
 @jit
 def products(
-    p_a, s_a: constexpr, p_c, s_c: constexpr, o_t, l, w: constexpr,
+    p_a, s_a: constexpr, p_c, s_c: constexpr, o_t, left, w: constexpr,
     DOT: constexpr, PREC: constexpr, BW: constexpr,
 ):  # fmt: skip
     """a cᵀ of two tiles of T tokens, w columns wide: (T, T)."""
     b = tl.zeros((o_t.shape[0], o_t.shape[0]), tl.float32)
     for i in range(0, w, BW):
         o = i + tl.arange(0, BW)
-        b_c = tl.trans(tile(p_c, s_c, o_t, o, l, w, DOT))
-        b = tl.dot(tile(p_a, s_a, o_t, o, l, w, DOT), b_c, b, input_precision=PREC)
+        b_c = tl.trans(tile(p_c, s_c, o_t, o, left, w, DOT))
+        b = tl.dot(tile(p_a, s_a, o_t, o, left, w, DOT), b_c, b, input_precision=PREC)
     return b
 
 
 # The gradients of one tile of one head, from S, the state at its start, and G, the adjoint of the
 # state at its end. With decay_tr = 2^(s_t - s_r) for r ≤ t, else 0:
 #
-#     dx_r = Δ_r (2^(s_T - s_r) G B_r + Σ_t decay_tr (C_t·B_r) dy_t) + D dy_r
-@jit(do_not_specialize=["l", "tiles"])
-def ssd_dx_kernel(
-    p_B, s_B: constexpr, p_C, s_C: constexpr, p_dy, s_dy: constexpr,
-    p_delta, p_s, p_D, p_G, p_dx, l, tiles, h: constexpr, p: constexpr, n: constexpr, r: constexpr,
-    DOT: constexpr, PREC: constexpr, T: constexpr, BP: constexpr, BN: constexpr,
-):  # fmt: skip
-    i_bt = tl.program_id(0).to(tl.int64) // h
-    i_h = tl.program_id(0) % h
-    i_b = i_bt // tiles
-    i_0 = i_bt % tiles * T
-    left = l - i_0  # tokens from here on
-    o_t = tl.arange(0, T)
-    o_p = tl.program_id(1) * BP + tl.arange(0, BP)
-    p_B += (i_b * l + i_0) * s_B + i_h // r * n
-    p_C += (i_b * l + i_0) * s_C + i_h * n
-    p_dy += (i_b * l + i_0) * s_dy + i_h * p
-    p_G += (i_bt * h + i_h) * (n * p)
-    b_delta, b_s, b_end = ssd_steps(p_delta, p_s, i_bt * T * h + i_h, h, T)
-    b_decay = decay_between(b_s[None, :], b_s[:, None], o_t[:, None] <= o_t[None, :])
-    b_BC = products(p_B, s_B, p_C, s_C, o_t, left, n, DOT, PREC, BN) * b_decay  # (r, t)
-    b_dy = tile(p_dy, s_dy, o_t, o_p, left, p, DOT)
-    b_du = tl.zeros((T, BP), tl.float32)
-    for i_n in range(0, n, BN):
-        o_n = i_n + tl.arange(0, BN)
-        b_B = tile(p_B, s_B, o_t, o_n, left, n, DOT)
-        b_du = tl.dot(b_B, tile(p_G, p, o_n, o_p, n, p, DOT), b_du, input_precision=PREC)
-    b_du *= tl.exp2((b_end - b_s).to(tl.float32))[:, None]
-    b_dx = tl.dot(b_BC.to(DOT), b_dy, b_du, input_precision=PREC) * b_delta[:, None]
-    if p_D is not None:
-        b_dx += tl.load(p_D + i_h) * b_dy.to(tl.float32)
-    o_x = ((i_b * l + i_0 + o_t[:, None]) * h + i_h) * p + o_p[None, :]
-    tl.store(p_dx + o_x, b_dx, mask=(o_t < left)[:, None] & (o_p < p)[None, :])
-
-
-#     dC_t = 2^s_t S dy_t + Σ_r decay_tr Δ_r (dy_t·x_r) B_r                    b_yx (t, r)
+#     dx_r = Δ_r (2^(s_T - s_r) G B_r + Σ_t decay_tr (C_t·B_r) dy_t) + D dy_r  b_BC (r, t)
 #     dB_r = Δ_r (2^(s_T - s_r) G x_r + Σ_t decay_tr (dy_t·x_r) C_t)           b_xy (r, t)
+#     dC_t = 2^s_t S dy_t + Σ_r decay_tr Δ_r (dy_t·x_r) B_r                    b_yx (t, r)
 #
-# The adjoint of a_t = Δ_t A is the sum of every product whose decay spans token t: b_ds, what a
-# token reads minus what it writes inside the tile, summed from the tile's end back to t; what the
-# writers before t give to the tile's end (b_give); and b_hold = <S, G>, what crosses the whole
-# tile. Readers and writers have products of their own, since Triton 3.4 to 3.7 on Hopper
-# miscompiles a product with another one's transposed result. sums (·, 3, h) holds the tile's part
-# of dA, dD and dbias.
-@jit(do_not_specialize=["l", "tiles"])
+# da_t is the sum of every product whose decay spans token t: b_ds, what a token reads minus what it
+# writes inside the tile, summed from the tile's end back to t; b_before, what the tokens before t
+# leave at the tile's end; and 2^s_T <S, G>, what crosses the whole tile. Readers and writers have
+# products of their own, since Triton 3.4 to 3.7 on Hopper miscompiles a product with another one's
+# transposed result. dD (·, h) is the tile's part.
+@jit(do_not_specialize=["l"])
 def ssd_backward_kernel(
     p_x, s_x: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr, p_dy, s_dy: constexpr,
-    p_delta, p_s, p_A, p_pos, p_S, p_G, p_ddt, p_dB, p_dC, p_sums, l, tiles,
-    h: constexpr, p: constexpr, n: constexpr, r: constexpr,
+    p_delta, p_a, p_D, p_S, p_G, p_dx, p_ddelta, p_da, p_dB, p_dC, p_dD, l,
+    h: constexpr, p: constexpr, n: constexpr, group: constexpr,
     DOT: constexpr, PREC: constexpr, T: constexpr, BP: constexpr, BN: constexpr,
 ):  # fmt: skip
+    tiles = tl.cdiv(l, T)
     i_bt = tl.program_id(0).to(tl.int64) // h
     i_h = tl.program_id(0) % h
-    i_b = i_bt // tiles
     i_0 = i_bt % tiles * T
+    i_l = i_bt // tiles * l + i_0  # the first token, of all rows'
     left = l - i_0  # tokens from here on
     o_t = tl.arange(0, T)
-    o_y = (i_b * l + i_0) * h + i_h
-    p_x += (i_b * l + i_0) * s_x + i_h // r * p
-    p_B += (i_b * l + i_0) * s_B + i_h // r * n
-    p_C += (i_b * l + i_0) * s_C + i_h * n
-    p_dy += (i_b * l + i_0) * s_dy + i_h * p
+    p_x += i_l * s_x + i_h // group * p
+    p_B += i_l * s_B + i_h // group * n
+    p_C += i_l * s_C + i_h * n
+    p_dy += i_l * s_dy + i_h * p
     p_S += (i_bt * h + i_h) * (n * p)
     p_G += (i_bt * h + i_h) * (n * p)
-    b_delta, b_s, b_end = ssd_steps(p_delta, p_s, i_bt * T * h + i_h, h, T)
+    o_0 = i_l * h + i_h
+    b_delta, b_s, b_end = ssd_tokens(p_delta + o_0, p_a + o_0, left, h, T, PREC)
+    b_after = exp2(b_end - b_s)[:, None]
+    b_BC = products(p_B, s_B, p_C, s_C, o_t, left, n, DOT, PREC, BN)
+    b_BC *= decay_between(b_s, o_t[:, None] <= o_t[None, :])
+    for i_p in range(0, p, BP):
+        o_p = i_p + tl.arange(0, BP)
+        b_dy = tile(p_dy, s_dy, o_t, o_p, left, p, DOT)
+        b_dx = tl.zeros((T, BP), tl.float32)
+        for i_n in range(0, n, BN):
+            o_n = i_n + tl.arange(0, BN)
+            b_G = tile(p_G, p, o_n, o_p, n, p, DOT)
+            b_B = tile(p_B, s_B, o_t, o_n, left, n, DOT)
+            b_dx = tl.dot(b_B, b_G, b_dx, input_precision=PREC)
+        b_dx = tl.dot(b_BC.to(DOT), b_dy, b_dx * b_after, input_precision=PREC) * b_delta[:, None]
+        if p_D is not None:
+            b_dx += tl.load(p_D + i_h) * b_dy.to(tl.float32)
+        m_x = (o_t < left)[:, None] & (o_p < p)[None, :]
+        tl.store(p_dx + (o_0 + o_t[:, None] * h) * p + o_p[None, :], b_dx, mask=m_x)
     b_xy = products(p_x, s_x, p_dy, s_dy, o_t, left, p, DOT, PREC, BP)
     b_yx = products(p_dy, s_dy, p_x, s_x, o_t, left, p, DOT, PREC, BP)
-    b_BC = products(p_B, s_B, p_C, s_C, o_t, left, n, DOT, PREC, BN)
-    b_dD = tl.sum(tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_xy, 0.0), axis=1), axis=0)
-    b_xy *= decay_between(b_s[None, :], b_s[:, None], o_t[:, None] <= o_t[None, :])
-    b_yx *= decay_between(b_s[:, None], b_s[None, :], o_t[:, None] >= o_t[None, :])
-    b_pairs = b_BC * b_xy  # (r, t)
+    b_dD = tl.where(o_t[:, None] == o_t[None, :], b_xy, 0.0)
+    tl.store(p_dD + i_bt * h + i_h, tl.sum(tl.sum(b_dD, axis=1), axis=0))
+    b_pairs = b_BC * b_xy
+    b_xy *= decay_between(b_s, o_t[:, None] <= o_t[None, :])
+    b_yx *= decay_between(-b_s, o_t[:, None] >= o_t[None, :])
     b_ddelta = tl.sum(b_pairs, axis=1)
     b_pairs = tl.where(o_t[:, None] < o_t[None, :], b_pairs, 0.0) * b_delta[:, None]
     b_ds = tl.sum(b_pairs, axis=0) - tl.sum(b_pairs, axis=1)
@@ -848,181 +838,170 @@ def ssd_backward_kernel(
             b_dB = tl.dot(b_x, tl.trans(b_G), b_dB, input_precision=PREC)
             b_dC = tl.dot(b_dy, tl.trans(b_S), b_dC, input_precision=PREC)
             b_hold += tl.sum(tl.sum(b_S.to(tl.float32) * b_G.to(tl.float32), axis=1), axis=0)
-        b_dB *= tl.exp2((b_end - b_s).to(tl.float32))[:, None]
-        b_dC *= tl.exp2(b_s.to(tl.float32))[:, None]
+        b_dB *= b_after
+        b_dC *= exp2(b_s)[:, None]
         b_give += tl.sum(b_dB * b_B.to(tl.float32), axis=1)
         b_ds += tl.sum(b_dC * b_C.to(tl.float32), axis=1)
         b_dB = tl.dot(b_xy, b_C, b_dB * b_delta[:, None], input_precision=PREC)
         b_dC = tl.dot(b_yx, b_B, b_dC, input_precision=PREC)
-        o_tn = o_y * n + o_t[:, None] * (h * n) + o_n[None, :]
+        o_tn = (o_0 + o_t[:, None] * h) * n + o_n[None, :]
         m_tn = (o_t < left)[:, None] & (o_n < n)[None, :]
         tl.store(p_dB + o_tn, b_dB, mask=m_tn)
         tl.store(p_dC + o_tn, b_dC, mask=m_tn)
-    b_written = (b_give * b_delta)[None, :]
-    b_before = tl.sum(tl.where(o_t[None, :] < o_t[:, None], b_written, 0.0), axis=1)
-    b_da = tl.cumsum(b_ds, axis=0, reverse=True) + b_before + b_hold * tl.exp2(b_end.to(tl.float32))
-    if p_pos is not None:  # a document's start has no decay; what stands there is rounding
-        b_pos = tl.load(p_pos + i_b * l + i_0 + o_t, mask=o_t < left, other=1)
-        b_da = tl.where(b_pos == 0, 0.0, b_da)
-    b_ddt = (b_ddelta + b_give + b_da * tl.load(p_A + i_h)) * softplus_slope(b_delta)
-    tl.store(p_ddt + o_y + o_t * h, b_ddt, mask=o_t < left)
-    p_sums += i_bt * 3 * h + i_h
-    tl.store(p_sums, tl.sum(b_da * b_delta, axis=0))
-    tl.store(p_sums + h, b_dD)
-    tl.store(p_sums + 2 * h, tl.sum(b_ddt, axis=0))
+    b_given = (b_give * b_delta)[None, :]
+    b_before = tl.sum(tl.where(o_t[None, :] < o_t[:, None], b_given, 0.0), axis=1)
+    b_da = tl.cumsum(b_ds, axis=0, reverse=True) + b_before + exp2(b_end) * b_hold
+    tl.store(p_ddelta + o_0 + o_t * h, b_ddelta + b_give, mask=o_t < left)
+    tl.store(p_da + o_0 + o_t * h, b_da, mask=o_t < left)
 
 
 # --------------------------------------------------------------------------------------------------
-# The convolution. A program walks BC channels of all query heads through T tokens, U at a time, the
-# last W - 1 inputs in registers. Channel c of query head i reads kv head i // r.
+# The convolution. A program walks BC channels of the kv heads, and the R query heads that read
+# each, through T tokens, U at a time, the inputs of the last W - 1 in registers.
 
-CONV_TOKENS, CONV_CHANNELS = 32, 256
+CONV_TOKENS, CONV_CHANNELS = 64, 128
 
 
 @jit
-def conv_tokens(ptr, s_t: constexpr, t, l, m_c, width: constexpr, U: constexpr):
-    """U tokens from t on, as a tuple; zeros outside the row. m_c are channels below `width`."""
+def conv_walk(
+    p_w, p_bias, c, group: constexpr, p: constexpr, W: constexpr, R: constexpr, BC: constexpr,
+):  # fmt: skip
+    """Offsets of x's channels (1, BC) and of the query heads' (R, BC), `c` past the last, the
+    weights of each tap, and the bias."""
+    o_x = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
+    o_r = tl.arange(0, R)[:, None]
+    o_c = tl.where((o_x < c // group) & (o_r < group), (o_x // p * group + o_r) * p + o_x % p, c)
+    ws = ()
+    for k in tl.static_range(W):
+        ws = ws + (read(p_w + o_c * W + k, o_c < c),)
+    b_bias = tl.zeros((R, BC), tl.float32)
+    if p_bias is not None:
+        b_bias = read(p_bias + o_c, o_c < c)
+    return o_x, o_c, ws, b_bias
+
+
+@jit
+def conv_tokens(ptr, s_t: constexpr, o, c, t, l, U: constexpr):
+    """Channels o of c, of U tokens from t on, as a tuple; zeros outside the row."""
     tokens = ()
     for j in tl.static_range(U):
-        m = m_c < tl.where((t + j >= 0) & (t + j < l), width, 0)
-        tokens = tokens + (read(ptr + (t + j) * s_t, m),)
+        m = o < tl.where((t + j >= 0) & (t + j < l), c, 0)
+        tokens = tokens + (read(ptr + (t + j) * s_t + o, m),)
     return tokens
 
 
 @jit
-def conv_pos(p_pos, t, l):
-    """The place of token t in its document; without documents, 64: it sees all that come before."""
-    pos = 64
+def sees(p_pos, t, l, lag: constexpr):
+    """Whether what lies `lag` tokens before token t of the row is of its document."""
+    pos = lag
     if p_pos is not None:
-        pos = tl.load(p_pos + t, mask=t < l, other=0)
-    return pos
+        pos = tl.load(p_pos + t, mask=(t >= 0) & (t < l), other=0)
+    return pos >= lag
 
 
 @jit
-def conv_layer(p_w, p_bias, o_c, m, W: constexpr):
-    """The weights of each tap, a tuple, and the bias."""
-    ws = ()
+def conv_taps(p_pos, t, l, xs, j: constexpr, W: constexpr):
+    """The inputs x_{t-W+1+k} that token t sees, as a tuple, from xs[j] on."""
+    taps = ()
     for k in tl.static_range(W):
-        ws = ws + (read(p_w + o_c * W + k, m),)
-    b_bias = tl.zeros(o_c.shape, tl.float32)
-    if p_bias is not None:
-        b_bias = read(p_bias + o_c, m)
-    return ws, b_bias
+        taps = taps + (tl.where(sees(p_pos, t, l, W - 1 - k), xs[j + k], 0.0),)
+    return taps
 
 
-@jit
-def conv_sum(xs, j: constexpr, ws, b_bias, pos, W: constexpr):
-    """e_t = bias + Σ_k weight_k x_{t-W+1+k}: the inputs from xs[j] on that are of the document."""
-    b_e = b_bias
-    for k in tl.static_range(W):
-        b_e += ws[k] * tl.where(pos >= W - 1 - k, xs[j + k], 0.0)
-    return b_e
-
-
-# y_t = silu(e_t)
+# y_t = silu(e_t),    e_t = bias + Σ_k weight_k x_{t-W+1+k}
 @jit(do_not_specialize=["l"])
 def conv_forward_kernel(
-    p_x, s_x: constexpr, p_w, p_bias, p_pos, p_y, l, c: constexpr, r: constexpr, p: constexpr,
-    W: constexpr, T: constexpr, U: constexpr, BC: constexpr,
-):  # fmt: skip
-    i_b = tl.program_id(2).to(tl.int64)
-    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
-    ws, b_bias = conv_layer(p_w, p_bias, o_c, o_c < c, W)
-    p_x += i_b * l * s_x + o_c // (r * p) * p + o_c % p
-    p_y += i_b * l * c + o_c
-    p_pos = None if p_pos is None else p_pos + i_b * l
-    t = 0 * i_b + tl.program_id(1) * T
-    xs = conv_tokens(p_x, s_x, t - (W - 1), l, o_c, c, W - 1)
-    for _ in range(T // U):
-        xs = xs + conv_tokens(p_x, s_x, t, l, o_c, c, U)
-        for j in tl.static_range(U):
-            b_e = conv_sum(xs, j, ws, b_bias, conv_pos(p_pos, t + j, l), W)
-            tl.store(p_y + (t + j) * c, silu(b_e), mask=o_c < tl.where(t + j < l, c, 0))
-        xs = xs[U:]
-        t += U
-
-
-# de_t = dy_t silu'(e_t),    dweight_k = Σ_t de_t x_{t-W+1+k},    dbias = Σ_t de_t
-#
-# It stores de (b, l, c), and in sums (·, W + 1, c) its part of dweight and, last, of dbias.
-@jit(do_not_specialize=["l"])
-def conv_weight_kernel(
-    p_x, s_x: constexpr, p_w, p_bias, p_pos, p_dy, p_de, p_sums, l,
-    c: constexpr, r: constexpr, p: constexpr,
-    W: constexpr, T: constexpr, U: constexpr, BC: constexpr,
-):  # fmt: skip
-    i_b = tl.program_id(2).to(tl.int64)
-    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
-    ws, b_bias = conv_layer(p_w, p_bias, o_c, o_c < c, W)
-    p_x += i_b * l * s_x + o_c // (r * p) * p + o_c % p
-    o_y = i_b * l * c + o_c
-    p_pos = None if p_pos is None else p_pos + i_b * l
-    b_dbias = tl.zeros((BC,), tl.float32)
-    dws = (b_dbias,) * W
-    t = 0 * i_b + tl.program_id(1) * T
-    xs = conv_tokens(p_x, s_x, t - (W - 1), l, o_c, c, W - 1)
-    for _ in range(T // U):
-        xs = xs + conv_tokens(p_x, s_x, t, l, o_c, c, U)
-        dys = conv_tokens(p_dy + o_y, c, t, l, o_c, c, U)
-        for j in tl.static_range(U):
-            pos = conv_pos(p_pos, t + j, l)
-            b_de = dys[j] * silu_slope(conv_sum(xs, j, ws, b_bias, pos, W))
-            tl.store(p_de + o_y + (t + j) * c, b_de, mask=o_c < tl.where(t + j < l, c, 0))
-            b_dbias += b_de
-            sums = ()
-            for k in tl.static_range(W):
-                sums = sums + (dws[k] + b_de * tl.where(pos >= W - 1 - k, xs[j + k], 0.0),)
-            dws = sums
-        xs = xs[U:]
-        t += U
-    p_sums += (i_b * tl.num_programs(1) + tl.program_id(1)) * ((W + 1) * c) + o_c
-    for k in tl.static_range(W):
-        tl.store(p_sums + k * c, dws[k], mask=o_c < c)
-    tl.store(p_sums + W * c, b_dbias, mask=o_c < c)
-
-
-# dx_t = Σ_k weight_k de_{t+W-1-k},    summed over the r query heads (R, a power of 2) of a kv head
-@jit(do_not_specialize=["l"])
-def conv_dx_kernel(
-    p_de, p_w, p_pos, p_dx, l, c: constexpr, r: constexpr, p: constexpr,
+    p_x, s_x: constexpr, p_w, p_bias, p_pos, p_y, l, c: constexpr, group: constexpr, p: constexpr,
     W: constexpr, T: constexpr, U: constexpr, R: constexpr, BC: constexpr,
 ):  # fmt: skip
-    i_b = tl.program_id(2).to(tl.int64)
-    o_x = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]  # channels of the kv heads
-    o_r = tl.arange(0, R)[:, None]
-    o_c = (o_x // p * r + o_r) * p + o_x % p
-    o_m = tl.where((o_x < c // r) & (o_r < r), o_c, c)
-    ws, _ = conv_layer(p_w, None, o_c, o_m < c, W)
-    p_de += i_b * l * c + o_c
-    p_dx += i_b * l * (c // r) + o_x
-    p_pos = None if p_pos is None else p_pos + i_b * l
-    t = 0 * i_b + tl.program_id(1) * T
-    des = conv_tokens(p_de, c, t, l, o_m, c, W - 1)
+    o_x, o_c, ws, b_bias = conv_walk(p_w, p_bias, c, group, p, W, R, BC)
+    i_l = tl.program_id(2).to(tl.int64) * l  # the row's first token, of all rows'
+    p_x += i_l * s_x
+    p_y += i_l * c
+    p_pos = None if p_pos is None else p_pos + i_l
+    t = 0 * i_l + tl.program_id(1) * T
+    xs = conv_tokens(p_x, s_x, o_x, c // group, t - (W - 1), l, W - 1)
     for _ in range(T // U):
-        des = des + conv_tokens(p_de, c, t + W - 1, l, o_m, c, U)
+        xs = xs + conv_tokens(p_x, s_x, o_x, c // group, t, l, U)
         for j in tl.static_range(U):
+            taps = conv_taps(p_pos, t + j, l, xs, j, W)
+            b_e = b_bias
+            for k in tl.static_range(W):
+                b_e += ws[k] * taps[k]
+            tl.store(p_y + (t + j) * c + o_c, silu(b_e), mask=o_c < tl.where(t + j < l, c, 0))
+        xs = xs[U:]
+        t += U
+
+
+# de_t = dy_t silu'(e_t),    dx_t = Σ_k weight_k de_{t+W-1-k}
+# dweight_k = Σ_t de_t x_{t-W+1+k},    dbias = Σ_t de_t
+#
+# dx is summed over the query heads of a kv head. It follows de W - 1 tokens behind, so the walk
+# goes on for as many. sums (·, W + 1, c): the program's part of dweight and, last, of dbias.
+@jit(do_not_specialize=["l"])
+def conv_backward_kernel(
+    p_x, s_x: constexpr, p_w, p_bias, p_pos, p_dy, p_dx, p_sums, l,
+    c: constexpr, group: constexpr, p: constexpr,
+    W: constexpr, T: constexpr, U: constexpr, R: constexpr, BC: constexpr,
+):  # fmt: skip
+    o_x, o_c, ws, b_bias = conv_walk(p_w, p_bias, c, group, p, W, R, BC)
+    i_l = tl.program_id(2).to(tl.int64) * l  # the row's first token, of all rows'
+    p_x += i_l * s_x
+    p_dy += i_l * c
+    p_dx += i_l * (c // group)
+    p_pos = None if p_pos is None else p_pos + i_l
+    t = 0 * i_l + tl.program_id(1) * T
+    first = t
+    end = tl.minimum(l, t + T)
+    sums = (tl.zeros((R, BC), tl.float32),) * (W + 1)
+    des = (tl.zeros((R, BC), tl.float32),) * (W - 1)
+    xs = conv_tokens(p_x, s_x, o_x, c // group, t - (W - 1), l, W - 1)
+    for _ in range(T // U + tl.cdiv(W - 1, U)):
+        xs = xs + conv_tokens(p_x, s_x, o_x, c // group, t, l, U)
+        dys = conv_tokens(p_dy, c, o_c, c, t, l, U)
+        for j in tl.static_range(U):
+            taps = conv_taps(p_pos, t + j, l, xs, j, W)
+            b_e = b_bias
+            for k in tl.static_range(W):
+                b_e += ws[k] * taps[k]
+            b_de = dys[j] * silu_slope(b_e)
+            des = des + (b_de,)
+            b_own = tl.where(t + j < end, b_de, 0.0)
+            more = ()
+            for k in tl.static_range(W):
+                more = more + (sums[k] + b_own * taps[k],)
+            sums = more + (sums[W] + b_own,)
+            at = t + j - (W - 1)  # the token whose dx is whole now
             b_dx = tl.zeros((R, BC), tl.float32)
             for lag in tl.static_range(W):
-                seen = conv_pos(p_pos, t + j + lag, l) >= lag
-                b_dx += ws[W - 1 - lag] * tl.where(seen, des[j + lag], 0.0)
+                b_de = tl.where(sees(p_pos, at + lag, l, lag), des[j + lag], 0.0)
+                b_dx += ws[W - 1 - lag] * b_de
             b_dx = tl.sum(b_dx, axis=0, keep_dims=True)
-            tl.store(p_dx + (t + j) * (c // r), b_dx, mask=o_x < tl.where(t + j < l, c // r, 0))
+            m_x = o_x < tl.where((at >= first) & (at < end), c // group, 0)
+            tl.store(p_dx + at * (c // group) + o_x, b_dx, mask=m_x)
+        xs = xs[U:]
         des = des[U:]
         t += U
+    p_sums += (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (
+        (W + 1) * c
+    )
+    for k in tl.static_range(W + 1):
+        tl.store(p_sums + k * c + o_c, sums[k], mask=o_c < c)
 
 
 # --------------------------------------------------------------------------------------------------
-# The launches, and the operators that torch.compile takes as one node each. Arguments are those of
-# ssm_scan and causal_conv; pos is int32 and contiguous, and z is Mamba's alone.
+# The launches, and the operators that torch.compile takes as one node each. pos is int32 and
+# contiguous; a and Δ are float32.
 
 
-def strided(t):
-    """`t` (b, l, …) with all its tokens at one distance, and that distance."""
-    if t is None:
-        return None, 0
-    if t.stride(0) != t.shape[1] * t.stride(1) or not t[:1, :1].is_contiguous():
-        t = t.contiguous()
-    return t, t.stride(1)
+def strided(*tensors):
+    """Each tensor (b, l, …) with all its tokens at one distance, and the distance; None and 0."""
+    both = []
+    for t in tensors:
+        one = t is None or t.stride(0) == t.shape[1] * t.stride(1) and t[:1, :1].is_contiguous()
+        t = t if one else t.contiguous()
+        both += [t, 0 if t is None else t.stride(1)]
+    return both
 
 
 def launch(kernel, grid, *args, **sizes):
@@ -1037,19 +1016,13 @@ def flat(t):
     return None if t is None else t.float().contiguous()
 
 
-def over_group(t, like):
-    """(b, l, h, w) -> (b, l, g, w), summed over the query heads of a kv head, in like's type."""
-    g = like.shape[2]
-    return (t if t.shape[2] == g else t.unflatten(2, (g, -1)).sum(3)).to(like.dtype)
-
-
 def block(n):
     """The size of a block that holds n numbers: a power of 2, at least 16."""
     return max(16, triton.next_power_of_2(n))
 
 
 def precision(x):
-    """How products are made where x is not bf16: float32 in full, fp16 as TF32."""
+    """How float32 products are made: in full for inputs in float32, else as TF32."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
@@ -1057,178 +1030,160 @@ def s6_sizes(x, C):
     """The grid and the constants of Mamba's kernels."""
     (b, _, h, n), p = C.shape, x.shape[3]
     BN, BP = block(n), min(S6_BLOCK, block(p))
-    sizes = dict(h=h, p=p, n=n, r=h // x.shape[2], BP=BP, BN=BN)
+    sizes = dict(h=h, p=p, n=n, group=h // x.shape[2], BP=BP, BN=BN)
     return (b * h, triton.cdiv(p, BP)), dict(sizes, num_warps=max(1, BN * BP // 256))
 
 
-def s6_forward(x, dt, A, B, C, D, z, dt_bias, h0, pos, save=False):
+def s6_forward(x, dt, B, C, z, pos, h0, A, D, dt_bias, save=False):
     """Mamba: y, the last state and, if asked, the states before every S6_SAVE-th token."""
     (b, l, h, n), p = C.shape, x.shape[3]
     grid, sizes = s6_sizes(x, C)
     y, last = x.new_empty(b, l, h, p), x.new_empty(b, h, p, n, dtype=torch.float32)
     S = last.new_empty(b, triton.cdiv(l, S6_SAVE), h, n, p) if save else None
-    tensors = [v for t in (x, dt, B, C, z) for v in strided(t)]
-    tensors += [flat(A), flat(D), flat(dt_bias), flat(h0), pos, y, last, S]
+    tensors = *strided(x, dt, B, C, z), *map(flat, (A, D, dt_bias, h0)), pos, y, last, S
     launch(s6_forward_kernel, grid, *tensors, l, SAVE=S6_SAVE, T=S6_TILE, **sizes)
-    return y, last, S
+    return (y, last, S) if save else (y, last)
 
 
-def s6_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, h0, pos):
+def s6_backward(dy, dh, x, dt, B, C, z, pos, h0, A, D, dt_bias):
+    """The gradients of x and B per query head, of dt, C, z (undefined if None) and h0; and, per row
+    and side by side (b, h, p, n + 2), those of A, D and dt_bias."""
     (b, l, h, n), p = C.shape, x.shape[3]
-    _, _, S = s6_forward(x, dt, A, B, C, D, z, dt_bias, h0, pos, save=True)
+    *_, S = s6_forward(x, dt, B, C, z, pos, h0, A, D, dt_bias, save=True)
     grid, sizes = s6_sizes(x, C)
     dx, ddt, dz = x.new_empty(b, l, h, p), dt.new_empty(b, l, h, p), x.new_empty(b, l, h, p)
     dB, dC = B.new_empty(grid[1], b, l, h, n), C.new_empty(grid[1], b, l, h, n)
     dh0, sums = S.new_empty(b, h, p, n), S.new_empty(b, h, p, n + 2)
-    tensors = [v for t in (x, dt, B, C, z, dy) for v in strided(t)]
-    tensors += [flat(A), flat(D), flat(dt_bias), flat(dh), pos, S, dx, ddt, dB, dC, dz, dh0, sums]
-    launch(s6_backward_kernel, grid, *tensors, l, T=S6_SAVE, PREC=precision(x), **sizes)
+    tensors = *strided(x, dt, B, C, z, dy), *map(flat, (A, D, dt_bias, dh)), pos, S
+    results = dx, ddt, dB, dC, dz, dh0, sums
+    launch(s6_backward_kernel, grid, *tensors, *results, l, T=S6_SAVE, PREC=precision(x), **sizes)
     dB, dC = (t[0] if len(t) == 1 else t.sum(0) for t in (dB, dC))
     return dx, ddt, dB, dC, dz, dh0, sums
 
 
 def ssd_sizes(x, C):
-    """The constants of Mamba-2's kernels: tiles of 64 tokens in bf16, of 32 in float32."""
+    """The constants of Mamba-2's kernels: tiles of 64 tokens in bf16, of 32 in float32; and those
+    of a walk, which holds a state of all n."""
     bf16 = x.dtype == torch.bfloat16 and not INTERPRET  # which the interpreter lacks
-    h, n, p, T = C.shape[2], C.shape[3], x.shape[3], 64 if bf16 else 32
-    sizes = dict(h=h, p=p, n=n, T=T, BP=T, DOT=tl.bfloat16 if bf16 else tl.float32)
-    return dict(sizes, PREC=precision(x)), h // x.shape[2]
+    T = 64 if bf16 else 32
+    sizes = dict(h=C.shape[2], p=x.shape[3], n=C.shape[3], T=T, BP=T, PREC=precision(x))
+    sizes["DOT"] = tl.bfloat16 if bf16 else tl.float32
+    BN = block(C.shape[3])
+    return dict(sizes, BN=T), dict(sizes, BN=BN, num_stages=3 if BN <= 128 else 2)
 
 
-def ssd_delta(x, dt, A, dt_bias, pos, T):
-    """Δ and s, (b, tiles · T, h), and the number of tiles: see the kernel."""
-    (b, l, h), tiles, BH = dt.shape, triton.cdiv(dt.shape[1], T), min(128, block(dt.shape[2]))
-    delta = dt.new_empty(b, tiles * T, h, dtype=torch.float32)
-    s = torch.empty_like(delta, dtype=torch.float64 if x.dtype == torch.float32 else torch.float32)
-    tensors = *strided(dt), flat(A), flat(dt_bias), pos, delta, s
-    launch(ssd_delta_kernel, (b * tiles, triton.cdiv(h, BH)), *tensors, l, tiles, h=h, T=T, BH=BH)
-    return delta, s, tiles
-
-
-def ssd_forward(x, dt, A, B, C, D, dt_bias, h0, pos):
+def ssd_forward(x, delta, a, B, C, h0, D):
     """Mamba-2: y and the last state."""
-    (b, l, h, n), p, (sizes, r) = C.shape, x.shape[3], ssd_sizes(x, C)
-    delta, s, tiles = ssd_delta(x, dt, A, dt_bias, pos, sizes["T"])
+    (b, l, h, n), p, (_, walk) = C.shape, x.shape[3], ssd_sizes(x, C)
     y, last = x.new_empty(b, l, h, p), delta.new_empty(b, h, p, n)
-    tensors = *strided(x), *strided(B), *strided(C), delta, s, flat(D), flat(h0), y, last
-    grid = b * h, triton.cdiv(p, sizes["BP"])
-    launch(ssd_forward_kernel, grid, *tensors, l, tiles, r=r, BN=block(n), **sizes)
+    tensors = *strided(x, B, C), *map(flat, (delta, a, D, h0)), y, last
+    grid = b * h, triton.cdiv(p, walk["BP"])
+    launch(ssd_forward_kernel, grid, *tensors, l, group=h // x.shape[2], **walk)
     return y, last
 
 
-def ssd_backward(dy, dh, x, dt, A, B, C, D, dt_bias, h0, pos):
-    (b, l, h, n), p, (sizes, r) = C.shape, x.shape[3], ssd_sizes(x, C)
-    delta, s, tiles = ssd_delta(x, dt, A, dt_bias, pos, sizes["T"])
+def ssd_backward(dy, dh, x, delta, a, B, C, h0, D):
+    """The gradients of x and B per query head, of Δ, a, C and h0; and of D per tile."""
+    (b, l, h, n), p, (sizes, walk) = C.shape, x.shape[3], ssd_sizes(x, C)
+    tiles, group = triton.cdiv(l, sizes["T"]), h // x.shape[2]
     kind = torch.bfloat16 if sizes["DOT"] == tl.bfloat16 else torch.float32
     S, G = (delta.new_empty(b, tiles, h, n, p, dtype=kind) for _ in range(2))
     last, dh0 = (delta.new_empty(b, h, p, n) for _ in range(2))
-    grid, walk = (b * h, triton.cdiv(p, sizes["BP"])), dict(sizes, BN=block(n))
-    states = *strided(x), *strided(B), delta, s, flat(h0), S, last
-    launch(ssd_states_kernel, grid, *states, l, tiles, r=r, ADJOINT=False, **walk)
-    adjoints = *strided(dy), *strided(C), delta, s, flat(dh), G, dh0
-    launch(ssd_states_kernel, grid, *adjoints, l, tiles, r=1, ADJOINT=True, **walk)
-    dx, ddt = x.new_empty(b, l, h, p), dt.new_empty(b, l, h)
-    dB, dC = B.new_empty(b, l, h, n), C.new_empty(b, l, h, n)
-    sums = delta.new_empty(b * tiles, 3, h)
-    grid, sizes = (b * tiles * h, grid[1]), dict(sizes, r=r, BN=sizes["BP"])
-    inputs = [v for t in (x, B, C, dy) for v in strided(t)]
-    tensors = *inputs[2:], delta, s, flat(D), G, dx
-    launch(ssd_dx_kernel, grid, *tensors, l, tiles, **sizes)
-    tensors = *inputs, delta, s, flat(A), pos, S, G, ddt, dB, dC, sums
-    launch(ssd_backward_kernel, grid[:1], *tensors, l, tiles, **sizes)
-    return dx, ddt, dB, dC, dx.new_empty(0), dh0, sums
+    grid = b * h, triton.cdiv(p, walk["BP"])
+    delta, a = flat(delta), flat(a)
+    states = *strided(x, B), delta, a, flat(h0), S, last
+    launch(ssd_states_kernel, grid, *states, l, group=group, ADJOINT=False, **walk)
+    adjoints = *strided(dy, C), delta, a, flat(dh), G, dh0
+    launch(ssd_states_kernel, grid, *adjoints, l, group=1, ADJOINT=True, **walk)
+    dx, ddelta, da = x.new_empty(b, l, h, p), torch.empty_like(delta), torch.empty_like(a)
+    dB, dC, dD = B.new_empty(C.shape), C.new_empty(C.shape), delta.new_empty(b * tiles, h)
+    tensors = *strided(x, B, C, dy), delta, a, flat(D), S, G, dx, ddelta, da, dB, dC, dD
+    launch(ssd_backward_kernel, (b * tiles * h,), *tensors, l, group=group, **sizes)
+    return dx, ddelta, da, dB, dC, dh0, dD
 
 
-def scan_forward(x, dt, A, B, C, D, z, dt_bias, h0, pos):
-    if A.dim() == 1:
-        return ssd_forward(x, dt, A, B, C, D, dt_bias, h0, pos)
-    return s6_forward(x, dt, A, B, C, D, z, dt_bias, h0, pos)[:2]
-
-
-def scan_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, h0, pos):
-    """The gradients of x and B per query head, of dt, C, z (undefined if None) and h0; and those of
-    A, D and dt_bias side by side, to be added up over the first axis: (·, h, p, n + 2) of Mamba,
-    (·, 3, h) of Mamba-2."""
-    if A.dim() == 1:
-        return ssd_backward(dy, dh, x, dt, A, B, C, D, dt_bias, h0, pos)
-    return s6_backward(dy, dh, x, dt, A, B, C, D, z, dt_bias, h0, pos)
-
-
-def save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-    ctx.set_materialize_grads(False)
-
-
-def scan_gradient(ctx, dy, dh):
-    x, dt, A, B, C, D, z, dt_bias, h0, pos = inputs = ctx.saved_tensors
-    dy = x.new_zeros(*C.shape[:3], x.shape[3]) if dy is None else dy
-    dx, ddt, dB, dC, dz, dh0, sums = SCAN_BACKWARD(dy, dh, *inputs)
-    sums, n = sums.sum(0), C.shape[3]
-    dA, dD, dbias = sums if A.dim() == 1 else (sums[..., :n], sums[..., n], sums[..., n + 1])
-    pairs = (A, dA), (D, dD), (z, dz), (dt_bias, dbias), (h0, dh0)
-    dA, dD, dz, dbias, dh0 = (None if t is None else g.to(t.dtype) for t, g in pairs)
-    return over_group(dx, x), ddt, dA, over_group(dB, B), dC, dD, dz, dbias, dh0, None
-
-
-def conv_sizes(x, weight, R=1):
-    """The grid and the constants of the convolution's kernels, for R query heads at a time."""
-    (b, l, g, _), (h, p, w) = x.shape, weight.shape
-    channels = h * p if R == 1 else g * p
-    BC = max(1, min(CONV_CHANNELS // R, triton.next_power_of_2(channels)))
-    grid = triton.cdiv(channels, BC), triton.cdiv(l, CONV_TOKENS), b
-    return grid, dict(c=h * p, r=h // g, p=p, W=w, T=CONV_TOKENS, U=8, BC=BC, num_warps=1)
+def conv_sizes(x, weight):
+    """The grid and the constants of the convolution's kernels."""
+    (b, l, g, _), (h, p, w), R = (
+        x.shape,
+        weight.shape,
+        triton.next_power_of_2(len(weight) // x.shape[2]),
+    )
+    BC = max(1, min(CONV_CHANNELS // R, triton.next_power_of_2(g * p)))
+    grid = triton.cdiv(g * p, BC), triton.cdiv(l, CONV_TOKENS), b
+    return grid, dict(c=h * p, group=h // g, p=p, W=w, T=CONV_TOKENS, U=8, R=R, BC=BC, num_warps=1)
 
 
 def conv_forward(x, weight, bias, pos):
-    y = x.new_empty(*x.shape[:2], *weight.shape[:2])
-    grid, sizes = conv_sizes(x, weight)
-    tensors = *strided(x), weight.contiguous(), None if bias is None else bias.contiguous(), pos, y
+    y, (grid, sizes) = x.new_empty(*x.shape[:2], *weight.shape[:2]), conv_sizes(x, weight)
+    tensors = *strided(x), flat(weight), flat(bias), pos, y
     launch(conv_forward_kernel, grid, *tensors, x.shape[1], **sizes)
     return y
 
 
 def conv_backward(dy, x, weight, bias, pos):
-    """The gradient of x and, (·, w + 1, h·p), to be added up over the first axis, those of the
-    weights and of the bias."""
-    (b, l, g, _), (h, p, w), dy = x.shape, weight.shape, dy.contiguous()
-    layer = weight.contiguous(), None if bias is None else bias.contiguous()
-    dx, de, (grid, sizes) = x.new_empty(x.shape), torch.empty_like(dy), conv_sizes(x, weight)
-    sums = x.new_empty(grid[1] * b, w + 1, h * p, dtype=torch.float32)
-    launch(conv_weight_kernel, grid, *strided(x), *layer, pos, dy, de, sums, l, **sizes)
-    R = triton.next_power_of_2(h // g)
-    grid, sizes = conv_sizes(x, weight, R)
-    launch(conv_dx_kernel, grid, de, layer[0], pos, dx, l, **sizes, R=R)
+    """The gradient of x and, in parts (·, w + 1, h, p), of each tap's weights and of the bias."""
+    dx, (grid, sizes), (h, p, w) = x.new_empty(x.shape), conv_sizes(x, weight), weight.shape
+    sums = x.new_empty(grid[1] * grid[2], w + 1, h, p, dtype=torch.float32)
+    tensors = *strided(x), flat(weight), flat(bias), pos, dy.contiguous(), dx, sums
+    launch(conv_backward_kernel, grid, *tensors, x.shape[1], **sizes)
     return dx, sums
+
+
+def save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def over_group(dt, t):
+    """The gradient of t (b, l, g, w) from that of each query head (b, l, h, w), in t's type."""
+    return dt.unflatten(2, (t.shape[2], -1)).sum(3).to(t.dtype) if dt.shape != t.shape else dt
+
+
+def like(gradients, tensors):
+    """Each gradient in its tensor's type; None for a tensor that is None."""
+    return [None if t is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)]
+
+
+def s6_gradient(ctx, dy, dh):
+    x, _, B, _, z, _, h0, A, D, dt_bias = inputs = ctx.saved_tensors
+    dx, ddt, dB, dC, dz, dh0, sums = S6_BACKWARD(dy, dh, *inputs)
+    dA, dD, dbias = sums.sum(0).split([A.shape[2], 1, 1], dim=2)
+    dz, dh0, *rest = like((dz, dh0, dA, dD[..., 0], dbias[..., 0]), (z, h0, A, D, dt_bias))
+    return over_group(dx, x), ddt, over_group(dB, B), dC, dz, None, dh0, *rest
+
+
+def ssd_gradient(ctx, dy, dh):
+    x, _, _, B, _, h0, D = inputs = ctx.saved_tensors
+    dx, ddelta, da, dB, dC, dh0, dD = SSD_BACKWARD(dy, dh, *inputs)
+    return over_group(dx, x), ddelta, da, over_group(dB, B), dC, *like((dh0, dD.sum(0)), (h0, D))
 
 
 def conv_gradient(ctx, dy):
     x, weight, bias, pos = ctx.saved_tensors
     dx, sums = CONV_BACKWARD(dy, x, weight, bias, pos)
-    *dweight, dbias = sums.sum(0).unflatten(1, weight.shape[:2])
-    dbias = None if bias is None else dbias.to(bias.dtype)
-    return dx, torch.stack(dweight, dim=2).to(weight.dtype), dbias, None
+    *taps, dbias = sums.sum(0)
+    return dx, *like((torch.stack(taps, dim=2), dbias), (weight, bias)), None
 
 
 def operator(name, f, arguments, results):
     """`f` as PyTorch's operator mil::name, which also tells the shapes of its results."""
-    schema = f"({arguments}) -> ({', '.join(['Tensor'] * results)})"
+    kinds = ["Tensor? " + a[:-1] if a[-1] == "?" else "Tensor " + a for a in arguments.split()]
+    schema = f"({', '.join(kinds)}) -> ({', '.join(['Tensor'] * results)})"
     op = torch.library.custom_op(f"mil::{name}", f, mutates_args=(), schema=schema)
     op.register_fake(f)
     return op
 
 
-CONV_INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? pos"
-SCAN_INPUTS = (
-    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
-    "Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? h0, Tensor? pos"
-)
-SCAN = operator("scan", scan_forward, SCAN_INPUTS, 2)
+S6_INPUTS, SSD_INPUTS = "x dt B C z? pos? h0? A D? dt_bias?", "x delta a B C h0? D?"
+CONV_INPUTS = "x weight bias? pos?"
+S6 = operator("s6", s6_forward, S6_INPUTS, 2)
+SSD = operator("ssd", ssd_forward, SSD_INPUTS, 2)
 CONV = operator("conv", conv_forward, CONV_INPUTS, 1)
-more = f"Tensor dy, Tensor? dh, {SCAN_INPUTS}"
-SCAN_BACKWARD = operator("scan_backward", scan_backward, more, 7)
-more = f"Tensor dy, {CONV_INPUTS}"
-CONV_BACKWARD = operator("conv_backward", conv_backward, more, 2)
-SCAN.register_autograd(scan_gradient, setup_context=save)
+S6_BACKWARD = operator("s6_backward", s6_backward, "dy dh " + S6_INPUTS, 7)
+SSD_BACKWARD = operator("ssd_backward", ssd_backward, "dy dh " + SSD_INPUTS, 7)
+CONV_BACKWARD = operator("conv_backward", conv_backward, "dy " + CONV_INPUTS, 2)
+S6.register_autograd(s6_gradient, setup_context=save)
+SSD.register_autograd(ssd_gradient, setup_context=save)
 CONV.register_autograd(conv_gradient, setup_context=save)
 
 
@@ -1488,51 +1443,45 @@ def attend(q, k, v, cos, sin, keys, values, at):
 
 
 @jit
-def replay_read(p_log, s_log, p_new, s_new, o_t, o, m, at, SIZE):
-    """Numbers o of the tokens o_t: from the log before token `at`, then new; 0 before token 0."""
-    b_old = read(p_log + (o_t & (SIZE - 1)) * s_log + o, m & (o_t >= 0) & (o_t < at))
-    return b_old + read(p_new + (o_t - at) * s_new + o, m & (o_t >= at))
+def replay_read(p_log, s_log: constexpr, p_new, s_new: constexpr, t, o, m, at, SIZE):
+    """Numbers o of token t: from the log before token `at`, then new; 0 before token 0."""
+    t += 0 * o
+    b_old = read(p_log + (t & (SIZE - 1)) * s_log + o, m & (t >= 0) & (t < at))
+    return b_old + read(p_new + (t - at) * s_new + o, m & (t >= at))
 
 
-# silu(bias + Σ_k weight_k x_{t-W+1+k}) of BC of c channels of one row, for every token from `base`
-# on, T at a time, into y (b, SIZE, c). r channels read one of x. The new tokens' x goes into the
-# log.
-@jit(do_not_specialize=["l", "SIZE"])
-def replay_conv_kernel(
-    p_x, s_x: constexpr, p_log, s_log: constexpr, p_at, p_base, p_w, p_bias, p_y, l, SIZE,
-    c: constexpr, r: constexpr, p: constexpr, W: constexpr, T: constexpr, BC: constexpr,
+@jit
+def replay_keep(p_log, s_log: constexpr, p_new, s_new: constexpr, t, o, m, at, SIZE):
+    """Writes token t, if it is new, into the log. All programs that do so write the same."""
+    m = m & (t + 0 * o >= at)
+    b_new = tl.load(p_new + (t - at) * s_new + o, mask=m)
+    tl.store(p_log + (t & (SIZE - 1)) * s_log + o, b_new, mask=m)
+
+
+@jit
+def replay_conv(
+    p_log, s_log: constexpr, p_x, s_x: constexpr, t, o, m, at, SIZE, p_w, p_bias, o_c, W: constexpr,
 ):  # fmt: skip
-    i_b = tl.program_id(0).to(tl.int64)
-    at = tl.load(p_at + i_b).to(tl.int32)
-    base = tl.load(p_base + i_b).to(tl.int32)
-    o_c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
-    o_x = o_c // (r * p) * p + o_c % p
-    p_x += i_b * l * s_x
-    p_log += i_b * SIZE * s_log
-    for t in range(base, at + l, T):
-        o_t = t + tl.arange(0, T)[:, None]
-        m = (o_c < c) & (o_t < at + l)
-        b_y = read(p_bias + o_c + 0 * o_t, m)
-        for k in tl.static_range(W):
-            b_x = replay_read(p_log, s_log, p_x, s_x, o_t - (W - 1) + k, o_x, m, at, SIZE)
-            b_y += read(p_w + o_c * W + k, o_c < c) * b_x
-        tl.store(p_y + (i_b * SIZE + o_t - base) * c + o_c, silu(b_y), mask=m)
-        m = m & (o_t >= at)
-        b_new = tl.load(p_x + (o_t - at) * s_x + o_x, mask=m)
-        tl.store(p_log + (o_t & (SIZE - 1)) * s_log + o_x, b_new, mask=m)
+    """silu(bias + Σ_k weight_k x_{t-W+1+k}) of channels o_c, which read channels o of x."""
+    b_y = read(p_bias + o_c, m)
+    for k in tl.static_range(W):
+        b_x = replay_read(p_log, s_log, p_x, s_x, t - (W - 1) + k, o, m, at, SIZE)
+        b_y += read(p_w + o_c * W + k, m) * b_x
+    replay_keep(p_log, s_log, p_x, s_x, t, o, m, at, SIZE)
+    return silu(b_y)
 
 
 # One head of one row: from the state before token `base` through the logged tokens to token `at`
-# and on through the l new ones: the recurrence and, for new tokens, the output, its gate and its
-# norm. The state is stored where it is to stand, before token `to`; dt and B go into the log. p_c
-# is what replay_conv_kernel left; Mamba-2 (p_B is None) has B and C there too. A state is a tile
-# (p, n / NB, NB), whose sums over n take few steps.
+# and on through the l new ones: convolution, recurrence and, for new tokens, the output, its gate
+# and its norm. The state is stored where it is to stand, before token `to`; what is new goes into
+# the log. In Mamba-2 (p_B is None) B and C lie after x and pass the convolution too. A state is a
+# tile (p, n / NB, NB), whose sums over n take few steps.
 @jit(do_not_specialize=["l", "SIZE", "eps"])
 def replay_kernel(
-    p_dt, s_dt: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr, p_z, s_z: constexpr,
-    l_dt, s_ldt: constexpr, l_B, s_lB: constexpr, p_c,
-    p_h, p_at, p_base, p_to, p_A, p_bias, p_D, p_norm, p_y, l, SIZE, eps,
-    c: constexpr, h: constexpr, r: constexpr, p: constexpr, n: constexpr,
+    p_x, s_x: constexpr, p_dt, s_dt: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr,
+    p_z, s_z: constexpr, l_x, s_lx: constexpr, l_dt, s_ldt: constexpr, l_B, s_lB: constexpr,
+    p_h, p_at, p_base, p_to, p_w, p_wbias, p_A, p_bias, p_D, p_norm, p_y, l, SIZE, eps,
+    h: constexpr, group: constexpr, p: constexpr, n: constexpr, W: constexpr,
     BP: constexpr, BN: constexpr, NB: constexpr,
 ):  # fmt: skip
     i_b = (tl.program_id(0) // h).to(tl.int64)
@@ -1544,80 +1493,83 @@ def replay_kernel(
     at = tl.load(p_at + i_b).to(tl.int32)
     base = tl.load(p_base + i_b).to(tl.int32)
     to = tl.load(p_to + i_b).to(tl.int32)
-    o_B = i_h // r * n + o_n
+    o_x = i_h // group * p + o_p
+    o_B = i_h // group * n + o_n
+    o_C = i_h * n + o_n
     if p_B is None:
         o_d = i_h + 0 * o_p  # Δ, A and D of the head
-        o_x = i_h // r * p + o_p
+        o_w = o_x
         b_A = tl.load(p_A + i_h)
+        o_B += h // group * p
+        o_C += h // group * (p + n)
     else:
         o_d = i_h * p + o_p  # of every channel
-        o_x = o_d
+        o_w = o_d
         b_A = tl.load(p_A + o_d * n + o_n, mask=m_p & m_n, other=0.0)
         p_B += i_b * l * s_B
         l_B += i_b * SIZE * s_lB
-        p_C += i_b * l * s_C + i_h * n
+        p_C += i_b * l * s_C
     b_A = -tl.exp(b_A.to(tl.float32)) * LOG2E
     b_D = read(p_D + o_d, m_p)
     b_bias = read(p_bias + o_d, m_p)
-    p_c += i_b * SIZE * c
+    p_x += i_b * l * s_x
+    l_x += i_b * SIZE * s_lx
     p_dt += i_b * l * s_dt
     l_dt += i_b * SIZE * s_ldt
     p_h += (i_b * h + i_h) * (p * n) + o_p * n + o_n
     b_h = tl.load(p_h, mask=m_p & m_n, other=0.0)
     for t in range(base, at + l):
-        o_t = t + 0 * o_p
-        i_log = t & (SIZE - 1)
-        b_x = read(p_c + (t - base) * c + o_x, m_p)
-        b_dt = replay_read(l_dt, s_ldt, p_dt, s_dt, o_t, o_d, m_p, at, SIZE)
-        tl.store(l_dt + i_log * s_ldt + o_d, b_dt, mask=m_p & (o_t >= at))
+        xs = l_x, s_lx, p_x, s_x, t
+        b_x = replay_conv(*xs, o_x, m_p, at, SIZE, p_w, p_wbias, o_w, W)
+        b_dt = replay_read(l_dt, s_ldt, p_dt, s_dt, t, o_d, m_p, at, SIZE)
+        replay_keep(l_dt, s_ldt, p_dt, s_dt, t, o_d, m_p, at, SIZE)
+        m_new = m_n & (t + 0 * o_n >= at)
         if p_B is None:
-            b_B = read(p_c + (t - base) * c + h // r * p + o_B, m_n)
-            b_C = read(p_c + (t - base) * c + h // r * (p + n) + i_h * n + o_n, m_n)
+            b_B = replay_conv(*xs, o_B, m_n, at, SIZE, p_w, p_wbias, o_B, W)
+            b_C = replay_conv(*xs, o_C, m_new, at, SIZE, p_w, p_wbias, o_C, W)
         else:
-            m_new = m_n & (t + 0 * o_n >= at)
-            b_B = replay_read(l_B, s_lB, p_B, s_B, t + 0 * o_n, o_B, m_n, at, SIZE)
-            tl.store(l_B + i_log * s_lB + o_B, b_B, mask=m_new)
-            b_C = read(p_C + (t - at) * s_C + o_n, m_new)
+            b_B = replay_read(l_B, s_lB, p_B, s_B, t, o_B, m_n, at, SIZE)
+            replay_keep(l_B, s_lB, p_B, s_B, t, o_B, m_n, at, SIZE)
+            b_C = read(p_C + (t - at) * s_C + o_C, m_new)
         b_delta = softplus(b_dt + b_bias)
         b_h = tl.exp2(b_delta * b_A) * b_h + b_delta * b_x * b_B
         if t + 1 == to:
             tl.store(p_h, b_h, mask=m_p & m_n)
         if t >= at:
-            o_y = i_b * l + t - at
+            i_t = i_b * l + t - at
             b_y = tl.sum(tl.sum(b_h * b_C, axis=1, keep_dims=True), axis=2, keep_dims=True)
-            b_y = (b_y + b_D * b_x) * silu(read(p_z + o_y * s_z + i_h * p + o_p, m_p))
+            b_y = (b_y + b_D * b_x) * silu(read(p_z + i_t * s_z + i_h * p + o_p, m_p))
             if p_norm is not None:
                 b_y *= tl.rsqrt(tl.sum(b_y * b_y, axis=0, keep_dims=True) / p + eps)
                 b_y *= read(p_norm + i_h * p + o_p, m_p)
-            tl.store(p_y + (o_y * h + i_h) * p + o_p, b_y, mask=m_p)
+            tl.store(p_y + (i_t * h + i_h) * p + o_p, b_y, mask=m_p)
 
 
-def replay(x, dt, B, C, z, log, h, places, weight, bias, A_log, dt_bias, D, norm=None, eps=0.0):
+def replay(x, dt, B, C, z, log, state, places, weight, bias, A_log, dt_bias, D, norm=None, eps=0.0):
     """Convolution, scan, gate and norm of l ≤ FEW new tokens, after a replay of the logged ones.
 
-    Section 4 of the paper, in two kernels.
+    Section 4 of the paper, in one kernel. p, n ≤ 128. Returns y (b, l, h, p).
 
     Mamba: x (b, l, g, p), dt and z (b, l, h, p), B (b, l, g, n), C (b, l, h, n), A_log (h·p, n),
     dt_bias and D (h·p). Mamba-2: x (b, l, channels) is x, B and C together; dt (b, l, h); B and C
     None; z (b, l, h, p); A_log, dt_bias and D (h,); norm (h·p) the weight of the norm, eps its own.
-    The convolution has weight (channels, 1, w) and bias. log: x, dt and B of earlier tokens
-    (b, size, …), token t at t mod size, a power of 2 that holds the logged tokens, the new ones and
-    w - 1 more. places: at, base and to (b,) of each row: the first new token, the one before which
-    h (b, h, p, n) stands, and the one before which it is to stand afterwards. p, n ≤ 128. Returns
-    y (b, l, h, p).
+    The convolution has weight (channels, 1, w) and bias. state (b, h, p, n). log: x, dt and B of
+    earlier tokens (b, size, …), token t at t mod size, a power of 2 that holds the logged tokens,
+    the new ones and w - 1 more. places: at, base and to (b,) of each row: the first new token, the
+    one before which `state` is now, and the one before which it is to be afterwards.
     """
-    (b, l), (heads, p, n), (c, _, w), size = x.shape[:2], h.shape[1:], weight.shape, log[0].shape[1]
-    r, fan, cut = heads // x.shape[2], heads // x.shape[2], p
-    if norm is not None:  # Mamba-2 repeats no channel of its convolution
-        r, fan, cut = heads // ((c - heads * n) // (p + n)), 1, c
-    (at, base, to), (l_x, l_dt, *l_B) = places, log
-    mixed, y, BN = h.new_empty(b, size, c), x.new_empty(b, l, heads, p), triton.next_power_of_2(n)
-    sizes = dict(h=heads, r=r, p=p, n=n, BP=triton.next_power_of_2(p), BN=BN, NB=min(BN, 32))
-    inputs = [v for t in (dt, B, C, z, l_dt, l_B[0] if l_B else None) for v in strided(t)]
-    tensors = *strided(x), *strided(l_x), at, base, weight, bias, mixed
-    sizes_c = dict(c=c, r=fan, p=cut, W=w, T=4, BC=256)
-    launch(replay_conv_kernel, (b, triton.cdiv(c, 256)), *tensors, l, size, **sizes_c)
-    tensors = *inputs, mixed, h, at, base, to, A_log, dt_bias, D, norm, y
+    (b, l), (h, p, n), size, BN = (
+        x.shape[:2],
+        state.shape[1:],
+        log[0].shape[1],
+        block(state.shape[3]),
+    )
+    g = x.shape[2] if B is not None else (len(weight) - h * n) // (p + n)
+    sizes = dict(h=h, group=h // g, p=p, n=n, W=weight.shape[2], BP=block(p), BN=BN, NB=min(BN, 32))
+    l_x, l_dt, *l_B = log
+    inputs = strided(x, dt, B, C, z, l_x, l_dt, l_B[0] if l_B else None)
+    layer, y = (weight, bias, A_log, dt_bias, D, norm), x.new_empty(b, l, h, p)
     warps = max(1, sizes["BP"] * BN // 2048)
-    launch(replay_kernel, (b * heads,), *tensors, l, size, eps, c=c, **sizes, num_warps=warps)
+    tensors = *inputs, state, *places, *layer, y
+    launch(replay_kernel, (b * h,), *tensors, l, size, eps, **sizes, num_warps=warps)
     return y

@@ -566,13 +566,10 @@ def to_device(x, y, pos, device, dtype=torch.float32):
     """A batch on `device`.
 
     x and y are (b, l). `at` holds the places in the flattened targets that are learned; None: all.
-    docs are the Documents of the rows; None: every row is one. In bf16 on a GPU, where attention
-    within documents costs nothing, they are always there, so that layers are compiled once.
+    docs are the Documents of the rows; None: every row is one.
     """
     at = (y.flatten() >= 0).nonzero()[:, 0]
-    docs = mil.Documents(pos, device, dtype)
-    if docs.packed is None and not (pos[:, 1:] == 0).any():
-        docs = None
+    docs = mil.Documents(pos, device, dtype) if (pos[:, 1:] == 0).any() else None
 
     def send(t):
         return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t

@@ -272,7 +272,8 @@ def test_rows_of_a_small_batch_may_be_cut_into_segments(monkeypatch, decay, dtyp
 
 def test_the_segments_of_a_row_are_equal_and_fewer_the_more_rows_there_are():
     for l in (1, 255, 4096, 6 * 1031, 2**20):
-        cuts = [kernels.segments(channels, l) for channels in (1, 64, 512, 4096, 2**17)]
+        sizes = [torch.empty(b, l, 1, 1, device="meta") for b in (1, 64, 512, 4096, 2**17)]
+        cuts = [kernels.segments(x, x) for x in sizes]
         assert all(c >= 1 and l % c == 0 for c in cuts)
         assert cuts == sorted(cuts, reverse=True) and cuts[-1] == 1 and (l < 2**20 or cuts[0] > 1)
 
@@ -510,7 +511,13 @@ def test_the_operators_are_what_pytorch_is_told_of_them(name, full):
     inputs = {k: t for k, t in inputs.items() if k not in left_out}
     if full:
         inputs["pos"] = torch.tensor([places(9, (0, 4), 0)] * 2, dtype=torch.int32, device=DEVICE)
-    operator, tests = "conv" if name == "conv" else "scan", ("test_schema", "test_faketensor")
+    if name == "mamba2":
+        names, steps = ("dt", "A", "dt_bias", "pos"), ("delta", "a")
+        inputs |= zip(steps, kernels.ssd_steps(*map(inputs.get, names)), strict=True)
+    operator, tests = (
+        {"mamba": "s6", "mamba2": "ssd"}.get(name, name),
+        ("test_schema", "test_faketensor"),
+    )
     forward = getattr(torch.ops.mil, operator).default
     backward = getattr(torch.ops.mil, operator + "_backward").default
     args = [inputs.get(argument.name) for argument in forward._schema.arguments]
