@@ -500,7 +500,9 @@ def longest_text(model):
 
 def draw(law, generator=None):
     """One token (...) from each law (..., v): the first to ring among clocks of these rates. Where the law is no law (a NaN), -1."""
-    clocks = torch.empty_like(law).exponential_(generator=generator).clamp_(min=torch.finfo(law.dtype).tiny)
+    clocks = torch.empty_like(law).exponential_(generator=generator)
+    if not clocks.is_cuda:  # where they can be 0
+        clocks.clamp_(min=torch.finfo(law.dtype).tiny)
     first, tokens = (law / clocks).max(-1)  # as torch.multinomial, which would wait for the GPU
     return torch.where(first > 0, tokens, -1)
 
@@ -682,7 +684,7 @@ class Decoder:
             wanted = f"to {self.context - 1}, less than the context" if self.context < math.inf else "or more"
             raise MilError(f"speculate is {plan.K}, expected 1 {wanted}, or 0 to have it chosen")
         self.context, plan.most = int(min(self.context, size)), int(min(plan.most, self.context - 1))
-        most, self.models = plan.most if draft else 0, [m for m in (model, draft) if m]
+        context, most, self.models = self.context, plan.most if draft else 0, [m for m in (model, draft) if m]
         caches = [mil.Cache(m, rows, self.context + most, places=log_places(m, rows, most), lazy=not draft) for m in self.models]
         texts, law = [[] for _ in range(rows)], lambda model, hidden: token_law(model.logits(hidden), temperature, top_k, top_p)
         ahead, before, last = now = torch.zeros(3, rows, dtype=torch.long, device=caches[0].device)  # per row len(text) - 1, text[-2], text[-1]
@@ -705,6 +707,9 @@ class Decoder:
             caches[0].start(ahead, max(map(len, texts)) - 1, 0 if q is None else proposed.shape[1])
             p = law(model, model.hidden(proposed, caches[0]))                                 # (b, 1 + K, v)
             count, extra = verify(proposed[:, 1:], p[:, :0] if q is None else q, p, generator)
+            before.copy_(proposed.gather(1, count[:, None])[:, 0])                            # of the next round, if the text goes on
+            ahead.copy_((ahead + count + 1).clamp(max=context - 1))
+            last.copy_(extra.clamp(min=0))
             return torch.cat([count[:, None], proposed[:, 1:], extra[:, None]], dim=1)
 
         self.draft, self.plan, self.most, self.caches, self.texts, self.now, self.generator = draft, plan, most, caches, texts, now, generator
@@ -738,43 +743,67 @@ class Decoder:
             self.read, self.torn = [[0] * len(prompts) for _ in self.caches], False
             for cache in self.caches:
                 cache.clear()
-        texts, draft, plan, device, halves = self.texts, self.draft, self.plan, self.device, self.halves
+        texts, draft, plan = self.texts, self.draft, self.plan
         texts[:] = [list(prompt) for prompt in prompts]
         ends = [min(len(prompt) + max_new_tokens, self.context) for prompt in prompts]
-        done, unread = [False] * len(texts), True
+        live, ending, coming, unread = list(range(len(texts))), {*stop, -1}, None, True
         self.catch_up(0, 1)  # the last token is left to the first round
-        while not all(done):
+        self.place(live)
+        while live:
             follow = bool(draft) and not plan.over and min(map(len, texts)) > 1
             K = min(plan.K, self.most) if follow else 0
             if follow and unread:
                 self.catch_up(1, 2)
                 unread = False
-            if (K, follow) not in halves:
-                # nothing here refers back to the Decoder: freed late, by the garbage collector, a graph would break the capture of another
-                first = Launched(functools.partial(self.propose, K, follow), device, self.generator)
-                halves[K, follow] = first, Launched(lambda check=self.check, first=first: check(*first.out), device, self.generator)
-            self.now.copy_(torch.tensor([[len(text) - 1, text[-2] if len(text) > 1 else 0, text[-1]] for text in texts]).T)
-            times = [stamp(self.now.device)]
-            for half in halves[K, follow]:
-                out = half()
-                times.append(stamp(self.now.device))
-            rows, new, self.torn = out.tolist(), [[] for _ in texts], self.torn or any(done)  # a finished row's states are not its text's any more
-            for i in [i for i, d in enumerate(done) if not d]:
+            out, arrived, times = coming or self.round(K, follow)
+            # Without a draft the next round is launched before this one's tokens are looked at.
+            more = self.device and not draft and any(ends[i] - len(texts[i]) > 1 for i in live)
+            coming = self.round(0, False) if more else None
+            if arrived:
+                arrived.synchronize()
+            rows, new, ended = out.tolist(), [[] for _ in texts], []
+            for i in live:
                 n, *tokens = rows[i]
                 tokens = [*tokens[:n], tokens[-1]][:ends[i] - len(texts[i])]
-                cut = next((j + 1 for j, token in enumerate(tokens) if token in stop), None)
-                new[i] = tokens[:cut]
-                if -1 in new[i]:
-                    raise MilError(f"prompt {i + 1}: the model's logits are NaN after {len(texts[i]) + new[i].index(-1)} tokens")
-                texts[i] += new[i]
-                done[i] = cut is not None or len(texts[i]) >= ends[i]
+                if not ending.isdisjoint(tokens):
+                    cut = next(j for j, token in enumerate(tokens) if token in ending)
+                    if tokens[cut] == -1:
+                        raise MilError(f"prompt {i + 1}: the model's logits are NaN after {len(texts[i]) + cut} tokens")
+                    tokens = tokens[:cut + 1]
+                    ended.append(i)
+                elif len(texts[i]) + len(tokens) >= ends[i]:
+                    ended.append(i)
+                new[i] = tokens
+                texts[i] += tokens
                 if draft:
-                    plan.count(n, K, min(n, len(new[i])))
+                    plan.count(n, K, min(n, len(tokens)))
+            self.torn = self.torn or len(live) < len(texts)                                   # a finished row's states are not its text's any more
+            if ended:
+                live = [i for i in live if i not in ended]
+                self.place(ended)
             for which, left in [(0, 1), (1, 2)][:1 + follow]:
                 self.read[which] = [len(text) - left for text in texts]
             if follow or plan.over:  # not a round that could not propose, after one token
-                plan.time(*[seconds(*pair) for pair in zip(times, times[1:])], K, halves[K, follow][0].calls > (2 if device else 1))
+                plan.time(*[seconds(*pair) for pair in zip(times, times[1:])], K, self.halves[K, follow][0].calls > (2 if self.device else 1))
             yield new
+
+    def place(self, rows):
+        """Where these rows of the texts end: what a round begins with. A finished row stays there."""
+        ends = [[len(text) - 1, text[-2] if len(text) > 1 else 0, text[-1]] for text in map(self.texts.__getitem__, rows)]
+        self.now[:, rows] = torch.tensor(ends, device=self.now.device).T
+
+    def round(self, K, follow):
+        """Launches a round. Returns its result on the CPU, an event after which it is there, or None, and the times of its halves."""
+        if (K, follow) not in self.halves:
+            # nothing here refers back to the Decoder: freed late, by the garbage collector, a graph would break the capture of another
+            first = Launched(functools.partial(self.propose, K, follow), self.device, self.generator)
+            self.halves[K, follow] = first, Launched(lambda check=self.check, first=first: check(*first.out), self.device, self.generator)
+        times = [stamp(self.now.device)]
+        for half in self.halves[K, follow]:
+            out = half()
+            times.append(stamp(self.now.device))
+        out = out.to("cpu", non_blocking=True)
+        return out, stamp(self.now.device) if self.now.is_cuda else None, times
 
 
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(), generator=None, draft=None, speculate=0):

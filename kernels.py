@@ -11,37 +11,36 @@ name (The Mamba in the Llama, arXiv 2408.15237, section 2):
     B  key    (b, l, g, n)      l  length      g  key/value heads    p  channels per head
     x  value  (b, l, g, p)                     w  width of the convolution, 4
 
-Grouped-query attention carries over: query head i reads kv head i // (h/g). Kernels read x and B
-where they lie. The shape of A tells the two decays apart:
+Query head i reads kv head i // (h/g), as in grouped-query attention. Kernels read x and B where
+they lie; `group` is h/g. The shape of A tells the two kinds of decay apart:
 
     Mamba (S6)     dt (b, l, h, p)  A (h, p, n)  a step per channel, a decay per state element
     Mamba-2 (SSD)  dt (b, l, h)     A (h,)       one of each per head: a tile of tokens is a few
                                                  products of matrices
 
 A row may hold several documents (packed sequences). pos (b, l) is the place of each token in its
-own document; where it is 0 the decay counts as 0, so nothing of the document before is left.
+document; where it is 0 the decay counts as 0, so nothing of the document before is left.
 
 In this file
     ssm_reference, conv_reference    the definitions; the tests measure all else against them
     ssm_scan, causal_conv            the same, fast and differentiable: Triton on CUDA, else PyTorch
-    linear, attend, replay           a model's layers for the few tokens of a decoding step
+    rms_norm, linear, attend, replay a model's layers for the few tokens of a decoding step
 
-How a scan is made fast. The recurrence is linear in h, so a sequence can be cut anywhere: every
-piece computes the state it would end with from h = 0; joined from piece to piece, these are the
-states the pieces start from; then every piece computes its outputs. In PyTorch the pieces are many
-short chunks, and all of them are one tensor operation. In Triton, batch and heads fill a GPU by
-themselves, so a program walks a whole row with the state in registers, tile by tile, and only the
-rows of a small batch are cut.
+The recurrence is linear in h, so a sequence can be cut anywhere: each piece computes the state that
+it would end with from h = 0; passed on from piece to piece, these give the states that the pieces
+start from; then each piece computes its outputs. In PyTorch the pieces are computed side by side.
+In Triton, batch and heads fill a GPU, so a program walks a whole row, tile by tile, with the state
+in registers; only the rows of a small batch are cut.
 
 The gradient is the same walk backwards in time. The adjoint G_t = ∂L/∂h_t obeys
 
     G_t = exp(Δ_{t+1} A) ∘ G_{t+1} + dy_t C_tᵀ
 
-and every gradient is a product of h and G. States are not kept for the backward pass; it walks
-forward once more and leaves those that it needs in memory.
+and every gradient is a product of h and G. The backward pass walks forward once more, and keeps the
+states that it needs.
 
-Names in kernels: p_ a pointer, s_ the distance of two tokens, b_ a block in registers, o_
-offsets, m_ a mask, i_ an index; T tokens together, BP and BN blocks of p and n.
+Names in kernels: p_ a pointer, s_ the distance of two tokens, b_ a block in registers, o_ offsets,
+m_ a mask, i_ an index; T tokens together, BP and BN blocks of p and n. A state is a tile (n, p).
 """
 
 import os
@@ -137,14 +136,19 @@ def ssm_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None, pos=None):
     An infinity or NaN in an input of Mamba-2 can reach the 63 tokens before it, in its tile. p or n
     above 256 take the PyTorch form. Raises ValueError, naming the argument, if shapes do not fit.
     """
-    check_ssm(x, dt, A, B, C, D, z, dt_bias, h0, pos)
+    per, axes = ("h", "h") if A.dim() == 1 else ("h p", "h p n")  # of one token's Δ, and of A
+    wanted = "b l g p", "b l k n", "b l h n", f"b l {per}", axes, per, "b l h p", per, "b h p n"
+    given = dict(x=x, B=B, C=C, dt=dt, A=A, D=D, z=z, dt_bias=dt_bias, h0=h0, pos=pos)
+    check("ssm", (*wanted, "b l"), {}, **given)
     if not use_triton(x) or x.shape[1] == 1 or max(x.shape[3], C.shape[3]) > 256:
+        scan = ssm_reference if x.shape[1] == 1 else ssd_torch if A.dim() == 1 else s6_torch
         with torch.autocast(x.device.type, enabled=False):  # state and Δ A stay float32
-            return scan_torch(x, dt, A, B, C, D, z, dt_bias, h0, pos)
-    if B.shape[2] != x.shape[2]:  # in a Llama they never differ
+            return scan(x, dt, A, B, C, D, z, dt_bias, h0, pos)
+    if B.shape[2] != x.shape[2]:
         x, B = repeat_heads(x, C.shape[2]), repeat_heads(B, C.shape[2])
     if A.dim() == 3:
-        return s6_scan(x, dt, A, B, C, D, z, dt_bias, h0, pos)
+        pos = None if pos is None else pos.int().contiguous()
+        return s6_scan(S6, segments(x, C), x, dt, A, B, C, D, z, dt_bias, h0, pos)
     y, state = ssd_scan(x, dt, A, B, C, D, dt_bias, h0, pos)
     if z is not None:  # these kernels have no gate: in a model, the norm follows it
         y = (y.float() * F.silu(z.float())).to(y.dtype)
@@ -158,13 +162,11 @@ def step_size(dt, dt_bias):
 
 
 def ssd_steps(dt, A, dt_bias, pos):
-    """Δ and its product with A, the logarithm of the decay, of each token and head of Mamba-2.
-
-    Where a document starts nothing is left of the state. There, and where the decay is below what
-    the type can hold, e^-800 or e^-139, it is cut off: a sum with more would blur its neighbours.
-    """
+    """Δ and a = Δ A, the logarithm of the decay, of each token and head of Mamba-2."""
     delta = step_size(dt, dt_bias)
     least = -800.0 if delta.dtype == torch.float64 else -139.0
+    # Where less is left of a state than the type can hold, and where a document starts, a is cut
+    # off: a running sum with more would blur its neighbours.
     a = (delta * A).clamp(min=least)
     return delta, a if pos is None else a.masked_fill((pos == 0)[..., None], least)
 
@@ -179,39 +181,33 @@ def ssd_scan(x, dt, A, B, C, D, dt_bias, h0, pos):
     return scan_cut(SSD, inputs, h0, (D,), decay)
 
 
-def s6_scan(x, dt, A, B, C, D, z, dt_bias, h0, pos):
-    """Mamba by the kernels."""
-    pos = None if pos is None else pos.int().contiguous()
-    inputs, c = (x, dt, B, C, z, pos), segments(x, C)
+def s6_scan(op, c, x, dt, A, B, C, D, z, dt_bias, h0, pos):
+    """Mamba with its rows in c segments."""
+    inputs, rest = (x, dt, B, C, z, pos), (A, D, dt_bias)
     if c == 1:
-        return S6(*inputs, h0, A, D, dt_bias)
+        return op(*inputs, h0, *rest)
     decay = step_size(dt, dt_bias).unflatten(1, (c, -1)).sum(2)[..., None] * A  # (b, c, h, p, n)
     decay = decay.exp()
     if pos is not None:
         starts = (pos == 0).unflatten(1, (c, -1)).any(2)
         decay = decay.masked_fill(starts[..., None, None, None], 0)
-    return scan_cut(S6, inputs, h0, (A, D, dt_bias), decay)
+    return scan_cut(op, inputs, h0, rest, decay)
 
 
 def scan_cut(op, inputs, h0, rest, decay):
-    """op(*inputs, h0, *rest) with every row cut into segments, of the given decay (b, c, h, …).
-
-    A first walk gives the states that segments end with on their own, a second one starts right.
-    """
+    """op(*inputs, h0, *rest) with its rows cut into segments of the given decay (b, c, h, …)."""
     c = decay.shape[1]
     inputs = [None if t is None else t.unflatten(1, (c, -1)).flatten(0, 1) for t in inputs]
-    _, ends = op(*inputs, None, *rest)
-    h0 = torch.zeros_like(ends[::c]) if h0 is None else h0.float()
+    _, ends = op(*inputs, None, *rest)  # the states that segments end with on their own
+    h0 = torch.zeros_like(ends[::c]) if h0 is None else h0.to(ends)
     starts, _ = pass_states(ends.unflatten(0, (-1, c)), decay, h0)
     y, state = op(*inputs, starts.flatten(0, 1), *rest)
     return y.unflatten(0, (-1, c)).flatten(1, 2), state[c - 1 :: c]
 
 
 def segments(x, C):
-    """Into how many segments to cut each row; 1 where it does not pay.
-
-    A large GPU is full with 16,384 channels: 1,024 programs of Mamba, 256 of Mamba-2.
-    """
+    """Into how many segments to cut each row; 1 where it does not pay."""
+    # A large GPU is full with 16,384 channels: 1,024 programs of Mamba, 256 of Mamba-2.
     (b, l, h, _), p = C.shape, x.shape[3]
     most = min(16384 // max(1, b * h * p), l // 1024)
     return next((c for c in range(most, 3, -1) if l % c == 0), 1)
@@ -224,101 +220,92 @@ def causal_conv(x, weight, bias=None, state=None, lengths=None, pos=None):
     only that many real tokens, padded on the right. Returns y and each row's last w - 1 real
     inputs. Raises ValueError, naming the argument, if shapes do not fit.
     """
-    check_conv(x, weight, bias, state, pos)
-    (_, _, g, p), w = x.shape, weight.shape[2]
-    full, skip = x, 0
-    if state is not None:
-        full, skip = torch.cat([state.to(x.dtype), x], dim=1), w - 1
-        pos = None if pos is None else F.pad(pos, (skip, 0))
-    if use_triton(x):
-        y = CONV(full, weight, bias, None if pos is None else pos.int().contiguous())
-    else:
-        y = conv_reference(full, weight, bias, pos)
-    y = y[:, skip:]
+    wanted, before = ("b l g p", "h p w", "h p", "b before g p", "b l"), weight.shape[-1] - 1
+    given = dict(x=x, weight=weight, bias=bias, state=state, pos=pos)
+    check("causal_conv", wanted, dict(before=before), **given)
+    (b, l, g, p), w = x.shape, weight.shape[2]
+    past = x.new_zeros(b, w - 1, g, p) if state is None else state.to(x.dtype)
+    full, skip = (x, 0) if state is None else (torch.cat([past, x], dim=1), w - 1)
+    pos = None if pos is None else F.pad(pos, (skip, 0)).int().contiguous()
+    y = (CONV if use_triton(x) else conv_reference)(full, weight, bias, pos)[:, skip:]
     if lengths is None:
-        tail = full[:, max(0, full.shape[1] - (w - 1)) :]
-        return y, F.pad(tail, (0, 0, 0, 0, w - 1 - tail.shape[1], 0))
-    full = F.pad(x, (0, 0, 0, 0, w - 1, 0)) if state is None else full  # (b, w - 1 + l, g, p)
+        recent = torch.cat([past, x[:, max(0, l - w + 1) :]], dim=1)
+        return y, recent[:, recent.shape[1] - w + 1 :]
     at = lengths[:, None] + torch.arange(w - 1, device=x.device)  # (b, w - 1)
-    return y, full.gather(1, at[..., None, None].expand(-1, -1, g, p))
+    return y, torch.cat([past, x], dim=1).gather(1, at[..., None, None].expand(-1, -1, g, p))
 
 
-def check(where, wanted, **tensors):
-    """Raises ValueError for the first tensor whose axes are not those wanted, such as "b l h p".
-
-    A letter stands for one size, that of its first tensor. Returns the sizes by letter.
-    """
-    sizes, seen = {}, ""
-    for (name, t), axes in zip(tensors.items(), wanted, strict=True):
-        if t is None:
-            continue
-        letters = axes.split()
-        if t.dim() == len(letters):
-            sizes = dict(zip(letters, t.shape, strict=True)) | sizes
-        if list(t.shape) != [sizes.get(letter) for letter in letters]:
-            want = ", ".join(f"{letter} = {sizes.get(letter, '…')}" for letter in letters)
-            raise ValueError(f"{where}: {name} is {tuple(t.shape)}, expected ({want}){seen}")
-        seen += f"; {name} is {tuple(t.shape)}"
+def check(where, wanted, sizes, **tensors):
+    """Raises ValueError for a tensor whose axes, such as "b l h p", are not of the same sizes."""
+    given = [
+        (name, t, axes.split()) for (name, t), axes in zip(tensors.items(), wanted, strict=True)
+    ]
+    given = [(name, t, axes) for name, t, axes in given if t is not None]
+    for i, (name, t, axes) in enumerate(given):
+        if t.dim() == len(axes):
+            sizes = dict(zip(axes, t.shape, strict=True)) | sizes
+        if list(t.shape) != [sizes.get(axis) for axis in axes]:
+            want = ", ".join(f"{axis} = {sizes.get(axis, '…')}" for axis in axes)
+            where += f": {name} is {tuple(t.shape)}, expected ({want})"
+            raise ValueError(
+                "; ".join([where, *(f"{k} is {tuple(v.shape)}" for k, v, _ in given[:i])])
+            )
     if sizes["l"] < 1:
         raise ValueError(f"{where}: x has no tokens (l = 0), expected at least one")
-    return sizes
-
-
-def check_ssm(x, dt, A, B, C, D, z, dt_bias, h0, pos):
-    kind = ("h", "h") if A.dim() == 1 else ("h p", "h p n")  # of one token's Δ, and of A
-    wanted = "b l g p", "b l k n", "b l h n", f"b l {kind[0]}", kind[1], kind[0], "b l h p"
-    wanted += kind[0], "b h p n", "b l"
-    given = dict(x=x, B=B, C=C, dt=dt, A=A, D=D, z=z, dt_bias=dt_bias, h0=h0, pos=pos)
-    sizes = check("ssm", wanted, **given)
-    if sizes["h"] % sizes["g"] or sizes["h"] % sizes["k"]:
-        heads = f"kv heads of x ({sizes['g']}) and B ({sizes['k']})"
-        raise ValueError(f"ssm: {heads} must both divide query heads ({sizes['h']})")
-
-
-def check_conv(x, weight, bias, state, pos):
-    wanted, given = ("b l g p", "h p w", "h p", "b l"), dict(x=x, weight=weight, bias=bias, pos=pos)
-    sizes = check("causal_conv", wanted, **given)
-    if sizes["h"] % sizes["g"]:
-        heads = f"kv heads of x ({sizes['g']}) must divide the heads of weight ({sizes['h']})"
-        raise ValueError(f"causal_conv: {heads}")
-    before = (len(x), sizes["w"] - 1, *x.shape[2:])
-    if state is not None and state.shape != before:
-        raise ValueError(f"causal_conv: state is {tuple(state.shape)}, expected {before}")
+    for g in sizes.keys() & {"g", "k"}:
+        if sizes["h"] % sizes[g]:
+            raise ValueError(f"{where}: {sizes[g]} kv heads must divide {sizes['h']} query heads")
 
 
 # --------------------------------------------------------------------------------------------------
 # The scan in PyTorch: chunks, vectorised
 
 
-def scan_torch(x, dt, A, B, C, D, z, dt_bias, h0, pos):
-    """The scan in chunks of T tokens (the file's header). Returns y and the last state."""
-    if x.shape[1] == 1:  # one token has nothing to run in parallel
-        return ssm_reference(x, dt, A, B, C, D, z, dt_bias, h0, pos)
-    f = torch.promote_types(x.dtype, torch.float32)
-    b, h, p, n = x.shape[0], C.shape[2], x.shape[3], C.shape[3]
-    wide_x, dt, A, B, C = (t.to(f) for t in (x, dt, A, B, C))
+def s6_torch(x, dt, A, B, C, D, z, dt_bias, h0, pos):
+    """Mamba: the definition on √l segments side by side, so that every loop takes √l turns."""
+    l = x.shape[1]
+    c = round(l**0.5)
+    pad = 0, 0, 0, 0, 0, -l % c
+    x, B, C, z = (t if t is None else F.pad(t, pad) for t in (x, B, C, z))
+    dt = F.pad(dt, pad, value=-torch.inf)  # where Δ = 0 the state does not change
+    pos = pos if pos is None else F.pad(pos, pad[4:], value=1)
+    y, state = s6_scan(s6_reference, c, x, dt, A, B, C, D, z, dt_bias, h0, pos)
+    return y[:, :l], state
+
+
+def s6_reference(x, dt, B, C, z, pos, h0, A, D, dt_bias):
+    return ssm_reference(x, dt, A, B, C, D, z, dt_bias, h0, pos)
+
+
+def ssd_torch(x, dt, A, B, C, D, z, dt_bias, h0, pos, T=64):
+    """Mamba-2. Inside a chunk y = (decay ∘ C Bᵀ) (Δ x): attention weighted by the decay."""
+    f, (b, l, h, n), p = torch.promote_types(x.dtype, torch.float32), C.shape, x.shape[3]
     h0 = x.new_zeros(b, h, p, n, dtype=f) if h0 is None else h0.to(f)
-    if A.dim() == 1:
-        y, state = ssd_torch(wide_x, *ssd_steps(dt, A, dt_bias, pos), B, C, h0)
-    else:
-        y, state = s6_torch(wide_x, step_size(dt, dt_bias), A, B, C, h0, pos)
-    if D is not None:
-        D = D[:, None] if D.dim() == 1 else D
-        y = y + repeat_heads(x, h) * D.to(f)
-    if z is not None:
-        y = y * F.silu(z.to(f))
-    return y.to(x.dtype), state
-
-
-def split_chunks(T, *tensors):
-    """(b, l, …) -> (b, c, T, …), padded with zeros: where Δ = 0 the state does not change."""
-    pad = -tensors[0].shape[1] % T
-    return [F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)).unflatten(1, (-1, T)) for t in tensors]
+    delta, a = ssd_steps(dt.to(f), A.to(f), dt_bias, pos)
+    tokens = repeat_heads(x, h).to(f), delta, a, repeat_heads(B, h).to(f), C.to(f)
+    T = min(T, l)
+    # Padded where Δ = 0, so that the state does not change.
+    padded = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, -l % T)) for t in tokens)
+    wide, delta, a, B, C = (t.unflatten(1, (-1, T)) for t in padded)  # (b, c, T, …)
+    # float64: far into a chunk s is large, and small differences between neighbours matter
+    s = a.double().cumsum(2).transpose(2, 3)  # (b, c, h, T): log decay since the chunk's start
+    later = torch.ones(T, T, dtype=torch.bool, device=s.device).triu(1)
+    between = (s[..., :, None] - s[..., None, :]).masked_fill(later, -torch.inf).to(f).exp()
+    since = s.to(f).exp().transpose(2, 3)[..., None]  # (b, c, T, h, 1)
+    after = (s[..., -1:] - s).to(f).exp().transpose(2, 3)[..., None]
+    u = delta[..., None] * wide  # (b, c, T, h, p)
+    ends = torch.einsum("bcthp,bcthn->bchpn", u * after, B)
+    starts, last = pass_states(ends, since[:, :, -1, ..., None], h0)
+    scores = torch.einsum("bcthn,bcshn->bchts", C, B)  # C Bᵀ
+    y = torch.einsum("bchts,bcshp->bcthp", scores * between, u)
+    y = y + torch.einsum("bcthn,bchpn->bcthp", C, starts) * since
+    y = y if D is None else y + D[:, None].to(f) * wide
+    y = y.flatten(1, 2)[:, :l]
+    return (y if z is None else y * F.silu(z.to(f))).to(x.dtype), last
 
 
 def pass_states(ends, decay, h0):
-    """The states that chunks start from (b, c, h, p, n), and the last one, from those that they end
-    with on their own, and their decay, broadcastable."""
+    """The states that pieces (b, c, …) start from, and the last, by `ends` and `decay` of each."""
     starts = []
     for i in range(ends.shape[1]):
         starts.append(h0)
@@ -326,52 +313,9 @@ def pass_states(ends, decay, h0):
     return torch.stack(starts, dim=1), h0
 
 
-def s6_torch(x, delta, A, B, C, h0, pos=None):
-    """Mamba. With T = √l both loops, over a chunk's tokens and over the chunks, take √l turns."""
-    l, h = x.shape[1], len(A)
-    T = max(1, round(l**0.5))
-    x, B = repeat_heads(x, h), repeat_heads(B, h)
-    x, delta, B, C = split_chunks(T, x, delta, B, C)
-    decay = torch.exp(delta[..., None] * A)  # (b, c, T, h, p, n)
-    total = torch.exp(delta.cumsum(2)[..., None] * A)  # since the chunk's start
-    if pos is not None:
-        first = split_chunks(T, pos == 0)[0][..., None, None, None]  # where documents start
-        decay = decay.masked_fill(first, 0)
-        total = total.masked_fill(first.cumsum(2) > 0, 0)
-    write = (delta * x)[..., None] * B[..., None, :]  # (b, c, T, h, p, n)
-    states = [write[:, :, 0]]
-    for t in range(1, T):
-        states.append(decay[:, :, t] * states[-1] + write[:, :, t])
-    starts, last = pass_states(states[-1], total[:, :, -1], h0)
-    states = torch.stack(states, dim=2) + total * starts[:, :, None]
-    y = torch.einsum("bcthpn,bcthn->bcthp", states, C)
-    return y.flatten(1, 2)[:, :l], last
-
-
-def ssd_torch(x, delta, a, B, C, h0, T=64):
-    """Mamba-2. Inside a chunk y = (decay ∘ C Bᵀ) (Δ x): attention weighted by the decay."""
-    l, h = x.shape[1], C.shape[2]
-    T = min(T, l)
-    x, B = repeat_heads(x, h), repeat_heads(B, h)
-    x, delta, a, B, C = split_chunks(T, x, delta, a, B, C)
-    # float64: far into a chunk s is large, and small differences between neighbours matter
-    s = a.double().cumsum(2).transpose(2, 3)  # (b, c, h, T): log decay since the chunk's start
-    later = torch.ones(T, T, dtype=torch.bool, device=s.device).triu(1)
-    between = (s[..., :, None] - s[..., None, :]).masked_fill(later, -torch.inf).to(x.dtype).exp()
-    since = s.to(x.dtype).exp().transpose(2, 3)[..., None]  # (b, c, T, h, 1)
-    after = (s[..., -1:] - s).to(x.dtype).exp().transpose(2, 3)[..., None]
-    u = delta[..., None] * x  # (b, c, T, h, p)
-    ends = torch.einsum("bcthp,bcthn->bchpn", u * after, B)
-    starts, last = pass_states(ends, since[:, :, -1, ..., None], h0)
-    scores = torch.einsum("bcthn,bcshn->bchts", C, B)  # C Bᵀ
-    y = torch.einsum("bchts,bcshp->bcthp", scores * between, u)
-    y = y + torch.einsum("bcthn,bchpn->bcthp", C, starts) * since
-    return y.flatten(1, 2)[:, :l], last
-
-
 # --------------------------------------------------------------------------------------------------
-# Triton: what all kernels share. A tensor (b, l, …) comes with the distance of its tokens,
-# a constant, which turns addresses into immediates (`strided`). An optional tensor is None.
+# Triton: what all kernels share. A tensor (b, l, …) comes with the distance of its tokens
+# (`strided`). An optional tensor is None.
 
 LOG2E = constexpr(1.4426950408889634) if triton else None
 
@@ -383,15 +327,21 @@ def read(ptr, m):
 
 
 @jit
-def softplus(b):
-    """log(1 + e^b) = max(b, 0) + log(1 + e), e = e^-|b|, where log(1 + e) = 2 artanh(e / (2 + e)).
+def read_if(ptr, o, m):
+    """`read` of an optional tensor: 0 where ptr is None."""
+    b = 0.0
+    if ptr is not None:
+        b = read(ptr + o, m)
+    return b
 
-    The series of artanh is right to 2e-7 of the result, also for a tiny e.
-    """
+
+@jit
+def softplus(b):
+    """log(1 + e^b) to 2e-7 of it: max(b, 0) + 2 artanh(w), w = e / (2 + e), e = e^-|b|."""
     b_e = tl.exp2(tl.abs(b) * -LOG2E)
     b_w = b_e / (2 + b_e)
     b_q = b_w * b_w
-    b_series = 1 + b_q * (1 / 3 + b_q * (1 / 5 + b_q * (1 / 7 + b_q / 8.25)))  # 1/9 and the rest
+    b_series = 1 + b_q * (1 / 3 + b_q * (1 / 5 + b_q * (1 / 7 + b_q / 8.25)))  # Σ w^2i / (2i + 1)
     return tl.maximum(b, 0.0) + 2 * b_w * b_series
 
 
@@ -408,10 +358,9 @@ def silu_slope(b):
 
 
 # --------------------------------------------------------------------------------------------------
-# Mamba (S6). One program walks one row, one head, BP of its channels; a state is a tile (n, p).
+# Mamba (S6). One program walks BP channels of one head of one row.
 
-S6_BLOCK = 16  # channels of a program: one warp holds 16 × 16 states
-S6_TILE = 8  # tokens of one associative scan
+S6_BLOCK, S6_TILE = 16, 8  # channels of a program, and tokens of one associative scan
 S6_SAVE = 2  # tokens between two saved states; the backward holds theirs in registers
 
 
@@ -425,15 +374,10 @@ def s6_program(p_A, p_D, p_bias, p_h, h, p: constexpr, n: constexpr, BP: constex
     m_p = o_p < p
     m_n = o_n < n
     b_A = read(p_A + i_h * (p * n) + o_p * n + o_n, m_n & m_p) * LOG2E
-    b_D = tl.zeros((1, BP), tl.float32)
-    b_bias = tl.zeros((1, BP), tl.float32)
+    b_D = read_if(p_D, i_h * p + o_p, m_p)
+    b_bias = read_if(p_bias, i_h * p + o_p, m_p)
     b_h = tl.zeros((BN, BP), tl.float32)
-    if p_D is not None:
-        b_D = read(p_D + i_h * p + o_p, m_p)
-    if p_bias is not None:
-        b_bias = read(p_bias + i_h * p + o_p, m_p)
-    if p_h is not None:
-        b_h = read(p_h + (i_b * h + i_h) * (p * n) + o_p * n + o_n, m_n & m_p)
+    b_h += read_if(p_h, (i_b * h + i_h) * (p * n) + o_p * n + o_n, m_n & m_p)
     return i_b, i_h, o_p, o_n, m_p, m_n, b_A, b_D, b_bias, b_h
 
 
@@ -443,8 +387,7 @@ def s6_tokens(
     p_z, s_z: constexpr, p_dy, s_dy: constexpr, p_pos,
     t, l, o_p, p: constexpr, o_n, n: constexpr, T: constexpr,
 ):  # fmt: skip
-    """dt, x, B, C, dy, z and pos of the T tokens from t on. Outside the row Δ = 0, which changes no
-    state. The loop asks for them a turn before their use, to hide the memory's latency."""
+    """dt, x, B, C, dy, z and pos of the T tokens from t on. Outside the row Δ is 0."""
     tokens = ()
     for j in tl.static_range(T):
         m = (t + j >= 0) & (t + j < l)
@@ -528,16 +471,16 @@ def s6_forward_kernel(
     tl.store(p_h + (i_b * h + i_h) * (p * n) + o_p * n + o_n, b_h, mask=m_n & m_p)
 
 
-#     G ← G + C dyᵀ                      the adjoint of the state; dy without the gate's share
+#     dz = dy ∘ (Cᵀ h + D ∘ x) ∘ silu'(z),  from here on dy is dy ∘ silu(z)
+#     G ← G + C dyᵀ                      the adjoint of the state
 #     dC = h dy,  dB = G (Δ x),  du = Bᵀ G,  dx = Δ ∘ du + D ∘ dy
 #     da = G ∘ exp(Δ A) ∘ h_{t-1}        the adjoint of the exponent Δ A
 #     dΔ = du ∘ x + Σ_n da ∘ A,  dA = Σ_t Δ da,  dD = Σ_t dy ∘ x,  ddt = dΔ ∘ softplus'
 #     G ← exp(Δ A) ∘ G
 #
 # T tokens at a time from the end: their states are computed again from S and held in registers. dx,
-# dB and dC come per query head (dB, dC also per block of channels); sums (b, h, p, n + 2) holds dA,
-# dD and dbias per row. The sums over p of dB and dC are products with ones, since a sum across a
-# warp takes far more instructions.
+# dB and dC are per query head (dB, dC also per block of channels); sums (b, h, p, n + 2) holds dA,
+# dD and dbias. The sums over p are products with ones: across a warp they take more instructions.
 @jit(do_not_specialize=["l"])
 def s6_backward_kernel(
     p_x, s_x: constexpr, p_dt, s_dt: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr,
@@ -555,10 +498,8 @@ def s6_backward_kernel(
     p_B += i_b * l * s_B + i_h // group * n + o_n
     p_C += i_b * l * s_C + i_h * n + o_n
     p_dy += i_b * l * s_dy + i_h * p + o_p
-    if p_z is not None:
-        p_z += i_b * l * s_z + i_h * p + o_p
-    if p_pos is not None:
-        p_pos += i_b * l
+    p_z = None if p_z is None else p_z + i_b * l * s_z + i_h * p + o_p
+    p_pos = None if p_pos is None else p_pos + i_b * l
     p_S += (i_b * tl.cdiv(l, T) * h + i_h) * (n * p) + o_n * p + o_p
     o_y = (i_b * l * h + i_h) * p + o_p
     i_part = tl.program_id(1) * (tl.num_programs(0) // h) + i_b
@@ -566,13 +507,13 @@ def s6_backward_kernel(
     b_dA = tl.zeros((BN, BP), tl.float32)
     b_dD = tl.zeros((1, BP), tl.float32)
     b_dbias = tl.zeros((1, BP), tl.float32)
-    at = p_dt, s_dt, p_x, s_x, p_B, s_B, p_C, s_C, p_z, s_z, p_dy, s_dy, p_pos
+    inputs = p_dt, s_dt, p_x, s_x, p_B, s_B, p_C, s_C, p_z, s_z, p_dy, s_dy, p_pos
     t = 0 * i_b + tl.cdiv(l, T) * T  # int64
-    ahead = s6_tokens(*at, t - T, l, o_p, p, o_n, n, T)
+    ahead = s6_tokens(*inputs, t - T, l, o_p, p, o_n, n, T)
     for _ in range(tl.cdiv(l, T)):
         t -= T
-        tokens = ahead
-        ahead = s6_tokens(*at, t - T, l, o_p, p, o_n, n, T)
+        tokens = ahead  # loaded a turn before their use, to hide the memory's latency
+        ahead = s6_tokens(*inputs, t - T, l, o_p, p, o_n, n, T)
         b_h = tl.load(p_S + t // T * (h * n * p), mask=m_n & m_p, other=0.0)
         states = ()
         for j in tl.static_range(T):
@@ -627,8 +568,7 @@ def s6_backward_kernel(
 #     y_t = Σ_{r≤t} 2^(s_t - s_r) (C_t·B_r) Δ_r x_r  +  2^s_t h C_t  +  D x_t
 #     h ← 2^s_T h + Σ_r 2^(s_T - s_r) Δ_r x_r B_rᵀ
 #
-# In kernels the state is a tile (n, p), and a matrix of pairs of tokens is (t, r), reader and
-# writer, or (r, t).
+# A matrix of pairs of tokens is (t, r), reader and writer, or (r, t).
 
 
 @jit
@@ -641,8 +581,7 @@ def ssd_walk(p_h0, h, p: constexpr, n: constexpr, BP: constexpr, BN: constexpr):
     o_h = (i_b * h + i_h) * (p * n) + o_p[None, :] * n + o_n[:, None]
     m_h = (o_n < n)[:, None] & (o_p < p)[None, :]
     b_h = tl.zeros((BN, BP), tl.float32)
-    if p_h0 is not None:
-        b_h = read(p_h0 + o_h, m_h)
+    b_h += read_if(p_h0, o_h, m_h)
     return i_b, i_h, o_p, o_n, o_h, m_h, b_h
 
 
@@ -688,9 +627,7 @@ def ssd_forward_kernel(
     p_x += i_b * l * s_x + i_h // group * p
     p_B += i_b * l * s_B + i_h // group * n
     p_C += i_b * l * s_C + i_h * n
-    b_D = 0.0
-    if p_D is not None:
-        b_D = tl.load(p_D + i_h)
+    b_D = read_if(p_D, i_h, i_h < h)
     for i_t in range(tl.cdiv(l, T)):
         i_0 = i_t * T + 0 * i_b  # int64
         left = l - i_0  # tokens from here on
@@ -711,13 +648,11 @@ def ssd_forward_kernel(
     tl.store(p_h + o_h, b_h, mask=m_h)
 
 
-# The walk of the state alone, with u = x and v = B. It leaves in S (b, tiles, h, n, p) the state at
-# every tile's start:
+#     h ← 2^s_T h + Σ_r 2^(s_T - s_r) Δ_r u_r v_rᵀ      with u = x and v = B
+#     G ← 2^s_T G + Σ_t 2^s_t u_t v_tᵀ                  with u = dy and v = C, from the last tile on
 #
-#     h ← 2^s_T h + Σ_r 2^(s_T - s_r) Δ_r u_r v_rᵀ
-#
-# The ADJOINT walks from the last tile to the first, with u = dy and v = C, and leaves the adjoint
-# of the state at every tile's end:     G ← 2^s_T G + Σ_t 2^s_t u_t v_tᵀ
+# The walk alone. It leaves in S (b, tiles, h, n, p) the state at every tile's start or, of the
+# ADJOINT, at every tile's end.
 @jit(do_not_specialize=["l"])
 def ssd_states_kernel(
     p_u, s_u: constexpr, p_v, s_v: constexpr, p_delta, p_a, p_first, p_S, p_last, l,
@@ -805,8 +740,7 @@ def ssd_backward_kernel(
             b_B = tile(p_B, s_B, o_t, o_n, left, n, DOT)
             b_dx = tl.dot(b_B, b_G, b_dx, input_precision=PREC)
         b_dx = tl.dot(b_BC.to(DOT), b_dy, b_dx * b_after, input_precision=PREC) * b_delta[:, None]
-        if p_D is not None:
-            b_dx += tl.load(p_D + i_h) * b_dy.to(tl.float32)
+        b_dx += read_if(p_D, i_h, i_h < h) * b_dy.to(tl.float32)
         m_x = (o_t < left)[:, None] & (o_p < p)[None, :]
         tl.store(p_dx + (o_0 + o_t[:, None] * h) * p + o_p[None, :], b_dx, mask=m_x)
     b_xy = products(p_x, s_x, p_dy, s_dy, o_t, left, p, DOT, PREC, BP)
@@ -856,137 +790,83 @@ def ssd_backward_kernel(
 
 
 # --------------------------------------------------------------------------------------------------
-# The convolution. A program walks BC channels of the kv heads, and the R query heads that read
-# each, through T tokens, U at a time, the inputs of the last W - 1 in registers.
+# The convolution: a tile of T tokens and BC channels of one row. Channel c of the weights' h·p
+# reads channel c // (group·p) · p + c % p of x.
 
-CONV_TOKENS, CONV_CHANNELS = 64, 128
-
-
-@jit
-def conv_walk(
-    p_w, p_bias, c, group: constexpr, p: constexpr, W: constexpr, R: constexpr, BC: constexpr,
-):  # fmt: skip
-    """Offsets of x's channels (1, BC) and of the query heads' (R, BC), `c` past the last, the
-    weights of each tap, and the bias."""
-    o_x = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
-    o_r = tl.arange(0, R)[:, None]
-    o_c = tl.where((o_x < c // group) & (o_r < group), (o_x // p * group + o_r) * p + o_x % p, c)
-    ws = ()
-    for k in tl.static_range(W):
-        ws = ws + (read(p_w + o_c * W + k, o_c < c),)
-    b_bias = tl.zeros((R, BC), tl.float32)
-    if p_bias is not None:
-        b_bias = read(p_bias + o_c, o_c < c)
-    return o_x, o_c, ws, b_bias
+CONV_TOKENS, CONV_CHANNELS = 32, 64
 
 
 @jit
-def conv_tokens(ptr, s_t: constexpr, o, c, t, l, U: constexpr):
-    """Channels o of c, of U tokens from t on, as a tuple; zeros outside the row."""
-    tokens = ()
-    for j in tl.static_range(U):
-        m = o < tl.where((t + j >= 0) & (t + j < l), c, 0)
-        tokens = tokens + (read(ptr + (t + j) * s_t + o, m),)
-    return tokens
-
-
-@jit
-def sees(p_pos, t, l, lag: constexpr):
-    """Whether what lies `lag` tokens before token t of the row is of its document."""
-    pos = lag
+def seen(p_pos, o_t, l, lag):
+    """Whether what lies `lag` tokens before token o_t is of its row and document."""
+    m = (o_t >= lag) & (o_t < l)
     if p_pos is not None:
-        pos = tl.load(p_pos + t, mask=(t >= 0) & (t < l), other=0)
-    return pos >= lag
+        m = m & (tl.load(p_pos + o_t, mask=o_t < l, other=0) >= lag)
+    return m
 
 
 @jit
-def conv_taps(p_pos, t, l, xs, j: constexpr, W: constexpr):
-    """The inputs x_{t-W+1+k} that token t sees, as a tuple, from xs[j] on."""
+def conv_sum(
+    p_x, s_x: constexpr, o_x, p_w, p_bias, o_c, m_c, p_pos, o_t, l, W: constexpr,
+):  # fmt: skip
+    """e_t = bias + Σ_k weight_k x_{t-W+1+k} of tokens o_t, and the W taps of x."""
+    b_e = read_if(p_bias, o_c, m_c)
     taps = ()
     for k in tl.static_range(W):
-        taps = taps + (tl.where(sees(p_pos, t, l, W - 1 - k), xs[j + k], 0.0),)
-    return taps
+        lag = W - 1 - k
+        b_x = read(p_x + (o_t - lag) * s_x + o_x, m_c & seen(p_pos, o_t, l, lag))
+        b_e += read(p_w + o_c * W + k, m_c) * b_x
+        taps = taps + (b_x,)
+    return b_e, taps
 
 
-# y_t = silu(e_t),    e_t = bias + Σ_k weight_k x_{t-W+1+k}
+# y_t = silu(e_t)
 @jit(do_not_specialize=["l"])
 def conv_forward_kernel(
     p_x, s_x: constexpr, p_w, p_bias, p_pos, p_y, l, c: constexpr, group: constexpr, p: constexpr,
-    W: constexpr, T: constexpr, U: constexpr, R: constexpr, BC: constexpr,
+    W: constexpr, T: constexpr, BC: constexpr,
 ):  # fmt: skip
-    o_x, o_c, ws, b_bias = conv_walk(p_w, p_bias, c, group, p, W, R, BC)
     i_l = tl.program_id(2).to(tl.int64) * l  # the row's first token, of all rows'
-    p_x += i_l * s_x
-    p_y += i_l * c
+    o_t = 0 * i_l + tl.program_id(1) * T + tl.arange(0, T)[:, None]
+    o_c = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
+    o_x = o_c // (group * p) * p + o_c % p
     p_pos = None if p_pos is None else p_pos + i_l
-    t = 0 * i_l + tl.program_id(1) * T
-    xs = conv_tokens(p_x, s_x, o_x, c // group, t - (W - 1), l, W - 1)
-    for _ in range(T // U):
-        xs = xs + conv_tokens(p_x, s_x, o_x, c // group, t, l, U)
-        for j in tl.static_range(U):
-            taps = conv_taps(p_pos, t + j, l, xs, j, W)
-            b_e = b_bias
-            for k in tl.static_range(W):
-                b_e += ws[k] * taps[k]
-            tl.store(p_y + (t + j) * c + o_c, silu(b_e), mask=o_c < tl.where(t + j < l, c, 0))
-        xs = xs[U:]
-        t += U
+    b_e, _ = conv_sum(p_x + i_l * s_x, s_x, o_x, p_w, p_bias, o_c, o_c < c, p_pos, o_t, l, W)
+    tl.store(p_y + (i_l + o_t) * c + o_c, silu(b_e), mask=(o_c < c) & (o_t < l))
 
 
-# de_t = dy_t silu'(e_t),    dx_t = Σ_k weight_k de_{t+W-1-k}
+# de_t = dy_t silu'(e_t),    dx_t = Σ_k weight_k de_{t+W-1-k}, summed over a kv head's query heads
 # dweight_k = Σ_t de_t x_{t-W+1+k},    dbias = Σ_t de_t
 #
-# dx is summed over the query heads of a kv head. It follows de W - 1 tokens behind, so the walk
-# goes on for as many. sums (·, W + 1, c): the program's part of dweight and, last, of dbias.
+# BC channels of x. sums (·, W + 1, c) holds the tile's part of dweight and, last, of dbias.
 @jit(do_not_specialize=["l"])
 def conv_backward_kernel(
     p_x, s_x: constexpr, p_w, p_bias, p_pos, p_dy, p_dx, p_sums, l,
-    c: constexpr, group: constexpr, p: constexpr,
-    W: constexpr, T: constexpr, U: constexpr, R: constexpr, BC: constexpr,
+    c: constexpr, group: constexpr, p: constexpr, W: constexpr, T: constexpr, BC: constexpr,
 ):  # fmt: skip
-    o_x, o_c, ws, b_bias = conv_walk(p_w, p_bias, c, group, p, W, R, BC)
     i_l = tl.program_id(2).to(tl.int64) * l  # the row's first token, of all rows'
+    o_t = 0 * i_l + tl.program_id(1) * T + tl.arange(0, T)[:, None]
+    o_x = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
+    m_c = o_x < c // group
     p_x += i_l * s_x
     p_dy += i_l * c
-    p_dx += i_l * (c // group)
     p_pos = None if p_pos is None else p_pos + i_l
-    t = 0 * i_l + tl.program_id(1) * T
-    first = t
-    end = tl.minimum(l, t + T)
-    sums = (tl.zeros((R, BC), tl.float32),) * (W + 1)
-    des = (tl.zeros((R, BC), tl.float32),) * (W - 1)
-    xs = conv_tokens(p_x, s_x, o_x, c // group, t - (W - 1), l, W - 1)
-    for _ in range(T // U + tl.cdiv(W - 1, U)):
-        xs = xs + conv_tokens(p_x, s_x, o_x, c // group, t, l, U)
-        dys = conv_tokens(p_dy, c, o_c, c, t, l, U)
-        for j in tl.static_range(U):
-            taps = conv_taps(p_pos, t + j, l, xs, j, W)
-            b_e = b_bias
-            for k in tl.static_range(W):
-                b_e += ws[k] * taps[k]
-            b_de = dys[j] * silu_slope(b_e)
-            des = des + (b_de,)
-            b_own = tl.where(t + j < end, b_de, 0.0)
-            more = ()
-            for k in tl.static_range(W):
-                more = more + (sums[k] + b_own * taps[k],)
-            sums = more + (sums[W] + b_own,)
-            at = t + j - (W - 1)  # the token whose dx is whole now
-            b_dx = tl.zeros((R, BC), tl.float32)
-            for lag in tl.static_range(W):
-                b_de = tl.where(sees(p_pos, at + lag, l, lag), des[j + lag], 0.0)
-                b_dx += ws[W - 1 - lag] * b_de
-            b_dx = tl.sum(b_dx, axis=0, keep_dims=True)
-            m_x = o_x < tl.where((at >= first) & (at < end), c // group, 0)
-            tl.store(p_dx + at * (c // group) + o_x, b_dx, mask=m_x)
-        xs = xs[U:]
-        des = des[U:]
-        t += U
-    p_sums += (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (
-        (W + 1) * c
-    )
-    for k in tl.static_range(W + 1):
-        tl.store(p_sums + k * c + o_c, sums[k], mask=o_c < c)
+    p_sums += (i_l // l * tl.num_programs(1) + tl.program_id(1)) * ((W + 1) * c)
+    b_dx = tl.zeros((T, BC), tl.float32)
+    for i in range(group):
+        o_c = (o_x // p * group + i) * p + o_x % p
+        for lag in tl.static_range(W):
+            t = o_t + lag
+            b_e, taps = conv_sum(p_x, s_x, o_x, p_w, p_bias, o_c, m_c, p_pos, t, l, W)
+            b_de = read(p_dy + t * c + o_c, m_c & (t < l)) * silu_slope(b_e)
+            b_w = read(p_w + o_c * W + W - 1 - lag, m_c)
+            b_dx += b_w * tl.where(seen(p_pos, t, l, lag), b_de, 0.0)
+            if lag == 0:
+                for k in tl.static_range(W):
+                    b_dw = tl.sum(b_de * taps[k], axis=0, keep_dims=True)
+                    tl.store(p_sums + k * c + o_c, b_dw, mask=m_c)
+                tl.store(p_sums + W * c + o_c, tl.sum(b_de, axis=0, keep_dims=True), mask=m_c)
+    tl.store(p_dx + (i_l + o_t) * (c // group) + o_x, b_dx, mask=m_c & (o_t < l))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -998,9 +878,10 @@ def strided(*tensors):
     """Each tensor (b, l, …) with all its tokens at one distance, and the distance; None and 0."""
     both = []
     for t in tensors:
-        one = t is None or t.stride(0) == t.shape[1] * t.stride(1) and t[:1, :1].is_contiguous()
-        t = t if one else t.contiguous()
-        both += [t, 0 if t is None else t.stride(1)]
+        if t is not None:
+            one = min(t.shape[:2]) == 1 or t.stride(0) == t.shape[1] * t.stride(1)
+            t = t if one and t[:1, :1].is_contiguous() else t.contiguous()
+        both += [t, 0 if t is None else t.stride(1 if t.shape[1] > 1 else 0)]
     return both
 
 
@@ -1046,8 +927,7 @@ def s6_forward(x, dt, B, C, z, pos, h0, A, D, dt_bias, save=False):
 
 
 def s6_backward(dy, dh, x, dt, B, C, z, pos, h0, A, D, dt_bias):
-    """The gradients of x and B per query head, of dt, C, z (undefined if None) and h0; and, per row
-    and side by side (b, h, p, n + 2), those of A, D and dt_bias."""
+    """Gradients, of x and B per query head, of A, D and dt_bias side by side in `sums`."""
     (b, l, h, n), p = C.shape, x.shape[3]
     *_, S = s6_forward(x, dt, B, C, z, pos, h0, A, D, dt_bias, save=True)
     grid, sizes = s6_sizes(x, C)
@@ -1062,8 +942,7 @@ def s6_backward(dy, dh, x, dt, B, C, z, pos, h0, A, D, dt_bias):
 
 
 def ssd_sizes(x, C):
-    """The constants of Mamba-2's kernels: tiles of 64 tokens in bf16, of 32 in float32; and those
-    of a walk, which holds a state of all n."""
+    """The constants of Mamba-2's kernels, and those of its walks, which hold a state of all n."""
     bf16 = x.dtype == torch.bfloat16 and not INTERPRET  # which the interpreter lacks
     T = 64 if bf16 else 32
     sizes = dict(h=C.shape[2], p=x.shape[3], n=C.shape[3], T=T, BP=T, PREC=precision(x))
@@ -1102,20 +981,17 @@ def ssd_backward(dy, dh, x, delta, a, B, C, h0, D):
     return dx, ddelta, da, dB, dC, dh0, dD
 
 
-def conv_sizes(x, weight):
+def conv_sizes(x, weight, channels):
     """The grid and the constants of the convolution's kernels."""
-    (b, l, g, _), (h, p, w), R = (
-        x.shape,
-        weight.shape,
-        triton.next_power_of_2(len(weight) // x.shape[2]),
-    )
-    BC = max(1, min(CONV_CHANNELS // R, triton.next_power_of_2(g * p)))
-    grid = triton.cdiv(g * p, BC), triton.cdiv(l, CONV_TOKENS), b
-    return grid, dict(c=h * p, group=h // g, p=p, W=w, T=CONV_TOKENS, U=8, R=R, BC=BC, num_warps=1)
+    (b, l, g, _), (h, p, w) = x.shape, weight.shape
+    BC = min(CONV_CHANNELS, block(channels))
+    grid = triton.cdiv(channels, BC), triton.cdiv(l, CONV_TOKENS), b
+    return grid, dict(c=h * p, group=h // g, p=p, W=w, T=CONV_TOKENS, BC=BC)
 
 
 def conv_forward(x, weight, bias, pos):
-    y, (grid, sizes) = x.new_empty(*x.shape[:2], *weight.shape[:2]), conv_sizes(x, weight)
+    y = x.new_empty(*x.shape[:2], *weight.shape[:2])
+    grid, sizes = conv_sizes(x, weight, weight.shape[0] * weight.shape[1])
     tensors = *strided(x), flat(weight), flat(bias), pos, y
     launch(conv_forward_kernel, grid, *tensors, x.shape[1], **sizes)
     return y
@@ -1123,8 +999,8 @@ def conv_forward(x, weight, bias, pos):
 
 def conv_backward(dy, x, weight, bias, pos):
     """The gradient of x and, in parts (·, w + 1, h, p), of each tap's weights and of the bias."""
-    dx, (grid, sizes), (h, p, w) = x.new_empty(x.shape), conv_sizes(x, weight), weight.shape
-    sums = x.new_empty(grid[1] * grid[2], w + 1, h, p, dtype=torch.float32)
+    (h, p, w), (grid, sizes) = weight.shape, conv_sizes(x, weight, x.shape[2] * x.shape[3])
+    dx, sums = x.new_empty(x.shape), flat(weight.new_empty(grid[1] * grid[2], w + 1, h, p))
     tensors = *strided(x), flat(weight), flat(bias), pos, dy.contiguous(), dx, sums
     launch(conv_backward_kernel, grid, *tensors, x.shape[1], **sizes)
     return dx, sums
@@ -1165,26 +1041,25 @@ def conv_gradient(ctx, dy):
     return dx, *like((torch.stack(taps, dim=2), dbias), (weight, bias)), None
 
 
-def operator(name, f, arguments, results):
+def operator(name, f, arguments, results, gradient=None):
     """`f` as PyTorch's operator mil::name, which also tells the shapes of its results."""
     kinds = ["Tensor? " + a[:-1] if a[-1] == "?" else "Tensor " + a for a in arguments.split()]
     schema = f"({', '.join(kinds)}) -> ({', '.join(['Tensor'] * results)})"
     op = torch.library.custom_op(f"mil::{name}", f, mutates_args=(), schema=schema)
     op.register_fake(f)
+    if gradient:
+        op.register_autograd(gradient, setup_context=save)
     return op
 
 
 S6_INPUTS, SSD_INPUTS = "x dt B C z? pos? h0? A D? dt_bias?", "x delta a B C h0? D?"
 CONV_INPUTS = "x weight bias? pos?"
-S6 = operator("s6", s6_forward, S6_INPUTS, 2)
-SSD = operator("ssd", ssd_forward, SSD_INPUTS, 2)
-CONV = operator("conv", conv_forward, CONV_INPUTS, 1)
+S6 = operator("s6", s6_forward, S6_INPUTS, 2, s6_gradient)
+SSD = operator("ssd", ssd_forward, SSD_INPUTS, 2, ssd_gradient)
+CONV = operator("conv", conv_forward, CONV_INPUTS, 1, conv_gradient)
 S6_BACKWARD = operator("s6_backward", s6_backward, "dy dh " + S6_INPUTS, 7)
 SSD_BACKWARD = operator("ssd_backward", ssd_backward, "dy dh " + SSD_INPUTS, 7)
 CONV_BACKWARD = operator("conv_backward", conv_backward, "dy " + CONV_INPUTS, 2)
-S6.register_autograd(s6_gradient, setup_context=save)
-SSD.register_autograd(ssd_gradient, setup_context=save)
-CONV.register_autograd(conv_gradient, setup_context=save)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1202,10 +1077,7 @@ SPLIT = (128, 512)  # keys in a piece: for fewer than 64 kv heads of all rows to
 
 
 def few(x, l, *weights):
-    """Whether l tokens a row of a model with weights like `x` go to the kernels of decoding.
-
-    Nothing is differentiated, there is no autocast, and `weights` are of x's type.
-    """
+    """Whether l tokens a row go to the kernels of decoding; nothing is differentiated there."""
     plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
     return l <= FEW and plain and use_triton(x) and all(w.dtype == x.dtype for w in weights)
 
@@ -1297,17 +1169,18 @@ def linears(x, *weights):
 
 
 @jit
-def rotated(ptr, o, m, b_cos, b_sin, half: constexpr):
+def rotated(ptr, o, m, p_cos, p_sin, o_angle, half: constexpr):
     """The halves of a key or query at ptr + o, turned by RoPE, in their own type."""
     b_1 = read(ptr + o, m)
     b_2 = read(ptr + o + half, m)
+    b_cos = read(p_cos + o_angle, m)
+    b_sin = read(p_sin + o_angle, m)
     kind = ptr.dtype.element_ty
     return (b_1 * b_cos - b_2 * b_sin).to(kind), (b_2 * b_cos + b_1 * b_sin).to(kind)
 
 
 # Writes the l new keys, rotated, and values of one row and kv head into the cache, where they lie
-# in a piece of SPLIT keys. Every program that reads the piece writes them, with the same bits, so
-# that none waits for another.
+# in a piece of SPLIT keys. Every program that reads the piece does so and waits for no other.
 @jit
 def append(
     p_k, s_k: constexpr, p_v, s_v: constexpr, p_cos, p_sin, p_keys, p_values,
@@ -1319,17 +1192,16 @@ def append(
     o_p = tl.arange(0, 2 * BH)[None, :]
     m_i = (o_i < l) & (at + o_i >= first) & (at + o_i < first + SPLIT)
     m_h = m_i & (o_h < half)
-    b_cos = read(p_cos + (i_t + o_i) * half + o_h, m_h)
-    b_sin = read(p_sin + (i_t + o_i) * half + o_h, m_h)
-    b_1, b_2 = rotated(p_k, (i_t + o_i) * s_k + o_h, m_h, b_cos, b_sin, half)
+    o_bt = i_t + o_i
+    b_1, b_2 = rotated(p_k, o_bt * s_k + o_h, m_h, p_cos, p_sin, o_bt * half + o_h, half)
     tl.store(p_keys + (at + o_i) * p + o_h, b_1, mask=m_h)
     tl.store(p_keys + (at + o_i) * p + half + o_h, b_2, mask=m_h)
-    b_v = tl.load(p_v + (i_t + o_i) * s_v + o_p, mask=m_i & (o_p < p))
+    b_v = tl.load(p_v + o_bt * s_v + o_p, mask=m_i & (o_p < p))
     tl.store(p_values + (at + o_i) * p + o_p, b_v, mask=m_i & (o_p < p))
     tl.debug_barrier()  # this program reads them next
 
 
-# For the keys j of one piece, the r query heads of one kv head and 16 / R tokens, a tile of 16
+# For the keys j of one piece, the query heads of one kv head and 16 / R tokens, a tile of 16
 # queries:
 #
 #     s_j = q·k_j / √p in log2,  y = Σ_j 2^(s_j - m) v_j / Σ_j 2^(s_j - m),  weight = log2 Σ_j 2^s_j
@@ -1338,7 +1210,7 @@ def append(
 @jit(do_not_specialize=["l", "size"])
 def attend_kernel(
     p_q, s_q: constexpr, p_k, s_k: constexpr, p_v, s_v: constexpr, p_cos, p_sin, p_at,
-    p_keys, p_values, p_weight, p_y, scale, l, size, g: constexpr, r: constexpr, p: constexpr,
+    p_keys, p_values, p_weight, p_y, scale, l, size, g: constexpr, group: constexpr, p: constexpr,
     PREC: constexpr, R: constexpr, SPLIT: constexpr, BK: constexpr, BH: constexpr,
 ):  # fmt: skip
     half: constexpr = p // 2
@@ -1350,24 +1222,21 @@ def attend_kernel(
     first = i_s * SPLIT
     at = tl.load(p_at + i_b).to(tl.int32)
     if first < at + l:
-        p_k += i_g * p
-        p_v += i_g * p
         p_keys += i_bg.to(tl.int64) * size * p
         p_values += i_bg.to(tl.int64) * size * p
         if at < first + SPLIT:
-            new = p_k, s_k, p_v, s_v, p_cos, p_sin, p_keys, p_values, i_b * l, at
-            append(*new, first, l, p, SPLIT, BH)
+            new = p_k + i_g * p, s_k, p_v + i_g * p, s_v, p_cos, p_sin, p_keys, p_values
+            append(*new, i_b * l, at, first, l, p, SPLIT, BH)
         o_h = tl.arange(0, BH)
         o_p = tl.arange(0, 2 * BH)
         o_t = tl.program_id(0) % tiles * (16 // R) + tl.arange(0, 16) // R
         o_r = tl.arange(0, 16) % R
         o_bt = i_b * l + o_t
-        m_q = (o_t < l) & (o_r < r)
+        m_q = (o_t < l) & (o_r < group)
         m_h = m_q[:, None] & (o_h < half)[None, :]
-        b_cos = read(p_cos + o_bt[:, None] * half + o_h[None, :], m_h)
-        b_sin = read(p_sin + o_bt[:, None] * half + o_h[None, :], m_h)
-        o_q = o_bt[:, None] * s_q + (i_g * r + o_r)[:, None] * p + o_h[None, :]
-        b_q1, b_q2 = rotated(p_q, o_q, m_h, b_cos, b_sin, half)
+        o_angle = o_bt[:, None] * half + o_h[None, :]
+        o_q = o_bt[:, None] * s_q + (i_g * group + o_r)[:, None] * p + o_h[None, :]
+        b_q1, b_q2 = rotated(p_q, o_q, m_h, p_cos, p_sin, o_angle, half)
         b_most = tl.full((16,), -1e30, tl.float32)
         b_sum = tl.zeros((16,), tl.float32)
         b_y = tl.zeros((16, 2 * BH), tl.float32)
@@ -1388,7 +1257,7 @@ def attend_kernel(
             b_y = tl.dot(b_e.to(b_v.dtype), b_v, b_y * b_fade[:, None], input_precision=PREC)
             b_sum = b_sum * b_fade + tl.sum(b_e, axis=1)
             b_most = b_new
-        o_part = (o_bt * (g * r) + i_g * r + o_r) * tl.num_programs(1) + i_s
+        o_part = (o_bt * (g * group) + i_g * group + o_r) * tl.num_programs(1) + i_s
         tl.store(p_weight + o_part, b_most + tl.log2(b_sum), mask=m_q)
         m_y = m_q[:, None] & (o_p < p)[None, :]
         tl.store(p_y + o_part[:, None] * p + o_p[None, :], b_y / b_sum[:, None], mask=m_y)
@@ -1432,7 +1301,9 @@ def attend(q, k, v, cos, sin, keys, values, at):
     pieces, R, BH = triton.cdiv(size, split), triton.next_power_of_2(h // g), block(p // 2)
     weight = q.new_empty(b, l, h, pieces, dtype=torch.float32)
     parts, y = weight.new_empty(*weight.shape, p), q.new_empty(b, l, h, p)
-    sizes = dict(g=g, r=h // g, p=p, R=R, SPLIT=split, BK=min(64, split), BH=BH, PREC=precision(q))
+    sizes = dict(
+        g=g, group=h // g, p=p, R=R, SPLIT=split, BK=min(64, split), BH=BH, PREC=precision(q)
+    )
     sizes["num_stages"] = in_flight(q, 3, 2 * 64 * 2 * BH * q.element_size())
     tensors = *strided(q), *strided(k), *strided(v), cos, sin, at, keys, values, weight, parts
     grid, scale = (b * g * triton.cdiv(l, 16 // R), pieces), p**-0.5 * LOG2E.value
@@ -1443,45 +1314,51 @@ def attend(q, k, v, cos, sin, keys, values, at):
 
 
 @jit
-def replay_read(p_log, s_log: constexpr, p_new, s_new: constexpr, t, o, m, at, SIZE):
-    """Numbers o of token t: from the log before token `at`, then new; 0 before token 0."""
-    t += 0 * o
-    b_old = read(p_log + (t & (SIZE - 1)) * s_log + o, m & (t >= 0) & (t < at))
-    return b_old + read(p_new + (t - at) * s_new + o, m & (t >= at))
+def replay_read(p_log, s_log, p_new, s_new, o_t, o, m, at, SIZE):
+    """Numbers o of the tokens o_t: from the log before token `at`, then new; 0 before token 0."""
+    b_old = read(p_log + (o_t & (SIZE - 1)) * s_log + o, m & (o_t >= 0) & (o_t < at))
+    return b_old + read(p_new + (o_t - at) * s_new + o, m & (o_t >= at))
 
 
-@jit
-def replay_keep(p_log, s_log: constexpr, p_new, s_new: constexpr, t, o, m, at, SIZE):
-    """Writes token t, if it is new, into the log. All programs that do so write the same."""
-    m = m & (t + 0 * o >= at)
-    b_new = tl.load(p_new + (t - at) * s_new + o, mask=m)
-    tl.store(p_log + (t & (SIZE - 1)) * s_log + o, b_new, mask=m)
-
-
-@jit
-def replay_conv(
-    p_log, s_log: constexpr, p_x, s_x: constexpr, t, o, m, at, SIZE, p_w, p_bias, o_c, W: constexpr,
+# silu(bias + Σ_k weight_k x_{t-W+1+k}) of BC of c channels of one row, for every token from `base`
+# on, T at a time, into y (b, SIZE, c). `group` channels read one of x. What is new of x goes into
+# the log.
+@jit(do_not_specialize=["l", "SIZE"])
+def replay_conv_kernel(
+    p_x, s_x: constexpr, p_log, s_log: constexpr, p_at, p_base, p_w, p_bias, p_y, l, SIZE,
+    c: constexpr, group: constexpr, p: constexpr, W: constexpr, T: constexpr, BC: constexpr,
 ):  # fmt: skip
-    """silu(bias + Σ_k weight_k x_{t-W+1+k}) of channels o_c, which read channels o of x."""
-    b_y = read(p_bias + o_c, m)
-    for k in tl.static_range(W):
-        b_x = replay_read(p_log, s_log, p_x, s_x, t - (W - 1) + k, o, m, at, SIZE)
-        b_y += read(p_w + o_c * W + k, m) * b_x
-    replay_keep(p_log, s_log, p_x, s_x, t, o, m, at, SIZE)
-    return silu(b_y)
+    i_b = tl.program_id(0).to(tl.int64)
+    at = tl.load(p_at + i_b).to(tl.int32)
+    base = tl.load(p_base + i_b).to(tl.int32)
+    o_c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
+    o_x = o_c // (group * p) * p + o_c % p
+    p_x += i_b * l * s_x
+    p_log += i_b * SIZE * s_log
+    for t in range(base, at + l, T):
+        o_t = t + tl.arange(0, T)[:, None]
+        m = (o_c < c) & (o_t < at + l)
+        b_y = read(p_bias + o_c + 0 * o_t, m)
+        for k in tl.static_range(W):
+            b_x = replay_read(p_log, s_log, p_x, s_x, o_t - (W - 1) + k, o_x, m, at, SIZE)
+            b_y += read(p_w + o_c * W + k, o_c < c) * b_x
+        tl.store(p_y + (i_b * SIZE + o_t - base) * c + o_c, silu(b_y), mask=m)
+        m = m & (o_t >= at)
+        b_new = tl.load(p_x + (o_t - at) * s_x + o_x, mask=m)
+        tl.store(p_log + (o_t & (SIZE - 1)) * s_log + o_x, b_new, mask=m)
 
 
 # One head of one row: from the state before token `base` through the logged tokens to token `at`
-# and on through the l new ones: convolution, recurrence and, for new tokens, the output, its gate
-# and its norm. The state is stored where it is to stand, before token `to`; what is new goes into
-# the log. In Mamba-2 (p_B is None) B and C lie after x and pass the convolution too. A state is a
-# tile (p, n / NB, NB), whose sums over n take few steps.
+# and on through the l new ones: the recurrence and, for new tokens, the output, its gate and its
+# norm. The state is stored where it is to stand, before token `to`; dt and B go into the log. p_c
+# is what replay_conv_kernel left; Mamba-2 (p_B is None) has B and C there too. A state is a tile
+# (p, n / NB, NB), whose sums over n take few steps.
 @jit(do_not_specialize=["l", "SIZE", "eps"])
 def replay_kernel(
-    p_x, s_x: constexpr, p_dt, s_dt: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr,
-    p_z, s_z: constexpr, l_x, s_lx: constexpr, l_dt, s_ldt: constexpr, l_B, s_lB: constexpr,
-    p_h, p_at, p_base, p_to, p_w, p_wbias, p_A, p_bias, p_D, p_norm, p_y, l, SIZE, eps,
-    h: constexpr, group: constexpr, p: constexpr, n: constexpr, W: constexpr,
+    p_dt, s_dt: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr, p_z, s_z: constexpr,
+    l_dt, s_ldt: constexpr, l_B, s_lB: constexpr, p_c,
+    p_h, p_at, p_base, p_to, p_A, p_bias, p_D, p_norm, p_y, l, SIZE, eps,
+    c: constexpr, h: constexpr, group: constexpr, p: constexpr, n: constexpr,
     BP: constexpr, BN: constexpr, NB: constexpr,
 ):  # fmt: skip
     i_b = (tl.program_id(0) // h).to(tl.int64)
@@ -1493,62 +1370,58 @@ def replay_kernel(
     at = tl.load(p_at + i_b).to(tl.int32)
     base = tl.load(p_base + i_b).to(tl.int32)
     to = tl.load(p_to + i_b).to(tl.int32)
-    o_x = i_h // group * p + o_p
     o_B = i_h // group * n + o_n
-    o_C = i_h * n + o_n
     if p_B is None:
         o_d = i_h + 0 * o_p  # Δ, A and D of the head
-        o_w = o_x
+        o_x = i_h // group * p + o_p
         b_A = tl.load(p_A + i_h)
-        o_B += h // group * p
-        o_C += h // group * (p + n)
     else:
         o_d = i_h * p + o_p  # of every channel
-        o_w = o_d
+        o_x = o_d
         b_A = tl.load(p_A + o_d * n + o_n, mask=m_p & m_n, other=0.0)
         p_B += i_b * l * s_B
         l_B += i_b * SIZE * s_lB
-        p_C += i_b * l * s_C
+        p_C += i_b * l * s_C + i_h * n
     b_A = -tl.exp(b_A.to(tl.float32)) * LOG2E
     b_D = read(p_D + o_d, m_p)
     b_bias = read(p_bias + o_d, m_p)
-    p_x += i_b * l * s_x
-    l_x += i_b * SIZE * s_lx
+    p_c += i_b * SIZE * c
     p_dt += i_b * l * s_dt
     l_dt += i_b * SIZE * s_ldt
     p_h += (i_b * h + i_h) * (p * n) + o_p * n + o_n
     b_h = tl.load(p_h, mask=m_p & m_n, other=0.0)
     for t in range(base, at + l):
-        xs = l_x, s_lx, p_x, s_x, t
-        b_x = replay_conv(*xs, o_x, m_p, at, SIZE, p_w, p_wbias, o_w, W)
-        b_dt = replay_read(l_dt, s_ldt, p_dt, s_dt, t, o_d, m_p, at, SIZE)
-        replay_keep(l_dt, s_ldt, p_dt, s_dt, t, o_d, m_p, at, SIZE)
-        m_new = m_n & (t + 0 * o_n >= at)
+        o_t = t + 0 * o_p
+        i_log = t & (SIZE - 1)
+        b_x = read(p_c + (t - base) * c + o_x, m_p)
+        b_dt = replay_read(l_dt, s_ldt, p_dt, s_dt, o_t, o_d, m_p, at, SIZE)
+        tl.store(l_dt + i_log * s_ldt + o_d, b_dt, mask=m_p & (o_t >= at))
         if p_B is None:
-            b_B = replay_conv(*xs, o_B, m_n, at, SIZE, p_w, p_wbias, o_B, W)
-            b_C = replay_conv(*xs, o_C, m_new, at, SIZE, p_w, p_wbias, o_C, W)
+            b_B = read(p_c + (t - base) * c + h // group * p + o_B, m_n)
+            b_C = read(p_c + (t - base) * c + h // group * (p + n) + i_h * n + o_n, m_n)
         else:
-            b_B = replay_read(l_B, s_lB, p_B, s_B, t, o_B, m_n, at, SIZE)
-            replay_keep(l_B, s_lB, p_B, s_B, t, o_B, m_n, at, SIZE)
-            b_C = read(p_C + (t - at) * s_C + o_C, m_new)
+            m_new = m_n & (t + 0 * o_n >= at)
+            b_B = replay_read(l_B, s_lB, p_B, s_B, t + 0 * o_n, o_B, m_n, at, SIZE)
+            tl.store(l_B + i_log * s_lB + o_B, b_B, mask=m_new)
+            b_C = read(p_C + (t - at) * s_C + o_n, m_new)
         b_delta = softplus(b_dt + b_bias)
         b_h = tl.exp2(b_delta * b_A) * b_h + b_delta * b_x * b_B
         if t + 1 == to:
             tl.store(p_h, b_h, mask=m_p & m_n)
         if t >= at:
-            i_t = i_b * l + t - at
+            o_y = i_b * l + t - at
             b_y = tl.sum(tl.sum(b_h * b_C, axis=1, keep_dims=True), axis=2, keep_dims=True)
-            b_y = (b_y + b_D * b_x) * silu(read(p_z + i_t * s_z + i_h * p + o_p, m_p))
+            b_y = (b_y + b_D * b_x) * silu(read(p_z + o_y * s_z + i_h * p + o_p, m_p))
             if p_norm is not None:
                 b_y *= tl.rsqrt(tl.sum(b_y * b_y, axis=0, keep_dims=True) / p + eps)
                 b_y *= read(p_norm + i_h * p + o_p, m_p)
-            tl.store(p_y + (i_t * h + i_h) * p + o_p, b_y, mask=m_p)
+            tl.store(p_y + (o_y * h + i_h) * p + o_p, b_y, mask=m_p)
 
 
 def replay(x, dt, B, C, z, log, state, places, weight, bias, A_log, dt_bias, D, norm=None, eps=0.0):
     """Convolution, scan, gate and norm of l ≤ FEW new tokens, after a replay of the logged ones.
 
-    Section 4 of the paper, in one kernel. p, n ≤ 128. Returns y (b, l, h, p).
+    Section 4 of the paper, in two kernels. p, n ≤ 128. Returns y (b, l, h, p).
 
     Mamba: x (b, l, g, p), dt and z (b, l, h, p), B (b, l, g, n), C (b, l, h, n), A_log (h·p, n),
     dt_bias and D (h·p). Mamba-2: x (b, l, channels) is x, B and C together; dt (b, l, h); B and C
@@ -1558,18 +1431,20 @@ def replay(x, dt, B, C, z, log, state, places, weight, bias, A_log, dt_bias, D, 
     the new ones and w - 1 more. places: at, base and to (b,) of each row: the first new token, the
     one before which `state` is now, and the one before which it is to be afterwards.
     """
-    (b, l), (h, p, n), size, BN = (
-        x.shape[:2],
-        state.shape[1:],
-        log[0].shape[1],
-        block(state.shape[3]),
-    )
-    g = x.shape[2] if B is not None else (len(weight) - h * n) // (p + n)
-    sizes = dict(h=h, group=h // g, p=p, n=n, W=weight.shape[2], BP=block(p), BN=BN, NB=min(BN, 32))
-    l_x, l_dt, *l_B = log
-    inputs = strided(x, dt, B, C, z, l_x, l_dt, l_B[0] if l_B else None)
-    layer, y = (weight, bias, A_log, dt_bias, D, norm), x.new_empty(b, l, h, p)
-    warps = max(1, sizes["BP"] * BN // 2048)
-    tensors = *inputs, state, *places, *layer, y
+    (b, l), (h, p, n), (c, _, w), size = x.shape[:2], state.shape[1:], weight.shape, log[0].shape[1]
+    (at, base, to), (l_x, l_dt, *l_B) = places, log
+    if B is None:  # no channel of the convolution is repeated
+        group, sizes_c = h // ((c - h * n) // (p + n)), dict(group=1, p=c)
+    else:
+        group, sizes_c = h // x.shape[2], dict(group=h // x.shape[2], p=p)
+    mixed, y = state.new_empty(b, size, c), x.new_empty(b, l, h, p)
+    tensors = *strided(x, l_x), at, base, weight, bias, mixed
+    grid, sizes_c = (b, triton.cdiv(c, 256)), dict(sizes_c, c=c, W=w, T=4, BC=256)
+    launch(replay_conv_kernel, grid, *tensors, l, size, **sizes_c)
+    BP, BN = block(p), block(n)
+    sizes = dict(c=c, h=h, group=group, p=p, n=n, BP=BP, BN=BN, NB=min(BN, 32))
+    tensors = *strided(dt, B, C, z, l_dt, l_B[0] if l_B else None), mixed, state, at, base, to
+    tensors += A_log, dt_bias, D, norm, y
+    warps = max(1, BP * BN // 2048)
     launch(replay_kernel, (b * h,), *tensors, l, size, eps, **sizes, num_warps=warps)
     return y

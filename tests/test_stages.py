@@ -311,31 +311,25 @@ def test_a_run_goes_on_from_the_newest_checkpoint(tmp_path):
         assert t.load_state(run, [], corpus).step == step
 
 
-def test_packed_attention_gets_flat_rows_and_the_bounds_of_all_documents():
-    docs, asked = mil.Documents(torch.tensor([[0, 1, 0], [0, 1, 2]]), torch.device("cpu")), []
-    q = torch.randn(2, 3, 2, 4)
-    assert torch.equal(docs.attend(q, q, q), mil.sdpa(q, q, q, docs.mask))  # no packed attention on a CPU
+def test_attention_within_documents_is_that_of_each_document_alone():
+    device, dtype = (torch.device("cuda"), torch.bfloat16) if torch.cuda.is_available() else (torch.device("cpu"), torch.float32)
+    begins, l = [(0, 5, 6, 20), (0,)], 24
+    pos = torch.stack([torch.cat([torch.arange(b - a) for a, b in zip(row, (*row[1:], l))]) for row in begins])
+    docs = mil.Documents(pos, device, dtype)
+    leaves = [torch.randn(2, l, heads, 16, device=device, dtype=dtype, requires_grad=True) for heads in (4, 2, 2)]
+    rows = [torch.cat([mil.sdpa(*[t[i : i + 1, a:b] for t in leaves]) for a, b in zip(row, (*row[1:], l))], dim=1) for i, row in enumerate(begins)]
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    y, want = docs.attend(*leaves), torch.cat(rows)
+    torch.testing.assert_close(y, want, **tolerance)
+    dy = torch.randn_like(y)
+    for got, wanted in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(want, leaves, dy)):
+        torch.testing.assert_close(got, wanted, **tolerance)
 
-    def packed(q, k, v, *bounds):
-        asked.append((q.shape, bounds))
-        return q
 
-    docs.packed = packed
-    assert docs.attend(q, q, q).shape == q.shape
-    assert asked == [((6, 2, 4), (docs.bounds, docs.bounds, 3, 3))]
-
-
-def test_packed_attention_is_asked_as_this_torch_wants_it(monkeypatch):
-    there = pytest.importorskip("torch.nn.attention.varlen", reason="torch before 2.10")
-    packed = mil.packed_attention()
-    if packed is not None:
-        q, k, bounds = (torch.empty(*shape, dtype=kind, device="meta") for *shape, kind in ((6, 4, 16, torch.bfloat16), (6, 2, 16, torch.bfloat16), (3, torch.int32)))
-        assert packed(q, k, k, bounds, bounds, 3, 3).shape == q.shape and packed.keywords["window_size"] == (-1, 0)
-    for takes, wanted in ((lambda q, k, v, a, b, m, n, is_causal=False: None, None), (lambda q, k, v, a, b, m, n, window_size=None: window_size, (-1, 0)),
-                          (lambda q, k, v, a, b, m, n, window_size=None, enable_gqa=False: (window_size, enable_gqa), ((-1, 0), True))):
-        monkeypatch.setattr(there, "varlen_attn", takes)
-        found = mil.packed_attention.__wrapped__()
-        assert found is wanted is None or found(*"qkvabmn") == wanted
+def test_this_torch_has_flash_attention_as_documents_call_it():
+    q, k, bounds = (torch.empty(*shape, dtype=kind, device="meta") for *shape, kind in ((2, 3, 4, 16, torch.bfloat16), (2, 3, 2, 16, torch.bfloat16), (3, torch.int32)))
+    docs = SimpleNamespace(mask=None, bounds=bounds)
+    assert mil.Documents.attend(docs, q, k, k).shape == q.shape
 
 
 def test_the_log_has_means_over_the_steps_since_the_last_line(tmp_path):

@@ -403,26 +403,20 @@ def test_parts_and_their_number_change_nothing_but_rounding(tmp_path):
 
 
 def test_a_whole_run_compiles_each_kind_of_layer_a_handful_of_times(tmp_path, monkeypatch):
-    """Every stage, the evaluations between, several documents in a row, pairs of many lengths, a last
-    batch that is not full. Traced by torch.compile and run eagerly, on the CPU, with batches as they
-    are on a GPU and the scan as one operator."""
+    """Every stage, the evaluations between, rows of one document and of several, pairs of many
+    lengths, a last batch that is not full. Traced by torch.compile and run eagerly, on the CPU, with
+    the scan as one operator."""
     talk = [{"prompt": f"{i}?", "completion": "abc" * (1 + i % 5)} for i in range(300)]
     pairs = [{"prompt": f"{i}", "chosen": "yes" * (1 + i % 3), "rejected": "no"} for i in range(43)]
     for name, records in (("talk", talk), ("pairs", pairs)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
-    graphs, honest = collections.Counter(), t.to_device
+    graphs = collections.Counter()
 
     def backend(graph, inputs):
         kind = "attention" if "scaled_dot_product_attention" in graph.code else "mamba2"
         graphs[kind, torch.is_grad_enabled()] += 1
         return graph.forward
 
-    def to_device(x, y, pos, device, *_):
-        batch = honest(x, y, pos, device)
-        batch.docs = mil.Documents(pos, device)
-        return batch
-
-    monkeypatch.setattr(t, "to_device", to_device)
     monkeypatch.setattr(mil, "ssm_scan", lambda x, dt, A, B, C, *more: (x * B * C, None))
     monkeypatch.setattr(t, "sample", lambda *_: "")
     monkeypatch.setattr(t.Run, "compiled", True)
