@@ -137,9 +137,9 @@ def ssm_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None, pos=None):
     above 256 take the PyTorch form. Raises ValueError, naming the argument, if shapes do not fit.
     """
     per, axes = ("h", "h") if A.dim() == 1 else ("h p", "h p n")  # of one token's Δ, and of A
-    wanted = "b l g p", "b l k n", "b l h n", f"b l {per}", axes, per, "b l h p", per, "b h p n"
-    given = dict(x=x, B=B, C=C, dt=dt, A=A, D=D, z=z, dt_bias=dt_bias, h0=h0, pos=pos)
-    check("ssm", (*wanted, "b l"), {}, **given)
+    tokens = dict(x=(x, "b l g p"), B=(B, "b l k n"), C=(C, "b l h n"), dt=(dt, f"b l {per}"))
+    heads = dict(A=(A, axes), D=(D, per), dt_bias=(dt_bias, per), h0=(h0, "b h p n"))
+    check("ssm", {}, **tokens, **heads, z=(z, "b l h p"), pos=(pos, "b l"))
     if not use_triton(x) or x.shape[1] == 1 or max(x.shape[3], C.shape[3]) > 256:
         scan = ssm_reference if x.shape[1] == 1 else ssd_torch if A.dim() == 1 else s6_torch
         with torch.autocast(x.device.type, enabled=False):  # state and Δ A stay float32
@@ -174,18 +174,18 @@ def ssd_steps(dt, A, dt_bias, pos):
 def ssd_scan(x, dt, A, B, C, D, dt_bias, h0, pos):
     """Mamba-2 by the kernels."""
     delta, a = ssd_steps(dt, A, dt_bias, pos)
-    inputs, c = (x, delta, a, B, C), segments(x, C)
+    inputs, c = dict(x=x, delta=delta, a=a, B=B, C=C), segments(x, C)
     if c == 1:
-        return SSD(*inputs, h0, D)
+        return SSD(**inputs, h0=h0, D=D)
     decay = a.unflatten(1, (c, -1)).sum(2).exp()[..., None, None]  # (b, c, h, 1, 1)
-    return scan_cut(SSD, inputs, h0, (D,), decay)
+    return scan_cut(SSD, inputs, h0, dict(D=D), decay)
 
 
 def s6_scan(op, c, x, dt, A, B, C, D, z, dt_bias, h0, pos):
     """Mamba with its rows in c segments."""
-    inputs, rest = (x, dt, B, C, z, pos), (A, D, dt_bias)
+    inputs, rest = dict(x=x, dt=dt, B=B, C=C, z=z, pos=pos), dict(A=A, D=D, dt_bias=dt_bias)
     if c == 1:
-        return op(*inputs, h0, *rest)
+        return op(**inputs, h0=h0, **rest)
     decay = step_size(dt, dt_bias).unflatten(1, (c, -1)).sum(2)[..., None] * A  # (b, c, h, p, n)
     decay = decay.exp()
     if pos is not None:
@@ -195,14 +195,16 @@ def s6_scan(op, c, x, dt, A, B, C, D, z, dt_bias, h0, pos):
 
 
 def scan_cut(op, inputs, h0, rest, decay):
-    """op(*inputs, h0, *rest) with its rows cut into segments of the given decay (b, c, h, …)."""
-    c = decay.shape[1]
-    inputs = [None if t is None else t.unflatten(1, (c, -1)).flatten(0, 1) for t in inputs]
-    _, ends = op(*inputs, None, *rest)  # the states that segments end with on their own
-    h0 = torch.zeros_like(ends[::c]) if h0 is None else h0.to(ends)
-    starts, _ = pass_states(ends.unflatten(0, (-1, c)), decay, h0)
-    y, state = op(*inputs, starts.flatten(0, 1), *rest)
-    return y.unflatten(0, (-1, c)).flatten(1, 2), state[c - 1 :: c]
+    """op(**inputs, h0=h0, **rest), rows cut into segments of the given decay (b, c, h, …)."""
+    b, c = decay.shape[:2]
+    tokens = {
+        k: t if t is None else t.unflatten(1, (c, -1)).flatten(0, 1) for k, t in inputs.items()
+    }
+    _, ends = op(**tokens, h0=None, **rest)  # the states that segments end with on their own
+    h0 = torch.zeros_like(ends[:b]) if h0 is None else h0.to(ends)
+    starts, _ = pass_states(ends.unflatten(0, (b, c)), decay, h0)
+    y, state = op(**tokens, h0=starts.flatten(0, 1), **rest)
+    return y.unflatten(0, (b, c)).flatten(1, 2), state[c - 1 :: c]
 
 
 def segments(x, C):
@@ -220,9 +222,9 @@ def causal_conv(x, weight, bias=None, state=None, lengths=None, pos=None):
     only that many real tokens, padded on the right. Returns y and each row's last w - 1 real
     inputs. Raises ValueError, naming the argument, if shapes do not fit.
     """
-    wanted, before = ("b l g p", "h p w", "h p", "b before g p", "b l"), weight.shape[-1] - 1
-    given = dict(x=x, weight=weight, bias=bias, state=state, pos=pos)
-    check("causal_conv", wanted, dict(before=before), **given)
+    layer = dict(weight=(weight, "h p w"), bias=(bias, "h p"), state=(state, "b before g p"))
+    sizes = dict(before=weight.shape[-1] - 1)
+    check("causal_conv", sizes, x=(x, "b l g p"), **layer, pos=(pos, "b l"))
     (b, l, g, p), w = x.shape, weight.shape[2]
     past = x.new_zeros(b, w - 1, g, p) if state is None else state.to(x.dtype)
     full, skip = (x, 0) if state is None else (torch.cat([past, x], dim=1), w - 1)
@@ -235,12 +237,9 @@ def causal_conv(x, weight, bias=None, state=None, lengths=None, pos=None):
     return y, torch.cat([past, x], dim=1).gather(1, at[..., None, None].expand(-1, -1, g, p))
 
 
-def check(where, wanted, sizes, **tensors):
+def check(where, sizes, **tensors):
     """Raises ValueError for a tensor whose axes, such as "b l h p", are not of the same sizes."""
-    given = [
-        (name, t, axes.split()) for (name, t), axes in zip(tensors.items(), wanted, strict=True)
-    ]
-    given = [(name, t, axes) for name, t, axes in given if t is not None]
+    given = [(name, t, axes.split()) for name, (t, axes) in tensors.items() if t is not None]
     for i, (name, t, axes) in enumerate(given):
         if t.dim() == len(axes):
             sizes = dict(zip(axes, t.shape, strict=True)) | sizes
@@ -269,12 +268,8 @@ def s6_torch(x, dt, A, B, C, D, z, dt_bias, h0, pos):
     x, B, C, z = (t if t is None else F.pad(t, pad) for t in (x, B, C, z))
     dt = F.pad(dt, pad, value=-torch.inf)  # where Δ = 0 the state does not change
     pos = pos if pos is None else F.pad(pos, pad[4:], value=1)
-    y, state = s6_scan(s6_reference, c, x, dt, A, B, C, D, z, dt_bias, h0, pos)
+    y, state = s6_scan(ssm_reference, c, x, dt, A, B, C, D, z, dt_bias, h0, pos)
     return y[:, :l], state
-
-
-def s6_reference(x, dt, B, C, z, pos, h0, A, D, dt_bias):
-    return ssm_reference(x, dt, A, B, C, D, z, dt_bias, h0, pos)
 
 
 def ssd_torch(x, dt, A, B, C, D, z, dt_bias, h0, pos, T=64):
@@ -365,7 +360,7 @@ S6_SAVE = 2  # tokens between two saved states; the backward holds theirs in reg
 
 
 @jit
-def s6_program(p_A, p_D, p_bias, p_h, h, p: constexpr, n: constexpr, BP: constexpr, BN: constexpr):
+def s6_program(p_A, p_D, p_bias, p_h, h, p, n, BP, BN):
     """A program's row, head, channels, states and their masks, and A, D, the bias and a state."""
     i_b = tl.program_id(0).to(tl.int64) // h
     i_h = tl.program_id(0) % h
@@ -383,10 +378,8 @@ def s6_program(p_A, p_D, p_bias, p_h, h, p: constexpr, n: constexpr, BP: constex
 
 @jit
 def s6_tokens(
-    p_dt, s_dt: constexpr, p_x, s_x: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr,
-    p_z, s_z: constexpr, p_dy, s_dy: constexpr, p_pos,
-    t, l, o_p, p: constexpr, o_n, n: constexpr, T: constexpr,
-):  # fmt: skip
+    p_dt, s_dt, p_x, s_x, p_B, s_B, p_C, s_C, p_z, s_z, p_dy, s_dy, p_pos, t, l, o_p, p, o_n, n, T
+):
     """dt, x, B, C, dy, z and pos of the T tokens from t on. Outside the row Δ is 0."""
     tokens = ()
     for j in tl.static_range(T):
@@ -572,7 +565,7 @@ def s6_backward_kernel(
 
 
 @jit
-def ssd_walk(p_h0, h, p: constexpr, n: constexpr, BP: constexpr, BN: constexpr):
+def ssd_walk(p_h0, h, p, n, BP, BN):
     """A walk's row, head, channels, states, the offsets and mask of its state, and the state."""
     i_b = tl.program_id(0).to(tl.int64) // h
     i_h = tl.program_id(0) % h
@@ -586,7 +579,7 @@ def ssd_walk(p_h0, h, p: constexpr, n: constexpr, BP: constexpr, BN: constexpr):
 
 
 @jit
-def ssd_tokens(p_delta, p_a, left, h: constexpr, T: constexpr, PREC: constexpr):
+def ssd_tokens(p_delta, p_a, left, h, T, PREC):
     """Δ, s and s_T of T tokens, of which `left` are in the row; s of float32 inputs in float64."""
     o_t = tl.arange(0, T)
     b_delta = read(p_delta + o_t * h, o_t < left)
@@ -608,7 +601,7 @@ def decay_between(b_s, m):
 
 
 @jit
-def tile(ptr, s_row: constexpr, o_row, o_col, n_row, n_col, DOT: constexpr):
+def tile(ptr, s_row, o_row, o_col, n_row, n_col, DOT):
     """A tile in the type of the products, zero from row n_row and column n_col on."""
     m = (o_row < n_row)[:, None] & (o_col < n_col)[None, :]
     return tl.load(ptr + o_row[:, None] * s_row + o_col[None, :], mask=m, other=0.0).to(DOT)
@@ -680,10 +673,7 @@ def ssd_states_kernel(
 
 
 @jit
-def products(
-    p_a, s_a: constexpr, p_c, s_c: constexpr, o_t, left, w: constexpr,
-    DOT: constexpr, PREC: constexpr, BW: constexpr,
-):  # fmt: skip
+def products(p_a, s_a, p_c, s_c, o_t, left, w, DOT, PREC, BW):
     """a cᵀ of two tiles of T tokens, w columns wide: (T, T)."""
     b = tl.zeros((o_t.shape[0], o_t.shape[0]), tl.float32)
     for i in range(0, w, BW):
@@ -745,8 +735,7 @@ def ssd_backward_kernel(
         tl.store(p_dx + (o_0 + o_t[:, None] * h) * p + o_p[None, :], b_dx, mask=m_x)
     b_xy = products(p_x, s_x, p_dy, s_dy, o_t, left, p, DOT, PREC, BP)
     b_yx = products(p_dy, s_dy, p_x, s_x, o_t, left, p, DOT, PREC, BP)
-    b_dD = tl.where(o_t[:, None] == o_t[None, :], b_xy, 0.0)
-    tl.store(p_dD + i_bt * h + i_h, tl.sum(tl.sum(b_dD, axis=1), axis=0))
+    tl.store(p_dD + i_bt * h + i_h, tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_xy, 0.0)))
     b_pairs = b_BC * b_xy
     b_xy *= decay_between(b_s, o_t[:, None] <= o_t[None, :])
     b_yx *= decay_between(-b_s, o_t[:, None] >= o_t[None, :])
@@ -771,7 +760,7 @@ def ssd_backward_kernel(
             b_dy = tile(p_dy, s_dy, o_t, o_p, left, p, DOT)
             b_dB = tl.dot(b_x, tl.trans(b_G), b_dB, input_precision=PREC)
             b_dC = tl.dot(b_dy, tl.trans(b_S), b_dC, input_precision=PREC)
-            b_hold += tl.sum(tl.sum(b_S.to(tl.float32) * b_G.to(tl.float32), axis=1), axis=0)
+            b_hold += tl.sum(b_S.to(tl.float32) * b_G.to(tl.float32))
         b_dB *= b_after
         b_dC *= exp2(b_s)[:, None]
         b_give += tl.sum(b_dB * b_B.to(tl.float32), axis=1)
@@ -797,6 +786,14 @@ CONV_TOKENS, CONV_CHANNELS = 32, 64
 
 
 @jit
+def conv_tile(l, T, BC):
+    """The row's first token, counted over all rows; the tile's tokens in the row; its channels."""
+    i_l = tl.program_id(2).to(tl.int64) * l
+    o_t = 0 * i_l + tl.program_id(1) * T + tl.arange(0, T)[:, None]
+    return i_l, o_t, tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
+
+
+@jit
 def seen(p_pos, o_t, l, lag):
     """Whether what lies `lag` tokens before token o_t is of its row and document."""
     m = (o_t >= lag) & (o_t < l)
@@ -806,9 +803,7 @@ def seen(p_pos, o_t, l, lag):
 
 
 @jit
-def conv_sum(
-    p_x, s_x: constexpr, o_x, p_w, p_bias, o_c, m_c, p_pos, o_t, l, W: constexpr,
-):  # fmt: skip
+def conv_sum(p_x, s_x, o_x, p_w, p_bias, o_c, m_c, p_pos, o_t, l, W):
     """e_t = bias + Σ_k weight_k x_{t-W+1+k} of tokens o_t, and the W taps of x."""
     b_e = read_if(p_bias, o_c, m_c)
     taps = ()
@@ -826,46 +821,51 @@ def conv_forward_kernel(
     p_x, s_x: constexpr, p_w, p_bias, p_pos, p_y, l, c: constexpr, group: constexpr, p: constexpr,
     W: constexpr, T: constexpr, BC: constexpr,
 ):  # fmt: skip
-    i_l = tl.program_id(2).to(tl.int64) * l  # the row's first token, of all rows'
-    o_t = 0 * i_l + tl.program_id(1) * T + tl.arange(0, T)[:, None]
-    o_c = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
-    o_x = o_c // (group * p) * p + o_c % p
+    i_l, o_t, o_c = conv_tile(l, T, BC)
     p_pos = None if p_pos is None else p_pos + i_l
+    o_x = o_c // (group * p) * p + o_c % p
     b_e, _ = conv_sum(p_x + i_l * s_x, s_x, o_x, p_w, p_bias, o_c, o_c < c, p_pos, o_t, l, W)
     tl.store(p_y + (i_l + o_t) * c + o_c, silu(b_e), mask=(o_c < c) & (o_t < l))
 
 
-# de_t = dy_t silu'(e_t),    dx_t = Σ_k weight_k de_{t+W-1-k}, summed over a kv head's query heads
-# dweight_k = Σ_t de_t x_{t-W+1+k},    dbias = Σ_t de_t
+# de_t = dy_t silu'(e_t),    dweight_k = Σ_t de_t x_{t-W+1+k},    dbias = Σ_t de_t
 #
-# BC channels of x. sums (·, W + 1, c) holds the tile's part of dweight and, last, of dbias.
+# sums (·, W + 1, c) holds the tile's part of dweight and, last, of dbias.
 @jit(do_not_specialize=["l"])
-def conv_backward_kernel(
-    p_x, s_x: constexpr, p_w, p_bias, p_pos, p_dy, p_dx, p_sums, l,
+def conv_weight_kernel(
+    p_x, s_x: constexpr, p_w, p_bias, p_pos, p_dy, p_de, p_sums, l,
     c: constexpr, group: constexpr, p: constexpr, W: constexpr, T: constexpr, BC: constexpr,
 ):  # fmt: skip
-    i_l = tl.program_id(2).to(tl.int64) * l  # the row's first token, of all rows'
-    o_t = 0 * i_l + tl.program_id(1) * T + tl.arange(0, T)[:, None]
-    o_x = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
-    m_c = o_x < c // group
-    p_x += i_l * s_x
-    p_dy += i_l * c
+    i_l, o_t, o_c = conv_tile(l, T, BC)
     p_pos = None if p_pos is None else p_pos + i_l
-    p_sums += (i_l // l * tl.num_programs(1) + tl.program_id(1)) * ((W + 1) * c)
+    o_x = o_c // (group * p) * p + o_c % p
+    m = (o_c < c) & (o_t < l)
+    b_e, taps = conv_sum(p_x + i_l * s_x, s_x, o_x, p_w, p_bias, o_c, o_c < c, p_pos, o_t, l, W)
+    b_de = read(p_dy + (i_l + o_t) * c + o_c, m) * silu_slope(b_e)
+    tl.store(p_de + (i_l + o_t) * c + o_c, b_de, mask=m)
+    p_sums += (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (W + 1) * c
+    for k in tl.static_range(W):
+        b_dw = tl.sum(b_de * taps[k], axis=0, keep_dims=True)
+        tl.store(p_sums + k * c + o_c, b_dw, mask=o_c < c)
+    tl.store(p_sums + W * c + o_c, tl.sum(b_de, axis=0, keep_dims=True), mask=o_c < c)
+
+
+# dx_t = Σ_k weight_k de_{t+W-1-k}, summed over the query heads of a kv head; BC channels of x
+@jit(do_not_specialize=["l"])
+def conv_dx_kernel(
+    p_de, p_w, p_pos, p_dx, l, c: constexpr, group: constexpr, p: constexpr,
+    W: constexpr, T: constexpr, BC: constexpr,
+):  # fmt: skip
+    i_l, o_t, o_x = conv_tile(l, T, BC)
+    p_pos = None if p_pos is None else p_pos + i_l
+    m_c = o_x < c // group
     b_dx = tl.zeros((T, BC), tl.float32)
     for i in range(group):
         o_c = (o_x // p * group + i) * p + o_x % p
         for lag in tl.static_range(W):
-            t = o_t + lag
-            b_e, taps = conv_sum(p_x, s_x, o_x, p_w, p_bias, o_c, m_c, p_pos, t, l, W)
-            b_de = read(p_dy + t * c + o_c, m_c & (t < l)) * silu_slope(b_e)
-            b_w = read(p_w + o_c * W + W - 1 - lag, m_c)
-            b_dx += b_w * tl.where(seen(p_pos, t, l, lag), b_de, 0.0)
-            if lag == 0:
-                for k in tl.static_range(W):
-                    b_dw = tl.sum(b_de * taps[k], axis=0, keep_dims=True)
-                    tl.store(p_sums + k * c + o_c, b_dw, mask=m_c)
-                tl.store(p_sums + W * c + o_c, tl.sum(b_de, axis=0, keep_dims=True), mask=m_c)
+            m = m_c & seen(p_pos, o_t + lag, l, lag)
+            b_de = read(p_de + (i_l + o_t + lag) * c + o_c, m)
+            b_dx += read(p_w + o_c * W + W - 1 - lag, m_c) * b_de
     tl.store(p_dx + (i_l + o_t) * (c // group) + o_x, b_dx, mask=m_c & (o_t < l))
 
 
@@ -999,15 +999,15 @@ def conv_forward(x, weight, bias, pos):
 
 def conv_backward(dy, x, weight, bias, pos):
     """The gradient of x and, in parts (·, w + 1, h, p), of each tap's weights and of the bias."""
-    (h, p, w), (grid, sizes) = weight.shape, conv_sizes(x, weight, x.shape[2] * x.shape[3])
-    dx, sums = x.new_empty(x.shape), flat(weight.new_empty(grid[1] * grid[2], w + 1, h, p))
-    tensors = *strided(x), flat(weight), flat(bias), pos, dy.contiguous(), dx, sums
-    launch(conv_backward_kernel, grid, *tensors, x.shape[1], **sizes)
+    (l, g), (h, p, w), dy, weight = x.shape[1:3], weight.shape, dy.contiguous(), flat(weight)
+    grid, sizes = conv_sizes(x, weight, h * p)
+    dx, de = x.new_empty(x.shape), dy.new_empty(dy.shape)
+    sums = weight.new_empty(grid[1] * grid[2], w + 1, h, p)
+    layer = *strided(x), weight, flat(bias), pos
+    launch(conv_weight_kernel, grid, *layer, dy, de, sums, l, **sizes)
+    grid, sizes = conv_sizes(x, weight, g * p)
+    launch(conv_dx_kernel, grid, de, weight, pos, dx, l, **sizes)
     return dx, sums
-
-
-def save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
 
 
 def over_group(dt, t):
@@ -1048,7 +1048,9 @@ def operator(name, f, arguments, results, gradient=None):
     op = torch.library.custom_op(f"mil::{name}", f, mutates_args=(), schema=schema)
     op.register_fake(f)
     if gradient:
-        op.register_autograd(gradient, setup_context=save)
+        op.register_autograd(
+            gradient, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+        )
     return op
 
 
@@ -1144,8 +1146,7 @@ def linear(x, weight, gate=None, onto=None):
         y = F.linear(x, weight)
         y = y if gate is None else F.silu(F.linear(x, gate)) * y
         return y if onto is None else onto + y
-    x = x.reshape(b * l, k)
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = (x if x.stride(2) == 1 else x.contiguous()).reshape(b * l, k)
     M = 16 if b * l <= 16 else 32 if b * l <= 32 else 64
     sizes = dict(LINEAR if gate is None else LINEAR_GATED)
     stage = (sizes["BN"] * (1 if gate is None else 2) + M) * sizes["BK"] * x.element_size()
@@ -1169,7 +1170,7 @@ def linears(x, *weights):
 
 
 @jit
-def rotated(ptr, o, m, p_cos, p_sin, o_angle, half: constexpr):
+def rotated(ptr, o, m, p_cos, p_sin, o_angle, half):
     """The halves of a key or query at ptr + o, turned by RoPE, in their own type."""
     b_1 = read(ptr + o, m)
     b_2 = read(ptr + o + half, m)
@@ -1182,11 +1183,8 @@ def rotated(ptr, o, m, p_cos, p_sin, o_angle, half: constexpr):
 # Writes the l new keys, rotated, and values of one row and kv head into the cache, where they lie
 # in a piece of SPLIT keys. Every program that reads the piece does so and waits for no other.
 @jit
-def append(
-    p_k, s_k: constexpr, p_v, s_v: constexpr, p_cos, p_sin, p_keys, p_values,
-    i_t, at, first, l, p: constexpr, SPLIT: constexpr, BH: constexpr,
-):  # fmt: skip
-    half: constexpr = p // 2
+def append(p_k, s_k, p_v, s_v, p_cos, p_sin, p_keys, p_values, i_t, at, first, l, p, SPLIT, BH):
+    half = p // 2
     o_i = tl.arange(0, 16)[:, None]
     o_h = tl.arange(0, BH)[None, :]
     o_p = tl.arange(0, 2 * BH)[None, :]
