@@ -24,20 +24,19 @@ document; where it is 0 the decay counts as 0, so nothing of the document before
 In this file
     ssm_reference, conv_reference    the definitions; the tests measure all else against them
     ssm_scan, causal_conv            the same, fast and differentiable: Triton on CUDA, else PyTorch
-    rms_norm, linear, attend, replay a model's layers for the few tokens of a decoding step
+    rms_norm, linear, attend, replay a model's layers in a decoding step, where `few` allows them
 
-The recurrence is linear in h, so a sequence can be cut anywhere: each piece computes the state that
-it would end with from h = 0; passed on from piece to piece, these give the states that the pieces
-start from; then each piece computes its outputs. In PyTorch the pieces are computed side by side.
-In Triton, batch and heads fill a GPU, so a program walks a whole row, tile by tile, with the state
-in registers; only the rows of a small batch are cut.
+The recurrence is linear in h, so a sequence can be cut anywhere. Each piece computes the state that
+it would end with from h = 0, then these are passed on from piece to piece, then each piece starts
+from the right state. In PyTorch the pieces are computed side by side. In Triton, batch and heads
+fill a GPU, so a program walks a whole row, and only the rows of a small batch are cut.
 
 The gradient is the same walk backwards in time. The adjoint G_t = ∂L/∂h_t obeys
 
     G_t = exp(Δ_{t+1} A) ∘ G_{t+1} + dy_t C_tᵀ
 
-and every gradient is a product of h and G. The backward pass walks forward once more, and keeps the
-states that it needs.
+and the gradients are products of h, G and the inputs. The backward pass walks forward once more,
+and keeps the states that it needs.
 
 Names in kernels: p_ a pointer, s_ the distance of two tokens, b_ a block in registers, o_ offsets,
 m_ a mask, i_ an index; T tokens together, BP and BN blocks of p and n. A state is a tile (n, p).
@@ -54,7 +53,7 @@ try:
     import triton.language as tl
     from triton import jit
     from triton.language import constexpr
-except ImportError:  # Triton is for Linux only; without it every function takes its PyTorch form
+except ImportError:  # Triton is for Linux only
     triton = constexpr = None
 
     def jit(f=None, **_):
@@ -149,10 +148,8 @@ def ssm_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None, pos=None):
     if A.dim() == 3:
         pos = None if pos is None else pos.int().contiguous()
         return s6_scan(S6, segments(x, C), x, dt, A, B, C, D, z, dt_bias, h0, pos)
-    y, state = ssd_scan(x, dt, A, B, C, D, dt_bias, h0, pos)
-    if z is not None:  # these kernels have no gate: in a model, the norm follows it
-        y = (y.float() * F.silu(z.float())).to(y.dtype)
-    return y, state
+    y, state = ssd_scan(x, dt, A, B, C, D, dt_bias, h0, pos)  # has no gate: the norm follows it
+    return y if z is None else (y.float() * F.silu(z.float())).to(y.dtype), state
 
 
 def step_size(dt, dt_bias):
@@ -186,8 +183,8 @@ def s6_scan(op, c, x, dt, A, B, C, D, z, dt_bias, h0, pos):
     inputs, rest = dict(x=x, dt=dt, B=B, C=C, z=z, pos=pos), dict(A=A, D=D, dt_bias=dt_bias)
     if c == 1:
         return op(**inputs, h0=h0, **rest)
-    decay = step_size(dt, dt_bias).unflatten(1, (c, -1)).sum(2)[..., None] * A  # (b, c, h, p, n)
-    decay = decay.exp()
+    steps = step_size(dt, dt_bias).unflatten(1, (c, -1)).sum(2)
+    decay = torch.exp(steps[..., None] * A)  # (b, c, h, p, n)
     if pos is not None:
         starts = (pos == 0).unflatten(1, (c, -1)).any(2)
         decay = decay.masked_fill(starts[..., None, None, None], 0)
@@ -229,7 +226,8 @@ def causal_conv(x, weight, bias=None, state=None, lengths=None, pos=None):
     past = x.new_zeros(b, w - 1, g, p) if state is None else state.to(x.dtype)
     full, skip = (x, 0) if state is None else (torch.cat([past, x], dim=1), w - 1)
     pos = None if pos is None else F.pad(pos, (skip, 0)).int().contiguous()
-    y = (CONV if use_triton(x) else conv_reference)(full, weight, bias, pos)[:, skip:]
+    conv = CONV if use_triton(x) else conv_reference
+    y = conv(repeat_heads(full, len(weight)), weight, bias, pos)[:, skip:]
     if lengths is None:
         recent = torch.cat([past, x[:, max(0, l - w + 1) :]], dim=1)
         return y, recent[:, recent.shape[1] - w + 1 :]
@@ -331,6 +329,12 @@ def read_if(ptr, o, m):
 
 
 @jit
+def dot(a, b, acc=None):
+    """a b + acc in float32; float32 is not rounded before it is multiplied."""
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@jit
 def softplus(b):
     """log(1 + e^b) to 2e-7 of it: max(b, 0) + 2 artanh(w), w = e / (2 + e), e = e^-|b|."""
     b_e = tl.exp2(tl.abs(b) * -LOG2E)
@@ -355,8 +359,8 @@ def silu_slope(b):
 # --------------------------------------------------------------------------------------------------
 # Mamba (S6). One program walks BP channels of one head of one row.
 
-S6_BLOCK, S6_TILE = 16, 8  # channels of a program, and tokens of one associative scan
-S6_SAVE = 2  # tokens between two saved states; the backward holds theirs in registers
+# Channels of a program; tokens of one associative scan; tokens from one saved state to the next.
+S6_BLOCK, S6_TILE, S6_SAVE = 16, 8, 2
 
 
 @jit
@@ -401,12 +405,6 @@ def s6_tokens(
 
 
 @jit
-def s6_decay(b_delta, b_A, b_pos):
-    """exp(Δ A), or 0 at the start of a document; -1e30 does that also where A is 0."""
-    return tl.exp2(b_delta * b_A + tl.where(b_pos == 0, -1e30, 0.0))
-
-
-@jit
 def s6_join(a_1, h_1, a_2, h_2):
     """Two stretches of h ← a h + u, one after the other, as one."""
     return a_1 * a_2, a_2 * h_1 + h_2
@@ -448,7 +446,8 @@ def s6_forward_kernel(
         b_pos = t + 1
         if p_pos is not None:
             b_pos = tl.load(p_pos + i_b * l + t, mask=t < l, other=1)
-        b_decay = s6_decay(b_delta[:, None, :], b_A[None], b_pos[:, :, None])  # (T, n, p)
+        b_cut = tl.where(b_pos == 0, -1e30, 0.0)  # where a document starts, also if A is 0
+        b_decay = tl.exp2(b_delta[:, None, :] * b_A[None] + b_cut[:, :, None])  # (T, n, p)
         b_write = (b_delta * b_x)[:, None, :] * b_B[:, :, None]
         b_write = tl.where(first, b_write + b_decay * b_h[None], b_write)
         _, b_hs = tl.associative_scan((b_decay, b_write), 0, s6_join)
@@ -465,15 +464,14 @@ def s6_forward_kernel(
 
 
 #     dz = dy ∘ (Cᵀ h + D ∘ x) ∘ silu'(z),  from here on dy is dy ∘ silu(z)
-#     G ← G + C dyᵀ                      the adjoint of the state
-#     dC = h dy,  dB = G (Δ x),  du = Bᵀ G,  dx = Δ ∘ du + D ∘ dy
-#     da = G ∘ exp(Δ A) ∘ h_{t-1}        the adjoint of the exponent Δ A
+#     G ← G + C dyᵀ,  dC = h dy,  dB = G (Δ x),  du = Bᵀ G,  dx = Δ ∘ du + D ∘ dy
+#     da = G ∘ exp(Δ A) ∘ h_{t-1}                           of the exponent Δ A
 #     dΔ = du ∘ x + Σ_n da ∘ A,  dA = Σ_t Δ da,  dD = Σ_t dy ∘ x,  ddt = dΔ ∘ softplus'
 #     G ← exp(Δ A) ∘ G
 #
-# T tokens at a time from the end: their states are computed again from S and held in registers. dx,
-# dB and dC are per query head (dB, dC also per block of channels); sums (b, h, p, n + 2) holds dA,
-# dD and dbias. The sums over p are products with ones: across a warp they take more instructions.
+# T tokens at a time from the end, with states computed again from S. dx, dB, dC are per query head,
+# dB and dC also per block of channels; sums (b, h, p, n + 2): dA, dD and dbias. Sums over p are
+# products with ones: across a warp they take more instructions.
 @jit(do_not_specialize=["l"])
 def s6_backward_kernel(
     p_x, s_x: constexpr, p_dt, s_dt: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr,
@@ -491,8 +489,10 @@ def s6_backward_kernel(
     p_B += i_b * l * s_B + i_h // group * n + o_n
     p_C += i_b * l * s_C + i_h * n + o_n
     p_dy += i_b * l * s_dy + i_h * p + o_p
-    p_z = None if p_z is None else p_z + i_b * l * s_z + i_h * p + o_p
-    p_pos = None if p_pos is None else p_pos + i_b * l
+    if p_z is not None:
+        p_z += i_b * l * s_z + i_h * p + o_p
+    if p_pos is not None:
+        p_pos += i_b * l
     p_S += (i_b * tl.cdiv(l, T) * h + i_h) * (n * p) + o_n * p + o_p
     o_y = (i_b * l * h + i_h) * p + o_p
     i_part = tl.program_id(1) * (tl.num_programs(0) // h) + i_b
@@ -512,7 +512,7 @@ def s6_backward_kernel(
         for j in tl.static_range(T):
             b_dt, b_x, b_B, _, _, _, b_pos = tokens[j]
             b_delta = softplus(b_dt.to(tl.float32) + b_bias)
-            b_decay = s6_decay(b_delta, b_A, b_pos)
+            b_decay = tl.exp2(b_delta * b_A + tl.where(b_pos == 0, -1e30, 0.0))
             b_before = b_h
             b_h = b_decay * b_h + b_B.to(tl.float32) * (b_delta * b_x.to(tl.float32))
             states = states + ((b_delta, b_decay, b_before, b_h),)
@@ -560,8 +560,6 @@ def s6_backward_kernel(
 #
 #     y_t = Σ_{r≤t} 2^(s_t - s_r) (C_t·B_r) Δ_r x_r  +  2^s_t h C_t  +  D x_t
 #     h ← 2^s_T h + Σ_r 2^(s_T - s_r) Δ_r x_r B_rᵀ
-#
-# A matrix of pairs of tokens is (t, r), reader and writer, or (r, t).
 
 
 @jit
@@ -578,14 +576,25 @@ def ssd_walk(p_h0, h, p, n, BP, BN):
     return i_b, i_h, o_p, o_n, o_h, m_h, b_h
 
 
+# s (b, l, h) of every tile, from a; of float32 inputs in float64
+@jit(do_not_specialize=["l", "tiles"])
+def ssd_sums_kernel(p_a, p_s, l, tiles, h: constexpr, T: constexpr, BH: constexpr):
+    o_t = tl.program_id(0) % tiles * T + tl.arange(0, T)[:, None]
+    o_h = tl.arange(0, BH)[None, :]
+    o = ((tl.program_id(0) // tiles).to(tl.int64) * l + o_t) * h + o_h
+    m = (o_t < l) & (o_h < h)
+    b_a = read(p_a + o, m).to(p_s.dtype.element_ty)
+    tl.store(p_s + o, tl.cumsum(b_a * LOG2E, axis=0), mask=m)
+
+
 @jit
-def ssd_tokens(p_delta, p_a, left, h, T, PREC):
-    """Δ, s and s_T of T tokens, of which `left` are in the row; s of float32 inputs in float64."""
+def ssd_tokens(p_delta, p_s, left, h, T):
+    """Δ, s and s_T of T tokens, of which `left` are in the row; past its end Δ is 0."""
     o_t = tl.arange(0, T)
     b_delta = read(p_delta + o_t * h, o_t < left)
-    b_a = read(p_a + o_t * h, o_t < left).to(tl.float64 if PREC == "ieee" else tl.float32)
-    b_s = tl.cumsum(b_a * LOG2E, axis=0)
-    return b_delta, b_s, tl.sum(tl.where(o_t == T - 1, b_s, 0.0), axis=0)
+    b_end = tl.load(p_s + (tl.minimum(T, left) - 1) * h)
+    b_s = tl.load(p_s + o_t * h, mask=o_t < left, other=0.0)
+    return b_delta, tl.where(o_t < left, b_s, b_end), b_end
 
 
 @jit
@@ -607,13 +616,13 @@ def tile(ptr, s_row, o_row, o_col, n_row, n_col, DOT):
     return tl.load(ptr + o_row[:, None] * s_row + o_col[None, :], mask=m, other=0.0).to(DOT)
 
 
-# The formulas above: one program walks BP channels of one head of one row.
+# The formulas above, of BP channels of one head of one row.
 @jit(do_not_specialize=["l"])
 def ssd_forward_kernel(
     p_x, s_x: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr,
-    p_delta, p_a, p_D, p_h0, p_y, p_h, l,
+    p_delta, p_s, p_D, p_h0, p_y, p_h, l,
     h: constexpr, p: constexpr, n: constexpr, group: constexpr,
-    DOT: constexpr, PREC: constexpr, T: constexpr, BP: constexpr, BN: constexpr,
+    DOT: constexpr, T: constexpr, BP: constexpr, BN: constexpr,
 ):  # fmt: skip
     i_b, i_h, o_p, o_n, o_h, m_h, b_h = ssd_walk(p_h0, h, p, n, BP, BN)
     o_t = tl.arange(0, T)
@@ -628,16 +637,16 @@ def ssd_forward_kernel(
         b_x = tile(p_x + i_0 * s_x, s_x, o_t, o_p, left, p, DOT)  # (T, p)
         b_B = tl.trans(tile(p_B + i_0 * s_B, s_B, o_t, o_n, left, n, DOT))  # (n, T)
         b_C = tile(p_C + i_0 * s_C, s_C, o_t, o_n, left, n, DOT)  # (T, n)
-        b_delta, b_s, b_end = ssd_tokens(p_delta + o_0, p_a + o_0, left, h, T, PREC)
+        b_delta, b_s, b_end = ssd_tokens(p_delta + o_0, p_s + o_0, left, h, T)
         b_decay = decay_between(-b_s, o_t[:, None] >= o_t[None, :])
-        b_scores = tl.dot(b_C, b_B, input_precision=PREC) * b_decay * b_delta[None, :]  # (t, r)
-        b_y = tl.dot(b_C, b_h.to(DOT), input_precision=PREC) * exp2(b_s)[:, None]
-        b_y += tl.dot(b_scores.to(DOT), b_x, input_precision=PREC)
+        b_scores = dot(b_C, b_B) * b_decay * b_delta[None, :]  # (t, r)
+        b_y = dot(b_C, b_h.to(DOT)) * exp2(b_s)[:, None]
+        b_y += dot(b_scores.to(DOT), b_x)
         b_y += b_D * b_x.to(tl.float32)
         m_y = (o_t < left)[:, None] & (o_p < p)[None, :]
         tl.store(p_y + (o_0 + o_t[:, None] * h) * p + o_p[None, :], b_y, mask=m_y)
         b_u = (b_x.to(tl.float32) * (exp2(b_end - b_s) * b_delta)[:, None]).to(DOT)
-        b_h = b_h * exp2(b_end) + tl.dot(b_B, b_u, input_precision=PREC)
+        b_h = b_h * exp2(b_end) + dot(b_B, b_u)
     tl.store(p_h + o_h, b_h, mask=m_h)
 
 
@@ -648,9 +657,9 @@ def ssd_forward_kernel(
 # ADJOINT, at every tile's end.
 @jit(do_not_specialize=["l"])
 def ssd_states_kernel(
-    p_u, s_u: constexpr, p_v, s_v: constexpr, p_delta, p_a, p_first, p_S, p_last, l,
+    p_u, s_u: constexpr, p_v, s_v: constexpr, p_delta, p_s, p_first, p_S, p_last, l,
     h: constexpr, p: constexpr, n: constexpr, group: constexpr, ADJOINT: constexpr,
-    DOT: constexpr, PREC: constexpr, T: constexpr, BP: constexpr, BN: constexpr,
+    DOT: constexpr, T: constexpr, BP: constexpr, BN: constexpr,
 ):  # fmt: skip
     i_b, i_h, o_p, o_n, o_h, m_h, b_h = ssd_walk(p_first, h, p, n, BP, BN)
     tiles = tl.cdiv(l, T)
@@ -665,42 +674,41 @@ def ssd_states_kernel(
         tl.store(p_S + i_t * (h * n * p), b_h, mask=m_h)
         b_u = tile(p_u + i_0 * s_u, s_u, o_t, o_p, l - i_0, p, DOT)
         b_v = tl.trans(tile(p_v + i_0 * s_v, s_v, o_t, o_n, l - i_0, n, DOT))
-        b_delta, b_s, b_end = ssd_tokens(p_delta + o_0, p_a + o_0, l - i_0, h, T, PREC)
+        b_delta, b_s, b_end = ssd_tokens(p_delta + o_0, p_s + o_0, l - i_0, h, T)
         b_w = exp2(b_s) if ADJOINT else exp2(b_end - b_s) * b_delta
         b_u = (b_u.to(tl.float32) * b_w[:, None]).to(DOT)
-        b_h = b_h * exp2(b_end) + tl.dot(b_v, b_u, input_precision=PREC)
+        b_h = b_h * exp2(b_end) + dot(b_v, b_u)
     tl.store(p_last + o_h, b_h, mask=m_h)
 
 
 @jit
-def products(p_a, s_a, p_c, s_c, o_t, left, w, DOT, PREC, BW):
+def products(p_a, s_a, p_c, s_c, o_t, left, w, DOT, BW):
     """a cᵀ of two tiles of T tokens, w columns wide: (T, T)."""
     b = tl.zeros((o_t.shape[0], o_t.shape[0]), tl.float32)
     for i in range(0, w, BW):
         o = i + tl.arange(0, BW)
         b_c = tl.trans(tile(p_c, s_c, o_t, o, left, w, DOT))
-        b = tl.dot(tile(p_a, s_a, o_t, o, left, w, DOT), b_c, b, input_precision=PREC)
+        b = dot(tile(p_a, s_a, o_t, o, left, w, DOT), b_c, b)
     return b
 
 
 # The gradients of one tile of one head, from S, the state at its start, and G, the adjoint of the
-# state at its end. With decay_tr = 2^(s_t - s_r) for r ≤ t, else 0:
+# state at its end, of later tiles alone. With decay_tr = 2^(s_t - s_r) for r ≤ t, else 0:
 #
 #     dx_r = Δ_r (2^(s_T - s_r) G B_r + Σ_t decay_tr (C_t·B_r) dy_t) + D dy_r  b_BC (r, t)
-#     dB_r = Δ_r (2^(s_T - s_r) G x_r + Σ_t decay_tr (dy_t·x_r) C_t)           b_xy (r, t)
-#     dC_t = 2^s_t S dy_t + Σ_r decay_tr Δ_r (dy_t·x_r) B_r                    b_yx (t, r)
+#     dB_r = Δ_r (2^(s_T - s_r) Gᵀ x_r + Σ_t decay_tr (dy_t·x_r) C_t)          b_xy (r, t)
+#     dC_t = 2^s_t Sᵀ dy_t + Σ_r decay_tr Δ_r (dy_t·x_r) B_r                   b_yx (t, r)
+#     dΔ_r = give_r + Σ_t decay_tr (C_t·B_r) (dy_t·x_r),  give_r = 2^(s_T - s_r) x_r·(G B_r)
 #
-# da_t is the sum of every product whose decay spans token t: b_ds, what a token reads minus what it
-# writes inside the tile, summed from the tile's end back to t; b_before, what the tokens before t
-# leave at the tile's end; and 2^s_T <S, G>, what crosses the whole tile. Readers and writers have
-# products of their own, since Triton 3.4 to 3.7 on Hopper miscompiles a product with another one's
-# transposed result. dD (·, h) is the tile's part.
+# da_t is the sum of every product whose decay spans token t: Σ_{τ≥t} b_ds, what τ reads minus what
+# it writes inside the tile; Σ_{τ<t} Δ give, what is left of τ at the tile's end; and 2^s_T <S, G>.
+# The pairs have two products, since Triton 3.4 to 3.7 on Hopper miscompiles one and its transpose.
 @jit(do_not_specialize=["l"])
 def ssd_backward_kernel(
     p_x, s_x: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr, p_dy, s_dy: constexpr,
-    p_delta, p_a, p_D, p_S, p_G, p_dx, p_ddelta, p_da, p_dB, p_dC, p_dD, l,
+    p_delta, p_s, p_D, p_S, p_G, p_dx, p_ddelta, p_da, p_dB, p_dC, p_dD, l,
     h: constexpr, p: constexpr, n: constexpr, group: constexpr,
-    DOT: constexpr, PREC: constexpr, T: constexpr, BP: constexpr, BN: constexpr,
+    DOT: constexpr, T: constexpr, BP: constexpr, BN: constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(l, T)
     i_bt = tl.program_id(0).to(tl.int64) // h
@@ -716,9 +724,9 @@ def ssd_backward_kernel(
     p_S += (i_bt * h + i_h) * (n * p)
     p_G += (i_bt * h + i_h) * (n * p)
     o_0 = i_l * h + i_h
-    b_delta, b_s, b_end = ssd_tokens(p_delta + o_0, p_a + o_0, left, h, T, PREC)
+    b_delta, b_s, b_end = ssd_tokens(p_delta + o_0, p_s + o_0, left, h, T)
     b_after = exp2(b_end - b_s)[:, None]
-    b_BC = products(p_B, s_B, p_C, s_C, o_t, left, n, DOT, PREC, BN)
+    b_BC = products(p_B, s_B, p_C, s_C, o_t, left, n, DOT, BN)
     b_BC *= decay_between(b_s, o_t[:, None] <= o_t[None, :])
     for i_p in range(0, p, BP):
         o_p = i_p + tl.arange(0, BP)
@@ -728,13 +736,13 @@ def ssd_backward_kernel(
             o_n = i_n + tl.arange(0, BN)
             b_G = tile(p_G, p, o_n, o_p, n, p, DOT)
             b_B = tile(p_B, s_B, o_t, o_n, left, n, DOT)
-            b_dx = tl.dot(b_B, b_G, b_dx, input_precision=PREC)
-        b_dx = tl.dot(b_BC.to(DOT), b_dy, b_dx * b_after, input_precision=PREC) * b_delta[:, None]
+            b_dx = dot(b_B, b_G, b_dx)
+        b_dx = dot(b_BC.to(DOT), b_dy, b_dx * b_after) * b_delta[:, None]
         b_dx += read_if(p_D, i_h, i_h < h) * b_dy.to(tl.float32)
         m_x = (o_t < left)[:, None] & (o_p < p)[None, :]
         tl.store(p_dx + (o_0 + o_t[:, None] * h) * p + o_p[None, :], b_dx, mask=m_x)
-    b_xy = products(p_x, s_x, p_dy, s_dy, o_t, left, p, DOT, PREC, BP)
-    b_yx = products(p_dy, s_dy, p_x, s_x, o_t, left, p, DOT, PREC, BP)
+    b_xy = products(p_x, s_x, p_dy, s_dy, o_t, left, p, DOT, BP)
+    b_yx = products(p_dy, s_dy, p_x, s_x, o_t, left, p, DOT, BP)
     tl.store(p_dD + i_bt * h + i_h, tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_xy, 0.0)))
     b_pairs = b_BC * b_xy
     b_xy *= decay_between(b_s, o_t[:, None] <= o_t[None, :])
@@ -758,115 +766,120 @@ def ssd_backward_kernel(
             b_G = tile(p_G, p, o_n, o_p, n, p, DOT)
             b_x = tile(p_x, s_x, o_t, o_p, left, p, DOT)
             b_dy = tile(p_dy, s_dy, o_t, o_p, left, p, DOT)
-            b_dB = tl.dot(b_x, tl.trans(b_G), b_dB, input_precision=PREC)
-            b_dC = tl.dot(b_dy, tl.trans(b_S), b_dC, input_precision=PREC)
+            b_dB = dot(b_x, tl.trans(b_G), b_dB)
+            b_dC = dot(b_dy, tl.trans(b_S), b_dC)
             b_hold += tl.sum(b_S.to(tl.float32) * b_G.to(tl.float32))
         b_dB *= b_after
         b_dC *= exp2(b_s)[:, None]
         b_give += tl.sum(b_dB * b_B.to(tl.float32), axis=1)
         b_ds += tl.sum(b_dC * b_C.to(tl.float32), axis=1)
-        b_dB = tl.dot(b_xy, b_C, b_dB * b_delta[:, None], input_precision=PREC)
-        b_dC = tl.dot(b_yx, b_B, b_dC, input_precision=PREC)
+        b_dB = dot(b_xy, b_C, b_dB * b_delta[:, None])
+        b_dC = dot(b_yx, b_B, b_dC)
         o_tn = (o_0 + o_t[:, None] * h) * n + o_n[None, :]
         m_tn = (o_t < left)[:, None] & (o_n < n)[None, :]
         tl.store(p_dB + o_tn, b_dB, mask=m_tn)
         tl.store(p_dC + o_tn, b_dC, mask=m_tn)
-    b_given = (b_give * b_delta)[None, :]
-    b_before = tl.sum(tl.where(o_t[None, :] < o_t[:, None], b_given, 0.0), axis=1)
+    b_before = tl.where(o_t[None, :] < o_t[:, None], (b_give * b_delta)[None, :], 0.0)
+    b_before = tl.sum(b_before, axis=1)
     b_da = tl.cumsum(b_ds, axis=0, reverse=True) + b_before + exp2(b_end) * b_hold
     tl.store(p_ddelta + o_0 + o_t * h, b_ddelta + b_give, mask=o_t < left)
     tl.store(p_da + o_0 + o_t * h, b_da, mask=o_t < left)
 
 
 # --------------------------------------------------------------------------------------------------
-# The convolution: a tile of T tokens and BC channels of one row. Channel c of the weights' h·p
-# reads channel c // (group·p) · p + c % p of x.
+# The convolution. A program walks BC channels through T tokens, the last W inputs in registers.
 
-CONV_TOKENS, CONV_CHANNELS = 32, 64
+CONV_TOKENS, CONV_CHANNELS = 32, 256
 
 
 @jit
-def conv_tile(l, T, BC):
-    """The row's first token, counted over all rows; the tile's tokens in the row; its channels."""
+def conv_start(p_x, s_x, p_w, p_bias, l, c, W, T, BC):
+    """A program's row, by its first token; first token; channels; x before it; weights and bias."""
     i_l = tl.program_id(2).to(tl.int64) * l
-    o_t = 0 * i_l + tl.program_id(1) * T + tl.arange(0, T)[:, None]
-    return i_l, o_t, tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
+    t_0 = 0 * i_l + tl.program_id(1) * T
+    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
+    xs = ()
+    ws = ()
+    for k in tl.static_range(W):
+        ws = ws + (read(p_w + o_c * W + k, o_c < c),)
+    for k in tl.static_range(W - 1):
+        t = t_0 - (W - 1) + k
+        xs = xs + (read(p_x + (i_l + t) * s_x + o_c, o_c < tl.where(t >= 0, c, 0)),)
+    return i_l, t_0, o_c, xs, ws, read_if(p_bias, o_c, o_c < c)
 
 
 @jit
-def seen(p_pos, o_t, l, lag):
-    """Whether what lies `lag` tokens before token o_t is of its row and document."""
-    m = (o_t >= lag) & (o_t < l)
+def sees(p_pos, i_l, t, l, lag):
+    """Whether what lies `lag` tokens before token t of the row is of t's document."""
+    pos = lag
     if p_pos is not None:
-        m = m & (tl.load(p_pos + o_t, mask=o_t < l, other=0) >= lag)
-    return m
+        pos = tl.load(p_pos + i_l + t, mask=(t >= 0) & (t < l), other=0)
+    return pos >= lag
 
 
 @jit
-def conv_sum(p_x, s_x, o_x, p_w, p_bias, o_c, m_c, p_pos, o_t, l, W):
-    """e_t = bias + Σ_k weight_k x_{t-W+1+k} of tokens o_t, and the W taps of x."""
-    b_e = read_if(p_bias, o_c, m_c)
+def conv_sum(xs, ws, b_bias, p_pos, i_l, t, l, W):
+    """e_t = bias + Σ_k weight_k x_{t-W+1+k}, and the W taps of x."""
+    b_e = b_bias
     taps = ()
     for k in tl.static_range(W):
-        lag = W - 1 - k
-        b_x = read(p_x + (o_t - lag) * s_x + o_x, m_c & seen(p_pos, o_t, l, lag))
-        b_e += read(p_w + o_c * W + k, m_c) * b_x
-        taps = taps + (b_x,)
+        taps = taps + (tl.where(sees(p_pos, i_l, t, l, W - 1 - k), xs[k], 0.0),)
+        b_e += ws[k] * taps[k]
     return b_e, taps
 
 
 # y_t = silu(e_t)
 @jit(do_not_specialize=["l"])
 def conv_forward_kernel(
-    p_x, s_x: constexpr, p_w, p_bias, p_pos, p_y, l, c: constexpr, group: constexpr, p: constexpr,
-    W: constexpr, T: constexpr, BC: constexpr,
+    p_x, s_x: constexpr, p_w, p_bias, p_pos, p_y, l,
+    c: constexpr, W: constexpr, T: constexpr, BC: constexpr,
 ):  # fmt: skip
-    i_l, o_t, o_c = conv_tile(l, T, BC)
-    p_pos = None if p_pos is None else p_pos + i_l
-    o_x = o_c // (group * p) * p + o_c % p
-    b_e, _ = conv_sum(p_x + i_l * s_x, s_x, o_x, p_w, p_bias, o_c, o_c < c, p_pos, o_t, l, W)
-    tl.store(p_y + (i_l + o_t) * c + o_c, silu(b_e), mask=(o_c < c) & (o_t < l))
+    i_l, t_0, o_c, xs, ws, b_bias = conv_start(p_x, s_x, p_w, p_bias, l, c, W, T, BC)
+    for i in tl.range(0, T, num_stages=4):
+        t = t_0 + i
+        m = o_c < tl.where(t < l, c, 0)
+        xs = xs + (read(p_x + (i_l + t) * s_x + o_c, m),)
+        b_e, _ = conv_sum(xs, ws, b_bias, p_pos, i_l, t, l, W)
+        tl.store(p_y + (i_l + t) * c + o_c, silu(b_e), mask=m)
+        xs = xs[1:]
 
 
-# de_t = dy_t silu'(e_t),    dweight_k = Σ_t de_t x_{t-W+1+k},    dbias = Σ_t de_t
+# de_t = dy_t silu'(e_t),    dx_t = Σ_k weight_k de_{t+W-1-k}
+# dweight_k = Σ_t de_t x_{t-W+1+k},    dbias = Σ_t de_t
 #
-# sums (·, W + 1, c) holds the tile's part of dweight and, last, of dbias.
+# dx follows W - 1 tokens behind de, so the walk goes on. sums (·, W + 1, c) is its part of dweight
+# and, last, of dbias.
 @jit(do_not_specialize=["l"])
-def conv_weight_kernel(
-    p_x, s_x: constexpr, p_w, p_bias, p_pos, p_dy, p_de, p_sums, l,
-    c: constexpr, group: constexpr, p: constexpr, W: constexpr, T: constexpr, BC: constexpr,
+def conv_backward_kernel(
+    p_x, s_x: constexpr, p_w, p_bias, p_pos, p_dy, p_dx, p_sums, l,
+    c: constexpr, W: constexpr, T: constexpr, BC: constexpr,
 ):  # fmt: skip
-    i_l, o_t, o_c = conv_tile(l, T, BC)
-    p_pos = None if p_pos is None else p_pos + i_l
-    o_x = o_c // (group * p) * p + o_c % p
-    m = (o_c < c) & (o_t < l)
-    b_e, taps = conv_sum(p_x + i_l * s_x, s_x, o_x, p_w, p_bias, o_c, o_c < c, p_pos, o_t, l, W)
-    b_de = read(p_dy + (i_l + o_t) * c + o_c, m) * silu_slope(b_e)
-    tl.store(p_de + (i_l + o_t) * c + o_c, b_de, mask=m)
-    p_sums += (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (W + 1) * c
-    for k in tl.static_range(W):
-        b_dw = tl.sum(b_de * taps[k], axis=0, keep_dims=True)
-        tl.store(p_sums + k * c + o_c, b_dw, mask=o_c < c)
-    tl.store(p_sums + W * c + o_c, tl.sum(b_de, axis=0, keep_dims=True), mask=o_c < c)
-
-
-# dx_t = Σ_k weight_k de_{t+W-1-k}, summed over the query heads of a kv head; BC channels of x
-@jit(do_not_specialize=["l"])
-def conv_dx_kernel(
-    p_de, p_w, p_pos, p_dx, l, c: constexpr, group: constexpr, p: constexpr,
-    W: constexpr, T: constexpr, BC: constexpr,
-):  # fmt: skip
-    i_l, o_t, o_x = conv_tile(l, T, BC)
-    p_pos = None if p_pos is None else p_pos + i_l
-    m_c = o_x < c // group
-    b_dx = tl.zeros((T, BC), tl.float32)
-    for i in range(group):
-        o_c = (o_x // p * group + i) * p + o_x % p
+    i_l, t_0, o_c, xs, ws, b_bias = conv_start(p_x, s_x, p_w, p_bias, l, c, W, T, BC)
+    sums = (tl.zeros((BC,), tl.float32),) * (W + 1)
+    des = (tl.zeros((BC,), tl.float32),) * (W - 1)
+    for i in tl.range(0, T + W - 1, num_stages=4):
+        t = t_0 + i
+        m = o_c < tl.where(t < l, c, 0)
+        xs = xs + (read(p_x + (i_l + t) * s_x + o_c, m),)
+        b_e, taps = conv_sum(xs, ws, b_bias, p_pos, i_l, t, l, W)
+        b_de = read(p_dy + (i_l + t) * c + o_c, m) * silu_slope(b_e)
+        des = des + (b_de,)
+        b_de = tl.where(i < T, b_de, 0.0)  # of the program's own tokens
+        more = ()
+        for k in tl.static_range(W):
+            more = more + (sums[k] + b_de * taps[k],)
+        sums = more + (sums[W] + b_de,)
+        t -= W - 1
+        b_dx = tl.zeros((BC,), tl.float32)
         for lag in tl.static_range(W):
-            m = m_c & seen(p_pos, o_t + lag, l, lag)
-            b_de = read(p_de + (i_l + o_t + lag) * c + o_c, m)
-            b_dx += read(p_w + o_c * W + W - 1 - lag, m_c) * b_de
-    tl.store(p_dx + (i_l + o_t) * (c // group) + o_x, b_dx, mask=m_c & (o_t < l))
+            b_dx += ws[W - 1 - lag] * tl.where(sees(p_pos, i_l, t + lag, l, lag), des[lag], 0.0)
+        m = o_c < tl.where((t >= t_0) & (t < l), c, 0)
+        tl.store(p_dx + (i_l + t) * c + o_c, b_dx, mask=m)
+        xs = xs[1:]
+        des = des[1:]
+    i_part = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    for k in tl.static_range(W + 1):
+        tl.store(p_sums + (i_part * (W + 1) + k) * c + o_c, sums[k], mask=o_c < c)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -893,7 +906,7 @@ def launch(kernel, grid, *args, **sizes):
 
 
 def flat(t):
-    """`t` in float32, contiguous; None stays None."""
+    """An optional tensor in float32, contiguous."""
     return None if t is None else t.float().contiguous()
 
 
@@ -902,15 +915,10 @@ def block(n):
     return max(16, triton.next_power_of_2(n))
 
 
-def precision(x):
-    """How float32 products are made: in full for inputs in float32, else as TF32."""
-    return "ieee" if x.dtype == torch.float32 else "tf32"
-
-
 def s6_sizes(x, C):
     """The grid and the constants of Mamba's kernels."""
     (b, _, h, n), p = C.shape, x.shape[3]
-    BN, BP = block(n), min(S6_BLOCK, block(p))
+    BN, BP = block(n), S6_BLOCK
     sizes = dict(h=h, p=p, n=n, group=h // x.shape[2], BP=BP, BN=BN)
     return (b * h, triton.cdiv(p, BP)), dict(sizes, num_warps=max(1, BN * BP // 256))
 
@@ -936,7 +944,8 @@ def s6_backward(dy, dh, x, dt, B, C, z, pos, h0, A, D, dt_bias):
     dh0, sums = S.new_empty(b, h, p, n), S.new_empty(b, h, p, n + 2)
     tensors = *strided(x, dt, B, C, z, dy), *map(flat, (A, D, dt_bias, dh)), pos, S
     results = dx, ddt, dB, dC, dz, dh0, sums
-    launch(s6_backward_kernel, grid, *tensors, *results, l, T=S6_SAVE, PREC=precision(x), **sizes)
+    sizes["PREC"] = "ieee" if x.dtype == torch.float32 else "tf32"
+    launch(s6_backward_kernel, grid, *tensors, *results, l, T=S6_SAVE, **sizes)
     dB, dC = (t[0] if len(t) == 1 else t.sum(0) for t in (dB, dC))
     return dx, ddt, dB, dC, dz, dh0, sums
 
@@ -944,18 +953,24 @@ def s6_backward(dy, dh, x, dt, B, C, z, pos, h0, A, D, dt_bias):
 def ssd_sizes(x, C):
     """The constants of Mamba-2's kernels, and those of its walks, which hold a state of all n."""
     bf16 = x.dtype == torch.bfloat16 and not INTERPRET  # which the interpreter lacks
-    T = 64 if bf16 else 32
-    sizes = dict(h=C.shape[2], p=x.shape[3], n=C.shape[3], T=T, BP=T, PREC=precision(x))
+    T, BN = 64 if bf16 else 32, block(C.shape[3])
+    sizes = dict(h=C.shape[2], p=x.shape[3], n=C.shape[3], T=T, BP=T)
     sizes["DOT"] = tl.bfloat16 if bf16 else tl.float32
-    BN = block(C.shape[3])
     return dict(sizes, BN=T), dict(sizes, BN=BN, num_stages=3 if BN <= 128 else 2)
+
+
+def ssd_sums(x, a, T):
+    (b, l, h), tiles = a.shape, triton.cdiv(a.shape[1], T)
+    s = a.new_empty(a.shape, dtype=torch.float64 if x.dtype == torch.float32 else torch.float32)
+    launch(ssd_sums_kernel, (b * tiles,), flat(a), s, l, tiles, h=h, T=T, BH=block(h))
+    return s
 
 
 def ssd_forward(x, delta, a, B, C, h0, D):
     """Mamba-2: y and the last state."""
     (b, l, h, n), p, (_, walk) = C.shape, x.shape[3], ssd_sizes(x, C)
-    y, last = x.new_empty(b, l, h, p), delta.new_empty(b, h, p, n)
-    tensors = *strided(x, B, C), *map(flat, (delta, a, D, h0)), y, last
+    y, last, s = x.new_empty(b, l, h, p), delta.new_empty(b, h, p, n), ssd_sums(x, a, walk["T"])
+    tensors = *strided(x, B, C), flat(delta), s, flat(D), flat(h0), y, last
     grid = b * h, triton.cdiv(p, walk["BP"])
     launch(ssd_forward_kernel, grid, *tensors, l, group=h // x.shape[2], **walk)
     return y, last
@@ -968,30 +983,28 @@ def ssd_backward(dy, dh, x, delta, a, B, C, h0, D):
     kind = torch.bfloat16 if sizes["DOT"] == tl.bfloat16 else torch.float32
     S, G = (delta.new_empty(b, tiles, h, n, p, dtype=kind) for _ in range(2))
     last, dh0 = (delta.new_empty(b, h, p, n) for _ in range(2))
-    grid = b * h, triton.cdiv(p, walk["BP"])
-    delta, a = flat(delta), flat(a)
-    states = *strided(x, B), delta, a, flat(h0), S, last
+    grid, steps = (b * h, triton.cdiv(p, walk["BP"])), (flat(delta), ssd_sums(x, a, sizes["T"]))
+    states = *strided(x, B), *steps, flat(h0), S, last
     launch(ssd_states_kernel, grid, *states, l, group=group, ADJOINT=False, **walk)
-    adjoints = *strided(dy, C), delta, a, flat(dh), G, dh0
+    adjoints = *strided(dy, C), *steps, flat(dh), G, dh0
     launch(ssd_states_kernel, grid, *adjoints, l, group=1, ADJOINT=True, **walk)
-    dx, ddelta, da = x.new_empty(b, l, h, p), torch.empty_like(delta), torch.empty_like(a)
+    dx, ddelta, da = x.new_empty(b, l, h, p), delta.new_empty(b, l, h), a.new_empty(b, l, h)
     dB, dC, dD = B.new_empty(C.shape), C.new_empty(C.shape), delta.new_empty(b * tiles, h)
-    tensors = *strided(x, B, C, dy), delta, a, flat(D), S, G, dx, ddelta, da, dB, dC, dD
+    tensors = *strided(x, B, C, dy), *steps, flat(D), S, G, dx, ddelta, da, dB, dC, dD
     launch(ssd_backward_kernel, (b * tiles * h,), *tensors, l, group=group, **sizes)
     return dx, ddelta, da, dB, dC, dh0, dD
 
 
-def conv_sizes(x, weight, channels):
+def conv_sizes(x, weight):
     """The grid and the constants of the convolution's kernels."""
-    (b, l, g, _), (h, p, w) = x.shape, weight.shape
-    BC = min(CONV_CHANNELS, block(channels))
-    grid = triton.cdiv(channels, BC), triton.cdiv(l, CONV_TOKENS), b
-    return grid, dict(c=h * p, group=h // g, p=p, W=w, T=CONV_TOKENS, BC=BC)
+    (b, l, h, p), w = x.shape, weight.shape[2]
+    BC = min(CONV_CHANNELS, block(h * p))
+    grid = triton.cdiv(h * p, BC), triton.cdiv(l, CONV_TOKENS), b
+    return grid, dict(c=h * p, W=w, T=CONV_TOKENS, BC=BC, num_warps=1)
 
 
 def conv_forward(x, weight, bias, pos):
-    y = x.new_empty(*x.shape[:2], *weight.shape[:2])
-    grid, sizes = conv_sizes(x, weight, weight.shape[0] * weight.shape[1])
+    y, (grid, sizes) = x.new_empty(x.shape), conv_sizes(x, weight)
     tensors = *strided(x), flat(weight), flat(bias), pos, y
     launch(conv_forward_kernel, grid, *tensors, x.shape[1], **sizes)
     return y
@@ -999,14 +1012,10 @@ def conv_forward(x, weight, bias, pos):
 
 def conv_backward(dy, x, weight, bias, pos):
     """The gradient of x and, in parts (·, w + 1, h, p), of each tap's weights and of the bias."""
-    (l, g), (h, p, w), dy, weight = x.shape[1:3], weight.shape, dy.contiguous(), flat(weight)
-    grid, sizes = conv_sizes(x, weight, h * p)
-    dx, de = x.new_empty(x.shape), dy.new_empty(dy.shape)
-    sums = weight.new_empty(grid[1] * grid[2], w + 1, h, p)
-    layer = *strided(x), weight, flat(bias), pos
-    launch(conv_weight_kernel, grid, *layer, dy, de, sums, l, **sizes)
-    grid, sizes = conv_sizes(x, weight, g * p)
-    launch(conv_dx_kernel, grid, de, weight, pos, dx, l, **sizes)
+    dx, weight, (grid, sizes) = x.new_empty(x.shape), flat(weight), conv_sizes(x, weight)
+    sums = weight.new_empty(grid[1] * grid[2], weight.shape[2] + 1, *weight.shape[:2])
+    tensors = *strided(x), weight, flat(bias), pos, dy.contiguous(), dx, sums
+    launch(conv_backward_kernel, grid, *tensors, x.shape[1], **sizes)
     return dx, sums
 
 
@@ -1066,15 +1075,13 @@ CONV_BACKWARD = operator("conv_backward", conv_backward, "dy " + CONV_INPUTS, 2)
 
 # --------------------------------------------------------------------------------------------------
 # Decoding: l ≤ FEW new tokens a row, which follow what a cache holds. A step is bound by memory, so
-# each weight and each cached value is read once, at full rate. And speculative decoding is exact
-# only if a row's bits do not depend on how many tokens come at once, so each row has the same
-# products in the same order, whatever the other rows hold. (Another batch may cut attention's keys
-# differently.)
+# weights and cached values are read at full rate. And speculative decoding is exact only if a row's
+# bits do not depend on how many tokens come at once, so each row has the same products in the same
+# order. (Another batch may cut attention's keys differently.)
 
 FEW = 16  # the most tokens a row
 MANY = 64  # rows of a batch above which PyTorch's product is faster; its bits vary with the rows
-LINEAR = {"BN": 32, "BK": 256, "num_warps": 4, "num_stages": 4}  # by measurement on an H200
-LINEAR_GATED = {"BN": 64, "BK": 128, "num_warps": 4, "num_stages": 4}
+LINEAR = {"BN": 32, "BK": 256}, {"BN": 64, "BK": 128}  # without and with a gate; for an H200
 SPLIT = (128, 512)  # keys in a piece: for fewer than 64 kv heads of all rows together, and for more
 
 
@@ -1094,12 +1101,12 @@ def norm_kernel(p_x, p_w, p_y, eps, k: constexpr, BK: constexpr):
     tl.store(p_y + o_x, b_y, mask=o < k)
 
 
-# y = x Wᵀ, with a gate V silu(x Vᵀ) ∘ x Wᵀ, onto u u + x Wᵀ. x (rows, k), W and V (n, k): BN
-# columns of y for M rows, so the weights are read once for every 64 rows.
+# y = x Wᵀ, with a gate V y = silu(x Vᵀ) ∘ x Wᵀ, and with u added. x (rows, k), W and V (n, k). A
+# program makes BN columns for M ≤ 64 rows.
 @jit(do_not_specialize=["rows"])
 def linear_kernel(
     p_x, s_x: constexpr, p_w, p_v, p_u, p_y, rows, n: constexpr, k: constexpr,
-    PREC: constexpr, M: constexpr, BN: constexpr, BK: constexpr,
+    M: constexpr, BN: constexpr, BK: constexpr,
 ):  # fmt: skip
     o_m = (tl.program_id(0) * M + tl.arange(0, M)[None, :]).to(tl.int64)
     o_n = tl.program_id(1) * BN + tl.arange(0, BN)[:, None]
@@ -1112,10 +1119,10 @@ def linear_kernel(
         m_w = (o_n < n) & (i_k + o_k < k)[None, :]
         b_x = tl.load(p_x + o_m * s_x + (i_k + o_k)[:, None], mask=m_x, other=0.0)
         b_w = tl.load(p_w + o_w + i_k, mask=m_w, other=0.0)
-        b_y = tl.dot(b_w, b_x, b_y, input_precision=PREC)
+        b_y = dot(b_w, b_x, b_y)
         if p_v is not None:
             b_w = tl.load(p_v + o_w + i_k, mask=m_w, other=0.0)
-            b_v = tl.dot(b_w, b_x, b_v, input_precision=PREC)
+            b_v = dot(b_w, b_x, b_v)
     m_y = (o_m < rows) & (o_n < n)
     if p_v is not None:
         b_y *= silu(b_v)
@@ -1125,7 +1132,7 @@ def linear_kernel(
 
 
 def in_flight(x, most, size):
-    """How many stages of `size` bytes a loop can have in shared memory, `most` at most."""
+    """How many stages of `size` bytes fit into shared memory, up to `most`."""
     if not x.is_cuda:
         return most
     room = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
@@ -1148,13 +1155,13 @@ def linear(x, weight, gate=None, onto=None):
         return y if onto is None else onto + y
     x = (x if x.stride(2) == 1 else x.contiguous()).reshape(b * l, k)
     M = 16 if b * l <= 16 else 32 if b * l <= 32 else 64
-    sizes = dict(LINEAR if gate is None else LINEAR_GATED)
-    stage = (sizes["BN"] * (1 if gate is None else 2) + M) * sizes["BK"] * x.element_size()
-    sizes["num_stages"] = in_flight(x, sizes["num_stages"], stage)
+    gated = gate is not None
+    sizes = dict(LINEAR[gated], n=n, k=k, M=M)
+    stage = (sizes["BN"] * (1 + gated) + M) * sizes["BK"] * x.element_size()
+    sizes["num_stages"] = in_flight(x, 4, stage)
     tensors = [None if t is None else t.contiguous() for t in (weight, gate, onto)]
     y, grid = x.new_empty(b, l, n), (triton.cdiv(b * l, M), triton.cdiv(n, sizes["BN"]))
-    more = dict(sizes, n=n, k=k, M=M, PREC=precision(x))
-    launch(linear_kernel, grid, x, x.stride(0), *tensors, y, b * l, **more)
+    launch(linear_kernel, grid, x, x.stride(0), *tensors, y, b * l, **sizes)
     return y
 
 
@@ -1181,7 +1188,7 @@ def rotated(ptr, o, m, p_cos, p_sin, o_angle, half):
 
 
 # Writes the l new keys, rotated, and values of one row and kv head into the cache, where they lie
-# in a piece of SPLIT keys. Every program that reads the piece does so and waits for no other.
+# in a piece of SPLIT keys. Every program that reads the piece does so, and waits for no other.
 @jit
 def append(p_k, s_k, p_v, s_v, p_cos, p_sin, p_keys, p_values, i_t, at, first, l, p, SPLIT, BH):
     half = p // 2
@@ -1199,17 +1206,15 @@ def append(p_k, s_k, p_v, s_v, p_cos, p_sin, p_keys, p_values, i_t, at, first, l
     tl.debug_barrier()  # this program reads them next
 
 
-# For the keys j of one piece, the query heads of one kv head and 16 / R tokens, a tile of 16
-# queries:
+# For the keys j of one piece and a tile of 16 queries, R ≥ h/g heads of 16 / R tokens, with the
+# running maximum m of the scores s:
 #
 #     s_j = q·k_j / √p in log2,  y = Σ_j 2^(s_j - m) v_j / Σ_j 2^(s_j - m),  weight = log2 Σ_j 2^s_j
-#
-# with the running maximum m of the scores.
 @jit(do_not_specialize=["l", "size"])
 def attend_kernel(
     p_q, s_q: constexpr, p_k, s_k: constexpr, p_v, s_v: constexpr, p_cos, p_sin, p_at,
     p_keys, p_values, p_weight, p_y, scale, l, size, g: constexpr, group: constexpr, p: constexpr,
-    PREC: constexpr, R: constexpr, SPLIT: constexpr, BK: constexpr, BH: constexpr,
+    R: constexpr, SPLIT: constexpr, BK: constexpr, BH: constexpr,
 ):  # fmt: skip
     half: constexpr = p // 2
     tiles = tl.cdiv(l, 16 // R)
@@ -1244,15 +1249,15 @@ def attend_kernel(
             o_kh = o_k[None, :] * p + o_h[:, None]
             b_k1 = tl.load(p_keys + o_kh, mask=m_k, other=0.0)
             b_k2 = tl.load(p_keys + o_kh + half, mask=m_k, other=0.0)
-            b_s = tl.dot(b_q1, b_k1, input_precision=PREC)
-            b_s = tl.dot(b_q2, b_k2, b_s, input_precision=PREC) * scale
+            b_s = dot(b_q1, b_k1)
+            b_s = dot(b_q2, b_k2, b_s) * scale
             b_s = tl.where(o_k[None, :] <= at + o_t[:, None], b_s, -1e30)
             b_new = tl.maximum(b_most, tl.max(b_s, axis=1))
             b_fade = tl.exp2(b_most - b_new)
             b_e = tl.exp2(b_s - b_new[:, None])
             m_v = (o_k < at + l)[:, None] & (o_p < p)[None, :]
             b_v = tl.load(p_values + o_k[:, None] * p + o_p[None, :], mask=m_v, other=0.0)
-            b_y = tl.dot(b_e.to(b_v.dtype), b_v, b_y * b_fade[:, None], input_precision=PREC)
+            b_y = dot(b_e.to(b_v.dtype), b_v, b_y * b_fade[:, None])
             b_sum = b_sum * b_fade + tl.sum(b_e, axis=1)
             b_most = b_new
         o_part = (o_bt * (g * group) + i_g * group + o_r) * tl.num_programs(1) + i_s
@@ -1268,8 +1273,7 @@ def attend_join_kernel(
     h: constexpr, p: constexpr, SPLIT: constexpr, BP: constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
-    i_t = i // h
-    end = (tl.load(p_at + i_t // l).to(tl.int32) + (i_t % l).to(tl.int32)) // SPLIT + 1
+    end = (tl.load(p_at + i // h // l).to(tl.int32) + (i // h % l).to(tl.int32)) // SPLIT + 1
     o_p = tl.arange(0, BP)
     b_most = tl.full((1,), -1e30, tl.float32)
     b_sum = tl.zeros((1,), tl.float32)
@@ -1289,7 +1293,7 @@ def attend_join_kernel(
 
 
 def attend(q, k, v, cos, sin, keys, values, at):
-    """Causal attention of l ≤ FEW new tokens over a cache of `at` (b,) tokens a row, then in it.
+    """Causal attention of l ≤ FEW new tokens over a cache of `at` (b,) tokens a row and each other.
 
     q (b, l, h, p), k and v (b, l, g, p) before RoPE; cos, sin (b, 1, l, p / 2), float32; keys and
     values (b, g, size, p). p ≤ 128 and h/g ≤ 16. Returns y (b, l, h, p).
@@ -1299,9 +1303,7 @@ def attend(q, k, v, cos, sin, keys, values, at):
     pieces, R, BH = triton.cdiv(size, split), triton.next_power_of_2(h // g), block(p // 2)
     weight = q.new_empty(b, l, h, pieces, dtype=torch.float32)
     parts, y = weight.new_empty(*weight.shape, p), q.new_empty(b, l, h, p)
-    sizes = dict(
-        g=g, group=h // g, p=p, R=R, SPLIT=split, BK=min(64, split), BH=BH, PREC=precision(q)
-    )
+    sizes = dict(g=g, group=h // g, p=p, R=R, SPLIT=split, BK=min(64, split), BH=BH)
     sizes["num_stages"] = in_flight(q, 3, 2 * 64 * 2 * BH * q.element_size())
     tensors = *strided(q), *strided(k), *strided(v), cos, sin, at, keys, values, weight, parts
     grid, scale = (b * g * triton.cdiv(l, 16 // R), pieces), p**-0.5 * LOG2E.value
@@ -1346,11 +1348,10 @@ def replay_conv_kernel(
         tl.store(p_log + (o_t & (SIZE - 1)) * s_log + o_x, b_new, mask=m)
 
 
-# One head of one row: from the state before token `base` through the logged tokens to token `at`
-# and on through the l new ones: the recurrence and, for new tokens, the output, its gate and its
-# norm. The state is stored where it is to stand, before token `to`; dt and B go into the log. p_c
-# is what replay_conv_kernel left; Mamba-2 (p_B is None) has B and C there too. A state is a tile
-# (p, n / NB, NB), whose sums over n take few steps.
+# One head of one row: the recurrence from the state before token `base` through the logged tokens
+# and the l new ones, from `at` on, and of these the output, its gate and its norm. The state before
+# token `to` is stored; dt and B go into the log. p_c is what replay_conv_kernel left; Mamba-2 (p_B
+# is None) has B and C there too. A state is a tile (p, n / NB, NB).
 @jit(do_not_specialize=["l", "SIZE", "eps"])
 def replay_kernel(
     p_dt, s_dt: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr, p_z, s_z: constexpr,
@@ -1422,12 +1423,12 @@ def replay(x, dt, B, C, z, log, state, places, weight, bias, A_log, dt_bias, D, 
     Section 4 of the paper, in two kernels. p, n ≤ 128. Returns y (b, l, h, p).
 
     Mamba: x (b, l, g, p), dt and z (b, l, h, p), B (b, l, g, n), C (b, l, h, n), A_log (h·p, n),
-    dt_bias and D (h·p). Mamba-2: x (b, l, channels) is x, B and C together; dt (b, l, h); B and C
-    None; z (b, l, h, p); A_log, dt_bias and D (h,); norm (h·p) the weight of the norm, eps its own.
-    The convolution has weight (channels, 1, w) and bias. state (b, h, p, n). log: x, dt and B of
-    earlier tokens (b, size, …), token t at t mod size, a power of 2 that holds the logged tokens,
-    the new ones and w - 1 more. places: at, base and to (b,) of each row: the first new token, the
-    one before which `state` is now, and the one before which it is to be afterwards.
+    dt_bias and D (h·p). Mamba-2: x (b, l, channels) is x, B and C; dt (b, l, h); B and C None; z
+    (b, l, h, p); A_log, dt_bias and D (h,); norm (h·p), the norm's weight, and its eps. weight
+    (channels, 1, w) and bias are the convolution's. log: x, dt and, for Mamba, B of earlier tokens
+    (b, size, …), token t at t mod size, a power of 2 that holds the logged tokens, the new ones and
+    w - 1 more. places: at, base and to (b,): the first new token, the one before which `state`
+    (b, h, p, n) is now, and the one before which it is to be afterwards.
     """
     (b, l), (h, p, n), (c, _, w), size = x.shape[:2], state.shape[1:], weight.shape, log[0].shape[1]
     (at, base, to), (l_x, l_dt, *l_B) = places, log
@@ -1443,6 +1444,6 @@ def replay(x, dt, B, C, z, log, state, places, weight, bias, A_log, dt_bias, D, 
     sizes = dict(c=c, h=h, group=group, p=p, n=n, BP=BP, BN=BN, NB=min(BN, 32))
     tensors = *strided(dt, B, C, z, l_dt, l_B[0] if l_B else None), mixed, state, at, base, to
     tensors += A_log, dt_bias, D, norm, y
-    warps = max(1, BP * BN // 2048)
-    launch(replay_kernel, (b * h,), *tensors, l, size, eps, **sizes, num_warps=warps)
+    sizes["num_warps"] = max(1, BP * BN // 2048)
+    launch(replay_kernel, (b * h,), *tensors, l, size, eps, **sizes)
     return y
