@@ -39,6 +39,7 @@ from pathlib import Path
 import tiktoken
 import torch
 
+import kernels
 import mil
 from mil import MilError
 
@@ -500,11 +501,23 @@ def longest_text(model):
 
 def draw(law, generator=None):
     """One token (...) from each law (..., v): the first to ring among clocks of these rates. Where the law is no law (a NaN), -1."""
-    clocks = torch.empty_like(law).exponential_(generator=generator)
-    if not clocks.is_cuda:  # where they can be 0
-        clocks.clamp_(min=torch.finfo(law.dtype).tiny)
+    return first_to_ring(law, wind(law, law.dtype, generator))
+
+
+def wind(like, dtype, generator):
+    """Times of clocks of rate 1, shaped like `like`."""
+    clocks = torch.empty_like(like, dtype=dtype).exponential_(generator=generator)
+    return clocks if clocks.is_cuda else clocks.clamp_(min=torch.finfo(dtype).tiny)  # a GPU's are above 0
+
+
+def first_to_ring(law, clocks):
     first, tokens = (law / clocks).max(-1)  # as torch.multinomial, which would wait for the GPU
     return torch.where(first > 0, tokens, -1)
+
+
+def choose(logits, clocks, how):
+    """A token (...) from the law of logits (..., v)."""
+    return first_to_ring(token_law(logits, *how), clocks)
 
 
 def acceptance(p, q, tokens):
@@ -523,8 +536,6 @@ def residual(p, q):
 def verify(proposed, q, p, generator=None):
     """How many of the draft's tokens (b, K) each row keeps, and one token more: (b,), (b,). They are drawn from q (b, K, v), the target's
     laws are p (b, K + 1, v); what results is distributed as if drawn from p alone."""
-    if not proposed.shape[1]:
-        return torch.zeros_like(proposed.sum(1)), draw(p[:, 0], generator)
     chance, row = acceptance(p[:, :-1], q, proposed), torch.arange(len(p), device=p.device)  # (b, K); NaN, so rejected, where q is
     kept = torch.rand(chance.shape, generator=generator, dtype=p.dtype, device=p.device) < chance
     count = kept.long().cumprod(1).sum(1)
@@ -686,7 +697,10 @@ class Decoder:
         self.context, plan.most = int(min(self.context, size)), int(min(plan.most, self.context - 1))
         context, most, self.models = self.context, plan.most if draft else 0, [m for m in (model, draft) if m]
         caches = [mil.Cache(m, rows, self.context + most, places=log_places(m, rows, most), lazy=not draft) for m in self.models]
-        texts, law = [[] for _ in range(rows)], lambda model, hidden: token_law(model.logits(hidden), temperature, top_k, top_p)
+        texts, how = [[] for _ in range(rows)], (temperature, top_k, top_p)
+        law = lambda model, hidden: token_law(model.logits(hidden), *how)  # noqa: E731
+        many = caches[0].device.type == "cuda" and rows > kernels.MANY  # then a minute of compilation pays
+        pick = torch.compile(choose) if many else choose
         ahead, before, last = now = torch.zeros(3, rows, dtype=torch.long, device=caches[0].device)  # per row len(text) - 1, text[-2], text[-1]
 
         def propose(K, follow):
@@ -705,8 +719,13 @@ class Decoder:
         def check(proposed, q):
             """Per row how many are kept, what was proposed, and one token more: (b, 2 + K)."""
             caches[0].start(ahead, max(map(len, texts)) - 1, 0 if q is None else proposed.shape[1])
-            p = law(model, model.hidden(proposed, caches[0]))                                 # (b, 1 + K, v)
-            count, extra = verify(proposed[:, 1:], p[:, :0] if q is None else q, p, generator)
+            hidden = model.hidden(proposed, caches[0])
+            if q is None:
+                logits = model.logits(hidden)[:, 0]
+                clocks = wind(logits, torch.promote_types(logits.dtype, torch.float32), generator)
+                count, extra = torch.zeros_like(last), pick(logits, clocks, how)
+            else:
+                count, extra = verify(proposed[:, 1:], q, law(model, hidden), generator)     # of laws (b, 1 + K, v)
             before.copy_(proposed.gather(1, count[:, None])[:, 0])                            # of the next round, if the text goes on
             ahead.copy_((ahead + count + 1).clamp(max=context - 1))
             last.copy_(extra.clamp(min=0))

@@ -345,11 +345,11 @@ def step():
 
 def follow(rounds):
     """The texts of a decoding, the passes (each row for itself), and tokens/s: in all, and from
-    round 4 on, as a GPU compiles and captures in the first."""
+    round 4 on, as a GPU compiles and captures in the first. A round's tokens are on the CPU."""
     parts, times = [], [now()]
     for new in rounds:
         parts.append(new)
-        times.append(now())
+        times.append(time.perf_counter())
     texts = [sum(row, []) for row in zip(*parts, strict=True)]
     warm = sum(len(row) for new in parts[3:] for row in new) / (times[-1] - times[3])
     passes = sum(bool(row) for new in parts for row in new)
