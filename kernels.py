@@ -74,7 +74,7 @@ def use_triton(x):
 
 def repeat_heads(t, h):
     """(b, l, g, w) -> (b, l, h, w): head i reads kv head i // (h/g)."""
-    return t.repeat_interleave(h // t.shape[2], dim=2)
+    return t if t.shape[2] == h else t.repeat_interleave(h // t.shape[2], dim=2)
 
 
 def ssm_reference(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None, pos=None):
