@@ -1350,12 +1350,12 @@ def replay_conv_kernel(
 
 # One head of one row: the recurrence from the state before token `base` through the logged tokens
 # and the l new ones, from `at` on, and of these the output, its gate and its norm. The state before
-# token `to` is stored; dt and B go into the log. p_c is what replay_conv_kernel left; Mamba-2 (p_B
-# is None) has B and C there too. A state is a tile (p, n / NB, NB).
+# token `to` is stored; dt and B go into the log. replay_conv_kernel left x in p_mixed, for Mamba-2
+# (p_B is None) also B and C. A state is a tile (p, n / NB, NB).
 @jit(do_not_specialize=["l", "SIZE", "eps"])
 def replay_kernel(
     p_dt, s_dt: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr, p_z, s_z: constexpr,
-    l_dt, s_ldt: constexpr, l_B, s_lB: constexpr, p_c,
+    p_logdt, s_logdt: constexpr, p_logB, s_logB: constexpr, p_mixed,
     p_h, p_at, p_base, p_to, p_A, p_bias, p_D, p_norm, p_y, l, SIZE, eps,
     c: constexpr, h: constexpr, group: constexpr, p: constexpr, n: constexpr,
     BP: constexpr, BN: constexpr, NB: constexpr,
@@ -1379,29 +1379,29 @@ def replay_kernel(
         o_x = o_d
         b_A = tl.load(p_A + o_d * n + o_n, mask=m_p & m_n, other=0.0)
         p_B += i_b * l * s_B
-        l_B += i_b * SIZE * s_lB
+        p_logB += i_b * SIZE * s_logB
         p_C += i_b * l * s_C + i_h * n
     b_A = -tl.exp(b_A.to(tl.float32)) * LOG2E
     b_D = read(p_D + o_d, m_p)
     b_bias = read(p_bias + o_d, m_p)
-    p_c += i_b * SIZE * c
+    p_mixed += i_b * SIZE * c
     p_dt += i_b * l * s_dt
-    l_dt += i_b * SIZE * s_ldt
+    p_logdt += i_b * SIZE * s_logdt
     p_h += (i_b * h + i_h) * (p * n) + o_p * n + o_n
     b_h = tl.load(p_h, mask=m_p & m_n, other=0.0)
     for t in range(base, at + l):
         o_t = t + 0 * o_p
         i_log = t & (SIZE - 1)
-        b_x = read(p_c + (t - base) * c + o_x, m_p)
-        b_dt = replay_read(l_dt, s_ldt, p_dt, s_dt, o_t, o_d, m_p, at, SIZE)
-        tl.store(l_dt + i_log * s_ldt + o_d, b_dt, mask=m_p & (o_t >= at))
+        b_x = read(p_mixed + (t - base) * c + o_x, m_p)
+        b_dt = replay_read(p_logdt, s_logdt, p_dt, s_dt, o_t, o_d, m_p, at, SIZE)
+        tl.store(p_logdt + i_log * s_logdt + o_d, b_dt, mask=m_p & (o_t >= at))
         if p_B is None:
-            b_B = read(p_c + (t - base) * c + h // group * p + o_B, m_n)
-            b_C = read(p_c + (t - base) * c + h // group * (p + n) + i_h * n + o_n, m_n)
+            b_B = read(p_mixed + (t - base) * c + h // group * p + o_B, m_n)
+            b_C = read(p_mixed + (t - base) * c + h // group * (p + n) + i_h * n + o_n, m_n)
         else:
             m_new = m_n & (t + 0 * o_n >= at)
-            b_B = replay_read(l_B, s_lB, p_B, s_B, t + 0 * o_n, o_B, m_n, at, SIZE)
-            tl.store(l_B + i_log * s_lB + o_B, b_B, mask=m_new)
+            b_B = replay_read(p_logB, s_logB, p_B, s_B, t + 0 * o_n, o_B, m_n, at, SIZE)
+            tl.store(p_logB + i_log * s_logB + o_B, b_B, mask=m_new)
             b_C = read(p_C + (t - at) * s_C + o_n, m_new)
         b_delta = softplus(b_dt + b_bias)
         b_h = tl.exp2(b_delta * b_A) * b_h + b_delta * b_x * b_B
