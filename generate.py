@@ -698,9 +698,8 @@ class Decoder:
         context, most, self.models = self.context, plan.most if draft else 0, [m for m in (model, draft) if m]
         caches = [mil.Cache(m, rows, self.context + most, places=log_places(m, rows, most), lazy=not draft) for m in self.models]
         texts, how = [[] for _ in range(rows)], (temperature, top_k, top_p)
-        law = lambda model, hidden: token_law(model.logits(hidden), *how)  # noqa: E731
-        many = caches[0].device.type == "cuda" and rows > kernels.MANY  # then a minute of compilation pays
-        pick = torch.compile(choose) if many else choose
+        self.many = rows > kernels.MANY and caches[0].device.type == "cuda"
+        pick = torch.compile(choose) if self.many else choose
         ahead, before, last = now = torch.zeros(3, rows, dtype=torch.long, device=caches[0].device)  # per row len(text) - 1, text[-2], text[-1]
 
         def propose(K, follow):
@@ -712,7 +711,7 @@ class Decoder:
                 hidden = draft.hidden(torch.stack([before, last], dim=1), caches[1])[:, -1:]
             for j in range(K):
                 hidden = hidden if j == 0 else draft.hidden(tokens[-1], caches[1])
-                q.append(law(draft, hidden))                                                  # (b, 1, v)
+                q.append(token_law(draft.logits(hidden), *how))                               # (b, 1, v)
                 tokens.append(draw(q[-1], generator).clamp(min=0))                            # (b, 1)
             return torch.cat(tokens, dim=1), torch.cat(q, dim=1) if K else None
 
@@ -725,7 +724,7 @@ class Decoder:
                 clocks = wind(logits, torch.promote_types(logits.dtype, torch.float32), generator)
                 count, extra = torch.zeros_like(last), pick(logits, clocks, how)
             else:
-                count, extra = verify(proposed[:, 1:], q, law(model, hidden), generator)     # of laws (b, 1 + K, v)
+                count, extra = verify(proposed[:, 1:], q, token_law(model.logits(hidden), *how), generator)
             before.copy_(proposed.gather(1, count[:, None])[:, 0])                            # of the next round, if the text goes on
             ahead.copy_((ahead + count + 1).clamp(max=context - 1))
             last.copy_(extra.clamp(min=0))
@@ -775,8 +774,8 @@ class Decoder:
                 self.catch_up(1, 2)
                 unread = False
             out, arrived, times = coming or self.round(K, follow)
-            # Without a draft the next round is launched before this one's tokens are looked at.
-            more = self.device and not draft and any(ends[i] - len(texts[i]) > 1 for i in live)
+            # Of many rows, without a draft, the next round is launched before this one's tokens are looked at.
+            more = self.device and self.many and not draft and any(ends[i] - len(texts[i]) > 1 for i in live)
             coming = self.round(0, False) if more else None
             if arrived:
                 arrived.synchronize()
@@ -796,9 +795,10 @@ class Decoder:
                 texts[i] += tokens
                 if draft:
                     plan.count(n, K, min(n, len(tokens)))
-            self.torn = self.torn or len(live) < len(texts)                                   # a finished row's states are not its text's any more
+            # The states of a row that has finished, or for which a round has begun, are not its text's any more.
+            self.torn = self.torn or len(live) < len(texts) or coming is not None
             if ended:
-                live = [i for i in live if i not in ended]
+                live = sorted({*live} - {*ended})
                 self.place(ended)
             for which, left in [(0, 1), (1, 2)][:1 + follow]:
                 self.read[which] = [len(text) - left for text in texts]

@@ -188,7 +188,7 @@ class Documents:
         if self.mask is not None:
             return sdpa(q, k, v, self.mask)
         flat, l = [t.flatten(0, 1) for t in (q, k, v)], q.shape[1]
-        # varlen_attn is the same with as much time again in Python; without dropout, causal, no mask to debug
+        # What varlen_attn calls, without its time in Python. No dropout, causal, no mask for debugging.
         y, *_ = torch.ops.aten._flash_attention_forward(*flat, self.bounds, self.bounds, l, l, 0.0, True, False)
         return y.view(q.shape)
 

@@ -663,14 +663,14 @@ def test_a_row_has_the_same_bits_in_any_company():
             assert_same_bits(layer(others)[:, :1], whole[:1, :1])
 
 
-def test_the_last_piece_of_attention_may_weigh_most(monkeypatch):
-    monkeypatch.setattr(kernels, "SPLIT", (16, 16))
-    generator = torch.Generator().manual_seed(1)
-    q, k, v, noise = (random(generator, 1, n, 2, 8) for n in (1, 1, 271, 271))
-    keys = (noise + 9 * q * torch.linspace(0, 1, 271, device=DEVICE)[:, None, None]).transpose(1, 2)
-    values, at = v.transpose(1, 2), torch.tensor([270], device=DEVICE)
+def test_the_last_piece_of_attention_may_weigh_most():
+    generator, n = torch.Generator().manual_seed(1), 2100  # keys, in 17 pieces
+    q, v, noise = (random(generator, 1, m, 2, 8) for m in (1, n + 1, n + 1))
+    weights = torch.linspace(0, 1, n + 1, device=DEVICE)[:, None, None]
+    keys, values = (noise + 9 * q * weights).transpose(1, 2), v.transpose(1, 2)
+    at = torch.tensor([n], device=DEVICE)
     cos, sin = torch.ones(1, 1, 1, 4, device=DEVICE), torch.zeros(1, 1, 1, 4, device=DEVICE)
-    k, v = keys[:, :, 270:].transpose(1, 2), values[:, :, 270:].transpose(1, 2)
+    k, v = keys[:, :, n:].transpose(1, 2), values[:, :, n:].transpose(1, 2)
     with form("triton"):
         y = kernels.attend(q, k, v, cos, sin, keys.contiguous(), values.contiguous(), at)
     want = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values).transpose(1, 2)
