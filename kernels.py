@@ -168,14 +168,24 @@ def ssd_steps(dt, A, dt_bias, pos):
     return delta, a if pos is None else a.masked_fill((pos == 0)[..., None], least)
 
 
+def in_tiles(t, T):
+    """t (b, l, …) in tiles of T tokens (b, tiles, T, …), the last filled up with zeros."""
+    return F.pad(t, (0, 0) * (t.dim() - 2) + (0, -t.shape[1] % T)).unflatten(1, (-1, T))
+
+
 def ssd_scan(x, dt, A, B, C, D, dt_bias, h0, pos):
     """Mamba-2 by the kernels."""
     delta, a = ssd_steps(dt, A, dt_bias, pos)
     inputs, c = dict(x=x, delta=delta, a=a, B=B, C=C), segments(x, C)
+
+    def scan(a, **inputs):
+        s = a.double() if x.dtype == torch.float32 else a
+        return SSD(s=in_tiles(s, ssd_sizes(x, C)[0]["T"]).cumsum(2), **inputs)
+
     if c == 1:
-        return SSD(**inputs, h0=h0, D=D)
+        return scan(**inputs, h0=h0, D=D)
     decay = a.unflatten(1, (c, -1)).sum(2).exp()[..., None, None]  # (b, c, h, 1, 1)
-    return scan_cut(SSD, inputs, h0, dict(D=D), decay)
+    return scan_cut(scan, inputs, h0, dict(D=D), decay)
 
 
 def s6_scan(op, c, x, dt, A, B, C, D, z, dt_bias, h0, pos):
@@ -243,10 +253,8 @@ def check(where, sizes, **tensors):
             sizes = dict(zip(axes, t.shape, strict=True)) | sizes
         if list(t.shape) != [sizes.get(axis) for axis in axes]:
             want = ", ".join(f"{axis} = {sizes.get(axis, '…')}" for axis in axes)
-            where += f": {name} is {tuple(t.shape)}, expected ({want})"
-            raise ValueError(
-                "; ".join([where, *(f"{k} is {tuple(v.shape)}" for k, v, _ in given[:i])])
-            )
+            others = "".join(f"; {k} is {tuple(v.shape)}" for k, v, _ in given[:i])
+            raise ValueError(f"{where}: {name} is {tuple(t.shape)}, expected ({want}){others}")
     if sizes["l"] < 1:
         raise ValueError(f"{where}: x has no tokens (l = 0), expected at least one")
     for g in sizes.keys() & {"g", "k"}:
@@ -277,9 +285,7 @@ def ssd_torch(x, dt, A, B, C, D, z, dt_bias, h0, pos, T=64):
     delta, a = ssd_steps(dt.to(f), A.to(f), dt_bias, pos)
     tokens = repeat_heads(x, h).to(f), delta, a, repeat_heads(B, h).to(f), C.to(f)
     T = min(T, l)
-    # Padded where Δ = 0, so that the state does not change.
-    padded = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, -l % T)) for t in tokens)
-    wide, delta, a, B, C = (t.unflatten(1, (-1, T)) for t in padded)  # (b, c, T, …)
+    wide, delta, a, B, C = (in_tiles(t, T) for t in tokens)  # (b, c, T, …); past the end Δ is 0
     # float64: far into a chunk s is large, and small differences between neighbours matter
     s = a.double().cumsum(2).transpose(2, 3)  # (b, c, h, T): log decay since the chunk's start
     later = torch.ones(T, T, dtype=torch.bool, device=s.device).triu(1)
@@ -576,25 +582,12 @@ def ssd_walk(p_h0, h, p, n, BP, BN):
     return i_b, i_h, o_p, o_n, o_h, m_h, b_h
 
 
-# s (b, l, h) of every tile, from a; of float32 inputs in float64
-@jit(do_not_specialize=["l", "tiles"])
-def ssd_sums_kernel(p_a, p_s, l, tiles, h: constexpr, T: constexpr, BH: constexpr):
-    o_t = tl.program_id(0) % tiles * T + tl.arange(0, T)[:, None]
-    o_h = tl.arange(0, BH)[None, :]
-    o = ((tl.program_id(0) // tiles).to(tl.int64) * l + o_t) * h + o_h
-    m = (o_t < l) & (o_h < h)
-    b_a = read(p_a + o, m).to(p_s.dtype.element_ty)
-    tl.store(p_s + o, tl.cumsum(b_a * LOG2E, axis=0), mask=m)
-
-
 @jit
 def ssd_tokens(p_delta, p_s, left, h, T):
     """Δ, s and s_T of T tokens, of which `left` are in the row; past its end Δ is 0."""
     o_t = tl.arange(0, T)
     b_delta = read(p_delta + o_t * h, o_t < left)
-    b_end = tl.load(p_s + (tl.minimum(T, left) - 1) * h)
-    b_s = tl.load(p_s + o_t * h, mask=o_t < left, other=0.0)
-    return b_delta, tl.where(o_t < left, b_s, b_end), b_end
+    return b_delta, tl.load(p_s + o_t * h) * LOG2E, tl.load(p_s + (T - 1) * h) * LOG2E
 
 
 @jit
@@ -626,25 +619,26 @@ def ssd_forward_kernel(
 ):  # fmt: skip
     i_b, i_h, o_p, o_n, o_h, m_h, b_h = ssd_walk(p_h0, h, p, n, BP, BN)
     o_t = tl.arange(0, T)
-    p_x += i_b * l * s_x + i_h // group * p
-    p_B += i_b * l * s_B + i_h // group * n
-    p_C += i_b * l * s_C + i_h * n
+    p_x += i_h // group * p
+    p_B += i_h // group * n
+    p_C += i_h * n
+    p_y += i_h * p
     b_D = read_if(p_D, i_h, i_h < h)
     for i_t in range(tl.cdiv(l, T)):
-        i_0 = i_t * T + 0 * i_b  # int64
-        left = l - i_0  # tokens from here on
-        o_0 = (i_b * l + i_0) * h + i_h
-        b_x = tile(p_x + i_0 * s_x, s_x, o_t, o_p, left, p, DOT)  # (T, p)
-        b_B = tl.trans(tile(p_B + i_0 * s_B, s_B, o_t, o_n, left, n, DOT))  # (n, T)
-        b_C = tile(p_C + i_0 * s_C, s_C, o_t, o_n, left, n, DOT)  # (T, n)
-        b_delta, b_s, b_end = ssd_tokens(p_delta + o_0, p_s + o_0, left, h, T)
+        left = l - i_t * T  # tokens from here on
+        i_l = i_b * l + i_t * T  # the first token, of all rows'
+        i_s = (i_b * tl.cdiv(l, T) + i_t) * T
+        b_x = tile(p_x + i_l * s_x, s_x, o_t, o_p, left, p, DOT)  # (T, p)
+        b_B = tl.trans(tile(p_B + i_l * s_B, s_B, o_t, o_n, left, n, DOT))  # (n, T)
+        b_C = tile(p_C + i_l * s_C, s_C, o_t, o_n, left, n, DOT)  # (T, n)
+        b_delta, b_s, b_end = ssd_tokens(p_delta + i_l * h + i_h, p_s + i_s * h + i_h, left, h, T)
         b_decay = decay_between(-b_s, o_t[:, None] >= o_t[None, :])
         b_scores = dot(b_C, b_B) * b_decay * b_delta[None, :]  # (t, r)
         b_y = dot(b_C, b_h.to(DOT)) * exp2(b_s)[:, None]
         b_y += dot(b_scores.to(DOT), b_x)
         b_y += b_D * b_x.to(tl.float32)
         m_y = (o_t < left)[:, None] & (o_p < p)[None, :]
-        tl.store(p_y + (o_0 + o_t[:, None] * h) * p + o_p[None, :], b_y, mask=m_y)
+        tl.store(p_y + i_l * (h * p) + o_t[:, None] * (h * p) + o_p[None, :], b_y, mask=m_y)
         b_u = (b_x.to(tl.float32) * (exp2(b_end - b_s) * b_delta)[:, None]).to(DOT)
         b_h = b_h * exp2(b_end) + dot(b_B, b_u)
     tl.store(p_h + o_h, b_h, mask=m_h)
@@ -664,17 +658,19 @@ def ssd_states_kernel(
     i_b, i_h, o_p, o_n, o_h, m_h, b_h = ssd_walk(p_first, h, p, n, BP, BN)
     tiles = tl.cdiv(l, T)
     o_t = tl.arange(0, T)
-    p_u += i_b * l * s_u + i_h // group * p
-    p_v += i_b * l * s_v + i_h // group * n
-    p_S += (i_b * tiles * h + i_h) * (n * p) + o_n[:, None] * p + o_p[None, :]
+    p_u += i_h // group * p
+    p_v += i_h // group * n
+    p_S += i_h * (n * p) + o_n[:, None] * p + o_p[None, :]
     for k in range(tiles):
-        i_t = 0 * i_b + (tiles - 1 - k if ADJOINT else k)  # int64
-        i_0 = i_t * T
-        o_0 = (i_b * l + i_0) * h + i_h
-        tl.store(p_S + i_t * (h * n * p), b_h, mask=m_h)
-        b_u = tile(p_u + i_0 * s_u, s_u, o_t, o_p, l - i_0, p, DOT)
-        b_v = tl.trans(tile(p_v + i_0 * s_v, s_v, o_t, o_n, l - i_0, n, DOT))
-        b_delta, b_s, b_end = ssd_tokens(p_delta + o_0, p_s + o_0, l - i_0, h, T)
+        i_t = tiles - 1 - k if ADJOINT else k
+        left = l - i_t * T
+        i_l = i_b * l + i_t * T
+        i_s = i_b * tiles + i_t
+        tl.store(p_S + i_s * (h * n * p), b_h, mask=m_h)
+        b_u = tile(p_u + i_l * s_u, s_u, o_t, o_p, left, p, DOT)
+        b_v = tl.trans(tile(p_v + i_l * s_v, s_v, o_t, o_n, left, n, DOT))
+        at_s = i_s * (T * h) + i_h
+        b_delta, b_s, b_end = ssd_tokens(p_delta + i_l * h + i_h, p_s + at_s, left, h, T)
         b_w = exp2(b_s) if ADJOINT else exp2(b_end - b_s) * b_delta
         b_u = (b_u.to(tl.float32) * b_w[:, None]).to(DOT)
         b_h = b_h * exp2(b_end) + dot(b_v, b_u)
@@ -698,22 +694,24 @@ def products(p_a, s_a, p_c, s_c, o_t, left, w, DOT, BW):
 #     dx_r = Δ_r (2^(s_T - s_r) G B_r + Σ_t decay_tr (C_t·B_r) dy_t) + D dy_r  b_BC (r, t)
 #     dB_r = Δ_r (2^(s_T - s_r) Gᵀ x_r + Σ_t decay_tr (dy_t·x_r) C_t)          b_xy (r, t)
 #     dC_t = 2^s_t Sᵀ dy_t + Σ_r decay_tr Δ_r (dy_t·x_r) B_r                   b_yx (t, r)
-#     dΔ_r = give_r + Σ_t decay_tr (C_t·B_r) (dy_t·x_r),  give_r = 2^(s_T - s_r) x_r·(G B_r)
+#     P_tr = decay_tr (C_t·B_r) (dy_t·x_r),  give_r = 2^(s_T - s_r) x_r·(G B_r)
+#     dΔ_r = give_r + Σ_t P_tr
+#     ds_t = Σ_r Δ_r P_tr + 2^s_t C_t·(Sᵀ dy_t) - Δ_t (Σ_r P_rt + give_t)      reads less writes
+#     ds_T = … + Σ_r Δ_r give_r + 2^s_T <S, G>                                 the tile's end
 #
-# da_t is the sum of every product whose decay spans token t: Σ_{τ≥t} b_ds, what τ reads minus what
-# it writes inside the tile; Σ_{τ<t} Δ give, what is left of τ at the tile's end; and 2^s_T <S, G>.
-# The pairs have two products, since Triton 3.4 to 3.7 on Hopper miscompiles one and its transpose.
+# Pairs of a token with itself do not decay, and are left out of ds: they would blur the rest. There
+# are two products x·dy, since Triton 3.4 to 3.7 on Hopper miscompiles one and its transpose.
 @jit(do_not_specialize=["l"])
 def ssd_backward_kernel(
     p_x, s_x: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr, p_dy, s_dy: constexpr,
-    p_delta, p_s, p_D, p_S, p_G, p_dx, p_ddelta, p_da, p_dB, p_dC, p_dD, l,
+    p_delta, p_s, p_D, p_S, p_G, p_dx, p_ddelta, p_ds, p_dB, p_dC, p_dD, l,
     h: constexpr, p: constexpr, n: constexpr, group: constexpr,
     DOT: constexpr, T: constexpr, BP: constexpr, BN: constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(l, T)
     i_bt = tl.program_id(0).to(tl.int64) // h
     i_h = tl.program_id(0) % h
-    i_0 = i_bt % tiles * T
+    i_0 = tl.program_id(0) // h % tiles * T
     i_l = i_bt // tiles * l + i_0  # the first token, of all rows'
     left = l - i_0  # tokens from here on
     o_t = tl.arange(0, T)
@@ -724,7 +722,8 @@ def ssd_backward_kernel(
     p_S += (i_bt * h + i_h) * (n * p)
     p_G += (i_bt * h + i_h) * (n * p)
     o_0 = i_l * h + i_h
-    b_delta, b_s, b_end = ssd_tokens(p_delta + o_0, p_s + o_0, left, h, T)
+    o_s = i_bt * (T * h) + i_h
+    b_delta, b_s, b_end = ssd_tokens(p_delta + o_0, p_s + o_s, left, h, T)
     b_after = exp2(b_end - b_s)[:, None]
     b_BC = products(p_B, s_B, p_C, s_C, o_t, left, n, DOT, BN)
     b_BC *= decay_between(b_s, o_t[:, None] <= o_t[None, :])
@@ -779,17 +778,27 @@ def ssd_backward_kernel(
         m_tn = (o_t < left)[:, None] & (o_n < n)[None, :]
         tl.store(p_dB + o_tn, b_dB, mask=m_tn)
         tl.store(p_dC + o_tn, b_dC, mask=m_tn)
-    b_before = tl.where(o_t[None, :] < o_t[:, None], (b_give * b_delta)[None, :], 0.0)
-    b_before = tl.sum(b_before, axis=1)
-    b_da = tl.cumsum(b_ds, axis=0, reverse=True) + b_before + exp2(b_end) * b_hold
     tl.store(p_ddelta + o_0 + o_t * h, b_ddelta + b_give, mask=o_t < left)
-    tl.store(p_da + o_0 + o_t * h, b_da, mask=o_t < left)
+    b_give = tl.where(o_t + 1 < tl.minimum(T, left), b_give * b_delta, 0.0)
+    b_end = tl.sum(b_give) + exp2(b_end) * b_hold
+    tl.store(p_ds + o_s + o_t * h, b_ds - b_give + tl.where(o_t == T - 1, b_end, 0.0))
 
 
 # --------------------------------------------------------------------------------------------------
-# The convolution. A program walks BC channels through T tokens, the last W inputs in registers.
+# The convolution. A program walks BC channels through T tokens, U at a time to have as many reads
+# under way, with the last W inputs in registers.
 
-CONV_TOKENS, CONV_CHANNELS = 32, 256
+CONV_TOKENS, CONV_CHANNELS = 64, 256
+
+
+@jit
+def conv_tokens(p, s, i_l, t, l, o_c, c, U):
+    """Tokens t to t + U - 1 of the row that starts at i_l; zeros outside the row."""
+    tokens = ()
+    for j in tl.static_range(U):
+        m = o_c < tl.where((t + j >= 0) & (t + j < l), c, 0)
+        tokens = tokens + (tl.load(p + (i_l + t + j) * s + o_c, mask=m, other=0.0),)
+    return tokens
 
 
 @jit
@@ -798,13 +807,10 @@ def conv_start(p_x, s_x, p_w, p_bias, l, c, W, T, BC):
     i_l = tl.program_id(2).to(tl.int64) * l
     t_0 = 0 * i_l + tl.program_id(1) * T
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
-    xs = ()
     ws = ()
     for k in tl.static_range(W):
         ws = ws + (read(p_w + o_c * W + k, o_c < c),)
-    for k in tl.static_range(W - 1):
-        t = t_0 - (W - 1) + k
-        xs = xs + (read(p_x + (i_l + t) * s_x + o_c, o_c < tl.where(t >= 0, c, 0)),)
+    xs = conv_tokens(p_x, s_x, i_l, t_0 - (W - 1), l, o_c, c, W - 1)
     return i_l, t_0, o_c, xs, ws, read_if(p_bias, o_c, o_c < c)
 
 
@@ -823,7 +829,8 @@ def conv_sum(xs, ws, b_bias, p_pos, i_l, t, l, W):
     b_e = b_bias
     taps = ()
     for k in tl.static_range(W):
-        taps = taps + (tl.where(sees(p_pos, i_l, t, l, W - 1 - k), xs[k], 0.0),)
+        b_x = xs[k].to(tl.float32)
+        taps = taps + (tl.where(sees(p_pos, i_l, t, l, W - 1 - k), b_x, 0.0),)
         b_e += ws[k] * taps[k]
     return b_e, taps
 
@@ -832,16 +839,16 @@ def conv_sum(xs, ws, b_bias, p_pos, i_l, t, l, W):
 @jit(do_not_specialize=["l"])
 def conv_forward_kernel(
     p_x, s_x: constexpr, p_w, p_bias, p_pos, p_y, l,
-    c: constexpr, W: constexpr, T: constexpr, BC: constexpr,
+    c: constexpr, W: constexpr, T: constexpr, U: constexpr, BC: constexpr,
 ):  # fmt: skip
     i_l, t_0, o_c, xs, ws, b_bias = conv_start(p_x, s_x, p_w, p_bias, l, c, W, T, BC)
-    for i in tl.range(0, T, num_stages=4):
-        t = t_0 + i
-        m = o_c < tl.where(t < l, c, 0)
-        xs = xs + (read(p_x + (i_l + t) * s_x + o_c, m),)
-        b_e, _ = conv_sum(xs, ws, b_bias, p_pos, i_l, t, l, W)
-        tl.store(p_y + (i_l + t) * c + o_c, silu(b_e), mask=m)
-        xs = xs[1:]
+    for i in range(0, T, U):
+        xs = xs + conv_tokens(p_x, s_x, i_l, t_0 + i, l, o_c, c, U)
+        for j in tl.static_range(U):
+            t = t_0 + i + j
+            b_e, _ = conv_sum(xs, ws, b_bias, p_pos, i_l, t, l, W)
+            tl.store(p_y + (i_l + t) * c + o_c, silu(b_e), mask=o_c < tl.where(t < l, c, 0))
+            xs = xs[1:]
 
 
 # de_t = dy_t silu'(e_t),    dx_t = Σ_k weight_k de_{t+W-1-k}
@@ -852,31 +859,32 @@ def conv_forward_kernel(
 @jit(do_not_specialize=["l"])
 def conv_backward_kernel(
     p_x, s_x: constexpr, p_w, p_bias, p_pos, p_dy, p_dx, p_sums, l,
-    c: constexpr, W: constexpr, T: constexpr, BC: constexpr,
+    c: constexpr, W: constexpr, T: constexpr, U: constexpr, BC: constexpr,
 ):  # fmt: skip
     i_l, t_0, o_c, xs, ws, b_bias = conv_start(p_x, s_x, p_w, p_bias, l, c, W, T, BC)
     sums = (tl.zeros((BC,), tl.float32),) * (W + 1)
     des = (tl.zeros((BC,), tl.float32),) * (W - 1)
-    for i in tl.range(0, T + W - 1, num_stages=4):
-        t = t_0 + i
-        m = o_c < tl.where(t < l, c, 0)
-        xs = xs + (read(p_x + (i_l + t) * s_x + o_c, m),)
-        b_e, taps = conv_sum(xs, ws, b_bias, p_pos, i_l, t, l, W)
-        b_de = read(p_dy + (i_l + t) * c + o_c, m) * silu_slope(b_e)
-        des = des + (b_de,)
-        b_de = tl.where(i < T, b_de, 0.0)  # of the program's own tokens
-        more = ()
-        for k in tl.static_range(W):
-            more = more + (sums[k] + b_de * taps[k],)
-        sums = more + (sums[W] + b_de,)
-        t -= W - 1
-        b_dx = tl.zeros((BC,), tl.float32)
-        for lag in tl.static_range(W):
-            b_dx += ws[W - 1 - lag] * tl.where(sees(p_pos, i_l, t + lag, l, lag), des[lag], 0.0)
-        m = o_c < tl.where((t >= t_0) & (t < l), c, 0)
-        tl.store(p_dx + (i_l + t) * c + o_c, b_dx, mask=m)
-        xs = xs[1:]
-        des = des[1:]
+    for i in range(0, T + W - 1, U):
+        xs = xs + conv_tokens(p_x, s_x, i_l, t_0 + i, l, o_c, c, U)
+        dys = conv_tokens(p_dy, c, i_l, t_0 + i, l, o_c, c, U)
+        for j in tl.static_range(U):
+            t = t_0 + i + j
+            b_e, taps = conv_sum(xs, ws, b_bias, p_pos, i_l, t, l, W)
+            b_de = dys[j].to(tl.float32) * silu_slope(b_e)
+            des = des + (b_de,)
+            b_de = tl.where(i + j < T, b_de, 0.0)  # of the program's own tokens
+            more = ()
+            for k in tl.static_range(W):
+                more = more + (sums[k] + b_de * taps[k],)
+            sums = more + (sums[W] + b_de,)
+            t -= W - 1
+            b_dx = tl.zeros((BC,), tl.float32)
+            for lag in tl.static_range(W):
+                b_dx += ws[W - 1 - lag] * tl.where(sees(p_pos, i_l, t + lag, l, lag), des[lag], 0.0)
+            m = (t >= t_0) & (t < tl.minimum(t_0 + T, l))
+            tl.store(p_dx + (i_l + t) * c + o_c, b_dx, mask=o_c < tl.where(m, c, 0))
+            xs = xs[1:]
+            des = des[1:]
     i_part = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     for k in tl.static_range(W + 1):
         tl.store(p_sums + (i_part * (W + 1) + k) * c + o_c, sums[k], mask=o_c < c)
@@ -884,7 +892,7 @@ def conv_backward_kernel(
 
 # --------------------------------------------------------------------------------------------------
 # The launches, and the operators that torch.compile takes as one node each. pos is int32 and
-# contiguous; a and Δ are float32.
+# contiguous; Δ is float32.
 
 
 def strided(*tensors):
@@ -953,54 +961,45 @@ def s6_backward(dy, dh, x, dt, B, C, z, pos, h0, A, D, dt_bias):
 def ssd_sizes(x, C):
     """The constants of Mamba-2's kernels, and those of its walks, which hold a state of all n."""
     bf16 = x.dtype == torch.bfloat16 and not INTERPRET  # which the interpreter lacks
-    T, BN = 64 if bf16 else 32, block(C.shape[3])
-    sizes = dict(h=C.shape[2], p=x.shape[3], n=C.shape[3], T=T, BP=T)
-    sizes["DOT"] = tl.bfloat16 if bf16 else tl.float32
-    return dict(sizes, BN=T), dict(sizes, BN=BN, num_stages=3 if BN <= 128 else 2)
+    T, DOT = (64, tl.bfloat16) if bf16 else (32, tl.float32)
+    sizes = dict(h=C.shape[2], p=x.shape[3], n=C.shape[3], DOT=DOT, T=T, BP=T)
+    return dict(sizes, BN=T), dict(sizes, BN=block(C.shape[3]), num_stages=2)
 
 
-def ssd_sums(x, a, T):
-    (b, l, h), tiles = a.shape, triton.cdiv(a.shape[1], T)
-    s = a.new_empty(a.shape, dtype=torch.float64 if x.dtype == torch.float32 else torch.float32)
-    launch(ssd_sums_kernel, (b * tiles,), flat(a), s, l, tiles, h=h, T=T, BH=block(h))
-    return s
-
-
-def ssd_forward(x, delta, a, B, C, h0, D):
+def ssd_forward(x, delta, s, B, C, h0, D):
     """Mamba-2: y and the last state."""
     (b, l, h, n), p, (_, walk) = C.shape, x.shape[3], ssd_sizes(x, C)
-    y, last, s = x.new_empty(b, l, h, p), delta.new_empty(b, h, p, n), ssd_sums(x, a, walk["T"])
-    tensors = *strided(x, B, C), flat(delta), s, flat(D), flat(h0), y, last
+    y, last = x.new_empty(b, l, h, p), delta.new_empty(b, h, p, n)
+    tensors = *strided(x, B, C), delta.contiguous(), s.contiguous(), flat(D), flat(h0), y, last
     grid = b * h, triton.cdiv(p, walk["BP"])
     launch(ssd_forward_kernel, grid, *tensors, l, group=h // x.shape[2], **walk)
     return y, last
 
 
-def ssd_backward(dy, dh, x, delta, a, B, C, h0, D):
-    """The gradients of x and B per query head, of Δ, a, C and h0; and of D per tile."""
+def ssd_backward(dy, dh, x, delta, s, B, C, h0, D):
+    """The gradients of x and B per query head, of Δ, s, C and h0; and of D per tile."""
     (b, l, h, n), p, (sizes, walk) = C.shape, x.shape[3], ssd_sizes(x, C)
-    tiles, group = triton.cdiv(l, sizes["T"]), h // x.shape[2]
+    tiles, group = s.shape[1], h // x.shape[2]
     kind = torch.bfloat16 if sizes["DOT"] == tl.bfloat16 else torch.float32
     S, G = (delta.new_empty(b, tiles, h, n, p, dtype=kind) for _ in range(2))
     last, dh0 = (delta.new_empty(b, h, p, n) for _ in range(2))
-    grid, steps = (b * h, triton.cdiv(p, walk["BP"])), (flat(delta), ssd_sums(x, a, sizes["T"]))
+    grid, steps = (b * h, triton.cdiv(p, walk["BP"])), (delta.contiguous(), s.contiguous())
     states = *strided(x, B), *steps, flat(h0), S, last
     launch(ssd_states_kernel, grid, *states, l, group=group, ADJOINT=False, **walk)
     adjoints = *strided(dy, C), *steps, flat(dh), G, dh0
     launch(ssd_states_kernel, grid, *adjoints, l, group=1, ADJOINT=True, **walk)
-    dx, ddelta, da = x.new_empty(b, l, h, p), delta.new_empty(b, l, h), a.new_empty(b, l, h)
+    dx, ddelta, ds = x.new_empty(b, l, h, p), delta.new_empty(b, l, h), s.new_empty(s.shape)
     dB, dC, dD = B.new_empty(C.shape), C.new_empty(C.shape), delta.new_empty(b * tiles, h)
-    tensors = *strided(x, B, C, dy), *steps, flat(D), S, G, dx, ddelta, da, dB, dC, dD
+    tensors = *strided(x, B, C, dy), *steps, flat(D), S, G, dx, ddelta, ds, dB, dC, dD
     launch(ssd_backward_kernel, (b * tiles * h,), *tensors, l, group=group, **sizes)
-    return dx, ddelta, da, dB, dC, dh0, dD
+    return dx, ddelta, ds, dB, dC, dh0, dD
 
 
-def conv_sizes(x, weight):
+def conv_sizes(x, weight, T=CONV_TOKENS):
     """The grid and the constants of the convolution's kernels."""
-    (b, l, h, p), w = x.shape, weight.shape[2]
-    BC = min(CONV_CHANNELS, block(h * p))
-    grid = triton.cdiv(h * p, BC), triton.cdiv(l, CONV_TOKENS), b
-    return grid, dict(c=h * p, W=w, T=CONV_TOKENS, BC=BC, num_warps=1)
+    (b, l, h, p), BC = x.shape, min(CONV_CHANNELS, block(x.shape[2] * x.shape[3]))
+    grid = triton.cdiv(h * p, BC), triton.cdiv(l, T), b
+    return grid, dict(c=h * p, W=weight.shape[2], T=T, U=8, BC=BC, num_warps=1)
 
 
 def conv_forward(x, weight, bias, pos):
@@ -1012,7 +1011,8 @@ def conv_forward(x, weight, bias, pos):
 
 def conv_backward(dy, x, weight, bias, pos):
     """The gradient of x and, in parts (·, w + 1, h, p), of each tap's weights and of the bias."""
-    dx, weight, (grid, sizes) = x.new_empty(x.shape), flat(weight), conv_sizes(x, weight)
+    dx, weight, T = x.new_empty(x.shape), flat(weight), CONV_TOKENS - weight.shape[2] + 1
+    grid, sizes = conv_sizes(x, weight, T)
     sums = weight.new_empty(grid[1] * grid[2], weight.shape[2] + 1, *weight.shape[:2])
     tensors = *strided(x), weight, flat(bias), pos, dy.contiguous(), dx, sums
     launch(conv_backward_kernel, grid, *tensors, x.shape[1], **sizes)
@@ -1039,8 +1039,8 @@ def s6_gradient(ctx, dy, dh):
 
 def ssd_gradient(ctx, dy, dh):
     x, _, _, B, _, h0, D = inputs = ctx.saved_tensors
-    dx, ddelta, da, dB, dC, dh0, dD = SSD_BACKWARD(dy, dh, *inputs)
-    return over_group(dx, x), ddelta, da, over_group(dB, B), dC, *like((dh0, dD.sum(0)), (h0, D))
+    dx, ddelta, ds, dB, dC, dh0, dD = SSD_BACKWARD(dy, dh, *inputs)
+    return over_group(dx, x), ddelta, ds, over_group(dB, B), dC, *like((dh0, dD.sum(0)), (h0, D))
 
 
 def conv_gradient(ctx, dy):
@@ -1063,7 +1063,7 @@ def operator(name, f, arguments, results, gradient=None):
     return op
 
 
-S6_INPUTS, SSD_INPUTS = "x dt B C z? pos? h0? A D? dt_bias?", "x delta a B C h0? D?"
+S6_INPUTS, SSD_INPUTS = "x dt B C z? pos? h0? A D? dt_bias?", "x delta s B C h0? D?"
 CONV_INPUTS = "x weight bias? pos?"
 S6 = operator("s6", s6_forward, S6_INPUTS, 2, s6_gradient)
 SSD = operator("ssd", ssd_forward, SSD_INPUTS, 2, ssd_gradient)
@@ -1101,7 +1101,7 @@ def norm_kernel(p_x, p_w, p_y, eps, k: constexpr, BK: constexpr):
     tl.store(p_y + o_x, b_y, mask=o < k)
 
 
-# y = x Wᵀ, with a gate V y = silu(x Vᵀ) ∘ x Wᵀ, and with u added. x (rows, k), W and V (n, k). A
+# y = x Wᵀ, with a gate V y = silu(x Vᵀ) ∘ x Wᵀ, or with u added. x (rows, k), W and V (n, k). A
 # program makes BN columns for M ≤ 64 rows.
 @jit(do_not_specialize=["rows"])
 def linear_kernel(
@@ -1147,12 +1147,13 @@ def rms_norm(x, weight, eps):
 
 
 def linear(x, weight, gate=None, onto=None):
-    """x Wᵀ of x (b, l, k) and W (n, k); with a gate V silu(x Vᵀ) ∘ x Wᵀ; plus `onto` (b, l, n)."""
+    """x Wᵀ of x (b, l, k), W (n, k); with a gate V silu(x Vᵀ) ∘ x Wᵀ; or plus `onto` (b, l, n)."""
     (b, l, k), n = x.shape, weight.shape[0]
     if b > MANY:
+        if onto is not None:
+            return torch.addmm(onto.flatten(0, 1), x.flatten(0, 1), weight.T).view_as(onto)
         y = F.linear(x, weight)
-        y = y if gate is None else F.silu(F.linear(x, gate)) * y
-        return y if onto is None else onto + y
+        return y if gate is None else F.silu(F.linear(x, gate)) * y
     x = (x if x.stride(2) == 1 else x.contiguous()).reshape(b * l, k)
     M = 16 if b * l <= 16 else 32 if b * l <= 32 else 64
     gated = gate is not None

@@ -346,14 +346,15 @@ def step():
 def follow(rounds):
     """The texts of a decoding, the passes (each row for itself), and tokens/s: in all, and from
     round 4 on, as a GPU compiles and captures in the first. A round's tokens are on the CPU."""
-    parts, times = [], [now()]
+    texts, passes, counts, times = {}, 0, [], [now()]
     for new in rounds:
-        parts.append(new)
+        for i, tokens in enumerate(new):  # a list kept of every round and row, and Python stops
+            texts.setdefault(i, []).extend(tokens)  # for 0.2 s now and then to look through them
+            passes += bool(tokens)
+        counts.append(sum(map(len, new)))
         times.append(time.perf_counter())
-    texts = [sum(row, []) for row in zip(*parts, strict=True)]
-    warm = sum(len(row) for new in parts[3:] for row in new) / (times[-1] - times[3])
-    passes = sum(bool(row) for new in parts for row in new)
-    return texts, passes, sum(map(len, texts)) / (times[-1] - times[0]), warm
+    warm = sum(counts[3:]) / (times[-1] - times[3])
+    return list(texts.values()), passes, sum(counts) / (times[-1] - times[0]), warm
 
 
 def many():

@@ -260,7 +260,7 @@ class Lab:
             decoder = generate.Decoder(model, len(part), self.size.before + self.size.written + 1, 0.8, generator=torch.Generator(self.device).manual_seed(seed + i))
             texts = [[] for _ in part]
             for new in decoder.decode(part, self.size.written):
-                texts = [a + b for a, b in zip(texts, new)]
+                texts = [[*a, *b] for a, b in zip(texts, new)]
             out += texts
         return out
 

@@ -93,7 +93,7 @@ def test_a_decoder_goes_on_with_longer_texts_as_if_it_had_read_them_anew(config,
         want, rounds = whole(g.generate(model, texts, 7, 0, stop=[3])), decoder.decode(texts, 7, [3])
         got = [[], []]
         for i, row in enumerate(rounds):
-            got = [a + b for a, b in zip(got, row)]
+            got = [[*a, *b] for a, b in zip(got, row)]
             if cut and i == 2:  # somebody has heard enough
                 rounds.close()
         assert all(a == b[:len(a)] for a, b in zip(got, want)) and (cut or got == want)

@@ -121,7 +121,7 @@ def test_sampling_follows_the_law():
 
 def whole(rounds):
     """All the new tokens of each row."""
-    return [sum(row, []) for row in zip(*rounds)]
+    return [list(sum(row, ())) for row in zip(*rounds)]
 
 
 @given(configs(), st.integers(0, 1000))
@@ -281,7 +281,7 @@ def test_the_draft_proposes_what_it_would_itself_write_after_the_text_so_far(con
             for i, text in enumerate(texts):
                 if new[i]:
                     assert [proposed[i]] == whole(g.generate(draft, [text], K, 0))
-                    texts[i] = text + new[i]
+                    texts[i] = [*text, *new[i]]
 
 
 def test_greedy_speculation_on_decodings_kernels_writes_the_plain_text():

@@ -239,7 +239,7 @@ def test_upstream_gradients_may_be_missing_or_lie_anywhere(which, decay, loss):
 def test_scan_can_be_cut_anywhere_and_resumed(which, decay, l):
     l = length(which, decay, l)
     inputs = scan_inputs(decay, 1, l)
-    inputs["A"] = inputs["A"] / min(l, 1000)  # a memory of the whole, or of thousands of tokens
+    inputs["A"] = inputs["A"] / min(l, 100)  # a memory of the whole, or of up to 2,000 tokens
     tolerance = 1e-4 if l < 2**20 else 2e-4  # of the largest of a million errors, in float32
     with form(which):
         y, h = kernels.ssm_scan(**inputs)
@@ -529,8 +529,8 @@ def test_the_operators_are_what_pytorch_is_told_of_them(name, full):
     if full:
         inputs["pos"] = torch.tensor([places(9, (0, 4), 0)] * 2, dtype=torch.int32, device=DEVICE)
     if name == "mamba2":
-        names, steps = ("dt", "A", "dt_bias", "pos"), ("delta", "a")
-        inputs |= zip(steps, kernels.ssd_steps(*map(inputs.get, names)), strict=True)
+        delta, a = kernels.ssd_steps(*map(inputs.get, ("dt", "A", "dt_bias", "pos")))
+        inputs |= dict(delta=delta, s=kernels.in_tiles(a, 32).cumsum(2))
     operator, tests = (
         {"mamba": "s6", "mamba2": "ssd"}.get(name, name),
         ("test_schema", "test_faketensor"),
@@ -641,7 +641,6 @@ def test_the_layers_of_decoding_are_pytorchs_formulas(rows, k, n, seed):
                 (kernels.linear(x, weights[0]), exact[0]),
                 (kernels.linear(x, weights[0], onto=onto), exact[0] + onto),
                 (kernels.linear(x, weights[0], gate=weights[1]), gated),
-                (kernels.linear(x, weights[0], weights[1], onto), gated + onto),
                 (kernels.rms_norm(x, weights[0, 0], 0.1), normed),
                 *zip(kernels.linears(x, *weights), exact, strict=True),
                 *zip(kernels.linears(x, *[w.clone() for w in weights]), exact, strict=True),

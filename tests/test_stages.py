@@ -350,7 +350,7 @@ def test_into_a_file_a_line_comes_every_so_many_steps_and_at_least_every_half_a_
         return make(0)
     monkeypatch.setattr(t, "ahead", lambda batches, first, last, device: map(batches, range(first + 1, last + 1)))
     fitted(run, t.assemble(run, None, tiny_teacher(), stage, 1, {}), stage, batch)
-    assert [int(line.split("step ")[1].split("/")[0]) for line in capsys.readouterr().out.splitlines()] == lines
+    assert [int(line.split("step ")[1].split("/")[0]) for line in capsys.readouterr().out.splitlines() if "step " in line] == lines
 
 
 @pytest.mark.parametrize("rank", [0, 1])
