@@ -132,8 +132,9 @@ def conv_reference(x, weight, bias=None, pos=None):
 def ssm_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None, pos=None):
     """`ssm_reference`, fast and once differentiable: the same arguments and results up to rounding.
 
-    An infinity or NaN in an input of Mamba-2 can reach the 63 tokens before it, in its tile. p or n
-    above 256 take the PyTorch form. Raises ValueError, naming the argument, if shapes do not fit.
+    A GPU's decay is off by up to 1e-7 a token of Mamba, which adds up over a long memory. An infinity
+    or NaN in an input of Mamba-2 can reach the 63 tokens before it, in its tile. p or n above 256
+    take the PyTorch form. Raises ValueError, naming the argument, if shapes do not fit.
     """
     per, axes = ("h", "h") if A.dim() == 1 else ("h p", "h p n")  # of one token's Δ, and of A
     tokens = dict(x=(x, "b l g p"), B=(B, "b l k n"), C=(C, "b l h n"), dt=(dt, f"b l {per}"))
@@ -178,9 +179,11 @@ def ssd_scan(x, dt, A, B, C, D, dt_bias, h0, pos):
     delta, a = ssd_steps(dt, A, dt_bias, pos)
     inputs, c = dict(x=x, delta=delta, a=a, B=B, C=C), segments(x, C)
 
-    def scan(a, **inputs):
-        s = a.double() if x.dtype == torch.float32 else a
-        return SSD(s=in_tiles(s, ssd_sizes(x, C)[0]["T"]).cumsum(2), **inputs)
+    def scan(delta, a, **inputs):
+        a = a.double() if x.dtype == torch.float32 else a
+        T = ssd_sizes(x, C)[0]["T"]
+        delta, a = (in_tiles(t, T).permute(0, 3, 1, 2).contiguous() for t in (delta, a))
+        return SSD(delta=delta, s=a.cumsum(3), **inputs)  # (b, h, tiles, T) both
 
     if c == 1:
         return scan(**inputs, h0=h0, D=D)
@@ -560,9 +563,9 @@ def s6_backward_kernel(
 
 
 # --------------------------------------------------------------------------------------------------
-# Mamba-2 (SSD). A tile of T tokens is a few products of matrices. PyTorch gives the kernels Δ and
-# a = Δ A of each token. With s_t the running sum of a within the tile, in log2, 2^(s_t - s_r) is
-# the decay from token r to token t; s_T is its last value:
+# Mamba-2 (SSD). A tile of T tokens is a few products of matrices. PyTorch gives the kernels Δ and s
+# (b, h, tiles, T), 0 past the end of a row: s_t is the running sum of Δ A within the tile. In log2,
+# 2^(s_t - s_r) is the decay from token r to token t; s_T is the last of the tile:
 #
 #     y_t = Σ_{r≤t} 2^(s_t - s_r) (C_t·B_r) Δ_r x_r  +  2^s_t h C_t  +  D x_t
 #     h ← 2^s_T h + Σ_r 2^(s_T - s_r) Δ_r x_r B_rᵀ
@@ -583,11 +586,11 @@ def ssd_walk(p_h0, h, p, n, BP, BN):
 
 
 @jit
-def ssd_tokens(p_delta, p_s, left, h, T):
-    """Δ, s and s_T of T tokens, of which `left` are in the row; past its end Δ is 0."""
-    o_t = tl.arange(0, T)
-    b_delta = read(p_delta + o_t * h, o_t < left)
-    return b_delta, tl.load(p_s + o_t * h) * LOG2E, tl.load(p_s + (T - 1) * h) * LOG2E
+def tile_steps(p_delta, p_s, i_tile, T):
+    """Δ and, in log2, s and s_T of a tile."""
+    o = i_tile.to(tl.int64) * T + tl.arange(0, T)
+    b_end = tl.load(p_s + i_tile.to(tl.int64) * T + T - 1)
+    return tl.load(p_delta + o), tl.load(p_s + o) * LOG2E, b_end * LOG2E
 
 
 @jit
@@ -627,11 +630,10 @@ def ssd_forward_kernel(
     for i_t in range(tl.cdiv(l, T)):
         left = l - i_t * T  # tokens from here on
         i_l = i_b * l + i_t * T  # the first token, of all rows'
-        i_s = (i_b * tl.cdiv(l, T) + i_t) * T
         b_x = tile(p_x + i_l * s_x, s_x, o_t, o_p, left, p, DOT)  # (T, p)
         b_B = tl.trans(tile(p_B + i_l * s_B, s_B, o_t, o_n, left, n, DOT))  # (n, T)
         b_C = tile(p_C + i_l * s_C, s_C, o_t, o_n, left, n, DOT)  # (T, n)
-        b_delta, b_s, b_end = ssd_tokens(p_delta + i_l * h + i_h, p_s + i_s * h + i_h, left, h, T)
+        b_delta, b_s, b_end = tile_steps(p_delta, p_s, tl.program_id(0) * tl.cdiv(l, T) + i_t, T)
         b_decay = decay_between(-b_s, o_t[:, None] >= o_t[None, :])
         b_scores = dot(b_C, b_B) * b_decay * b_delta[None, :]  # (t, r)
         b_y = dot(b_C, b_h.to(DOT)) * exp2(b_s)[:, None]
@@ -665,12 +667,10 @@ def ssd_states_kernel(
         i_t = tiles - 1 - k if ADJOINT else k
         left = l - i_t * T
         i_l = i_b * l + i_t * T
-        i_s = i_b * tiles + i_t
-        tl.store(p_S + i_s * (h * n * p), b_h, mask=m_h)
+        tl.store(p_S + (i_b * tiles + i_t) * (h * n * p), b_h, mask=m_h)
         b_u = tile(p_u + i_l * s_u, s_u, o_t, o_p, left, p, DOT)
         b_v = tl.trans(tile(p_v + i_l * s_v, s_v, o_t, o_n, left, n, DOT))
-        at_s = i_s * (T * h) + i_h
-        b_delta, b_s, b_end = ssd_tokens(p_delta + i_l * h + i_h, p_s + at_s, left, h, T)
+        b_delta, b_s, b_end = tile_steps(p_delta, p_s, tl.program_id(0) * tiles + i_t, T)
         b_w = exp2(b_s) if ADJOINT else exp2(b_end - b_s) * b_delta
         b_u = (b_u.to(tl.float32) * b_w[:, None]).to(DOT)
         b_h = b_h * exp2(b_end) + dot(b_v, b_u)
@@ -722,8 +722,8 @@ def ssd_backward_kernel(
     p_S += (i_bt * h + i_h) * (n * p)
     p_G += (i_bt * h + i_h) * (n * p)
     o_0 = i_l * h + i_h
-    o_s = i_bt * (T * h) + i_h
-    b_delta, b_s, b_end = ssd_tokens(p_delta + o_0, p_s + o_s, left, h, T)
+    i_tile = (i_bt // tiles * h + i_h) * tiles + i_bt % tiles
+    b_delta, b_s, b_end = tile_steps(p_delta, p_s, i_tile, T)
     b_after = exp2(b_end - b_s)[:, None]
     b_BC = products(p_B, s_B, p_C, s_C, o_t, left, n, DOT, BN)
     b_BC *= decay_between(b_s, o_t[:, None] <= o_t[None, :])
@@ -778,17 +778,17 @@ def ssd_backward_kernel(
         m_tn = (o_t < left)[:, None] & (o_n < n)[None, :]
         tl.store(p_dB + o_tn, b_dB, mask=m_tn)
         tl.store(p_dC + o_tn, b_dC, mask=m_tn)
-    tl.store(p_ddelta + o_0 + o_t * h, b_ddelta + b_give, mask=o_t < left)
+    tl.store(p_ddelta + i_tile * T + o_t, b_ddelta + b_give)
     b_give = tl.where(o_t + 1 < tl.minimum(T, left), b_give * b_delta, 0.0)
     b_end = tl.sum(b_give) + exp2(b_end) * b_hold
-    tl.store(p_ds + o_s + o_t * h, b_ds - b_give + tl.where(o_t == T - 1, b_end, 0.0))
+    tl.store(p_ds + i_tile * T + o_t, b_ds - b_give + tl.where(o_t == T - 1, b_end, 0.0))
 
 
 # --------------------------------------------------------------------------------------------------
 # The convolution. A program walks BC channels through T tokens, U at a time to have as many reads
 # under way, with the last W inputs in registers.
 
-CONV_TOKENS, CONV_CHANNELS = 64, 256
+CONV_TOKENS, CONV_CHANNELS = 128, 128
 
 
 @jit
@@ -979,7 +979,7 @@ def ssd_forward(x, delta, s, B, C, h0, D):
 def ssd_backward(dy, dh, x, delta, s, B, C, h0, D):
     """The gradients of x and B per query head, of Δ, s, C and h0; and of D per tile."""
     (b, l, h, n), p, (sizes, walk) = C.shape, x.shape[3], ssd_sizes(x, C)
-    tiles, group = s.shape[1], h // x.shape[2]
+    tiles, group = s.shape[2], h // x.shape[2]
     kind = torch.bfloat16 if sizes["DOT"] == tl.bfloat16 else torch.float32
     S, G = (delta.new_empty(b, tiles, h, n, p, dtype=kind) for _ in range(2))
     last, dh0 = (delta.new_empty(b, h, p, n) for _ in range(2))
@@ -988,7 +988,7 @@ def ssd_backward(dy, dh, x, delta, s, B, C, h0, D):
     launch(ssd_states_kernel, grid, *states, l, group=group, ADJOINT=False, **walk)
     adjoints = *strided(dy, C), *steps, flat(dh), G, dh0
     launch(ssd_states_kernel, grid, *adjoints, l, group=1, ADJOINT=True, **walk)
-    dx, ddelta, ds = x.new_empty(b, l, h, p), delta.new_empty(b, l, h), s.new_empty(s.shape)
+    dx, ddelta, ds = x.new_empty(b, l, h, p), *map(torch.empty_like, steps)
     dB, dC, dD = B.new_empty(C.shape), C.new_empty(C.shape), delta.new_empty(b * tiles, h)
     tensors = *strided(x, B, C, dy), *steps, flat(D), S, G, dx, ddelta, ds, dB, dC, dD
     launch(ssd_backward_kernel, (b * tiles * h,), *tensors, l, group=group, **sizes)

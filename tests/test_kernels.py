@@ -530,7 +530,8 @@ def test_the_operators_are_what_pytorch_is_told_of_them(name, full):
         inputs["pos"] = torch.tensor([places(9, (0, 4), 0)] * 2, dtype=torch.int32, device=DEVICE)
     if name == "mamba2":
         delta, a = kernels.ssd_steps(*map(inputs.get, ("dt", "A", "dt_bias", "pos")))
-        inputs |= dict(delta=delta, s=kernels.in_tiles(a, 32).cumsum(2))
+        delta, a = (kernels.in_tiles(t, 32).permute(0, 3, 1, 2).contiguous() for t in (delta, a))
+        inputs |= dict(delta=delta, s=a.cumsum(3))
     operator, tests = (
         {"mamba": "s6", "mamba2": "ssd"}.get(name, name),
         ("test_schema", "test_faketensor"),
