@@ -132,8 +132,8 @@ def conv_reference(x, weight, bias=None, pos=None):
 def ssm_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None, pos=None):
     """`ssm_reference`, fast and once differentiable: the same arguments and results up to rounding.
 
-    A GPU's decay is off by up to 1e-7 a token of Mamba, which adds up over a long memory. An infinity
-    or NaN in an input of Mamba-2 can reach the 63 tokens before it, in its tile. p or n above 256
+    On a GPU Mamba's decay is off by up to 1e-7 a token, which adds up over a long memory. An inf or
+    NaN in an input of Mamba-2 can reach the 63 tokens before it, in its tile. p or n above 256
     take the PyTorch form. Raises ValueError, naming the argument, if shapes do not fit.
     """
     per, axes = ("h", "h") if A.dim() == 1 else ("h p", "h p n")  # of one token's Δ, and of A
