@@ -24,22 +24,23 @@ document; where it is 0 the decay counts as 0, so nothing of the document before
 In this file
     ssm_reference, conv_reference    the definitions; the tests measure all else against them
     ssm_scan, causal_conv            the same, fast and differentiable: Triton on CUDA, else PyTorch
-    rms_norm, linear, attend, replay a model's layers in a decoding step, where `few` allows them
+    rms_norm, linear, attend, replay a model's layers in a decoding step, if `few` says so
 
 The recurrence is linear in h, so a sequence can be cut anywhere. Each piece computes the state that
 it would end with from h = 0, then these are passed on from piece to piece, then each piece starts
 from the right state. In PyTorch the pieces are computed side by side. In Triton, batch and heads
-fill a GPU, so a program walks a whole row, and only the rows of a small batch are cut.
+fill a GPU, so a scan's program walks a whole row, and only the rows of a small batch are cut.
 
 The gradient is the same walk backwards in time. The adjoint G_t = ∂L/∂h_t obeys
 
     G_t = exp(Δ_{t+1} A) ∘ G_{t+1} + dy_t C_tᵀ
 
-and the gradients are products of h, G and the inputs. The backward pass walks forward once more,
-and keeps the states that it needs.
+with dy the gradient before the gate, and the gradients are products of h, G and the inputs. The
+backward pass walks forward once more, and keeps the states that it needs.
 
-Names in kernels: p_ a pointer, s_ the distance of two tokens, b_ a block in registers, o_ offsets,
-m_ a mask, i_ an index; T tokens together, BP and BN blocks of p and n. A state is a tile (n, p).
+A kernel runs as a grid of programs; a constexpr is fixed when it is compiled. Names: p_x a pointer
+to x, s_x the distance of two tokens there, b_ a block in registers, o_ offsets, m_ a mask, i_ an
+index; T tokens together, a tile, BP and BN blocks of p and n. A state is a block (n, p).
 """
 
 import os
@@ -150,7 +151,7 @@ def ssm_scan(x, dt, A, B, C, D=None, z=None, dt_bias=None, h0=None, pos=None):
     if A.dim() == 3:
         pos = None if pos is None else pos.int().contiguous()
         return s6_scan(S6, segments(x, C), x, dt, A, B, C, D, z, dt_bias, h0, pos)
-    y, state = ssd_scan(x, dt, A, B, C, D, dt_bias, h0, pos)  # has no gate: the norm follows it
+    y, state = ssd_scan(x, dt, A, B, C, D, dt_bias, h0, pos)  # its kernels have no gate
     return y if z is None else (y.float() * F.silu(z.float())).to(y.dtype), state
 
 
@@ -163,7 +164,7 @@ def step_size(dt, dt_bias):
 def ssd_steps(dt, A, dt_bias, pos):
     """Δ and a = Δ A, the logarithm of the decay, of each token and head of Mamba-2."""
     delta = step_size(dt, dt_bias)
-    least = -800.0 if delta.dtype == torch.float64 else -139.0
+    least = -800.0 if delta.dtype == torch.float64 else -139.0  # 2^-200
     # Where less is left of a state than the type can hold, and where a document starts, a is cut
     # off: a running sum with more would blur its neighbours.
     a = (delta * A).clamp(min=least)
@@ -267,7 +268,7 @@ def check(where, sizes, **tensors):
 
 
 # --------------------------------------------------------------------------------------------------
-# The scan in PyTorch: chunks, vectorised
+# The scan in PyTorch
 
 
 def s6_torch(x, dt, A, B, C, D, z, dt_bias, h0, pos):
@@ -283,15 +284,15 @@ def s6_torch(x, dt, A, B, C, D, z, dt_bias, h0, pos):
 
 
 def ssd_torch(x, dt, A, B, C, D, z, dt_bias, h0, pos, T=64):
-    """Mamba-2. Inside a chunk y = (decay ∘ C Bᵀ) (Δ x): attention weighted by the decay."""
+    """Mamba-2. Inside a tile y = (decay ∘ C Bᵀ) (Δ x): attention weighted by the decay."""
     f, (b, l, h, n), p = torch.promote_types(x.dtype, torch.float32), C.shape, x.shape[3]
     h0 = x.new_zeros(b, h, p, n, dtype=f) if h0 is None else h0.to(f)
     delta, a = ssd_steps(dt.to(f), A.to(f), dt_bias, pos)
     tokens = repeat_heads(x, h).to(f), delta, a, repeat_heads(B, h).to(f), C.to(f)
     T = min(T, l)
     wide, delta, a, B, C = (in_tiles(t, T) for t in tokens)  # (b, c, T, …); past the end Δ is 0
-    # float64: far into a chunk s is large, and small differences between neighbours matter
-    s = a.double().cumsum(2).transpose(2, 3)  # (b, c, h, T): log decay since the chunk's start
+    # float64: far into a tile |s| is large, and small differences between neighbours matter
+    s = a.double().cumsum(2).transpose(2, 3)  # (b, c, h, T): log decay since the tile's start
     later = torch.ones(T, T, dtype=torch.bool, device=s.device).triu(1)
     between = (s[..., :, None] - s[..., None, :]).masked_fill(later, -torch.inf).to(f).exp()
     since = s.to(f).exp().transpose(2, 3)[..., None]  # (b, c, T, h, 1)
@@ -318,7 +319,7 @@ def pass_states(ends, decay, h0):
 
 # --------------------------------------------------------------------------------------------------
 # Triton: what all kernels share. A tensor (b, l, …) comes with the distance of its tokens
-# (`strided`). An optional tensor is None.
+# (`strided`). An optional tensor may be None.
 
 LOG2E = constexpr(1.4426950408889634) if triton else None
 
@@ -346,12 +347,12 @@ def dot(a, b, acc=None):
 
 @jit
 def softplus(b):
-    """log(1 + e^b) to 2e-7 of it: max(b, 0) + 2 artanh(w), w = e / (2 + e), e = e^-|b|."""
-    b_e = tl.exp2(tl.abs(b) * -LOG2E)
-    b_w = b_e / (2 + b_e)
-    b_q = b_w * b_w
-    b_series = 1 + b_q * (1 / 3 + b_q * (1 / 5 + b_q * (1 / 7 + b_q / 8.25)))  # Σ w^2i / (2i + 1)
-    return tl.maximum(b, 0.0) + 2 * b_w * b_series
+    """log(1 + e^b) to 2e-7 of it: max(b, 0) + 2 artanh(v), v = u / (2 + u), u = e^-|b|."""
+    b_u = tl.exp2(tl.abs(b) * -LOG2E)
+    b_v = b_u / (2 + b_u)
+    b_q = b_v * b_v
+    b_series = 1 + b_q * (1 / 3 + b_q * (1 / 5 + b_q * (1 / 7 + b_q / 8.25)))  # about artanh(v) / v
+    return tl.maximum(b, 0.0) + 2 * b_v * b_series
 
 
 @jit
@@ -405,7 +406,7 @@ def s6_tokens(
         b_B = tl.load(p_B + t * s_B + j * s_B, mask=m_n, other=0.0)
         b_C = tl.load(p_C + t * s_C + j * s_C, mask=m_n, other=0.0)
         b_dy = tl.load(p_dy + t * s_dy + j * s_dy, mask=m_p, other=0.0)
-        b_z, b_pos = b_dy, 1  # stand-ins
+        b_z, b_pos = b_dy, 1  # if there are none
         if p_z is not None:
             b_z = tl.load(p_z + t * s_z + j * s_z, mask=m_p, other=0.0)
         if p_pos is not None:
@@ -415,9 +416,9 @@ def s6_tokens(
 
 
 @jit
-def s6_join(a_1, h_1, a_2, h_2):
+def s6_join(a_1, u_1, a_2, u_2):
     """Two stretches of h ← a h + u, one after the other, as one."""
-    return a_1 * a_2, a_2 * h_1 + h_2
+    return a_1 * a_2, a_2 * u_1 + u_2
 
 
 #     h ← exp(Δ A) ∘ h + B (Δ x)ᵀ,    y = (Cᵀ h + D ∘ x) ∘ silu(z)
@@ -456,7 +457,7 @@ def s6_forward_kernel(
         b_pos = t + 1
         if p_pos is not None:
             b_pos = tl.load(p_pos + i_b * l + t, mask=t < l, other=1)
-        b_cut = tl.where(b_pos == 0, -1e30, 0.0)  # where a document starts, also if A is 0
+        b_cut = tl.where(b_pos == 0, -1e30, 0.0)  # where a document starts
         b_decay = tl.exp2(b_delta[:, None, :] * b_A[None] + b_cut[:, :, None])  # (T, n, p)
         b_write = (b_delta * b_x)[:, None, :] * b_B[:, :, None]
         b_write = tl.where(first, b_write + b_decay * b_h[None], b_write)
@@ -479,9 +480,9 @@ def s6_forward_kernel(
 #     dΔ = du ∘ x + Σ_n da ∘ A,  dA = Σ_t Δ da,  dD = Σ_t dy ∘ x,  ddt = dΔ ∘ softplus'
 #     G ← exp(Δ A) ∘ G
 #
-# T tokens at a time from the end, with states computed again from S. dx, dB, dC are per query head,
-# dB and dC also per block of channels; sums (b, h, p, n + 2): dA, dD and dbias. Sums over p are
-# products with ones: across a warp they take more instructions.
+# T = SAVE tokens at a time from the end, states again from S. dx, dB, dC are per query head,
+# dB and dC also per block of channels; sums (b, h, p, n + 2): dA, dD, dbias = Σ_t ddt. Sums over p
+# are products with ones: a sum across a warp takes more instructions.
 @jit(do_not_specialize=["l"])
 def s6_backward_kernel(
     p_x, s_x: constexpr, p_dt, s_dt: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr,
@@ -492,7 +493,7 @@ def s6_backward_kernel(
 ):  # fmt: skip
     about = s6_program(p_A, p_D, p_bias, p_dh, h, p, n, BP, BN)
     i_b, i_h, o_p, o_n, m_p, m_n, b_A, b_D, b_bias, b_G = about
-    o_one = tl.arange(0, 16)[None, :]  # a product is 16 wide; the first of its columns is stored
+    o_one = tl.arange(0, 16)[None, :]  # tl.dot needs 16 columns; one is stored
     b_ones = tl.full((BP, 16), 1.0, tl.float32)
     p_x += i_b * l * s_x + i_h // group * p + o_p
     p_dt += i_b * l * s_dt + i_h * p + o_p
@@ -550,9 +551,9 @@ def s6_backward_kernel(
             b_ddt = b_ddelta * tl.sigmoid(b_dt.to(tl.float32) + b_bias)
             tl.store(p_dx + o_yt, b_delta * b_du + b_D * b_dy, mask=m_pt)
             tl.store(p_ddt + o_yt, b_ddt, mask=m_pt)
-            o_t = o_BC + t * (h * n) + j * (h * n)
-            tl.store(p_dB + o_t, b_dB, mask=m_nt & (o_one == 0))
-            tl.store(p_dC + o_t, b_dC, mask=m_nt & (o_one == 0))
+            o_BCt = o_BC + t * (h * n) + j * (h * n)
+            tl.store(p_dB + o_BCt, b_dB, mask=m_nt & (o_one == 0))
+            tl.store(p_dC + o_BCt, b_dC, mask=m_nt & (o_one == 0))
             b_dA += b_da * b_delta
             b_dD += b_dy * b_x
             b_dbias += b_ddt
@@ -564,12 +565,12 @@ def s6_backward_kernel(
 
 
 # --------------------------------------------------------------------------------------------------
-# Mamba-2 (SSD). A tile of T tokens is a few products of matrices. PyTorch gives the kernels Δ and s
-# (b, h, tiles, T), 0 past the end of a row: s_t is the running sum of Δ A within the tile. In log2,
-# 2^(s_t - s_r) is the decay from token r to token t; s_T is the last of the tile:
+# Mamba-2 (SSD). A tile of T tokens is a few products of matrices. PyTorch gives the kernels Δ, 0
+# past the end of a row, and s (b, h, tiles, T): s_t is the running sum of Δ A within the tile, s_T
+# its last. e^(s_t - s_r), in the kernels a power of 2, is the decay from token r to token t:
 #
-#     y_t = Σ_{r≤t} 2^(s_t - s_r) (C_t·B_r) Δ_r x_r  +  2^s_t h C_t  +  D x_t
-#     h ← 2^s_T h + Σ_r 2^(s_T - s_r) Δ_r x_r B_rᵀ
+#     y_t = Σ_{r≤t} e^(s_t - s_r) (C_t·B_r) Δ_r x_r  +  e^s_t h C_t  +  D x_t
+#     h ← e^s_T h + Σ_r e^(s_T - s_r) Δ_r x_r B_rᵀ
 
 
 @jit
@@ -601,14 +602,14 @@ def exp2(b):
 
 
 @jit
-def decay_between(b_s, m):
-    """2^(s_j - s_i) of tokens i, rows, and j, columns, in float32; 0 where m is False."""
-    return exp2(tl.where(m, b_s[None, :] - b_s[:, None], -float("inf")))
+def decay_between(b, m):
+    """2^(b_j - b_i), i the rows and j the columns, in float32; 0 where m is False."""
+    return exp2(tl.where(m, b[None, :] - b[:, None], -float("inf")))
 
 
 @jit
-def tile(ptr, s_row, o_row, o_col, n_row, n_col, DOT):
-    """A tile in the type of the products, zero from row n_row and column n_col on."""
+def load(ptr, s_row, o_row, o_col, n_row, n_col, DOT):
+    """A block in the type of the products, zero from row n_row and column n_col on."""
     m = (o_row < n_row)[:, None] & (o_col < n_col)[None, :]
     return tl.load(ptr + o_row[:, None] * s_row + o_col[None, :], mask=m, other=0.0).to(DOT)
 
@@ -630,10 +631,10 @@ def ssd_forward_kernel(
     b_D = read_if(p_D, i_h, i_h < h)
     for i_t in range(tl.cdiv(l, T)):
         left = l - i_t * T  # tokens from here on
-        i_l = i_b * l + i_t * T  # the first token, of all rows'
-        b_x = tile(p_x + i_l * s_x, s_x, o_t, o_p, left, p, DOT)  # (T, p)
-        b_B = tl.trans(tile(p_B + i_l * s_B, s_B, o_t, o_n, left, n, DOT))  # (n, T)
-        b_C = tile(p_C + i_l * s_C, s_C, o_t, o_n, left, n, DOT)  # (T, n)
+        i_l = i_b * l + i_t * T  # the tile's first token, counted over all rows
+        b_x = load(p_x + i_l * s_x, s_x, o_t, o_p, left, p, DOT)  # (T, p)
+        b_B = tl.trans(load(p_B + i_l * s_B, s_B, o_t, o_n, left, n, DOT))  # (n, T)
+        b_C = load(p_C + i_l * s_C, s_C, o_t, o_n, left, n, DOT)  # (T, n)
         b_delta, b_s, b_end = tile_steps(p_delta, p_s, tl.program_id(0) * tl.cdiv(l, T) + i_t, T)
         b_decay = decay_between(-b_s, o_t[:, None] >= o_t[None, :])
         b_scores = dot(b_C, b_B) * b_decay * b_delta[None, :]  # (t, r)
@@ -647,11 +648,9 @@ def ssd_forward_kernel(
     tl.store(p_h + o_h, b_h, mask=m_h)
 
 
-#     h ← 2^s_T h + Σ_r 2^(s_T - s_r) Δ_r u_r v_rᵀ      with u = x and v = B
-#     G ← 2^s_T G + Σ_t 2^s_t u_t v_tᵀ                  with u = dy and v = C, from the last tile on
-#
-# The walk alone. It leaves in S (b, tiles, h, n, p) the state at every tile's start or, of the
-# ADJOINT, at every tile's end.
+#     h ← e^s_T h + Σ_r e^(s_T - s_r) Δ_r u_r v_rᵀ     with u = x and v = B
+#     G ← e^s_T G + Σ_t e^s_t u_t v_tᵀ                 with u = dy and v = C, from the end back
+# S (b, tiles, h, n, p) has the state at every tile's start or, of the ADJOINT, at every tile's end.
 @jit(do_not_specialize=["l"])
 def ssd_states_kernel(
     p_u, s_u: constexpr, p_v, s_v: constexpr, p_delta, p_s, p_first, p_S, p_last, l,
@@ -669,8 +668,8 @@ def ssd_states_kernel(
         left = l - i_t * T
         i_l = i_b * l + i_t * T
         tl.store(p_S + (i_b * tiles + i_t) * (h * n * p), b_h, mask=m_h)
-        b_u = tile(p_u + i_l * s_u, s_u, o_t, o_p, left, p, DOT)
-        b_v = tl.trans(tile(p_v + i_l * s_v, s_v, o_t, o_n, left, n, DOT))
+        b_u = load(p_u + i_l * s_u, s_u, o_t, o_p, left, p, DOT)
+        b_v = tl.trans(load(p_v + i_l * s_v, s_v, o_t, o_n, left, n, DOT))
         b_delta, b_s, b_end = tile_steps(p_delta, p_s, tl.program_id(0) * tiles + i_t, T)
         b_w = exp2(b_s) if ADJOINT else exp2(b_end - b_s) * b_delta
         b_u = (b_u.to(tl.float32) * b_w[:, None]).to(DOT)
@@ -679,29 +678,29 @@ def ssd_states_kernel(
 
 
 @jit
-def products(p_a, s_a, p_c, s_c, o_t, left, w, DOT, BW):
-    """a cᵀ of two tiles of T tokens, w columns wide: (T, T)."""
+def products(p_u, s_u, p_v, s_v, o_t, left, width, DOT, BW):
+    """u vᵀ of a tile of both: (T, T)."""
     b = tl.zeros((o_t.shape[0], o_t.shape[0]), tl.float32)
-    for i in range(0, w, BW):
+    for i in range(0, width, BW):
         o = i + tl.arange(0, BW)
-        b_c = tl.trans(tile(p_c, s_c, o_t, o, left, w, DOT))
-        b = dot(tile(p_a, s_a, o_t, o, left, w, DOT), b_c, b)
+        b_v = tl.trans(load(p_v, s_v, o_t, o, left, width, DOT))
+        b = dot(load(p_u, s_u, o_t, o, left, width, DOT), b_v, b)
     return b
 
 
-# The gradients of one tile of one head, from S, the state at its start, and G, the adjoint of the
-# state at its end, of later tiles alone. With decay_tr = 2^(s_t - s_r) for r ≤ t, else 0:
+# The gradients of one tile of one head, from S, its first state, and G, the adjoint of its last, of
+# later tiles alone. decay_tr = e^(s_t - s_r) for r ≤ t, else 0; right: each sum's factor, its axes.
 #
-#     dx_r = Δ_r (2^(s_T - s_r) G B_r + Σ_t decay_tr (C_t·B_r) dy_t) + D dy_r  b_BC (r, t)
-#     dB_r = Δ_r (2^(s_T - s_r) Gᵀ x_r + Σ_t decay_tr (dy_t·x_r) C_t)          b_xy (r, t)
-#     dC_t = 2^s_t Sᵀ dy_t + Σ_r decay_tr Δ_r (dy_t·x_r) B_r                   b_yx (t, r)
-#     P_tr = decay_tr (C_t·B_r) (dy_t·x_r),  give_r = 2^(s_T - s_r) x_r·(G B_r)
-#     dΔ_r = give_r + Σ_t P_tr
-#     ds_t = Σ_r Δ_r P_tr + 2^s_t C_t·(Sᵀ dy_t) - Δ_t (Σ_r P_rt + give_t)      reads less writes
-#     ds_T = … + Σ_r Δ_r give_r + 2^s_T <S, G>                                 the tile's end
+#     dx_r = Δ_r (e^(s_T - s_r) G B_r + Σ_t decay_tr (C_t·B_r) dy_t) + D dy_r  b_BC (r, t)
+#     dB_r = Δ_r (e^(s_T - s_r) Gᵀ x_r + Σ_t decay_tr (dy_t·x_r) C_t)          b_xy (r, t)
+#     dC_t = e^s_t Sᵀ dy_t + Σ_r decay_tr Δ_r (dy_t·x_r) B_r                   b_yx (t, r)
+#     P_tr = decay_tr (C_t·B_r) (dy_t·x_r),  give_r = e^(s_T - s_r) x_r·(G B_r)
+#     dΔ_r = give_r + Σ_t P_tr,  dD = Σ_r x_r·dy_r                          b_pairs (r, t)
+#     ds_t = Σ_{r<t} Δ_r P_tr + e^s_t C_t·(Sᵀ dy_t) - Δ_t (Σ_{r>t} P_rt + give_t)
+#     ds_T += Σ_r Δ_r give_r + e^s_T <S, G>
 #
-# Pairs of a token with itself do not decay, and are left out of ds: they would blur the rest. There
-# are two products x·dy, since Triton 3.4 to 3.7 on Hopper miscompiles one and its transpose.
+# The last token's give is left out of both lines of ds, where it cancels: it would blur the rest.
+# There are two products x·dy, as Triton 3.4 to 3.7 on Hopper miscompiles one and its transpose.
 @jit(do_not_specialize=["l"])
 def ssd_backward_kernel(
     p_x, s_x: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr, p_dy, s_dy: constexpr,
@@ -713,7 +712,7 @@ def ssd_backward_kernel(
     i_bt = tl.program_id(0).to(tl.int64) // h
     i_h = tl.program_id(0) % h
     i_0 = tl.program_id(0) // h % tiles * T
-    i_l = i_bt // tiles * l + i_0  # the first token, of all rows'
+    i_l = i_bt // tiles * l + i_0  # the tile's first token, counted over all rows
     left = l - i_0  # tokens from here on
     o_t = tl.arange(0, T)
     p_x += i_l * s_x + i_h // group * p
@@ -729,12 +728,12 @@ def ssd_backward_kernel(
     b_BC *= decay_between(b_s, o_t[:, None] <= o_t[None, :])
     for i_p in range(0, p, BP):
         o_p = i_p + tl.arange(0, BP)
-        b_dy = tile(p_dy, s_dy, o_t, o_p, left, p, DOT)
+        b_dy = load(p_dy, s_dy, o_t, o_p, left, p, DOT)
         b_dx = tl.zeros((T, BP), tl.float32)
         for i_n in range(0, n, BN):
             o_n = i_n + tl.arange(0, BN)
-            b_G = tile(p_G, p, o_n, o_p, n, p, DOT)
-            b_B = tile(p_B, s_B, o_t, o_n, left, n, DOT)
+            b_G = load(p_G, p, o_n, o_p, n, p, DOT)
+            b_B = load(p_B, s_B, o_t, o_n, left, n, DOT)
             b_dx = dot(b_B, b_G, b_dx)
         b_dx = dot(b_BC.to(DOT), b_dy, b_dx * b_after) * b_delta[:, None]
         b_dx += read_if(p_D, i_h, i_h < h) * b_dy.to(tl.float32)
@@ -755,16 +754,16 @@ def ssd_backward_kernel(
     b_hold = 0.0
     for i_n in range(0, n, BN):
         o_n = i_n + tl.arange(0, BN)
-        b_C = tile(p_C, s_C, o_t, o_n, left, n, DOT)
-        b_B = tile(p_B, s_B, o_t, o_n, left, n, DOT)
+        b_C = load(p_C, s_C, o_t, o_n, left, n, DOT)
+        b_B = load(p_B, s_B, o_t, o_n, left, n, DOT)
         b_dC = tl.zeros((T, BN), tl.float32)
         b_dB = tl.zeros((T, BN), tl.float32)
         for i_p in range(0, p, BP):
             o_p = i_p + tl.arange(0, BP)
-            b_S = tile(p_S, p, o_n, o_p, n, p, DOT)
-            b_G = tile(p_G, p, o_n, o_p, n, p, DOT)
-            b_x = tile(p_x, s_x, o_t, o_p, left, p, DOT)
-            b_dy = tile(p_dy, s_dy, o_t, o_p, left, p, DOT)
+            b_S = load(p_S, p, o_n, o_p, n, p, DOT)
+            b_G = load(p_G, p, o_n, o_p, n, p, DOT)
+            b_x = load(p_x, s_x, o_t, o_p, left, p, DOT)
+            b_dy = load(p_dy, s_dy, o_t, o_p, left, p, DOT)
             b_dB = dot(b_x, tl.trans(b_G), b_dB)
             b_dC = dot(b_dy, tl.trans(b_S), b_dC)
             b_hold += tl.sum(b_S.to(tl.float32) * b_G.to(tl.float32))
@@ -780,8 +779,8 @@ def ssd_backward_kernel(
         tl.store(p_dC + o_tn, b_dC, mask=m_tn)
     tl.store(p_ddelta + i_tile * T + o_t, b_ddelta + b_give)
     b_give = tl.where(o_t + 1 < tl.minimum(T, left), b_give * b_delta, 0.0)
-    b_end = tl.sum(b_give) + exp2(b_end) * b_hold
-    tl.store(p_ds + i_tile * T + o_t, b_ds - b_give + tl.where(o_t == T - 1, b_end, 0.0))
+    b_dend = tl.sum(b_give) + exp2(b_end) * b_hold
+    tl.store(p_ds + i_tile * T + o_t, b_ds - b_give + tl.where(o_t == T - 1, b_dend, 0.0))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -792,20 +791,20 @@ CONV_TOKENS, CONV_CHANNELS = 128, 128
 
 
 @jit
-def conv_tokens(p, s, i_l, t, l, o_c, c, U):
+def conv_tokens(ptr, step, i_l, t, l, o_c, c, U):
     """Tokens t to t + U - 1 of the row that starts at i_l; zeros outside the row."""
     tokens = ()
     for j in tl.static_range(U):
         m = o_c < tl.where((t + j >= 0) & (t + j < l), c, 0)
-        tokens = tokens + (tl.load(p + (i_l + t + j) * s + o_c, mask=m, other=0.0),)
+        tokens = tokens + (tl.load(ptr + (i_l + t + j) * step + o_c, mask=m, other=0.0),)
     return tokens
 
 
 @jit
 def conv_start(p_x, s_x, p_w, p_bias, l, c, W, T, BC):
-    """A program's row, by its first token; first token; channels; x before it; weights and bias."""
+    """The first token of a program's row, its own, channels, the inputs before, weights, bias."""
     i_l = tl.program_id(2).to(tl.int64) * l
-    t_0 = 0 * i_l + tl.program_id(1) * T
+    t_0 = 0 * i_l + tl.program_id(1) * T  # int64
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
     ws = ()
     for k in tl.static_range(W):
@@ -817,7 +816,7 @@ def conv_start(p_x, s_x, p_w, p_bias, l, c, W, T, BC):
 @jit
 def sees(p_pos, i_l, t, l, lag):
     """Whether what lies `lag` tokens before token t of the row is of t's document."""
-    pos = lag
+    pos = lag  # always
     if p_pos is not None:
         pos = tl.load(p_pos + i_l + t, mask=(t >= 0) & (t < l), other=0)
     return pos >= lag
@@ -853,9 +852,8 @@ def conv_forward_kernel(
 
 # de_t = dy_t silu'(e_t),    dx_t = Σ_k weight_k de_{t+W-1-k}
 # dweight_k = Σ_t de_t x_{t-W+1+k},    dbias = Σ_t de_t
-#
-# dx follows W - 1 tokens behind de, so the walk goes on. sums (·, W + 1, c) is its part of dweight
-# and, last, of dbias.
+# dx follows W - 1 tokens behind de, so the walk goes on for as many. sums (·, W + 1, c) has each
+# program's part of dweight and, last, of dbias.
 @jit(do_not_specialize=["l"])
 def conv_backward_kernel(
     p_x, s_x: constexpr, p_w, p_bias, p_pos, p_dy, p_dx, p_sums, l,
@@ -1082,7 +1080,10 @@ CONV_BACKWARD = operator("conv_backward", conv_backward, "dy " + CONV_INPUTS, 2)
 FEW = 16  # the most tokens a row
 MANY = 64  # rows of a batch above which PyTorch's product is faster; its bits vary with the rows
 LINEAR = {"BN": 32, "BK": 256}, {"BN": 64, "BK": 128}  # without and with a gate; for an H200
-SPLIT = (128, 512)  # keys in a piece: for fewer than 64 kv heads of all rows together, and for more
+SPLITS = (
+    128,
+    512,
+)  # keys in a piece: for fewer than 64 kv heads of all rows together, and for more
 
 
 def few(x, l, *weights):
@@ -1101,11 +1102,11 @@ def norm_kernel(p_x, p_w, p_y, eps, k: constexpr, BK: constexpr):
     tl.store(p_y + o_x, b_y, mask=o < k)
 
 
-# y = x Wᵀ, with a gate V y = silu(x Vᵀ) ∘ x Wᵀ, or with u added. x (rows, k), W and V (n, k). A
-# program makes BN columns for M ≤ 64 rows.
+# y = x Wᵀ, with a gate V, y = silu(x Vᵀ) ∘ x Wᵀ, or with u added. x (rows, k), W and V (n, k). A
+# program makes BN columns for M ≤ 64 rows (tokens).
 @jit(do_not_specialize=["rows"])
 def linear_kernel(
-    p_x, s_x: constexpr, p_w, p_v, p_u, p_y, rows, n: constexpr, k: constexpr,
+    p_x, s_x: constexpr, p_w, p_gate, p_onto, p_y, rows, n: constexpr, k: constexpr,
     M: constexpr, BN: constexpr, BK: constexpr,
 ):  # fmt: skip
     o_m = (tl.program_id(0) * M + tl.arange(0, M)[None, :]).to(tl.int64)
@@ -1113,21 +1114,21 @@ def linear_kernel(
     o_k = tl.arange(0, BK)
     o_w = o_n.to(tl.int64) * k + o_k[None, :]
     b_y = tl.zeros((BN, M), tl.float32)
-    b_v = tl.zeros((BN, M), tl.float32)
+    b_gate = tl.zeros((BN, M), tl.float32)
     for i_k in range(0, k, BK):
         m_x = (o_m < rows) & (i_k + o_k < k)[:, None]
         m_w = (o_n < n) & (i_k + o_k < k)[None, :]
         b_x = tl.load(p_x + o_m * s_x + (i_k + o_k)[:, None], mask=m_x, other=0.0)
         b_w = tl.load(p_w + o_w + i_k, mask=m_w, other=0.0)
         b_y = dot(b_w, b_x, b_y)
-        if p_v is not None:
-            b_w = tl.load(p_v + o_w + i_k, mask=m_w, other=0.0)
-            b_v = dot(b_w, b_x, b_v)
+        if p_gate is not None:
+            b_w = tl.load(p_gate + o_w + i_k, mask=m_w, other=0.0)
+            b_gate = dot(b_w, b_x, b_gate)
     m_y = (o_m < rows) & (o_n < n)
-    if p_v is not None:
-        b_y *= silu(b_v)
-    if p_u is not None:
-        b_y += read(p_u + o_m * n + o_n, m_y)
+    if p_gate is not None:
+        b_y *= silu(b_gate)
+    if p_onto is not None:
+        b_y += read(p_onto + o_m * n + o_n, m_y)
     tl.store(p_y + o_m * n + o_n, b_y, mask=m_y)
 
 
@@ -1191,14 +1192,14 @@ def rotated(ptr, o, m, p_cos, p_sin, o_angle, half):
 # Writes the l new keys, rotated, and values of one row and kv head into the cache, where they lie
 # in a piece of SPLIT keys. Every program that reads the piece does so, and waits for no other.
 @jit
-def append(p_k, s_k, p_v, s_v, p_cos, p_sin, p_keys, p_values, i_t, at, first, l, p, SPLIT, BH):
+def append(p_k, s_k, p_v, s_v, p_cos, p_sin, p_keys, p_values, i_l, at, first, l, p, SPLIT, BH):
     half = p // 2
     o_i = tl.arange(0, 16)[:, None]
     o_h = tl.arange(0, BH)[None, :]
     o_p = tl.arange(0, 2 * BH)[None, :]
     m_i = (o_i < l) & (at + o_i >= first) & (at + o_i < first + SPLIT)
     m_h = m_i & (o_h < half)
-    o_bt = i_t + o_i
+    o_bt = i_l + o_i
     b_1, b_2 = rotated(p_k, o_bt * s_k + o_h, m_h, p_cos, p_sin, o_bt * half + o_h, half)
     tl.store(p_keys + (at + o_i) * p + o_h, b_1, mask=m_h)
     tl.store(p_keys + (at + o_i) * p + half + o_h, b_2, mask=m_h)
@@ -1207,10 +1208,8 @@ def append(p_k, s_k, p_v, s_v, p_cos, p_sin, p_keys, p_values, i_t, at, first, l
     tl.debug_barrier()  # this program reads them next
 
 
-# For the keys j of one piece and a tile of 16 queries, R ≥ h/g heads of 16 / R tokens, with the
-# running maximum m of the scores s:
-#
-#     s_j = q·k_j / √p in log2,  y = Σ_j 2^(s_j - m) v_j / Σ_j 2^(s_j - m),  weight = log2 Σ_j 2^s_j
+# For the keys j ≤ t of one piece and 16 queries, R ≥ h/g heads of 16 / R tokens t:
+#     s_j = q·k_j / √p in log2,    y = Σ_j 2^s_j v_j / Σ_j 2^s_j,    weight = log2 Σ_j 2^s_j
 @jit(do_not_specialize=["l", "size"])
 def attend_kernel(
     p_q, s_q: constexpr, p_k, s_k: constexpr, p_v, s_v: constexpr, p_cos, p_sin, p_at,
@@ -1300,7 +1299,7 @@ def attend(q, k, v, cos, sin, keys, values, at):
     values (b, g, size, p). p ≤ 128 and h/g ≤ 16. Returns y (b, l, h, p).
     """
     (b, l, h, p), (g, size) = q.shape, keys.shape[1:3]
-    split = SPLIT[b * g >= 64]  # enough pieces to fill the chip; never by the number of new tokens
+    split = SPLITS[b * g >= 64]  # enough pieces to fill the chip; never by the number of new tokens
     pieces, R, BH = triton.cdiv(size, split), triton.next_power_of_2(h // g), block(p // 2)
     weight = q.new_empty(b, l, h, pieces, dtype=torch.float32)
     parts, y = weight.new_empty(*weight.shape, p), q.new_empty(b, l, h, p)
@@ -1357,7 +1356,7 @@ def replay_conv_kernel(
 def replay_kernel(
     p_dt, s_dt: constexpr, p_B, s_B: constexpr, p_C, s_C: constexpr, p_z, s_z: constexpr,
     p_logdt, s_logdt: constexpr, p_logB, s_logB: constexpr, p_mixed,
-    p_h, p_at, p_base, p_to, p_A, p_bias, p_D, p_norm, p_y, l, SIZE, eps,
+    p_h, p_at, p_base, p_to, p_A_log, p_bias, p_D, p_norm, p_y, l, SIZE, eps,
     c: constexpr, h: constexpr, group: constexpr, p: constexpr, n: constexpr,
     BP: constexpr, BN: constexpr, NB: constexpr,
 ):  # fmt: skip
@@ -1374,11 +1373,11 @@ def replay_kernel(
     if p_B is None:
         o_d = i_h + 0 * o_p  # Δ, A and D of the head
         o_x = i_h // group * p + o_p
-        b_A = tl.load(p_A + i_h)
+        b_A = tl.load(p_A_log + i_h)
     else:
         o_d = i_h * p + o_p  # of every channel
         o_x = o_d
-        b_A = tl.load(p_A + o_d * n + o_n, mask=m_p & m_n, other=0.0)
+        b_A = tl.load(p_A_log + o_d * n + o_n, mask=m_p & m_n, other=0.0)
         p_B += i_b * l * s_B
         p_logB += i_b * SIZE * s_logB
         p_C += i_b * l * s_C + i_h * n
@@ -1421,7 +1420,7 @@ def replay_kernel(
 def replay(x, dt, B, C, z, log, state, places, weight, bias, A_log, dt_bias, D, norm=None, eps=0.0):
     """Convolution, scan, gate and norm of l ≤ FEW new tokens, after a replay of the logged ones.
 
-    Section 4 of the paper, in two kernels. p, n ≤ 128. Returns y (b, l, h, p).
+    Section 4 of 2408.15237, in two kernels. p, n ≤ 128. Returns y (b, l, h, p).
 
     Mamba: x (b, l, g, p), dt and z (b, l, h, p), B (b, l, g, n), C (b, l, h, n), A_log (h·p, n),
     dt_bias and D (h·p). Mamba-2: x (b, l, channels) is x, B and C; dt (b, l, h); B and C None; z
@@ -1432,18 +1431,18 @@ def replay(x, dt, B, C, z, log, state, places, weight, bias, A_log, dt_bias, D, 
     (b, h, p, n) is now, and the one before which it is to be afterwards.
     """
     (b, l), (h, p, n), (c, _, w), size = x.shape[:2], state.shape[1:], weight.shape, log[0].shape[1]
-    (at, base, to), (l_x, l_dt, *l_B) = places, log
+    (at, base, to), (log_x, log_dt, *log_B) = places, log
     if B is None:  # no channel of the convolution is repeated
         group, sizes_c = h // ((c - h * n) // (p + n)), dict(group=1, p=c)
     else:
         group, sizes_c = h // x.shape[2], dict(group=h // x.shape[2], p=p)
     mixed, y = state.new_empty(b, size, c), x.new_empty(b, l, h, p)
-    tensors = *strided(x, l_x), at, base, weight, bias, mixed
+    tensors = *strided(x, log_x), at, base, weight, bias, mixed
     grid, sizes_c = (b, triton.cdiv(c, 256)), dict(sizes_c, c=c, W=w, T=4, BC=256)
     launch(replay_conv_kernel, grid, *tensors, l, size, **sizes_c)
     BP, BN = block(p), block(n)
     sizes = dict(c=c, h=h, group=group, p=p, n=n, BP=BP, BN=BN, NB=min(BN, 32))
-    tensors = *strided(dt, B, C, z, l_dt, l_B[0] if l_B else None), mixed, state, at, base, to
+    tensors = *strided(dt, B, C, z, log_dt, *(log_B or [None])), mixed, state, at, base, to
     tensors += A_log, dt_bias, D, norm, y
     sizes["num_warps"] = max(1, BP * BN // 2048)
     launch(replay_kernel, (b * h,), *tensors, l, size, eps, **sizes)

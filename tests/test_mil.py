@@ -261,7 +261,7 @@ BLOCKS = dict(WIDE, n_heads=1, n_kv_heads=1, head_dim=72, d_state=24)  # a head 
 
 @pytest.mark.parametrize("log, sizes", [(0, WIDE), (5, WIDE), (5, BLOCKS)])
 def test_decodings_kernels_do_what_pytorch_does_in_any_passes_and_whatever_is_taken_back(log, sizes, monkeypatch):
-    monkeypatch.setattr(kernels, "SPLIT", kernels.SPLIT if sizes is WIDE else (16, 16))
+    monkeypatch.setattr(kernels, "SPLITS", kernels.SPLITS if sizes is WIDE else (16, 16))
     model = build(Config(**sizes), torch.float32)
     model.layers[3].mixer.norm.eps = 0.1  # Mamba-2's: large enough to be seen
     at, passes = [0, 3], [3, 1, 5, 4]  # rows of unequal length
@@ -288,7 +288,7 @@ def test_decodings_kernels_do_what_pytorch_does_in_any_passes_and_whatever_is_ta
 @pytest.mark.parametrize("sizes", [WIDE, BLOCKS])
 def test_several_tokens_at_once_give_the_bits_of_one_by_one_also_after_some_were_taken_back(sizes, monkeypatch):
     """So that greedy speculative decoding equals greedy plain decoding in bf16 too."""
-    monkeypatch.setattr(kernels, "SPLIT", kernels.SPLIT if sizes is WIDE else (16, 16))
+    monkeypatch.setattr(kernels, "SPLITS", kernels.SPLITS if sizes is WIDE else (16, 16))
     model = build(Config(**sizes), torch.bfloat16 if DEVICE == "cuda" else torch.float32)
     tokens, got, at = random_tokens(model.config, 1, 24), [], 14
     with torch.no_grad(), form("triton"):
@@ -308,7 +308,7 @@ def test_several_tokens_at_once_give_the_bits_of_one_by_one_also_after_some_were
 @pytest.mark.parametrize("split, n", [((128, 512), 100), ((16, 16), 270)])
 def test_attention_adds_up_blocks_of_a_piece_and_more_than_sixteen_pieces(split, n, monkeypatch):
     """In a packed model, whose q, k and v are slices of one projection."""
-    monkeypatch.setattr(kernels, "SPLIT", split)
+    monkeypatch.setattr(kernels, "SPLITS", split)
     config, got = Config(**{**WIDE, "n_layers": 1, "n_heads": 2, "mixers": ["attention"], "context": 320}), []
     model = mil.pack(build(config, torch.float32))
     for kind in ("torch", "triton"):
