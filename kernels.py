@@ -802,15 +802,16 @@ def conv_tokens(ptr, step, i_l, t, l, o_c, c, U):
 
 @jit
 def conv_start(p_x, s_x, p_w, p_bias, l, c, W, T, BC):
-    """The first token of a program's row, its own, channels, the inputs before, weights, bias."""
+    """A row's first token, a program's and how many, channels, the inputs before, weights, bias."""
     i_l = tl.program_id(2).to(tl.int64) * l
     t_0 = 0 * i_l + tl.program_id(1) * T  # int64
+    own = tl.minimum(T, l - tl.program_id(1) * T)
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
     ws = ()
     for k in tl.static_range(W):
         ws = ws + (read(p_w + o_c * W + k, o_c < c),)
     xs = conv_tokens(p_x, s_x, i_l, t_0 - (W - 1), l, o_c, c, W - 1)
-    return i_l, t_0, o_c, xs, ws, read_if(p_bias, o_c, o_c < c)
+    return i_l, t_0, own, o_c, xs, ws, read_if(p_bias, o_c, o_c < c)
 
 
 @jit
@@ -840,13 +841,13 @@ def conv_forward_kernel(
     p_x, s_x: constexpr, p_w, p_bias, p_pos, p_y, l,
     c: constexpr, W: constexpr, T: constexpr, U: constexpr, BC: constexpr,
 ):  # fmt: skip
-    i_l, t_0, o_c, xs, ws, b_bias = conv_start(p_x, s_x, p_w, p_bias, l, c, W, T, BC)
-    for i in range(0, T, U):
+    i_l, t_0, own, o_c, xs, ws, b_bias = conv_start(p_x, s_x, p_w, p_bias, l, c, W, T, BC)
+    for i in range(0, own, U):
         xs = xs + conv_tokens(p_x, s_x, i_l, t_0 + i, l, o_c, c, U)
         for j in tl.static_range(U):
             t = t_0 + i + j
             b_e, _ = conv_sum(xs, ws, b_bias, p_pos, i_l, t, l, W)
-            tl.store(p_y + (i_l + t) * c + o_c, silu(b_e), mask=o_c < tl.where(t < l, c, 0))
+            tl.store(p_y + (i_l + t) * c + o_c, silu(b_e), mask=o_c < tl.where(i + j < own, c, 0))
             xs = xs[1:]
 
 
@@ -859,10 +860,10 @@ def conv_backward_kernel(
     p_x, s_x: constexpr, p_w, p_bias, p_pos, p_dy, p_dx, p_sums, l,
     c: constexpr, W: constexpr, T: constexpr, U: constexpr, BC: constexpr,
 ):  # fmt: skip
-    i_l, t_0, o_c, xs, ws, b_bias = conv_start(p_x, s_x, p_w, p_bias, l, c, W, T, BC)
+    i_l, t_0, own, o_c, xs, ws, b_bias = conv_start(p_x, s_x, p_w, p_bias, l, c, W, T, BC)
     sums = (tl.zeros((BC,), tl.float32),) * (W + 1)
     des = (tl.zeros((BC,), tl.float32),) * (W - 1)
-    for i in range(0, T + W - 1, U):
+    for i in range(0, own + W - 1, U):
         xs = xs + conv_tokens(p_x, s_x, i_l, t_0 + i, l, o_c, c, U)
         dys = conv_tokens(p_dy, c, i_l, t_0 + i, l, o_c, c, U)
         for j in tl.static_range(U):
@@ -870,7 +871,7 @@ def conv_backward_kernel(
             b_e, taps = conv_sum(xs, ws, b_bias, p_pos, i_l, t, l, W)
             b_de = dys[j].to(tl.float32) * silu_slope(b_e)
             des = des + (b_de,)
-            b_de = tl.where(i + j < T, b_de, 0.0)  # of the program's own tokens
+            b_de = tl.where(i + j < own, b_de, 0.0)
             more = ()
             for k in tl.static_range(W):
                 more = more + (sums[k] + b_de * taps[k],)
@@ -879,7 +880,7 @@ def conv_backward_kernel(
             b_dx = tl.zeros((BC,), tl.float32)
             for lag in tl.static_range(W):
                 b_dx += ws[W - 1 - lag] * tl.where(sees(p_pos, i_l, t + lag, l, lag), des[lag], 0.0)
-            m = (t >= t_0) & (t < tl.minimum(t_0 + T, l))
+            m = (i + j >= W - 1) & (i + j - (W - 1) < own)
             tl.store(p_dx + (i_l + t) * c + o_c, b_dx, mask=o_c < tl.where(m, c, 0))
             xs = xs[1:]
             des = des[1:]

@@ -395,6 +395,15 @@ def test_convolution_is_pytorchs_in_value_and_every_gradient(which, rows, heads,
 
 
 @FORMS
+@pytest.mark.parametrize("l, packed", [(140, True), (253, False)])
+def test_a_long_convolution_is_one(which, l, packed):
+    """A program has 128 tokens, one of the backward pass 125."""
+    pos = torch.tensor([places(l, (60, 124, 127), 1)] * 2, device=DEVICE) if packed else None
+    conv, formula = (partial(f, pos=pos) for f in (kernels.causal_conv, conv_formula))
+    check(which, conv_inputs(2, l, (1, 2, 3), 4), conv, formula)
+
+
+@FORMS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("masters", [False, True])
 def test_a_narrow_convolution_rounds_once(which, dtype, masters):
