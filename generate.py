@@ -775,7 +775,7 @@ class Decoder:
                 unread = False
             out, arrived, times = coming or self.round(K, follow)
             # Of many rows, without a draft, the next round is launched before this one's tokens are looked at.
-            more = self.many and not draft and any(ends[i] - len(texts[i]) > 1 for i in live)
+            more = self.device and self.many and not draft and any(ends[i] - len(texts[i]) > 1 for i in live)
             coming = self.round(0, False) if more else None
             if arrived:
                 arrived.synchronize()

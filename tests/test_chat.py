@@ -246,17 +246,6 @@ def test_a_row_that_finished_before_another_is_read_anew():
     assert whole(decoder.decode(texts, 7)) == whole(g.generate(model, texts, 7, 0))
 
 
-def test_a_round_begun_ahead_of_the_reply_s_end_is_no_part_of_the_text():
-    model = build(Config(**MIXED, mixers=["mamba", "mamba2", "attention", "mamba2"]))
-    text, decoder = [1, 2, 3], g.Decoder(model, 1, 40, 0)
-    decoder.many = True  # as with more than 64 rows on a GPU
-    free = whole(g.generate(model, [text], 7, 0))[0]
-    for reply in (whole(decoder.decode([text], 7, free[3:4]))[0], whole(decoder.decode([text], 7))[0]):
-        assert reply == free[:len(reply)] and len(reply) in (free.index(free[3]) + 1, 7)
-        longer = text + reply + [9]
-        assert whole(decoder.decode([longer], 7)) == whole(g.generate(model, [longer], 7, 0))
-
-
 def test_a_student_brings_the_template_of_its_teacher_and_what_is_odd_is_noted(tmp_path, capsys):
     (tmp_path / "t").mkdir()
     v = len(FILES["llama2"]["model"]["vocab"]) + 40

@@ -624,7 +624,7 @@ def test_the_training_documents_ask_and_the_teachers_tokens_alone_are_learned(da
         assert [g.Conversation(encoding, line["messages"][:1]).ids + encoding.encode("assistant:\n") for line in lines[i:i + 8]] == prompts
         replies = [[] for _ in prompts]
         for new in g.generate(teacher, prompts, 12, stop=g.stop_tokens(encoding), generator=torch.Generator().manual_seed(lines[i]["seed"])):
-            replies = [a + b for a, b in zip(replies, new)]
+            replies = [[*a, *b] for a, b in zip(replies, new)]
         assert replies == [[k for k in line["tokens"] if k >= 0] for line in lines[i:i + 8]] and len({line["seed"] for line in lines[i:i + 8]}) == 1
     assert lines[0]["seed"] != lines[8]["seed"]
     whole = file.read_bytes()
