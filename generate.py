@@ -779,12 +779,12 @@ class Decoder:
             coming = self.round(0, False) if more else None
             if arrived:
                 arrived.synchronize()
-            # Tuples, not lists: the garbage collector does not track tuples of numbers; of 1,024 lists a round it often stopped for 0.2 s.
+            # Tuples, which the garbage collector does not track: with 1,024 lists a round it paused for 0.2 s now and then.
             counts, *columns = out.T.tolist()
             new, ended = [()] * len(texts), []
             for i in live:
                 n = counts[i]
-                tokens = tuple([column[i] for column in columns[:n]] + [columns[-1][i]])[:ends[i] - len(texts[i])]
+                tokens = (*[column[i] for column in columns[:n]], columns[-1][i])[:ends[i] - len(texts[i])]
                 if not ending.isdisjoint(tokens):
                     cut = next(j for j, token in enumerate(tokens) if token in ending)
                     if tokens[cut] == -1:

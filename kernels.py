@@ -176,21 +176,21 @@ def in_tiles(t, T):
     return F.pad(t, (0, 0) * (t.dim() - 2) + (0, -t.shape[1] % T)).unflatten(1, (-1, T))
 
 
+def ssd_tiled(x, delta, a, B, C, h0, D):
+    """Mamba-2 by the kernels, which take Δ and s (b, h, tiles, T)."""
+    T, a = ssd_sizes(x, C)[0]["T"], a.double() if x.dtype == torch.float32 else a
+    delta, a = (in_tiles(t, T).permute(0, 3, 1, 2).contiguous() for t in (delta, a))
+    return SSD(x, delta, a.cumsum(3), B, C, h0, D)
+
+
 def ssd_scan(x, dt, A, B, C, D, dt_bias, h0, pos):
-    """Mamba-2 by the kernels."""
+    """Mamba-2 with its rows in segments, if that pays."""
     delta, a = ssd_steps(dt, A, dt_bias, pos)
     inputs, c = dict(x=x, delta=delta, a=a, B=B, C=C), segments(x, C)
-
-    def scan(delta, a, **inputs):
-        a = a.double() if x.dtype == torch.float32 else a
-        T = ssd_sizes(x, C)[0]["T"]
-        delta, a = (in_tiles(t, T).permute(0, 3, 1, 2).contiguous() for t in (delta, a))
-        return SSD(delta=delta, s=a.cumsum(3), **inputs)  # (b, h, tiles, T) both
-
     if c == 1:
-        return scan(**inputs, h0=h0, D=D)
+        return ssd_tiled(**inputs, h0=h0, D=D)
     decay = a.unflatten(1, (c, -1)).sum(2).exp()[..., None, None]  # (b, c, h, 1, 1)
-    return scan_cut(scan, inputs, h0, dict(D=D), decay)
+    return scan_cut(ssd_tiled, inputs, h0, dict(D=D), decay)
 
 
 def s6_scan(op, c, x, dt, A, B, C, D, z, dt_bias, h0, pos):
@@ -1057,8 +1057,11 @@ def operator(name, f, arguments, results, gradient=None):
     torch.library.impl("mil::" + name, "default", f)
     torch.library.register_fake("mil::" + name, f)
     if gradient:
-        keep = dict(setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
-        torch.library.register_autograd("mil::" + name, once_differentiable(gradient), **keep)
+        torch.library.register_autograd(
+            "mil::" + name,
+            once_differentiable(gradient),
+            setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+        )
     return getattr(torch.ops.mil, name)
 
 
@@ -1081,10 +1084,7 @@ CONV_BACKWARD = operator("conv_backward", conv_backward, "dy " + CONV_INPUTS, 2)
 FEW = 16  # the most tokens a row
 MANY = 64  # rows of a batch above which PyTorch's product is faster; its bits vary with the rows
 LINEAR = {"BN": 32, "BK": 256}, {"BN": 64, "BK": 128}  # without and with a gate; for an H200
-SPLITS = (
-    128,
-    512,
-)  # keys in a piece: for fewer than 64 kv heads of all rows together, and for more
+SPLITS = (128, 512)  # keys in a piece: for fewer than 64 kv heads of all rows, and for more
 
 
 def few(x, l, *weights):

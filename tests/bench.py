@@ -348,8 +348,8 @@ def follow(rounds):
     round 4 on, as a GPU compiles and captures in the first. A round's tokens are on the CPU."""
     texts, passes, counts, times = {}, 0, [], [now()]
     for new in rounds:
-        for i, tokens in enumerate(new):  # a list kept of every round and row, and Python stops
-            texts.setdefault(i, []).extend(tokens)  # for 0.2 s now and then to look through them
+        for i, tokens in enumerate(new):
+            texts.setdefault(i, []).extend(tokens)
             passes += bool(tokens)
         counts.append(sum(map(len, new)))
         times.append(time.perf_counter())

@@ -402,12 +402,19 @@ def test_convolution_is_pytorchs_in_value_and_every_gradient(which, rows, heads,
 
 @FORMS
 @pytest.mark.parametrize("l, lie, loss", [(140, "strided", "slices"), (253, "dense", "y")])
-def test_a_long_convolution_is_one(which, l, lie, loss):
+def test_a_convolution_of_several_programs_is_pytorchs(which, l, lie, loss):
     """A program has 128 tokens, one of the backward pass 125."""
-    pos = torch.tensor([places(l, (60, 124, 127), 1)] * 2, device=DEVICE) if l < 200 else None
+    pos = torch.tensor([places(l, (60, 124, 127), 1)] * 2, device=DEVICE) if l == 140 else None
     conv, formula = (partial(f, pos=pos) for f in (kernels.causal_conv, conv_formula))
     inputs = {k: lay(t, lie) for k, t in conv_inputs(2, l, (1, 2, 3), 4).items()}
     check(which, inputs, conv, formula, LOSSES[loss])
+
+
+@FORMS
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_convolutions_upstream_gradients_may_be_missing_or_lie_anywhere(which, loss):
+    inputs = conv_inputs(2, 9, (1, 2, 3), 4, options=())
+    check(which, inputs, kernels.causal_conv, conv_formula, LOSSES[loss])
 
 
 @FORMS
@@ -534,6 +541,18 @@ def test_what_lies_more_than_2_to_the_31_numbers_apart_is_read(name, b, l, strid
             far = room.as_strided(inputs[k].shape, strides, 2**31).copy_(inputs[k])
             got = value_and_gradients(f, {**inputs, k: far})
             assert all(torch.equal(got[name], want[name]) for name in want), k
+
+
+@FORMS
+@OPERATIONS
+def test_pos_may_lie_anywhere(which, name):
+    f, inputs = operation(name)
+    inputs.pop("state", None)
+    rows = torch.tensor([places(9, (0, 4), 0), places(9, (6,), 2)], dtype=torch.int32)
+    pos = torch.stack([rows, rows.flip(1)], dim=-1).to(DEVICE)[..., 0]
+    with form(which):
+        got, want = (f(**inputs, pos=p)[0] for p in (pos, pos.contiguous()))
+    assert torch.equal(got, want)
 
 
 @OPERATIONS
