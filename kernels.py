@@ -244,8 +244,7 @@ def causal_conv(x, weight, bias=None, state=None, lengths=None, pos=None):
     conv = CONV if use_triton(x) else conv_reference
     y = conv(repeat_heads(full, len(weight)), weight, bias, pos)[:, skip:]
     if lengths is None:
-        recent = torch.cat([past, x[:, max(0, l - w + 1) :]], dim=1)
-        return y, recent[:, recent.shape[1] - w + 1 :]
+        return y, torch.cat([past, x[:, max(0, l - w + 1) :]], dim=1)[:, min(l, w - 1) :]
     at = lengths[:, None] + torch.arange(w - 1, device=x.device)  # (b, w - 1)
     return y, torch.cat([past, x], dim=1).gather(1, at[..., None, None].expand(-1, -1, g, p))
 
@@ -890,7 +889,8 @@ def conv_backward_kernel(
 
 
 # --------------------------------------------------------------------------------------------------
-# Launches, and the operators that torch.compile takes as one node each. pos is int32, contiguous.
+# Launches, and operators: each one node to torch.compile. pos is int32, contiguous; -(-a // b)
+# rounds a / b up.
 
 
 def strided(*tensors):
@@ -899,7 +899,7 @@ def strided(*tensors):
     for t in tensors:
         if t is not None:
             one = min(t.shape[:2]) == 1 or t.stride(0) == t.shape[1] * t.stride(1)
-            t = t if one and t[:1, :1].is_contiguous() else t.contiguous()
+            t = t if one and t.stride()[2:] in ((1,), (t.shape[-1], 1)) else t.contiguous()
         both += [t, 0 if t is None else t.stride(1 if t.shape[1] > 1 else 0)]
     return both
 
@@ -918,7 +918,7 @@ def flat(t):
 
 def block(n):
     """The size of a block that holds n numbers: a power of 2, at least 16."""
-    return max(16, triton.next_power_of_2(n))
+    return max(16, 1 << (n - 1).bit_length())
 
 
 def s6_sizes(x, C):
@@ -926,7 +926,7 @@ def s6_sizes(x, C):
     (b, _, h, n), p = C.shape, x.shape[3]
     BN, BP = block(n), S6_BLOCK
     sizes = dict(h=h, p=p, n=n, group=h // x.shape[2], BP=BP, BN=BN)
-    return (b * h, triton.cdiv(p, BP)), dict(sizes, num_warps=max(1, BN * BP // 256))
+    return (b * h, -(-p // BP)), dict(sizes, num_warps=max(1, BN * BP // 256))
 
 
 def s6_forward(x, dt, B, C, z, pos, h0, A, D, dt_bias, save=False):
@@ -934,7 +934,7 @@ def s6_forward(x, dt, B, C, z, pos, h0, A, D, dt_bias, save=False):
     (b, l, h, n), p = C.shape, x.shape[3]
     grid, sizes = s6_sizes(x, C)
     y, last = x.new_empty(b, l, h, p), x.new_empty(b, h, p, n, dtype=torch.float32)
-    S = last.new_empty(b, triton.cdiv(l, S6_SAVE), h, n, p) if save else None
+    S = last.new_empty(b, -(-l // S6_SAVE), h, n, p) if save else None
     tensors = *strided(x, dt, B, C, z), *map(flat, (A, D, dt_bias, h0)), pos, y, last, S
     launch(s6_forward_kernel, grid, *tensors, l, SAVE=S6_SAVE, T=S6_TILE, **sizes)
     return (y, last, S) if save else (y, last)
@@ -969,7 +969,7 @@ def ssd_forward(x, delta, s, B, C, h0, D):
     (b, l, h, n), p, (_, walk) = C.shape, x.shape[3], ssd_sizes(x, C)
     y, last = x.new_empty(b, l, h, p), delta.new_empty(b, h, p, n)
     tensors = *strided(x, B, C), delta.contiguous(), s.contiguous(), flat(D), flat(h0), y, last
-    grid = b * h, triton.cdiv(p, walk["BP"])
+    grid = b * h, -(-p // walk["BP"])
     launch(ssd_forward_kernel, grid, *tensors, l, group=h // x.shape[2], **walk)
     return y, last
 
@@ -981,7 +981,7 @@ def ssd_backward(dy, dh, x, delta, s, B, C, h0, D):
     kind = torch.bfloat16 if sizes["DOT"] == tl.bfloat16 else torch.float32
     S, G = (delta.new_empty(b, tiles, h, n, p, dtype=kind) for _ in range(2))
     last, dh0 = (delta.new_empty(b, h, p, n) for _ in range(2))
-    grid, steps = (b * h, triton.cdiv(p, walk["BP"])), (delta.contiguous(), s.contiguous())
+    grid, steps = (b * h, -(-p // walk["BP"])), (delta.contiguous(), s.contiguous())
     inputs = strided(x, B, C, dy)
     states = *inputs[:4], *steps, flat(h0), S, last
     launch(ssd_states_kernel, grid, *states, l, group=group, ADJOINT=False, **walk)
@@ -997,7 +997,7 @@ def ssd_backward(dy, dh, x, delta, s, B, C, h0, D):
 def conv_sizes(x, weight, T=CONV_TOKENS):
     """The grid and the constants of the convolution's kernels."""
     (b, l, h, p), BC = x.shape, min(CONV_CHANNELS, block(x.shape[2] * x.shape[3]))
-    grid = triton.cdiv(h * p, BC), triton.cdiv(l, T), b
+    grid = -(-(h * p) // BC), -(-l // T), b
     return grid, dict(c=h * p, W=weight.shape[2], T=T, U=8, BC=BC, num_warps=1)
 
 
@@ -1149,11 +1149,11 @@ def rms_norm(x, weight, eps):
 
 
 def linear(x, weight, gate=None, onto=None):
-    """x Wᵀ of x (b, l, k), W (n, k); with a gate V silu(x Vᵀ) ∘ x Wᵀ; or plus `onto` (b, l, n)."""
+    """x Wᵀ of x (b, l, k), W (n, k); gated, silu(x Vᵀ) ∘ x Wᵀ; or `onto` + x Wᵀ, maybe in place."""
     (b, l, k), n = x.shape, weight.shape[0]
     if b > MANY:
         if onto is not None:
-            return torch.addmm(onto.flatten(0, 1), x.flatten(0, 1), weight.T).view_as(onto)
+            return onto.flatten(0, 1).addmm_(x.flatten(0, 1), weight.T).view_as(onto)
         y = F.linear(x, weight)
         return y if gate is None else F.silu(F.linear(x, gate)) * y
     x = (x if x.stride(2) == 1 else x.contiguous()).reshape(b * l, k)
@@ -1163,7 +1163,7 @@ def linear(x, weight, gate=None, onto=None):
     stage = (sizes["BN"] * (1 + gated) + M) * sizes["BK"] * x.element_size()
     sizes["num_stages"] = in_flight(x, 4, stage)
     tensors = [None if t is None else t.contiguous() for t in (weight, gate, onto)]
-    y, grid = x.new_empty(b, l, n), (triton.cdiv(b * l, M), triton.cdiv(n, sizes["BN"]))
+    y, grid = x.new_empty(b, l, n), (-(-(b * l) // M), -(-n // sizes["BN"]))
     launch(linear_kernel, grid, x, x.stride(0), *tensors, y, b * l, **sizes)
     return y
 
@@ -1301,13 +1301,13 @@ def attend(q, k, v, cos, sin, keys, values, at):
     """
     (b, l, h, p), (g, size) = q.shape, keys.shape[1:3]
     split = SPLITS[b * g >= 64]  # enough pieces to fill the chip; never by the number of new tokens
-    pieces, R, BH = triton.cdiv(size, split), triton.next_power_of_2(h // g), block(p // 2)
+    pieces, R, BH = -(-size // split), triton.next_power_of_2(h // g), block(p // 2)
     weight = q.new_empty(b, l, h, pieces, dtype=torch.float32)
     parts, y = weight.new_empty(*weight.shape, p), q.new_empty(b, l, h, p)
     sizes = dict(g=g, group=h // g, p=p, R=R, SPLIT=split, BK=min(64, split), BH=BH)
     sizes["num_stages"] = in_flight(q, 3, 2 * 64 * 2 * BH * q.element_size())
     tensors = *strided(q), *strided(k), *strided(v), cos, sin, at, keys, values, weight, parts
-    grid, scale = (b * g * triton.cdiv(l, 16 // R), pieces), p**-0.5 * LOG2E.value
+    grid, scale = (b * g * -(-l // (16 // R)), pieces), p**-0.5 * LOG2E.value
     launch(attend_kernel, grid, *tensors, scale, l, size, **sizes)
     sizes = dict(h=h, p=p, SPLIT=split, BP=triton.next_power_of_2(p), num_warps=2)
     launch(attend_join_kernel, (b * l * h,), weight, parts, at, y, l, pieces, **sizes)
@@ -1439,7 +1439,7 @@ def replay(x, dt, B, C, z, log, state, places, weight, bias, A_log, dt_bias, D, 
         group, sizes_c = h // x.shape[2], dict(group=h // x.shape[2], p=p)
     mixed, y = state.new_empty(b, size, c), x.new_empty(b, l, h, p)
     tensors = *strided(x, log_x), at, base, weight, bias, mixed
-    grid, sizes_c = (b, triton.cdiv(c, 256)), dict(sizes_c, c=c, W=w, T=4, BC=256)
+    grid, sizes_c = (b, -(-c // 256)), dict(sizes_c, c=c, W=w, T=4, BC=256)
     launch(replay_conv_kernel, grid, *tensors, l, size, **sizes_c)
     BP, BN = block(p), block(n)
     sizes = dict(c=c, h=h, group=group, p=p, n=n, BP=BP, BN=BN, NB=min(BN, 32))

@@ -799,8 +799,10 @@ def losses_and_gradient(logits, wanted, targets, alpha, beta, tau, reverse, grad
         hit = torch.arange(x.shape[1], device=x.device) == targets[:, None]  # (n, v)
         dx = alpha[:, None] * (log_q.exp() - hit.to(x.dtype))
     if wanted is not None:
-        log_p = (mil.wider(wanted) / tau).log_softmax(-1)
-        log_q = log_q if tau == 1 else (x / tau).log_softmax(-1)
+        w = mil.wider(wanted)
+        if tau != 1:  # Inductor reads scaled logits once more
+            w, log_q = w / tau, (x / tau).log_softmax(-1)
+        log_p = w.log_softmax(-1)
         p, q = log_p.exp(), log_q.exp()
         left, far = (q, log_q - log_p) if reverse else (p, log_p - log_q)
         kl = torch.where(left > 0, left * far, 0).sum(-1)

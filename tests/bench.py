@@ -500,7 +500,7 @@ def main(argv):
     tables = {f: [] for f in TABLES.get(what, ()) if not words or f.__name__ in words}
     if what == "train":
         tables = {training: [[row for row in TRAINING if all(word in row[0] for word in words)]]}
-    elif what == "decode" and len(words) == 2:
+    elif what == "decode" and len(words) == 2 and not tables:
         model, encoding = generate.load_with_tokenizer(words[0], DEVICE, TYPE)
         draft = generate.load_draft(generate.Settings(*words), model, encoding, DEVICE)
         tables = {f: [] for f in TABLES[what]}
