@@ -809,9 +809,8 @@ def losses_and_gradient(logits, wanted, targets, alpha, beta, tau, reverse, grad
         if gradient:
             d_kl = torch.where(q > 0, q * (far - kl[:, None]), 0) if reverse else q - p
             dx = dx + tau * beta[:, None] * d_kl
-    if gradient:
-        logits.copy_(torch.where(learned[:, None], dx, 0))
-    return torch.where(learned, ce, 0), torch.where(learned, tau**2 * kl, 0)
+    dx = torch.where(learned[:, None], dx, 0).to(logits.dtype) if gradient else None
+    return torch.where(learned, ce, 0), torch.where(learned, tau**2 * kl, 0), dx
 
 
 @functools.cache
@@ -829,10 +828,10 @@ def token_losses(
         kl = τ² KL(softmax(wanted / τ) ‖ softmax(logits / τ)), with `reverse` the other way round
 
     logits (n, v); wanted (n, v), or None: then kl is 0. targets (n,), negative where nothing is
-    to be learned: there both are 0. Returns ce and kl (n,) in float32, or float64 if the logits
-    are. With `gradient` the logits are overwritten with the gradient of Σ alpha ce + beta kl,
-    alpha and beta (n,). What has probability 0 on the left of the ‖ adds nothing, whatever it
-    has on the right.
+    to be learned: there all is 0. Returns ce and kl (n,) in float32, or float64 if the logits are,
+    and with `gradient` that of Σ alpha ce + beta kl by the logits, in their type, else None. alpha
+    and beta are (n,). What has probability 0 on the left of the ‖ adds nothing, whatever it has on
+    the right.
     """
     formula = losses_and_gradient
     if logits.is_cuda:
@@ -858,7 +857,7 @@ def add_product(total, a, b):
 
 class DistillationLoss(torch.autograd.Function):
     """Σ alpha·CE + beta·KL over n tokens, alpha and beta (n,) their weights, with CE and KL (n,) as token_losses gives them; from what the
-    heads read, and never with the logits of more than a few tokens in memory: their gradient is made in the forward, in their place."""
+    heads read, and never with the logits of more than a few tokens in memory: their gradient is made in the forward."""
 
     @staticmethod
     def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, alpha, beta, temperature, reverse):
@@ -867,11 +866,12 @@ class DistillationLoss(torch.autograd.Function):
         d_head = torch.zeros_like(head, dtype=torch.promote_types(head.dtype, torch.float32)) if ctx.needs_input_grad[1] else None
         ce, kl, cast = torch.empty_like(alpha), torch.empty_like(alpha), head.to(hidden.dtype)
         for at, logits, theirs in chunks(hidden, cast, teacher_hidden, teacher_head):
-            ce[at], kl[at] = token_losses(logits, theirs, targets[at], alpha[at], beta[at], temperature, reverse, learns)
+            ce[at], kl[at], dx = token_losses(logits, theirs, targets[at], alpha[at], beta[at], temperature, reverse, learns)
             if d_hidden is not None:
-                torch.mm(logits, cast, out=d_hidden[at])
+                torch.mm(dx, cast, out=d_hidden[at])
             if d_head is not None:
-                add_product(d_head, logits.T, hidden[at])
+                add_product(d_head, dx.T, hidden[at])
+            del logits, theirs, dx  # before the next ones are made
         ctx.save_for_backward(d_hidden, d_head)
         ctx.mark_non_differentiable(ce, kl)
         return (alpha * ce + (beta * kl if teacher_hidden is not None else 0)).sum(), ce, kl
@@ -970,8 +970,8 @@ class Models(nn.Module):
         teacher_hidden, head = (hidden, self.student.lm_head.weight) if teacher_hidden is None else (teacher_hidden, self.teacher.lm_head.weight)
         total, ones = torch.zeros(5, dtype=torch.float64, device=targets.device), torch.ones(targets.shape, device=targets.device)
         for at, logits, theirs in chunks(hidden, self.student.lm_head.weight, teacher_hidden, head):
-            ce, kl = token_losses(logits, theirs, targets[at], ones[at], ones[at])
-            teacher_ce, _ = token_losses(theirs, None, targets[at], ones[at], ones[at])
+            ce, kl, _ = token_losses(logits, theirs, targets[at], ones[at], ones[at])
+            teacher_ce, *_ = token_losses(theirs, None, targets[at], ones[at], ones[at])
             total += torch.stack([ce.sum(), kl.sum(), (logits.argmax(-1) == theirs.argmax(-1)).sum(), teacher_ce.sum(), ones[at].sum()]).double()
         return total
 

@@ -290,9 +290,12 @@ def test_rows_of_a_small_batch_may_be_cut_into_segments(monkeypatch, decay, dtyp
 def test_the_segments_of_a_row_are_equal_and_fewer_the_more_rows_there_are():
     for l in (1, 255, 4096, 6 * 1031, 2**20):
         sizes = [torch.empty(b, l, 1, 1, device="meta") for b in (1, 64, 512, 4096, 2**17)]
-        cuts = [kernels.segments(x, x) for x in sizes]
-        assert all(c >= 1 and l % c == 0 for c in cuts)
-        assert cuts == sorted(cuts, reverse=True) and cuts[-1] == 1 and (l < 2**20 or cuts[0] > 1)
+        for learns, least in ((True, 8), (False, 4)):
+            with torch.set_grad_enabled(learns):
+                cuts = [kernels.segments(x, x) for x in sizes]
+            assert all(l % c == 0 and (c == 1 or c >= least) for c in cuts)
+            assert cuts == sorted(cuts, reverse=True) and cuts[-1] == 1
+            assert l < 2**20 or cuts[0] > 1 and (cuts[3] == 4 - 3 * learns)  # 4,096 rows
 
 
 # -------------------- Packed sequences: a row of several documents is each of them alone
