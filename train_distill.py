@@ -1332,7 +1332,8 @@ class Source:
 def assemble(run, teacher, base, stage, number, trained):
     """The Models of a stage: the student is `base` with attention replaced as the stage says, the tensors trained before (`trained`) put in; what trains
     now requires gradients; that and what was trained before is the student's own, in float32, and everything else the base's own tensor."""
-    gc.collect()  # FSDP2 leaves its models in circles, and with them an earlier stage's tensors in memory
+    if run.sharded:
+        gc.collect()  # FSDP2 leaves its models in circles, and with them an earlier stage's tensors in memory
     torch.manual_seed(run.s.seed + 1 + number)  # the new mixers' first values: the same in every process, which keeps its shard of them
     student = mil.replace_attention(base, [], run.s.mixer, share=True)  # replaces nothing: other modules, the same tensors
     for mixer in dict.fromkeys(mixer for mixer in stage.mixers if mixer != "attention"):
