@@ -1045,8 +1045,8 @@ def ssd_gradient(ctx, dy, dh):
 def conv_gradient(ctx, dy):
     x, weight, bias, pos = ctx.saved_tensors
     dx, sums = CONV_BACKWARD(dy, x, weight, bias, pos)
-    *taps, dbias = sums.sum(0)
-    return dx, *like((torch.stack(taps, dim=2), dbias), (weight, bias)), None
+    sums = sums.sum(0)
+    return dx, *like((sums[:-1].permute(1, 2, 0), sums[-1]), (weight, bias)), None
 
 
 def operator(name, f, arguments, results, gradient=None):

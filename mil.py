@@ -119,13 +119,15 @@ class Linear(nn.Linear):
     """x Wᵀ + bias, in x's type."""
 
     def forward(self, x):
-        bias, weight = self.bias, self.weight.to(x.dtype)
-        if bias is not None:
-            return F.linear(x, weight, bias.to(x.dtype))
-        n = len(weight)
-        if x.is_cuda and n % 8:  # its fast kernels want rows that begin at multiples of 16 bytes
-            weight = F.pad(weight, (0, 0, 0, -n % 8))
-        return F.linear(x, weight)[..., :n]
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+    def parts(self, x, sizes):
+        """x Wᵀ, split along its last axis."""
+        weight, pad = self.weight.to(x.dtype), -sum(sizes) % 8 if x.is_cuda else 0
+        if pad:  # a GPU's fast kernels want rows that begin at multiples of 16 bytes
+            weight = F.pad(weight, (0, 0, 0, pad))
+        return F.linear(x, weight).split([*sizes, pad], dim=-1)[:-1]
 
 
 class RMSNorm(nn.RMSNorm):
@@ -389,7 +391,7 @@ class Mamba2(nn.Module):
         return [(C, attention.q_proj), (B, attention.k_proj), (x, attention.v_proj), (self.out_proj.weight, attention.o_proj)]
 
     def forward(self, u, angles, log=None, docs=None):
-        z, xBC, dt = self.in_proj(u).split(self.sizes, dim=-1)
+        z, xBC, dt = self.in_proj.parts(u, self.sizes)
         if log is None:
             y, _, _ = self.scan(xBC, dt, z, docs=docs)
         else:
