@@ -317,7 +317,7 @@ def plan(s, config):
     for i, entry in enumerate(entries):
         preferred = entry.get("loss") == "dpo"
         train = entry.get("train", "all" if preferred or not {"keep", "replace"} & entry.keys() else "mixers")
-        steps, lr = (0, s.stage3_lr) if preferred else (s.stage1_steps, s.stage1_lr) if train != "all" else (s.stage2_steps, s.stage2_lr)
+        steps, lr = (s.stage3_steps, s.stage3_lr) if preferred else (s.stage1_steps, s.stage1_lr) if train != "all" else (s.stage2_steps, s.stage2_lr)
         given = {"train": train, "steps": steps, "lr": lr, "beta": s.dpo_beta if preferred else s.beta, "data": s.pairs if preferred else [], **entry}
         stages.append(Stage(**{**shared, **given}))
     return resolve(stages, config, where)

@@ -322,7 +322,7 @@ def step_ms(model, cache, l):
 
 
 def step():
-    """6. a step, and 7. one at a long context in a batch
+    """6. a step of one row, and of several at a long context
     The floor: every weight but the embedding, and the cache, read once at the bandwidth of a copy.
     `verify 5` checks 4 proposed tokens, and replays those of the round before."""
     for b, l in STEPS:

@@ -24,7 +24,7 @@ EXAMPLES = settings(max_examples=5)  # a GPU compiles each shape, the interprete
 SEEDS = st.integers(0, 2**31)
 LENGTHS = st.sampled_from([1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 63, 64, 65, 129])
 HEADS = [(6, 3, 2), (4, 2, 1), (3, 1, 3), (4, 1, 2), (2, 1, 2), (2, 2, 1), (17, 17, 17)]
-SIZES = [(1, 1), (3, 5), (5, 3), (16, 16), (7, 130), (20, 24), (2, 2)]  # p, n; heads: h, gx, gb
+SIZES = [(1, 1), (3, 5), (5, 3), (16, 16), (7, 130), (20, 17), (2, 2)]  # p, n; heads: h, gx, gb
 SHAPES = st.sampled_from(list(zip(HEADS, SIZES, strict=True)))
 TYPES = [(torch.float64, (1, 17)), (torch.float16, (16, 16)), (torch.bfloat16, (16, 16))]
 TYPES += [(dtype, (256, 256)) for dtype in KINDS if DEVICE == "cuda"]
@@ -292,7 +292,7 @@ def test_the_segments_of_a_row_are_equal_and_fewer_the_more_rows_there_are():
         for learns, least in ((True, 8), (False, 4)):
             with torch.set_grad_enabled(learns):
                 cuts = [kernels.segments(x, x) for x in sizes]
-            assert all(l % c == 0 and (c == 1 or c >= least) for c in cuts)
+            assert all(c == 1 or l % c == 0 and c >= least and l >= 1024 * c for c in cuts)
             assert cuts == sorted(cuts, reverse=True) and cuts[-1] == 1
             assert l < 2**20 or cuts[0] > 1 and (cuts[3] == 4 - 3 * learns)  # 4,096 rows
 
@@ -668,7 +668,7 @@ ROWS = st.sampled_from([(1, 1), (2, 3), (1, 16), (3, 7), (5, 14), (kernels.MANY 
 
 
 @settings(max_examples=12)
-@given(ROWS, st.sampled_from([1, 5, 100, 300]), st.sampled_from([1, 31, 64, 90]), SEEDS)
+@given(ROWS, st.sampled_from([1, 5, 33, 300]), st.sampled_from([1, 31, 64, 90]), SEEDS)
 def test_the_layers_of_decoding_are_pytorchs_formulas(rows, k, n, seed):
     generator = torch.Generator().manual_seed(seed)
     for dtype in KINDS:
@@ -680,6 +680,7 @@ def test_the_layers_of_decoding_are_pytorchs_formulas(rows, k, n, seed):
         with form("triton"), torch.no_grad():
             pairs = [
                 (kernels.linear(x, weights[0]), exact[0]),
+                (kernels.linear(lay(x, "strided"), weights[0]), exact[0]),
                 (kernels.linear(x, weights[0], onto=onto.clone()), exact[0] + onto),
                 (kernels.linear(x, weights[0], gate=weights[1]), gated),
                 (kernels.rms_norm(x, weights[0, 0], 0.1), normed),

@@ -54,6 +54,17 @@ def test_rope_scaling_stretches_slow_turns_and_keeps_fast_ones():
         assert abs(cos[0, 0, 0, i].item() - math.cos(freq)) < 1e-6
 
 
+def test_a_projection_of_an_odd_width_is_padded_on_a_gpu_and_its_parts_are_the_same(monkeypatch):
+    layer, x = mil.Linear(5, 13, bias=False).to(DEVICE), torch.randn(2, 3, 5, device=DEVICE)
+    want = layer(x).split([4, 6, 3], dim=-1)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda t: True), raising=False)
+    got = layer.parts(x, [4, 6, 3])
+    monkeypatch.undo()
+    for part, right in zip(got, want, strict=True):
+        assert part.stride(1) == 16
+        assert_close(part, right, 1e-6)
+
+
 @pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 2), (3, 1)])
 def test_without_its_new_parts_the_mamba_block_is_the_attention_it_came_from(monkeypatch, mixer, heads):

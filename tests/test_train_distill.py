@@ -486,10 +486,10 @@ def recipe(tmp_path, *stages):
 
 def test_a_recipe_is_a_list_of_stages_and_the_command_line_says_the_rest(tmp_path):
     stages = plans(4, recipe=recipe(tmp_path, {"replace": [3], "mixer": "mamba", "steps": 7, "beta": 0}, {"keep": 0.25, "lr": 1, "reverse": True}, {"train": "all", "alpha": 0},
-                                    {"loss": "dpo", "data": ["p.jsonl"], "name": "taste"}), stage1_lr=0.5, stage2_lr=0.25, beta=0.125, warmup=0.75, dpo_beta=3.0)
+                                    {"loss": "dpo", "data": ["p.jsonl"], "name": "taste"}), stage1_lr=0.5, stage2_lr=0.25, stage3_steps=5, beta=0.125, warmup=0.75, dpo_beta=3.0)
     assert [stage.mixers for stage in stages] == [["attention"] * 3 + ["mamba"], ["mamba2", "mamba2", "attention", "mamba"]] + [["mamba2", "mamba2", "attention", "mamba"]] * 2
     assert [(stage.train, stage.steps, stage.lr, stage.alpha, stage.beta, stage.reverse) for stage in stages] == [
-        ("mixers", 7, 0.5, 1.0, 0, False), ("mixers", 100, 1, 1.0, 0.125, True), ("all", 10, 0.25, 0, 0.125, False), ("all", 0, 1e-5, 1.0, 3.0, False)]
+        ("mixers", 7, 0.5, 1.0, 0, False), ("mixers", 100, 1, 1.0, 0.125, True), ("all", 10, 0.25, 0, 0.125, False), ("all", 5, 1e-5, 1.0, 3.0, False)]
     assert stages[-1].name == "taste" and {stage.warmup for stage in stages} == {0.75}
     assert [stage.trains("layers.3.mixer.D") for stage in stages] == [True] * 4 and [stage.trains("layers.2.mixer.q_proj.weight") for stage in stages] == [False, False, True, True]
 
