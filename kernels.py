@@ -889,8 +889,8 @@ def conv_backward_kernel(
 
 
 # --------------------------------------------------------------------------------------------------
-# Launches, and operators: each one node to torch.compile. pos is int32, contiguous; -(-a // b)
-# rounds a / b up.
+# Launches, and the operators that torch.compile takes as one node each. pos is int32, contiguous.
+# -(-a // b) is a / b rounded up; triton.cdiv takes longer.
 
 
 def strided(*tensors):
@@ -1149,7 +1149,7 @@ def rms_norm(x, weight, eps):
 
 
 def linear(x, weight, gate=None, onto=None):
-    """x Wᵀ of x (b, l, k), W (n, k); gated, silu(x Vᵀ) ∘ x Wᵀ; or `onto` + x Wᵀ, maybe in place."""
+    """x Wᵀ of x (b, l, k), W (n, k); gated, silu(x Vᵀ) ∘ x Wᵀ; or x Wᵀ + onto, may be in place."""
     (b, l, k), n = x.shape, weight.shape[0]
     if b > MANY:
         if onto is not None:

@@ -800,7 +800,7 @@ def losses_and_gradient(logits, wanted, targets, alpha, beta, tau, reverse, grad
         dx = alpha[:, None] * (log_q.exp() - hit.to(x.dtype))
     if wanted is not None:
         w = mil.wider(wanted)
-        if tau != 1:  # Inductor reads scaled logits once more
+        if tau != 1:  # Inductor needs one more pass over scaled logits
             w, log_q = w / tau, (x / tau).log_softmax(-1)
         log_p = w.log_softmax(-1)
         p, q = log_p.exp(), log_q.exp()
@@ -827,11 +827,11 @@ def token_losses(
         ce = -log softmax(logits)[target]
         kl = τ² KL(softmax(wanted / τ) ‖ softmax(logits / τ)), with `reverse` the other way round
 
-    logits (n, v); wanted (n, v), or None: then kl is 0. targets (n,), negative where nothing is
-    to be learned: there all is 0. Returns ce and kl (n,) in float32, or float64 if the logits are,
-    and with `gradient` that of Σ alpha ce + beta kl by the logits, in their type, else None. alpha
-    and beta are (n,). What has probability 0 on the left of the ‖ adds nothing, whatever it has on
-    the right.
+    logits (n, v); wanted (n, v), or None: then kl is 0. alpha, beta and targets (n,); where the
+    target is negative nothing is learned, and all results are 0. Returns ce and kl (n,), in float32
+    or, if the logits are, in float64; and with `gradient` the gradient of Σ alpha ce + beta kl with
+    respect to the logits, in their type, otherwise None. What has probability 0 on the left of the
+    ‖ adds nothing, whatever it has on the right.
     """
     formula = losses_and_gradient
     if logits.is_cuda:

@@ -685,7 +685,7 @@ def test_the_losses_become_a_figure(tmp_path):
 def test_a_recipe_may_train_on_preferences_alone(data, tmp_path):
     pairs = data[data.index("--pairs") + 1]
     stages = recipe(tmp_path, {"keep": 0.5, "steps": 2}, {"loss": "dpo", "data": [pairs], "train": "mixers"})
-    t.main([*data, "--pairs", pairs, "--out", str(tmp_path / "o"), "--teacher_steps", "2", "--recipe", stages])
+    t.main([*data, "--pairs", pairs, "--out", str(tmp_path / "o"), "--teacher_steps", "2", "--stage3_steps", "0", "--recipe", stages])
     rows = json.loads((tmp_path / "o" / "results.json").read_text())["rows"]
     assert [row["model"] for row in rows] == ["teacher", "student, not trained", "stage 1.1, 1 of 2 layers replaced", "stage 3, preferences"] and rows[-1]["kl"] < 1
     assert json.loads((tmp_path / "o" / "log.jsonl").read_text().splitlines()[-1])["step"] == 19   # 38 training pairs, two a step, once
