@@ -1439,7 +1439,7 @@ def replay(x, dt, B, C, z, log, state, places, weight, bias, A_log, dt_bias, D, 
         group, sizes_c = h // x.shape[2], dict(group=h // x.shape[2], p=p)
     mixed, y = state.new_empty(b, size, c), x.new_empty(b, l, h, p)
     tensors = *strided(x, log_x), at, base, weight, bias, mixed
-    grid, sizes_c = (b, -(-c // 256)), dict(sizes_c, c=c, W=w, T=4, BC=256)
+    grid, sizes_c = (b, -(-c // 64)), dict(sizes_c, c=c, W=w, T=4, BC=64)
     launch(replay_conv_kernel, grid, *tensors, l, size, **sizes_c)
     BP, BN = block(p), block(n)
     sizes = dict(c=c, h=h, group=group, p=p, n=n, BP=BP, BN=BN, NB=min(BN, 32))
