@@ -20,6 +20,7 @@ With a draft, whose law is q, a step is a round (section 4 of arXiv 2408.15237; 
 In this file, top to bottom: command lines from dataclasses (train_distill.py uses it too); tokenizers; conversations; the
 law a token is drawn from; the keeping of proposals; `Decoder`, the loop; the command.
 """
+
 import argparse
 import base64
 import codecs
@@ -50,7 +51,11 @@ from mil import MilError
 
 def flag(default, help, **parse):
     """A dataclass field that is also a flag `--name value`, with the line that --help shows. `parse` goes to argparse."""
-    make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    make = (
+        {"default_factory": lambda: list(default)}
+        if isinstance(default, list)
+        else {"default": default}
+    )
     return dataclasses.field(metadata={"help": help, "parse": parse}, **make)
 
 
@@ -59,29 +64,53 @@ def parse_flags(settings, argv, description):
 
     Raises MilError for an unknown flag (naming the nearest known one) or a value of the wrong type.
     """
-    parser = mil.Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = mil.Parser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     for f in dataclasses.fields(settings):
         kind = {} if f.type in (list, bool) else {"type": f.type, "metavar": f.type.__name__}
-        default = "" if f.default in ("", dataclasses.MISSING) or "default" in f.metadata["help"] else f" (default {f.default})"
-        parser.add_argument("--" + f.name, default=None, help=f.metadata["help"].replace("%", "%%") + default, **kind, **f.metadata["parse"])
+        default = (
+            ""
+            if f.default in ("", dataclasses.MISSING) or "default" in f.metadata["help"]
+            else f" (default {f.default})"
+        )
+        parser.add_argument(
+            "--" + f.name,
+            default=None,
+            help=f.metadata["help"].replace("%", "%%") + default,
+            **kind,
+            **f.metadata["parse"],
+        )
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(name, ["--" + f.name for f in dataclasses.fields(settings)], 1)
+        near = difflib.get_close_matches(
+            name, ["--" + f.name for f in dataclasses.fields(settings)], 1
+        )
         what = "unknown flag" if name.startswith("-") else "unexpected argument"
-        raise MilError(f"{what} {name}" + (f"; did you mean {near[0]}?" if near else "") + " (--help lists the flags)")
+        raise MilError(
+            f"{what} {name}"
+            + (f"; did you mean {near[0]}?" if near else "")
+            + " (--help lists the flags)"
+        )
     return settings(**{k: v for k, v in vars(known).items() if v is not None})
 
 
 def run_command(main):
     """Call main(argv); a MilError becomes one line on standard error and exit code 1, Ctrl-C exit code 130."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets a ? and not an error
+    sys.stdout.reconfigure(
+        errors="replace"
+    )  # a terminal that cannot show a character gets a ? and not an error
     try:
         main(sys.argv[1:])
     except MilError as e:
         sys.exit(f"error: {e}")
     except torch.OutOfMemoryError as e:
-        sys.exit(f"error: the GPU's memory is full (fewer or shorter texts at a time, or a smaller model, take less): {str(e).splitlines()[0]}")
+        sys.exit(
+            f"error: the GPU's memory is full (fewer or shorter texts at a time, or a smaller model, take less): {str(e).splitlines()[0]}"
+        )
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
@@ -98,7 +127,9 @@ def pick_device(name):
             raise RuntimeError(f"expected cpu or cuda, not {device.type}")
         torch.empty(0, device=device)
         if device.type == "cuda":
-            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+            device = torch.device(
+                "cuda", torch.cuda.current_device() if device.index is None else device.index
+            )
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as e:
         raise MilError(f"--device {name}: not usable here: {str(e).splitlines()[0]}") from e
@@ -108,12 +139,22 @@ def pick_device(name):
 # ---------------------------------------------------------------------------------------------------------------
 # Tokenizers, all of them tiktoken encodings
 
-LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"  # every digit first cut out, then GPT-2's
 BEGINS = ("<|begin_of_text|>", "<s>")
-STOPS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|endofprompt|>", "<|im_end|>", "</s>")
+STOPS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|endofprompt|>",
+    "<|im_end|>",
+    "</s>",
+)
 
 
 def is_named(tokenizer):
@@ -125,21 +166,35 @@ def load_tokenizer(name):
     """A tiktoken.Encoding: "bytes" (built in: 256 bytes and an end of text), the name of one of tiktoken's own encodings,
     which tiktoken downloads on first use, or the path of a Llama-3 tokenizer.model or of a Hugging Face tokenizer.json."""
     if name == "bytes":
-        return tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
-                                 special_tokens={"<|endoftext|>": 256})
+        return tiktoken.Encoding(
+            "bytes",
+            pat_str=r"(?s:.)",
+            mergeable_ranks={bytes([i]): i for i in range(256)},
+            special_tokens={"<|endoftext|>": 256},
+        )
     if not is_named(name):
         if os.path.isdir(name):
-            raise MilError(f"tokenizer {name}: a folder; give the tokenizer.json or tokenizer.model in it")
+            raise MilError(
+                f"tokenizer {name}: a folder; give the tokenizer.json or tokenizer.model in it"
+            )
         if os.path.exists(name):
-            return read_hf_tokenizer(Path(name)) if name.endswith(".json") else read_llama3_tokenizer(Path(name))
-        raise MilError(f"tokenizer {name}: neither a file nor a known encoding; expected bytes, the path of a Llama-3 tokenizer.model or "
-                       f"of a Hugging Face tokenizer.json, or one of {', '.join(tiktoken.list_encoding_names())}")
+            return (
+                read_hf_tokenizer(Path(name))
+                if name.endswith(".json")
+                else read_llama3_tokenizer(Path(name))
+            )
+        raise MilError(
+            f"tokenizer {name}: neither a file nor a known encoding; expected bytes, the path of a Llama-3 tokenizer.model or "
+            f"of a Hugging Face tokenizer.json, or one of {', '.join(tiktoken.list_encoding_names())}"
+        )
     try:
         return tiktoken.get_encoding(name)
     except Exception as e:  # whatever the download library raises
-        raise MilError(f"tokenizer {name}: tiktoken must download it and could not ({type(e).__name__}); pass "
-                       f"--tokenizer bytes or the path of a tokenizer.model, or set TIKTOKEN_CACHE_DIR to a folder "
-                       f"that has it") from e
+        raise MilError(
+            f"tokenizer {name}: tiktoken must download it and could not ({type(e).__name__}); pass "
+            f"--tokenizer bytes or the path of a tokenizer.model, or set TIKTOKEN_CACHE_DIR to a folder "
+            f"that has it"
+        ) from e
 
 
 def read_llama3_tokenizer(path):
@@ -153,16 +208,34 @@ def read_llama3_tokenizer(path):
         raise MilError(f"tokenizer {path}: cannot be read: {e.strerror}") from e
     except ValueError:
         mil.refuse_pointer(path)
-        raise MilError(f"tokenizer {path}: line {i} is not `base64 rank`, as in Llama 3's; a sentencepiece model is read as tokenizer.json: with "
-                       f"transformers, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes one") from None
-    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([i]) not in ranks for i in range(256)):
-        raise MilError(f"tokenizer {path}: {len(ranks)} tokens whose ranks are not 0 … {len(ranks) - 1}, or that lack "
-                       f"some of the 256 single bytes; is the file whole?")
+        raise MilError(
+            f"tokenizer {path}: line {i} is not `base64 rank`, as in Llama 3's; a sentencepiece model is read as tokenizer.json: with "
+            f"transformers, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes one"
+        ) from None
+    if sorted(ranks.values()) != list(range(len(ranks))) or any(
+        bytes([i]) not in ranks for i in range(256)
+    ):
+        raise MilError(
+            f"tokenizer {path}: {len(ranks)} tokens whose ranks are not 0 … {len(ranks) - 1}, or that lack "
+            f"some of the 256 single bytes; is the file whole?"
+        )
     reserved = [f"<|reserved_special_token_{i}|>" for i in range(251)]
-    special = ["<|begin_of_text|>", "<|end_of_text|>", *reserved[:4], "<|start_header_id|>", "<|end_header_id|>",
-               reserved[4], "<|eot_id|>", *reserved[5:]]
-    return tiktoken.Encoding(path.name, pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks,
-                             special_tokens={token: len(ranks) + i for i, token in enumerate(special)})
+    special = [
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        *reserved[:4],
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        reserved[4],
+        "<|eot_id|>",
+        *reserved[5:],
+    ]
+    return tiktoken.Encoding(
+        path.name,
+        pat_str=LLAMA3_PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={token: len(ranks) + i for i, token in enumerate(special)},
+    )
 
 
 class Pieces(tiktoken.Encoding):
@@ -172,23 +245,55 @@ class Pieces(tiktoken.Encoding):
     "unless spaced" (it begins with one), or "first", the same but not after a control token."""
 
     def __init__(self, name, pattern, pieces, spare, special, plain=(), space=""):
-        super().__init__(name, pat_str=pattern, mergeable_ranks={piece: rank for rank, piece in enumerate(pieces)}, special_tokens={})
-        self._special_tokens, self.numbers, self.plain, self.space = special, list(pieces.values()), set(plain), space
+        super().__init__(
+            name,
+            pat_str=pattern,
+            mergeable_ranks={piece: rank for rank, piece in enumerate(pieces)},
+            special_tokens={},
+        )
+        self._special_tokens, self.numbers, self.plain, self.space = (
+            special,
+            list(pieces.values()),
+            set(plain),
+            space,
+        )
         alone = {numbers[0]: piece for piece, numbers in pieces.items() if len(numbers) == 1}
-        self.data = {**spare, **alone, **{number: text.encode() for text, number in special.items()}}
+        self.data = {
+            **spare,
+            **alone,
+            **{number: text.encode() for text, number in special.items()},
+        }
         self.max_token_value = max(self.data)
 
     def encode(self, text, *, allowed_special=frozenset(), disallowed_special=(), start=True):
         """Numbers of a text in which the special tokens named (or "all") are found. start: it follows no other text."""
-        allowed = self.plain | set(self._special_tokens if allowed_special == "all" else allowed_special)
-        parts = re.split(f"({'|'.join(map(re.escape, sorted(allowed, key=len, reverse=True)))})", text) if allowed else [text]
-        return [number for i, part in enumerate(parts) for number in ([self._special_tokens[part]] if i % 2 else self.merge(part, start or i > 0, i == 0))]
+        allowed = self.plain | set(
+            self._special_tokens if allowed_special == "all" else allowed_special
+        )
+        parts = (
+            re.split(f"({'|'.join(map(re.escape, sorted(allowed, key=len, reverse=True)))})", text)
+            if allowed
+            else [text]
+        )
+        return [
+            number
+            for i, part in enumerate(parts)
+            for number in (
+                [self._special_tokens[part]] if i % 2 else self.merge(part, start or i > 0, i == 0)
+            )
+        ]
 
     def merge(self, text, start, first):
         if self.space:
             text = text.replace("▁", " ")
             spaced = self.space != "always" and text.startswith(" ")
-            if text and start and not spaced and self.space != "never" and (first or self.space != "first"):
+            if (
+                text
+                and start
+                and not spaced
+                and self.space != "never"
+                and (first or self.space != "first")
+            ):
                 text = " " + text
         return [number for rank in super().encode_ordinary(text) for number in self.numbers[rank]]
 
@@ -196,7 +301,11 @@ class Pieces(tiktoken.Encoding):
         return self.encode(text, start=start)
 
     def encode_single_token(self, text):
-        return self._special_tokens[text] if text in self._special_tokens else self.numbers[super().encode_single_token(text)][0]
+        return (
+            self._special_tokens[text]
+            if text in self._special_tokens
+            else self.numbers[super().encode_single_token(text)][0]
+        )
 
     def decode_single_token_bytes(self, token):
         return self.data[token]
@@ -219,45 +328,103 @@ def read_hf_tokenizer(path):
         return MilError(f"tokenizer {path}: {what} is {str(found)[:99]}, expected {wanted}")
 
     if model.get("type", "BPE") != "BPE" or "merges" not in model:  # GPT-2's own names no type
-        raise refuse("the model", model.get("type", "BPE") + " without merges" * ("merges" not in model), "BPE")
+        raise refuse(
+            "the model",
+            model.get("type", "BPE") + " without merges" * ("merges" not in model),
+            "BPE",
+        )
     try:
-        odd = [f"{name} of {token['content']!r}" for token in added if not token["special"]
-               for name in ("lstrip", "rstrip", "single_word", *["normalized"] * bool(said.get("normalizer"))) if token.get(name)]
-        odd += [name for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout") if model.get(name)]
+        odd = [
+            f"{name} of {token['content']!r}"
+            for token in added
+            if not token["special"]
+            for name in (
+                "lstrip",
+                "rstrip",
+                "single_word",
+                *["normalized"] * bool(said.get("normalizer")),
+            )
+            if token.get(name)
+        ]
+        odd += [
+            name
+            for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
+            if model.get(name)
+        ]
         if odd:
             raise refuse(odd[0], "set", "not to be")
-        special, plain = {token["content"]: token["id"] for token in added}, [token["content"] for token in added if not token["special"]]
-        vocab, merges = model["vocab"], [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        steps, norms = ([] if whole is None else whole.get(parts, [whole]) for whole, parts in
-                        ((said.get("pre_tokenizer"), "pretokenizers"), (said.get("normalizer"), "normalizers")))
-        pieces, spare, to_bytes, pattern, space = (sentencepiece if model.get("byte_fallback") else byte_level)(
-            vocab, special.get(model.get("unk_token")), steps, norms, refuse)
+        special, plain = (
+            {token["content"]: token["id"] for token in added},
+            [token["content"] for token in added if not token["special"]],
+        )
+        vocab, merges = (
+            model["vocab"],
+            [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]],
+        )
+        steps, norms = (
+            [] if whole is None else whole.get(parts, [whole])
+            for whole, parts in (
+                (said.get("pre_tokenizer"), "pretokenizers"),
+                (said.get("normalizer"), "normalizers"),
+            )
+        )
+        pieces, spare, to_bytes, pattern, space = (
+            sentencepiece if model.get("byte_fallback") else byte_level
+        )(vocab, special.get(model.get("unk_token")), steps, norms, refuse)
         ranks = {}
         for rank, (a, b) in enumerate(merges, 1):
             ranks.setdefault(a + b, rank)
         of = lambda part: 0 if len(part) == 1 else ranks.get(part, math.inf)  # noqa: E731
         lost = ranks.keys() - {a + b for a, b in merges if max(of(a), of(b)) < ranks[a + b]}
         if lost:
-            raise refuse("a merge", f"the one of {min(lost)}, before those that make its parts", "an order that was learned")
+            raise refuse(
+                "a merge",
+                f"the one of {min(lost)}, before those that make its parts",
+                "an order that was learned",
+            )
         for token in ranks:
             pieces.setdefault(to_bytes(token), [vocab[token]])
-        used = {numbers[0] for numbers in pieces.values() if len(numbers) == 1} | set(special.values()) | set(spare)
+        used = (
+            {numbers[0] for numbers in pieces.values() if len(numbers) == 1}
+            | set(special.values())
+            | set(spare)
+        )
         rest = {number: to_bytes(token) for token, number in vocab.items() if number not in used}
         if rest and model.get("ignore_merges"):
-            raise refuse("a token", f"{next(iter(rest.values()))!r}, which no merge makes", "every token to be a byte or the result of a merge")
+            raise refuse(
+                "a token",
+                f"{next(iter(rest.values()))!r}, which no merge makes",
+                "every token to be a byte or the result of a merge",
+            )
         if pattern == WORDS and any(re.search(rb"[^ ] ", piece) for piece in pieces):
             pattern = r"(?s:.+)"
         try:
             encoding = Pieces(path.name, pattern, pieces, {**rest, **spare}, special, plain, space)
         except ValueError as e:
-            raise refuse("the pattern that splits text", pattern, f"a regular expression ({e})") from e
-        posts = (said.get("post_processor") or {}).get("processors", [said.get("post_processor") or {}])
-        encoding.begin = next(([special[part["SpecialToken"]["id"]] for part in post["single"][:1] if "SpecialToken" in part]
-                               for post in posts if post.get("type") == "TemplateProcessing"), None)
+            raise refuse(
+                "the pattern that splits text", pattern, f"a regular expression ({e})"
+            ) from e
+        posts = (said.get("post_processor") or {}).get(
+            "processors", [said.get("post_processor") or {}]
+        )
+        encoding.begin = next(
+            (
+                [
+                    special[part["SpecialToken"]["id"]]
+                    for part in post["single"][:1]
+                    if "SpecialToken" in part
+                ]
+                for post in posts
+                if post.get("type") == "TemplateProcessing"
+            ),
+            None,
+        )
     except MilError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise MilError(f"tokenizer {path}: not a whole BPE of bytes: {type(e).__name__} {str(e)[:200]}") from None
+        raise MilError(
+            f"tokenizer {path}: not a whole BPE of bytes: {type(e).__name__} {str(e)[:200]}"
+        ) from None
     about_texts(encoding, path)
     return encoding
 
@@ -273,28 +440,46 @@ def kind_of(part):
 def byte_level(vocab, unknown, steps, norms, refuse):
     """Of a byte-level BPE: pieces and spare as in Pieces, how a token of `vocab` is written as bytes, the pattern that does in one
     what the steps of splitting do one after the other, and Pieces' space."""
-    shown, more = [chr(i) if 33 <= i <= 126 or 161 <= i <= 172 or i >= 174 else "" for i in range(256)], iter(range(256, 512))
-    shown = [char or chr(next(more)) for char in shown]                                       # GPT-2 shows bytes as characters
+    shown, more = (
+        [chr(i) if 33 <= i <= 126 or 161 <= i <= 172 or i >= 174 else "" for i in range(256)],
+        iter(range(256, 512)),
+    )
+    shown = [char or chr(next(more)) for char in shown]  # GPT-2 shows bytes as characters
     byte = {char: i for i, char in enumerate(shown)}
-    lacking = [i for i, char in enumerate(shown) if char not in vocab and (32 <= i < 127 or i in b"\t\n\r")]
+    lacking = [
+        i for i, char in enumerate(shown) if char not in vocab and (32 <= i < 127 or i in b"\t\n\r")
+    ]
     if lacking:  # other bytes may be: SmolLM2 lacks 21, which hardly any text has
-        raise refuse("the vocabulary", f"without the byte {bytes(lacking[:1])!r}", "all bytes of plain text")
-    pieces = {bytes([i]): [vocab[char]] if char in vocab else [] if unknown is None else [unknown] for i, char in enumerate(shown)}
+        raise refuse(
+            "the vocabulary", f"without the byte {bytes(lacking[:1])!r}", "all bytes of plain text"
+        )
+    pieces = {
+        bytes([i]): [vocab[char]] if char in vocab else [] if unknown is None else [unknown]
+        for i, char in enumerate(shown)
+    }
     if norms:
         raise refuse("the normalizer", kind_of(norms[0]), "none")
     kinds, last = [kind_of(step) for step in steps], steps[-1] if steps else {}
     cut = last.get("use_regex", True)
     if kinds[-1:] != ["ByteLevel"] or last.get("add_prefix_space"):
-        raise refuse("the last pre_tokenizer", (kinds or ["none"])[-1] + " with add_prefix_space" * bool(last.get("add_prefix_space")), "ByteLevel without add_prefix_space")
+        raise refuse(
+            "the last pre_tokenizer",
+            (kinds or ["none"])[-1] + " with add_prefix_space" * bool(last.get("add_prefix_space")),
+            "ByteLevel without add_prefix_space",
+        )
     if kinds == ["Split (Isolated)", "ByteLevel"] and not cut and not steps[0].get("invert"):
         found = steps[0]["pattern"]["Regex"]
-        pattern = f"{found}|(?:(?!{found})(?s:.))+"                                           # what lies between is kept
+        pattern = f"{found}|(?:(?!{found})(?s:.))+"  # what lies between is kept
     elif cut and len(kinds) == 1:
         pattern = GPT2_PATTERN
     elif cut and kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
         pattern = DIGITS_PATTERN
     else:
-        raise refuse("the pre_tokenizer", " + ".join(kinds), "ByteLevel; Digits (individual), ByteLevel; or Split (by a Regex, Isolated), ByteLevel")
+        raise refuse(
+            "the pre_tokenizer",
+            " + ".join(kinds),
+            "ByteLevel; Digits (individual), ByteLevel; or Split (by a Regex, Isolated), ByteLevel",
+        )
     return pieces, {}, lambda token: bytes(byte[char] for char in token), pattern, ""
 
 
@@ -302,45 +487,84 @@ def sentencepiece(vocab, unknown, steps, norms, refuse):
     """The same of sentencepiece's BPE. Its characters are put together from bytes before anything else; of those it does not know
     the bytes stay."""
     one = [vocab[f"<0x{i:02X}>"] for i in range(256)]
-    pieces = {bytes([i]): [vocab.get("▁" if i == 32 else chr(i), one[i]) if i < 128 else one[i]] for i in range(256)}
-    for char, data in ((char, char.encode()) for char in vocab if len(char) == 1 and char != "▁" and ord(char) > 127):
+    pieces = {
+        bytes([i]): [vocab.get("▁" if i == 32 else chr(i), one[i]) if i < 128 else one[i]]
+        for i in range(256)
+    }
+    for char, data in (
+        (char, char.encode())
+        for char in vocab
+        if len(char) == 1 and char != "▁" and ord(char) > 127
+    ):
         for l in range(2, len(data)):
             pieces.setdefault(data[:l], [one[i] for i in data[:l]])
         pieces[data] = [vocab[char]]
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     if not steps and norms in ([replace], [{"type": "Prepend", "prepend": "▁"}, replace]):
         space, pattern = "always" if len(norms) == 2 else "never", WORDS
-    elif [kind_of(step) for step in steps] == ["Metaspace"] and not norms and steps[0].get("replacement") == "▁":
-        scheme = steps[0].get("prepend_scheme", "always" if steps[0].get("add_prefix_space", True) else "never")
+    elif (
+        [kind_of(step) for step in steps] == ["Metaspace"]
+        and not norms
+        and steps[0].get("replacement") == "▁"
+    ):
+        scheme = steps[0].get(
+            "prepend_scheme", "always" if steps[0].get("add_prefix_space", True) else "never"
+        )
         if scheme not in ("always", "first", "never"):
             raise refuse("prepend_scheme", scheme, "always, first or never")
         space = "unless spaced" if scheme == "always" else scheme
         pattern = r" [^ ]*|[^ ]+" if steps[0].get("split", True) else WORDS
     else:
         found = [kind_of(part) for part in (*norms, *steps)]
-        raise refuse("the way to the pieces", " + ".join(found) or "none", "Prepend ▁, Replace space by ▁; or the latter alone; or Metaspace alone")
-    return pieces, {number: bytes([i]) for i, number in enumerate(one)}, lambda token: token.replace("▁", " ").encode(), pattern, space
+        raise refuse(
+            "the way to the pieces",
+            " + ".join(found) or "none",
+            "Prepend ▁, Replace space by ▁; or the latter alone; or Metaspace alone",
+        )
+    return (
+        pieces,
+        {number: bytes([i]) for i, number in enumerate(one)},
+        lambda token: token.replace("▁", " ").encode(),
+        pattern,
+        space,
+    )
 
 
 def about_texts(encoding, path):
     """What the files beside a tokenizer.json say of it: the chat template, the token that ends a text, whether one begins it."""
-    beside, template = path.with_name("tokenizer_config.json"), path.with_name("chat_template.jinja")
+    beside, template = (
+        path.with_name("tokenizer_config.json"),
+        path.with_name("chat_template.jinja"),
+    )
     said = mil.Said(beside) if beside.exists() else {}
     encoding.template = said.get("chat_template") or ""
     if isinstance(encoding.template, list):  # of several by name, one is the default
-        encoding.template = next((t.get("template", "") for t in encoding.template if isinstance(t, dict) and t.get("name") == "default"), "")
+        encoding.template = next(
+            (
+                t.get("template", "")
+                for t in encoding.template
+                if isinstance(t, dict) and t.get("name") == "default"
+            ),
+            "",
+        )
     if template.exists():
         encoding.template = template.read_text(encoding="utf-8", errors="replace")
     end = said.get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
-    encoding.ends = [encoding._special_tokens[end]] if isinstance(end, str) and end in encoding._special_tokens else []
+    encoding.ends = (
+        [encoding._special_tokens[end]]
+        if isinstance(end, str) and end in encoding._special_tokens
+        else []
+    )
     if said.get("add_bos_token") is False:
         encoding.begin = []
 
 
 def begin_tokens(encoding):
     """The id that begins a text, in a list; or none. As its file says, else by its name."""
-    named = [encoding.encode_single_token(t) for t in BEGINS if t in encoding.special_tokens_set][:1]
+    named = [encoding.encode_single_token(t) for t in BEGINS if t in encoding.special_tokens_set][
+        :1
+    ]
     return named if getattr(encoding, "begin", None) is None else encoding.begin
 
 
@@ -354,10 +578,16 @@ def token_bytes(encoding, token):
     """The bytes a token stands for in the text: none for special tokens and for numbers the encoding does not use."""
     try:
         data = encoding.decode_single_token_bytes(token)
-    except KeyError:  # a model's vocabulary may be rounded up past the tokenizer's, and an encoding may have gaps
+    except (
+        KeyError
+    ):  # a model's vocabulary may be rounded up past the tokenizer's, and an encoding may have gaps
         return b""
     text = data.decode("utf-8", "replace")
-    return b"" if text in encoding._special_tokens and text not in getattr(encoding, "plain", ()) else data
+    return (
+        b""
+        if text in encoding._special_tokens and text not in getattr(encoding, "plain", ())
+        else data
+    )
 
 
 def vocabulary(encoding):
@@ -373,16 +603,30 @@ def encode(encoding, text):
 def save_with_tokenizer(model, directory, tokenizer, **notes):
     """mil.save, and the tokenizer: its name in config.json, or its file beside it."""
     if not is_named(tokenizer):
-        path, tokenizer = Path(tokenizer), "tokenizer.json" if tokenizer.endswith(".json") else "tokenizer.model"
+        path, tokenizer = (
+            Path(tokenizer),
+            "tokenizer.json" if tokenizer.endswith(".json") else "tokenizer.model",
+        )
         mil.make_directory(directory)
         if not path.exists():
             raise MilError(f"tokenizer {path}: it was there, and is not any more")
-        beside = [path.with_name(name) for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")]
-        for name, file in [(tokenizer, path), *((file.name, file) for file in beside if file.exists())]:
+        beside = [
+            path.with_name(name)
+            for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+        ]
+        for name, file in [
+            (tokenizer, path),
+            *((file.name, file) for file in beside if file.exists()),
+        ]:
             data = file.read_bytes()
             mil.write_whole(Path(directory) / name, lambda f, data=data: f.write(data))
-    encoding = load_tokenizer(tokenizer if is_named(tokenizer) else str(Path(directory) / tokenizer))
-    ids = {"bos_token_id": (begin_tokens(encoding) or [None])[0], "eos_token_id": stop_tokens(encoding) or None}
+    encoding = load_tokenizer(
+        tokenizer if is_named(tokenizer) else str(Path(directory) / tokenizer)
+    )
+    ids = {
+        "bos_token_id": (begin_tokens(encoding) or [None])[0],
+        "eos_token_id": stop_tokens(encoding) or None,
+    }
     mil.save(model, directory, tokenizer=tokenizer, **{"ids": ids, **notes})
 
 
@@ -390,8 +634,10 @@ def tokenizer_of(directory):
     """What to give load_tokenizer for the checkpoint in `directory`."""
     name = mil.read_config(directory).get("tokenizer")
     if not isinstance(name, str):
-        raise MilError(f'{directory}: no tokenizer: expected a tokenizer.json or tokenizer.model, or in a config.json of ours "tokenizer": "bytes" or a '
-                       f'tiktoken name (mil.save(model, directory, tokenizer=…) writes it)')
+        raise MilError(
+            f'{directory}: no tokenizer: expected a tokenizer.json or tokenizer.model, or in a config.json of ours "tokenizer": "bytes" or a '
+            f"tiktoken name (mil.save(model, directory, tokenizer=…) writes it)"
+        )
     return name if is_named(name) else str(Path(directory) / name)
 
 
@@ -401,11 +647,19 @@ def load_with_tokenizer(directory, device=None, dtype=None):
     encoding = load_tokenizer(name)
     model = mil.load(directory, device, dtype)
     if encoding.n_vocab > model.config.v:
-        raise MilError(f"{directory}: the tokenizer {name} has {encoding.n_vocab} tokens, the model only {model.config.v}")
-    notes = [f"{directory}: the tokenizer {name} has {encoding.n_vocab} tokens, the model {model.config.v}: those from {encoding.n_vocab} on stand for nothing"]
-    notes = notes * (encoding.n_vocab < model.config.v) + [f"{directory}: no token is known to end a text"] * (not stop_tokens(encoding))
+        raise MilError(
+            f"{directory}: the tokenizer {name} has {encoding.n_vocab} tokens, the model only {model.config.v}"
+        )
+    notes = [
+        f"{directory}: the tokenizer {name} has {encoding.n_vocab} tokens, the model {model.config.v}: those from {encoding.n_vocab} on stand for nothing"
+    ]
+    notes = notes * (encoding.n_vocab < model.config.v) + [
+        f"{directory}: no token is known to end a text"
+    ] * (not stop_tokens(encoding))
     if getattr(encoding, "template", "") and chat_format(encoding) == "plain":
-        notes.append(f"{directory}: its chat template is none of {', '.join(list(FORMATS)[:-1])}: conversations are written plainly")
+        notes.append(
+            f"{directory}: its chat template is none of {', '.join(list(FORMATS)[:-1])}: conversations are written plainly"
+        )
     for line in mil.read_config(directory)["remarks"] + notes:
         print(f"note: {line}", file=sys.stderr)
     return mil.pack(model), encoding
@@ -415,10 +669,22 @@ def load_with_tokenizer(directory, device=None, dtype=None):
 # Conversations: what a turn looks like as text. Control tokens stand only where the format has them: in what somebody says they are text.
 
 FORMATS = {  # name: what gives it away, in a chat template or among the special tokens; before what is said; after it; between turns; trimmed?
-    "llama3": ("<|start_header_id|>", "<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "", True),
+    "llama3": (
+        "<|start_header_id|>",
+        "<|start_header_id|>{role}<|end_header_id|>\n\n",
+        "<|eot_id|>",
+        "",
+        True,
+    ),
     "chatml": ("<|im_start|>", "<|im_start|>{role}\n", "<|im_end|>", "\n", False),
     "zephyr": ("<|user|>", "<|{role}|>\n", "</s>", "\n", False),
-    "plain": ("", "{role}:\n", "", "\n", False),  # of any other; the assistant's turns end with the token that ends a text
+    "plain": (
+        "",
+        "{role}:\n",
+        "",
+        "\n",
+        False,
+    ),  # of any other; the assistant's turns end with the token that ends a text
 }
 
 
@@ -439,12 +705,24 @@ class Conversation:
         self.control = set(encoding._special_tokens.values())
         for message in messages:
             self.open(message["role"])
-            self.close(message["content"].strip() if trimmed else message["content"], message["role"] == "assistant")
+            self.close(
+                message["content"].strip() if trimmed else message["content"],
+                message["role"] == "assistant",
+            )
 
     def add(self, text, own=False, control=False):
         """Text that follows; with control=True the special tokens in it are special."""
-        more = {"allowed_special": "all"} if control else {"allowed_special": getattr(self.encoding, "plain", set()), "disallowed_special": ()}
-        if isinstance(self.encoding, Pieces):  # whose texts begin with a space: after a control token, or at the very beginning
+        more = (
+            {"allowed_special": "all"}
+            if control
+            else {
+                "allowed_special": getattr(self.encoding, "plain", set()),
+                "disallowed_special": (),
+            }
+        )
+        if isinstance(
+            self.encoding, Pieces
+        ):  # whose texts begin with a space: after a control token, or at the very beginning
             after = not self.ids or self.ids[-1] in self.control
             more["start"] = after and (self.encoding.space != "first" or self.ids == self.begin)
         new = self.encoding.encode(text, **more)
@@ -463,7 +741,11 @@ class Conversation:
     def close(self, text="", own=False):
         """What is said in this turn, or the rest of it; and its end."""
         self.add(text, own)
-        end = stop_tokens(self.encoding)[:1] * own if not self.end else [self.encoding.encode_single_token(self.end)]
+        end = (
+            stop_tokens(self.encoding)[:1] * own
+            if not self.end
+            else [self.encoding.encode_single_token(self.end)]
+        )
         self.extend(end, own)
         self.add(self.between, control=True)
 
@@ -487,7 +769,9 @@ def token_law(logits, temperature=1.0, top_k=0, top_p=1.0):
     law = logits.softmax(-1)
     if top_p < 1:
         ordered = law.sort(-1, descending=True).values
-        kept = ordered.cumsum(-1) - ordered < top_p          # a token stays while those before it have not reached top_p
+        kept = (
+            ordered.cumsum(-1) - ordered < top_p
+        )  # a token stays while those before it have not reached top_p
         least = ordered.masked_fill(~kept, torch.inf).min(-1, keepdim=True).values
         law = law.masked_fill(law < least, 0)
         law = law / law.sum(-1, keepdim=True)
@@ -507,7 +791,9 @@ def draw(law, generator=None):
 def wind(like, dtype, generator):
     """Times of clocks of rate 1, shaped like `like`."""
     clocks = torch.empty_like(like, dtype=dtype).exponential_(generator=generator)
-    return clocks if clocks.is_cuda else clocks.clamp_(min=torch.finfo(dtype).tiny)  # a GPU's are above 0
+    return (
+        clocks if clocks.is_cuda else clocks.clamp_(min=torch.finfo(dtype).tiny)
+    )  # a GPU's are above 0
 
 
 def first_to_ring(law, clocks):
@@ -536,10 +822,13 @@ def residual(p, q):
 def verify(proposed, q, p, generator=None):
     """How many of the draft's tokens (b, K) each row keeps, and one token more: (b,), (b,). They are drawn from q (b, K, v), the target's
     laws are p (b, K + 1, v); what results is distributed as if drawn from p alone."""
-    chance, row = acceptance(p[:, :-1], q, proposed), torch.arange(len(p), device=p.device)  # (b, K); NaN, so rejected, where q is
+    chance, row = (
+        acceptance(p[:, :-1], q, proposed),
+        torch.arange(len(p), device=p.device),
+    )  # (b, K); NaN, so rejected, where q is
     kept = torch.rand(chance.shape, generator=generator, dtype=p.dtype, device=p.device) < chance
     count = kept.long().cumprod(1).sum(1)
-    q = torch.cat([q, torch.zeros_like(p[:, :1])], dim=1)                                     # after the last, nothing is dealt out
+    q = torch.cat([q, torch.zeros_like(p[:, :1])], dim=1)  # after the last, nothing is dealt out
     return count, draw(residual(p[row, count], q[row, count]), generator)
 
 
@@ -553,14 +842,23 @@ class Speculation:
     """How much to propose, and how it went. Always K tokens a round; or with K = 0 what best_k says to the rates and times measured."""
 
     def __init__(self, K=0):
-        self.fixed, self.most, self.choices = K != 0, K or 8, iter([(K, math.inf)]) if K else self.choose()
-        self.K, self.due = next(self.choices)                          # what to propose, until so many rounds are over
-        self.tried = self.K                                            # the last that was not 0
-        self.over = False                                              # the draft is of no more use
-        self.rounds = self.passes = self.proposed = self.accepted = 0  # passes: of the target, each row for itself
-        self.kept = self.rejected = 0                                  # since the last choice
-        self.took = {}                                                 # K: its warm rounds, and the draft's and the target's seconds in them
-        self.spent, self.cold = 0, math.inf                            # seconds since the last choice; of the shortest round with a new K
+        self.fixed, self.most, self.choices = (
+            K != 0,
+            K or 8,
+            iter([(K, math.inf)]) if K else self.choose(),
+        )
+        self.K, self.due = next(self.choices)  # what to propose, until so many rounds are over
+        self.tried = self.K  # the last that was not 0
+        self.over = False  # the draft is of no more use
+        self.rounds = self.passes = self.proposed = self.accepted = (
+            0  # passes: of the target, each row for itself
+        )
+        self.kept = self.rejected = 0  # since the last choice
+        self.took = {}  # K: its warm rounds, and the draft's and the target's seconds in them
+        self.spent, self.cold = (
+            0,
+            math.inf,
+        )  # seconds since the last choice; of the shortest round with a new K
 
     def choose(self):
         """The K to propose and for how many rounds at least: first 4; then the best above 0, as if a pass took the same for any K; 0, to see
@@ -575,11 +873,17 @@ class Speculation:
         rounds, draft, target = self.took[self.tried]
         plain = self.took[0][2] / self.took[0][0] if 0 in self.took else target / rounds
         alpha, self.kept, self.rejected = self.kept / max(1, self.kept + self.rejected), 0, 0
-        return best_k(alpha, max(0, (draft + target) / rounds - plain) / self.tried / plain, self.most)
+        return best_k(
+            alpha, max(0, (draft + target) / rounds - plain) / self.tried / plain, self.most
+        )
 
     def count(self, n, K, used):
         """A row kept n of K tokens, of which the text used `used` (a stop token cuts)."""
-        self.passes, self.proposed, self.accepted = self.passes + 1, self.proposed + K, self.accepted + used
+        self.passes, self.proposed, self.accepted = (
+            self.passes + 1,
+            self.proposed + K,
+            self.accepted + used,
+        )
         self.kept, self.rejected = self.kept + n, self.rejected + (n < K)
 
     def time(self, draft, target, K, warm):
@@ -590,7 +894,9 @@ class Speculation:
         if not warm:
             self.cold = min(self.cold, draft + target) if K else self.cold
             return
-        n, *took = self.took[K] = [a + b for a, b in zip(self.took.get(K, (0, 0, 0)), (1, draft, target))]
+        n, *took = self.took[K] = [
+            a + b for a, b in zip(self.took.get(K, (0, 0, 0)), (1, draft, target))
+        ]
         self.tried, self.spent = K or self.tried, self.spent + draft + target
         if self.rounds >= self.due and (K == 0 or self.spent >= 20 * (self.cold - sum(took) / n)):
             choice = next(self.choices, None)
@@ -599,10 +905,12 @@ class Speculation:
 
 
 def check_sampling(max_new_tokens, temperature, top_k, top_p, dash=""):
-    for name, value, sound, wanted in (("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-                                       ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or more"),
-                                       ("top_k", top_k, top_k >= 0, "0 (no limit) or more"),
-                                       ("top_p", top_p, 0 < top_p <= 1, "more than 0 and at most 1")):
+    for name, value, sound, wanted in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or more"),
+        ("top_k", top_k, top_k >= 0, "0 (no limit) or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "more than 0 and at most 1"),
+    ):
         if not sound:
             raise MilError(f"{dash}{name} is {value}, expected {wanted}")
 
@@ -615,11 +923,15 @@ def check_prompts(prompts, v, context, whose):
         if not prompt:
             raise MilError(f"prompt {i + 1} is empty: there is nothing to continue")
         if len(prompt) >= context:
-            raise MilError(f"prompt {i + 1} has {len(prompt)} tokens, but the {whose}'s context is {context}: expected at "
-                           f"most {context - 1}, to leave room for one more")
+            raise MilError(
+                f"prompt {i + 1} has {len(prompt)} tokens, but the {whose}'s context is {context}: expected at "
+                f"most {context - 1}, to leave room for one more"
+            )
         for token in prompt:
             if not 0 <= token < v:
-                raise MilError(f"prompt {i + 1} has token {token}, but the model's vocabulary is {v}")
+                raise MilError(
+                    f"prompt {i + 1} has token {token}, but the model's vocabulary is {v}"
+                )
 
 
 def feed(model, cache, new):
@@ -660,7 +972,9 @@ class Launched:
                 self.graph = torch.cuda.CUDAGraph()
                 if self.generator:
                     self.graph.register_generator_state(self.generator)
-                with torch.cuda.graph(self.graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):  # other threads may go on
+                with torch.cuda.graph(
+                    self.graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"
+                ):  # other threads may go on
                     self.out = self.f()
             self.graph.replay()
         return self.out
@@ -685,22 +999,56 @@ class Decoder:
     """
 
     @torch.inference_mode()
-    def __init__(self, model, rows, size, temperature=1.0, top_k=0, top_p=1.0, generator=None, draft=None, speculate=0):
-        self.context, self.whose = min(((longest_text(m), name) for m, name in ((model, "model"), (draft, "draft")) if m), key=lambda pair: pair[0])
+    def __init__(
+        self,
+        model,
+        rows,
+        size,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        generator=None,
+        draft=None,
+        speculate=0,
+    ):
+        self.context, self.whose = min(
+            ((longest_text(m), name) for m, name in ((model, "model"), (draft, "draft")) if m),
+            key=lambda pair: pair[0],
+        )
         check_sampling(1, temperature, top_k, top_p)
         if draft and draft.config.v != model.config.v:
-            raise MilError(f"the draft's vocabulary is {draft.config.v}, the model's {model.config.v}: they must speak of the same tokens")
+            raise MilError(
+                f"the draft's vocabulary is {draft.config.v}, the model's {model.config.v}: they must speak of the same tokens"
+            )
         plan = speculate if isinstance(speculate, Speculation) else Speculation(speculate)
         if draft and plan.fixed and not 1 <= plan.K < self.context:
-            wanted = f"to {self.context - 1}, less than the context" if self.context < math.inf else "or more"
+            wanted = (
+                f"to {self.context - 1}, less than the context"
+                if self.context < math.inf
+                else "or more"
+            )
             raise MilError(f"speculate is {plan.K}, expected 1 {wanted}, or 0 to have it chosen")
-        self.context, plan.most = int(min(self.context, size)), int(min(plan.most, self.context - 1))
-        context, most, self.models = self.context, plan.most if draft else 0, [m for m in (model, draft) if m]
-        caches = [mil.Cache(m, rows, self.context + most, places=log_places(m, rows, most), lazy=not draft) for m in self.models]
+        self.context, plan.most = (
+            int(min(self.context, size)),
+            int(min(plan.most, self.context - 1)),
+        )
+        context, most, self.models = (
+            self.context,
+            plan.most if draft else 0,
+            [m for m in (model, draft) if m],
+        )
+        caches = [
+            mil.Cache(
+                m, rows, self.context + most, places=log_places(m, rows, most), lazy=not draft
+            )
+            for m in self.models
+        ]
         texts, how = [[] for _ in range(rows)], (temperature, top_k, top_p)
         self.many = rows > kernels.MANY and caches[0].device.type == "cuda"
         pick = torch.compile(choose) if self.many else choose
-        ahead, before, last = now = torch.zeros(3, rows, dtype=torch.long, device=caches[0].device)  # per row len(text) - 1, text[-2], text[-1]
+        ahead, before, last = now = torch.zeros(
+            3, rows, dtype=torch.long, device=caches[0].device
+        )  # per row len(text) - 1, text[-2], text[-1]
 
         def propose(K, follow):
             """The last token and the draft's K, and the laws they are from: (b, 1 + K), (b, K, v). To `follow` the text the draft reads two tokens,
@@ -711,8 +1059,8 @@ class Decoder:
                 hidden = draft.hidden(torch.stack([before, last], dim=1), caches[1])[:, -1:]
             for j in range(K):
                 hidden = hidden if j == 0 else draft.hidden(tokens[-1], caches[1])
-                q.append(token_law(draft.logits(hidden), *how))                               # (b, 1, v)
-                tokens.append(draw(q[-1], generator).clamp(min=0))                            # (b, 1)
+                q.append(token_law(draft.logits(hidden), *how))  # (b, 1, v)
+                tokens.append(draw(q[-1], generator).clamp(min=0))  # (b, 1)
             return torch.cat(tokens, dim=1), torch.cat(q, dim=1) if K else None
 
         def check(proposed, q):
@@ -724,22 +1072,45 @@ class Decoder:
                 clocks = wind(logits, torch.promote_types(logits.dtype, torch.float32), generator)
                 count, extra = torch.zeros_like(last), pick(logits, clocks, how)
             else:
-                count, extra = verify(proposed[:, 1:], q, token_law(model.logits(hidden), *how), generator)
-            before.copy_(proposed.gather(1, count[:, None])[:, 0])                            # of the next round, if the text goes on
+                count, extra = verify(
+                    proposed[:, 1:], q, token_law(model.logits(hidden), *how), generator
+                )
+            before.copy_(
+                proposed.gather(1, count[:, None])[:, 0]
+            )  # of the next round, if the text goes on
             ahead.copy_((ahead + count + 1).clamp(max=context - 1))
             last.copy_(extra.clamp(min=0))
             return torch.cat([count[:, None], proposed[:, 1:], extra[:, None]], dim=1)
 
-        self.draft, self.plan, self.most, self.caches, self.texts, self.now, self.generator = draft, plan, most, caches, texts, now, generator
+        self.draft, self.plan, self.most, self.caches, self.texts, self.now, self.generator = (
+            draft,
+            plan,
+            most,
+            caches,
+            texts,
+            now,
+            generator,
+        )
         self.propose, self.check, self.halves = propose, check, {}
-        self.read, self.torn = [[0] * rows for _ in caches], False                            # of each text, how many tokens a cache has read
-        self.device = caches[0].device if caches[0].device.type == "cuda" and all(cache.fusable(most + 1) for cache in caches) else None
+        self.read, self.torn = (
+            [[0] * rows for _ in caches],
+            False,
+        )  # of each text, how many tokens a cache has read
+        self.device = (
+            caches[0].device
+            if caches[0].device.type == "cuda" and all(cache.fusable(most + 1) for cache in caches)
+            else None
+        )
 
     def catch_up(self, which, left):
         """The model (0) or the draft (1) reads what is new in the texts, but for the last `left` tokens."""
         cache, read = self.caches[which], self.read[which]
         cache.start(torch.tensor(read), max(read), 0)
-        feed(self.models[which], cache, [text[n:len(text) - left] for n, text in zip(read, self.texts)])
+        feed(
+            self.models[which],
+            cache,
+            [text[n : len(text) - left] for n, text in zip(read, self.texts)],
+        )
 
     @torch.inference_mode()
     def decode(self, prompts, max_new_tokens, stop=()):
@@ -756,8 +1127,11 @@ class Decoder:
         for token in stop:
             if not 0 <= token < v:
                 raise MilError(f"stop token {token} is outside the vocabulary of {v}")
-        if self.torn or any(text[:n] != prompt[:n] or n > max(0, len(prompt) - left)
-                            for left, read in enumerate(self.read, 1) for n, text, prompt in zip(read, self.texts, prompts)):
+        if self.torn or any(
+            text[:n] != prompt[:n] or n > max(0, len(prompt) - left)
+            for left, read in enumerate(self.read, 1)
+            for n, text, prompt in zip(read, self.texts, prompts)
+        ):
             self.read, self.torn = [[0] * len(prompts) for _ in self.caches], False
             for cache in self.caches:
                 cache.clear()
@@ -775,7 +1149,12 @@ class Decoder:
                 unread = False
             out, arrived, times = coming or self.round(K, follow)
             # Of many rows, without a draft, the next round is launched before this one's tokens are looked at.
-            more = self.device and self.many and not draft and any(ends[i] - len(texts[i]) > 1 for i in live)
+            more = (
+                self.device
+                and self.many
+                and not draft
+                and any(ends[i] - len(texts[i]) > 1 for i in live)
+            )
             coming = self.round(0, False) if more else None
             if arrived:
                 arrived.synchronize()
@@ -784,12 +1163,16 @@ class Decoder:
             new, ended = [()] * len(texts), []
             for i in live:
                 n = counts[i]
-                tokens = (*[column[i] for column in columns[:n]], columns[-1][i])[:ends[i] - len(texts[i])]
+                tokens = (*[column[i] for column in columns[:n]], columns[-1][i])[
+                    : ends[i] - len(texts[i])
+                ]
                 if not ending.isdisjoint(tokens):
                     cut = next(j for j, token in enumerate(tokens) if token in ending)
                     if tokens[cut] == -1:
-                        raise MilError(f"prompt {i + 1}: the model's logits are NaN after {len(texts[i]) + cut} tokens")
-                    tokens = tokens[:cut + 1]
+                        raise MilError(
+                            f"prompt {i + 1}: the model's logits are NaN after {len(texts[i]) + cut} tokens"
+                        )
+                    tokens = tokens[: cut + 1]
                     ended.append(i)
                 elif len(texts[i]) + len(tokens) >= ends[i]:
                     ended.append(i)
@@ -802,23 +1185,39 @@ class Decoder:
             if ended:
                 live = sorted({*live} - {*ended})
                 self.place(ended)
-            for which, left in [(0, 1), (1, 2)][:1 + follow]:
+            for which, left in [(0, 1), (1, 2)][: 1 + follow]:
                 self.read[which] = [len(text) - left for text in texts]
             if follow or plan.over:  # not a round that could not propose, after one token
-                plan.time(*[seconds(*pair) for pair in zip(times, times[1:])], K, self.halves[K, follow][0].calls > (2 if self.device else 1))
+                plan.time(
+                    *[seconds(*pair) for pair in zip(times, times[1:])],
+                    K,
+                    self.halves[K, follow][0].calls > (2 if self.device else 1),
+                )
             yield new
 
     def place(self, rows):
         """Where these rows of the texts end: what a round begins with. A finished row stays there."""
-        ends = [[len(text) - 1, text[-2] if len(text) > 1 else 0, text[-1]] for text in map(self.texts.__getitem__, rows)]
+        ends = [
+            [len(text) - 1, text[-2] if len(text) > 1 else 0, text[-1]]
+            for text in map(self.texts.__getitem__, rows)
+        ]
         self.now[:, rows] = torch.tensor(ends, device=self.now.device).T
 
     def round(self, K, follow):
         """Launches a round. Returns its result on the CPU, an event after which it is there, or None, and the times of its halves."""
         if (K, follow) not in self.halves:
             # nothing here refers back to the Decoder: freed late, by the garbage collector, a graph would break the capture of another
-            first = Launched(functools.partial(self.propose, K, follow), self.device, self.generator)
-            self.halves[K, follow] = first, Launched(lambda check=self.check, first=first: check(*first.out), self.device, self.generator)
+            first = Launched(
+                functools.partial(self.propose, K, follow), self.device, self.generator
+            )
+            self.halves[K, follow] = (
+                first,
+                Launched(
+                    lambda check=self.check, first=first: check(*first.out),
+                    self.device,
+                    self.generator,
+                ),
+            )
         times = [stamp(self.now.device)]
         for half in self.halves[K, follow]:
             out = half()
@@ -827,11 +1226,24 @@ class Decoder:
         return out, stamp(self.now.device) if self.now.is_cuda else None, times
 
 
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(), generator=None, draft=None, speculate=0):
+def generate(
+    model,
+    prompts,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    stop=(),
+    generator=None,
+    draft=None,
+    speculate=0,
+):
     """Continue each of `prompts`: what a new Decoder's `decode` yields. MilError for settings and prompts that cannot work."""
     check_sampling(max_new_tokens, temperature, top_k, top_p)
     size = max(map(len, prompts), default=0) + max_new_tokens
-    yield from Decoder(model, len(prompts), size, temperature, top_k, top_p, generator, draft, speculate).decode(prompts, max_new_tokens, stop)
+    yield from Decoder(
+        model, len(prompts), size, temperature, top_k, top_p, generator, draft, speculate
+    ).decode(prompts, max_new_tokens, stop)
 
 
 class TextStream:
@@ -853,17 +1265,42 @@ class TextStream:
 
 @dataclass
 class Settings:
-    model: str = flag("out/student", "checkpoint directory: as train_distill.py writes it, Hugging Face's, Meta's, or one of the paper's hybrids")
-    draft: str = flag("", "checkpoint of a smaller model over the same tokens, to decode speculatively: text of the same law, sooner")
-    speculate: int = flag(0, "how many tokens the draft proposes at a time; 0: chosen by what is kept and what it costs")
-    chat: bool = flag(False, "a conversation in the terminal: Ctrl-C stops a reply, /reset forgets, /quit ends", action="store_true")
+    model: str = flag(
+        "out/student",
+        "checkpoint directory: as train_distill.py writes it, Hugging Face's, Meta's, or one of the paper's hybrids",
+    )
+    draft: str = flag(
+        "",
+        "checkpoint of a smaller model over the same tokens, to decode speculatively: text of the same law, sooner",
+    )
+    speculate: int = flag(
+        0,
+        "how many tokens the draft proposes at a time; 0: chosen by what is kept and what it costs",
+    )
+    chat: bool = flag(
+        False,
+        "a conversation in the terminal: Ctrl-C stops a reply, /reset forgets, /quit ends",
+        action="store_true",
+    )
     system: str = flag("", "with --chat: what the model is told beforehand")
-    context: int = flag(0, "with --chat: tokens a conversation has room for, at most the model's context (default 8192)")
-    prompt: list = flag([], "the text to continue; - reads standard input; given several times, a batch", action="append", metavar="text")
+    context: int = flag(
+        0,
+        "with --chat: tokens a conversation has room for, at most the model's context (default 8192)",
+    )
+    prompt: list = flag(
+        [],
+        "the text to continue; - reads standard input; given several times, a batch",
+        action="append",
+        metavar="text",
+    )
     max_new_tokens: int = flag(256, "stop after this many tokens")
-    temperature: float = flag(0.8, "0 takes the likeliest token, 1 samples the model as it is, more is wilder")
+    temperature: float = flag(
+        0.8, "0 takes the likeliest token, 1 samples the model as it is, more is wilder"
+    )
     top_k: int = flag(0, "sample among the k likeliest tokens only; 0: no limit")
-    top_p: float = flag(0.95, "sample among the fewest tokens that have this probability together; 1: no limit")
+    top_p: float = flag(
+        0.95, "sample among the fewest tokens that have this probability together; 1: no limit"
+    )
     seed: int = flag(0, "seed of the sampling")
     device: str = flag("", "cpu, cuda, cuda:1 …; empty: cuda if there is one")
     dtype: str = flag("", "float32, bfloat16, float16 or float64; empty: as saved")
@@ -876,8 +1313,11 @@ def check_settings(s):
     if not 0 <= s.seed < 2**63:
         raise MilError(f"--seed is {s.seed}, expected 0 to 2^63 - 1")
     if s.speculate < 0 or s.speculate and not s.draft:
-        raise MilError(f"--speculate is {s.speculate}, expected 1 or more, or 0 to have it chosen" if s.draft else
-                       "--speculate needs a --draft: the checkpoint of the model that proposes")
+        raise MilError(
+            f"--speculate is {s.speculate}, expected 1 or more, or 0 to have it chosen"
+            if s.draft
+            else "--speculate needs a --draft: the checkpoint of the model that proposes"
+        )
     if s.context < 2 and s.context != 0:
         raise MilError(f"--context is {s.context}, expected at least 2")
     if s.chat and s.prompt:
@@ -885,7 +1325,9 @@ def check_settings(s):
     if (s.system or s.context) and not s.chat:
         raise MilError(f"--{'system' if s.system else 'context'} goes with --chat")
     if not s.prompt and not s.chat:
-        raise MilError("--prompt is missing: give the text to continue, or - to read it from standard input; or --chat")
+        raise MilError(
+            "--prompt is missing: give the text to continue, or - to read it from standard input; or --chat"
+        )
 
 
 def read_prompt(text, number):
@@ -900,27 +1342,47 @@ def read_prompt(text, number):
 
 def load_draft(s, model, encoding, device):
     """The model in --draft. MilError unless it speaks the target's tokens."""
-    draft, other = load_with_tokenizer(s.draft, device, getattr(torch, s.dtype) if s.dtype else None)
+    draft, other = load_with_tokenizer(
+        s.draft, device, getattr(torch, s.dtype) if s.dtype else None
+    )
     if draft.config.v != model.config.v:
-        raise MilError(f"--draft {s.draft} has a vocabulary of {draft.config.v}, {s.model} one of {model.config.v}: a draft must speak the same tokens")
+        raise MilError(
+            f"--draft {s.draft} has a vocabulary of {draft.config.v}, {s.model} one of {model.config.v}: a draft must speak the same tokens"
+        )
     if vocabulary(encoding) != vocabulary(other):
-        raise MilError(f"--draft {s.draft} has the tokenizer {tokenizer_of(s.draft)}, {s.model} has {tokenizer_of(s.model)}: their tokens differ")
+        raise MilError(
+            f"--draft {s.draft} has the tokenizer {tokenizer_of(s.draft)}, {s.model} has {tokenizer_of(s.model)}: their tokens differ"
+        )
     return draft
 
 
 def chat(s, model, encoding, draft):
     """Lines from standard input, replies on standard output. What was said before is in the decoder's cache; a turn reads only what is new."""
     context = int(min(s.context or 8192, longest_text(model), longest_text(draft or model)))
-    decoder = Decoder(model, 1, context, s.temperature, s.top_k, s.top_p, torch.Generator(model.lm_head.weight.device).manual_seed(s.seed),
-                      draft, Speculation(s.speculate))
+    decoder = Decoder(
+        model,
+        1,
+        context,
+        s.temperature,
+        s.top_k,
+        s.top_p,
+        torch.Generator(model.lm_head.weight.device).manual_seed(s.seed),
+        draft,
+        Speculation(s.speculate),
+    )
     stop, begin = stop_tokens(encoding), [{"role": "system", "content": s.system}] * bool(s.system)
     talk, heard = Conversation(encoding, begin), False
     if len(talk.ids) >= context:
-        raise MilError(f"--system has {len(talk.ids)} tokens, but a conversation has room for {context}")
+        raise MilError(
+            f"--system has {len(talk.ids)} tokens, but a conversation has room for {context}"
+        )
     sys.stdin.reconfigure(errors="replace")
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (input() then edits a line and remembers those before)
-    print(f"{s.model}, the format is {chat_format(encoding)}, room for {context} tokens; /reset forgets, /quit or Ctrl-D ends", file=sys.stderr)
+    print(
+        f"{s.model}, the format is {chat_format(encoding)}, room for {context} tokens; /reset forgets, /quit or Ctrl-D ends",
+        file=sys.stderr,
+    )
 
     def stop_reply(*_):  # not in the middle of a pass, which would leave the cache half written
         nonlocal heard
@@ -948,7 +1410,10 @@ def chat(s, model, encoding, draft):
         talk.close(line)
         talk.open("assistant")
         if len(talk.ids) >= context:
-            print(f"(no room: {mark} of {context} tokens are taken, this takes {len(talk.ids) - mark}; say less, or /reset)", file=sys.stderr)
+            print(
+                f"(no room: {mark} of {context} tokens are taken, this takes {len(talk.ids) - mark}; say less, or /reset)",
+                file=sys.stderr,
+            )
             talk.ids, talk.own = talk.ids[:mark], talk.own[:mark]
             continue
         stream, count, began, heard = TextStream(encoding), 0, time.perf_counter(), False
@@ -965,8 +1430,15 @@ def chat(s, model, encoding, draft):
             signal.signal(signal.SIGINT, before)
         cut = not heard and new[-1] not in stop
         print(stream.finish() + " …" * (heard or cut))
-        why = (", cut for want of room" if len(talk.ids) >= context else f", cut at --max_new_tokens {s.max_new_tokens}") * cut
-        print(f"({count} tokens{why}, {count / (time.perf_counter() - began):.1f} tokens/s; {len(talk.ids)} of {context} taken)", file=sys.stderr)
+        why = (
+            ", cut for want of room"
+            if len(talk.ids) >= context
+            else f", cut at --max_new_tokens {s.max_new_tokens}"
+        ) * cut
+        print(
+            f"({count} tokens{why}, {count / (time.perf_counter() - began):.1f} tokens/s; {len(talk.ids)} of {context} taken)",
+            file=sys.stderr,
+        )
         talk.close(own=True)
 
 
@@ -975,17 +1447,39 @@ def main(argv):
     check_settings(s)
     device = pick_device(s.device)
     if s.model == Settings.model and not os.path.exists(s.model):
-        raise MilError(f"{s.model}: not there yet: python train_distill.py makes it; or give --model")
-    model, encoding = load_with_tokenizer(s.model, device, getattr(torch, s.dtype) if s.dtype else None)
+        raise MilError(
+            f"{s.model}: not there yet: python train_distill.py makes it; or give --model"
+        )
+    model, encoding = load_with_tokenizer(
+        s.model, device, getattr(torch, s.dtype) if s.dtype else None
+    )
     if s.chat:
         return chat(s, model, encoding, load_draft(s, model, encoding, device) if s.draft else None)
     texts = [read_prompt(text, i + 1) for i, text in enumerate(s.prompt)]
     prompts = [encode(encoding, text) for text in texts]
     stop, streams = stop_tokens(encoding), [TextStream(encoding) for _ in texts]
-    draft, plan = load_draft(s, model, encoding, device) if s.draft else None, Speculation(s.speculate)
-    whole, counts, began, single = list(texts), [0] * len(texts), time.perf_counter(), len(texts) == 1
-    rounds = generate(model, prompts, s.max_new_tokens, s.temperature, s.top_k, s.top_p, stop,
-                      torch.Generator(device).manual_seed(s.seed), draft, plan)
+    draft, plan = (
+        load_draft(s, model, encoding, device) if s.draft else None,
+        Speculation(s.speculate),
+    )
+    whole, counts, began, single = (
+        list(texts),
+        [0] * len(texts),
+        time.perf_counter(),
+        len(texts) == 1,
+    )
+    rounds = generate(
+        model,
+        prompts,
+        s.max_new_tokens,
+        s.temperature,
+        s.top_k,
+        s.top_p,
+        stop,
+        torch.Generator(device).manual_seed(s.seed),
+        draft,
+        plan,
+    )
     for row in rounds:
         if single and not counts[0]:  # only now is it sure that the prompt can be continued
             print(texts[0], end="", flush=True)
@@ -1005,7 +1499,9 @@ def main(argv):
     end = f", up to the context of {context}" if full else ""
     if draft:
         end = f", {plan.accepted / max(1, plan.proposed):.0%} of the draft's tokens kept, {count / plan.passes:.2f} tokens a pass of the model ({'the draft does not pay here and was left' if plan.over else f'K = {plan.K}'}){end}"
-    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s{end}", file=sys.stderr)
+    print(
+        f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s{end}", file=sys.stderr
+    )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ v vocabulary. In attention p is head_dim and n = p.
 In this file, top to bottom: Config; Documents, rows of several; the mixers Attention, Mamba, Mamba2 and NoMixer; Hybrid, the stack; Cache, what decoding
 remembers; replace_attention and keep_layers; checkpoints, ours and the world's.
 """
+
 import argparse
 import contextlib
 import copy
@@ -58,55 +59,94 @@ ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_p
 @dataclass
 class Config:
     """Sizes of a stack. The defaults are Llama-3-8B's; `mixers` names one of CLASSES per layer."""
-    v: int = 128256                # vocabulary
-    d: int = 4096                  # model width
+
+    v: int = 128256  # vocabulary
+    d: int = 4096  # model width
     n_layers: int = 32
-    n_heads: int = 32              # query heads of attention
-    n_kv_heads: int = 8            # key/value heads; must divide n_heads
-    head_dim: int = 0              # 0: d / n_heads
-    d_ff: int = 14336              # inner width of the SwiGLU MLP
-    context: int = 8192            # longest sequence attention has been trained for
+    n_heads: int = 32  # query heads of attention
+    n_kv_heads: int = 8  # key/value heads; must divide n_heads
+    head_dim: int = 0  # 0: d / n_heads
+    d_ff: int = 14336  # inner width of the SwiGLU MLP
+    context: int = 8192  # longest sequence attention has been trained for
     mixers: list = field(default_factory=list)  # [] : attention everywhere, a Llama
     rope_theta: float = 500000.0
-    rope_scaling: dict | None = None  # a dict of ROPE_SCALING, Llama 3.1's; or of its "factor" alone: positions divided by it
-    attention_bias: bool = False   # whether attention's four projections have biases
+    rope_scaling: dict | None = (
+        None  # a dict of ROPE_SCALING, Llama 3.1's; or of its "factor" alone: positions divided by it
+    )
+    attention_bias: bool = False  # whether attention's four projections have biases
     norm_eps: float = 1e-5
-    tied: bool = False             # the output head is the embedding
-    d_state: int = 16              # Mamba only: state and head size n = p; Mamba-2 has n = p = head_dim
-    d_conv: int = 4                # width of the causal convolution
+    tied: bool = False  # the output head is the embedding
+    d_state: int = 16  # Mamba only: state and head size n = p; Mamba-2 has n = p = head_dim
+    d_conv: int = 4  # width of the causal convolution
 
     def __post_init__(self):
-        for name in ("v", "d", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "context", "d_state", "d_conv"):
+        for name in (
+            "v",
+            "d",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "head_dim",
+            "d_ff",
+            "context",
+            "d_state",
+            "d_conv",
+        ):
             least = 0 if name == "head_dim" else 1
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise MilError(f"config: {name} is {getattr(self, name)!r}, expected a whole number of at least {least}")
+                raise MilError(
+                    f"config: {name} is {getattr(self, name)!r}, expected a whole number of at least {least}"
+                )
         for name in ("rope_theta", "norm_eps"):
             if not isinstance(getattr(self, name), (int, float)) or not getattr(self, name) > 0:
-                raise MilError(f"config: {name} is {getattr(self, name)!r}, expected a number above 0")
+                raise MilError(
+                    f"config: {name} is {getattr(self, name)!r}, expected a number above 0"
+                )
         self.mixers = list(self.mixers) or ["attention"] * self.n_layers
         if not self.head_dim:
             if self.d % self.n_heads:
-                raise MilError(f"config: width d {self.d} is not divisible by n_heads {self.n_heads}; give head_dim")
+                raise MilError(
+                    f"config: width d {self.d} is not divisible by n_heads {self.n_heads}; give head_dim"
+                )
             self.head_dim = self.d // self.n_heads
         if self.head_dim % 2:
-            raise MilError(f"config: head_dim is {self.head_dim}, but RoPE turns channels in pairs: expected an even number")
+            raise MilError(
+                f"config: head_dim is {self.head_dim}, but RoPE turns channels in pairs: expected an even number"
+            )
         if self.n_heads % self.n_kv_heads:
-            raise MilError(f"config: n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}: "
-                           f"every kv head serves the same number of query heads")
+            raise MilError(
+                f"config: n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}: "
+                f"every kv head serves the same number of query heads"
+            )
         if len(self.mixers) != self.n_layers:
-            raise MilError(f"config: {len(self.mixers)} mixers for {self.n_layers} layers, expected one per layer")
+            raise MilError(
+                f"config: {len(self.mixers)} mixers for {self.n_layers} layers, expected one per layer"
+            )
         for i, mixer in enumerate(self.mixers):
             if mixer not in MIXERS:
-                raise MilError(f"config: layer {i} has the mixer {mixer!r}, expected one of {', '.join(MIXERS)}")
-        if self.rope_scaling is not None and (sorted(self.rope_scaling) not in (sorted(ROPE_SCALING), ["factor"])
-                                              or not all(isinstance(x, (int, float)) and x > 0 for x in self.rope_scaling.values())):
-            raise MilError(f"config: rope_scaling is {self.rope_scaling}, expected numbers above 0 for {', '.join(ROPE_SCALING)} (Llama 3.1's), "
-                           f"or for factor alone (linear)")
-        if len(self.rope_scaling or ()) > 1 and self.rope_scaling["low_freq_factor"] >= self.rope_scaling["high_freq_factor"]:
-            raise MilError(f"config: rope_scaling is {self.rope_scaling}, expected its low_freq_factor below its high_freq_factor")
+                raise MilError(
+                    f"config: layer {i} has the mixer {mixer!r}, expected one of {', '.join(MIXERS)}"
+                )
+        if self.rope_scaling is not None and (
+            sorted(self.rope_scaling) not in (sorted(ROPE_SCALING), ["factor"])
+            or not all(isinstance(x, (int, float)) and x > 0 for x in self.rope_scaling.values())
+        ):
+            raise MilError(
+                f"config: rope_scaling is {self.rope_scaling}, expected numbers above 0 for {', '.join(ROPE_SCALING)} (Llama 3.1's), "
+                f"or for factor alone (linear)"
+            )
+        if (
+            len(self.rope_scaling or ()) > 1
+            and self.rope_scaling["low_freq_factor"] >= self.rope_scaling["high_freq_factor"]
+        ):
+            raise MilError(
+                f"config: rope_scaling is {self.rope_scaling}, expected its low_freq_factor below its high_freq_factor"
+            )
         if "mamba" in self.mixers and self.n_kv_heads * self.head_dim % self.d_state:
-            raise MilError(f"config: d_state {self.d_state} does not divide the kv width {self.n_kv_heads * self.head_dim} "
-                           f"(n_kv_heads × head_dim), so Mamba's heads cannot be cut from attention's")
+            raise MilError(
+                f"config: d_state {self.d_state} does not divide the kv width {self.n_kv_heads * self.head_dim} "
+                f"(n_kv_heads × head_dim), so Mamba's heads cannot be cut from attention's"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -157,7 +197,9 @@ def rope_angles(config, pos):
     scaling = config.rope_scaling or {"factor": 1}
     kept = torch.zeros_like(freq)
     if len(scaling) > 1:
-        turns = scaling["original_max_position_embeddings"] / (2 * math.pi / freq)  # within the first training length
+        turns = scaling["original_max_position_embeddings"] / (
+            2 * math.pi / freq
+        )  # within the first training length
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)
     freq = (1 - kept) * freq / scaling["factor"] + kept * freq
@@ -183,9 +225,15 @@ class Documents:
     def __init__(self, pos, device, dtype=torch.float32):
         begins = (pos.flatten() == 0).nonzero()[:, 0]
         bounds = F.pad(begins, (0, 1), value=pos.numel()).int()
-        send = (lambda t: t.pin_memory().to(device, non_blocking=True)) if device.type == "cuda" else (lambda t: t)
+        send = (
+            (lambda t: t.pin_memory().to(device, non_blocking=True))
+            if device.type == "cuda"
+            else (lambda t: t)
+        )
         self.pos, self.bounds, self.mask = send(pos.int()), send(bounds), None
-        torch._dynamo.maybe_mark_dynamic(self.bounds, 0)  # another number of documents compiles nothing
+        torch._dynamo.maybe_mark_dynamic(
+            self.bounds, 0
+        )  # another number of documents compiles nothing
         if device.type != "cuda" or dtype.itemsize > 2:
             number, i = (self.pos == 0).cumsum(1), torch.arange(pos.shape[1], device=device)
             self.mask = ((number[:, :, None] == number[:, None]) & (i[:, None] >= i))[:, None]
@@ -196,7 +244,9 @@ class Documents:
             return sdpa(q, k, v, self.mask)
         flat, l = [t.flatten(0, 1) for t in (q, k, v)], q.shape[1]
         # What varlen_attn calls, without its time in Python. No dropout, causal, no mask for debugging.
-        y, *_ = torch.ops.aten._flash_attention_forward(*flat, self.bounds, self.bounds, l, l, 0.0, True, False)
+        y, *_ = torch.ops.aten._flash_attention_forward(
+            *flat, self.bounds, self.bounds, l, l, 0.0, True, False
+        )
         return y.view(q.shape)
 
 
@@ -204,7 +254,9 @@ def sdpa(q, k, v, mask=None):
     """PyTorch's attention of q (b, l, h, p) over k and v (b, ·, g, p), causal without a mask."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     gqa = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa
+    ).transpose(1, 2)
 
 
 def project(u, *parts):
@@ -228,6 +280,7 @@ def project(u, *parts):
 
 class Attention(nn.Module):
     """Causal grouped-query attention with RoPE."""
+
     READS = "q_proj", "k_proj", "v_proj"
 
     def __init__(self, config):
@@ -278,6 +331,7 @@ class Mamba(nn.Module):
     that attention with its heads cut to d_state channels, which for grouped heads pairs other slices than attention did
     (as in the released models). `angles` is for attention alone.
     """
+
     READS = "in_proj_x", "in_proj_z", "B_proj", "C_proj", "dt_proj_down"
 
     def __init__(self, config):
@@ -300,9 +354,13 @@ class Mamba(nn.Module):
     @torch.no_grad()
     def reset(self):
         """Initial values of what attention does not give (those of Mamba itself; A = -(1 .. n))."""
-        nn.init.uniform_(self.dt_proj.weight, -self.dt_rank**-0.5, self.dt_rank**-0.5)
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         self.dt_proj.bias.copy_(initial_dt_bias(self.dt_proj.bias.shape[0]))
-        self.A_log.copy_(torch.arange(1, self.config.d_state + 1, dtype=torch.float32).log().expand_as(self.A_log))
+        self.A_log.copy_(
+            torch.arange(1, self.config.d_state + 1, dtype=torch.float32)
+            .log()
+            .expand_as(self.A_log)
+        )
         self.D.fill_(1)
 
     def inherit(self, attention):
@@ -321,9 +379,11 @@ class Mamba(nn.Module):
     def forward(self, u, angles, log=None, docs=None):
         x = self.heads(self.in_proj_x(u))  # (b, l, g, p)
         z = self.heads(self.in_proj_z(u))  # (b, l, h, p)
-        B = self.heads(self.B_proj(u))     # (b, l, g, n)
-        C = self.heads(self.C_proj(u))     # (b, l, h, n)
-        dt = self.heads(F.linear(self.dt_proj_down(u), self.dt_proj.weight.to(u.dtype)))  # its bias comes in the scan
+        B = self.heads(self.B_proj(u))  # (b, l, g, n)
+        C = self.heads(self.C_proj(u))  # (b, l, h, n)
+        dt = self.heads(
+            F.linear(self.dt_proj_down(u), self.dt_proj.weight.to(u.dtype))
+        )  # its bias comes in the scan
         if log is None:
             y, _, _ = self.scan(x, dt, B, C, z, docs=docs)
         else:
@@ -336,23 +396,43 @@ class Mamba(nn.Module):
         n = self.config.d_state
         pos = None if docs is None else docs.pos
         dt = dt if lengths is None else hide_padding(dt, lengths)
-        weight, bias = self.conv1d.weight.view(-1, n, self.config.d_conv), self.conv1d.bias.view(-1, n)
-        x, window = causal_conv(x, weight, bias, window, lengths, pos)  # (b, l, g, p) -> (b, l, h, p)
-        A = -torch.exp(wider(self.A_log)).view(-1, n, n)                # (h, p, n)
-        y, h = ssm_scan(x, dt, A, B, C, self.heads(self.D), z, self.heads(self.dt_proj.bias), h0, pos)
+        weight, bias = (
+            self.conv1d.weight.view(-1, n, self.config.d_conv),
+            self.conv1d.bias.view(-1, n),
+        )
+        x, window = causal_conv(
+            x, weight, bias, window, lengths, pos
+        )  # (b, l, g, p) -> (b, l, h, p)
+        A = -torch.exp(wider(self.A_log)).view(-1, n, n)  # (h, p, n)
+        y, h = ssm_scan(
+            x, dt, A, B, C, self.heads(self.D), z, self.heads(self.dt_proj.bias), h0, pos
+        )
         return y, window, h
 
     def step(self, v, u, angles, log):
         x, z, B, C, dt = project(v, *[getattr(self, name) for name in self.READS])
         dt = kernels.linear(dt, self.dt_proj.weight)
         y = kernels.replay(
-            *map(self.heads, (x, dt, B, C, z)), log.allocate([self.heads(t) for t in (x, dt, B)]), log.h, log.places,
-            self.conv1d.weight, self.conv1d.bias, self.A_log, self.dt_proj.bias, self.D)
+            *map(self.heads, (x, dt, B, C, z)),
+            log.allocate([self.heads(t) for t in (x, dt, B)]),
+            log.h,
+            log.places,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            self.A_log,
+            self.dt_proj.bias,
+            self.D,
+        )
         return kernels.linear(y.flatten(2), self.out_proj.weight, onto=u)
 
     def new_log(self, cache):
         c = self.config
-        return StateLog(cache, c.d_conv - 1, (c.n_heads * c.head_dim // c.d_state, c.d_state, c.d_state), self.out_proj.weight.dtype)
+        return StateLog(
+            cache,
+            c.d_conv - 1,
+            (c.n_heads * c.head_dim // c.d_state, c.d_state, c.d_state),
+            self.out_proj.weight.dtype,
+        )
 
 
 class Mamba2(nn.Module):
@@ -361,12 +441,17 @@ class Mamba2(nn.Module):
     in_proj's rows are ordered z, x, B, C, dt as in the released checkpoints. The convolution reads x, B and C, before
     the kv heads fan out; a per-head RMSNorm follows the gate.
     """
-    READS = "in_proj",
+
+    READS = ("in_proj",)
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        wide, narrow, h = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.n_heads
+        wide, narrow, h = (
+            config.n_heads * config.head_dim,
+            config.n_kv_heads * config.head_dim,
+            config.n_heads,
+        )
         self.sizes = [wide, 2 * narrow + wide, h]  # z | x, B, C | dt
         self.in_proj = Linear(config.d, sum(self.sizes), bias=False)
         self.conv1d = nn.Conv1d(self.sizes[1], self.sizes[1], config.d_conv, groups=self.sizes[1])
@@ -381,14 +466,21 @@ class Mamba2(nn.Module):
     def reset(self):
         """Initial values of what attention does not give (Mamba-2's own: A uniform in [1, 16])."""
         self.dt_bias.copy_(initial_dt_bias(self.config.n_heads))
-        self.A_log.copy_(torch.empty(self.config.n_heads, dtype=torch.float32).uniform_(1, 16).log())
+        self.A_log.copy_(
+            torch.empty(self.config.n_heads, dtype=torch.float32).uniform_(1, 16).log()
+        )
         self.D.fill_(1)
 
     def inherit(self, attention):
         """Which of this block's tensors take which of attention's."""
         wide, narrow = self.sizes[0], (self.sizes[1] - self.sizes[0]) // 2
         _, x, B, C, _ = self.in_proj.weight.split([wide, narrow, narrow, wide, self.sizes[2]])
-        return [(C, attention.q_proj), (B, attention.k_proj), (x, attention.v_proj), (self.out_proj.weight, attention.o_proj)]
+        return [
+            (C, attention.q_proj),
+            (B, attention.k_proj),
+            (x, attention.v_proj),
+            (self.out_proj.weight, attention.o_proj),
+        ]
 
     def forward(self, u, angles, log=None, docs=None):
         z, xBC, dt = self.in_proj.parts(u, self.sizes)
@@ -403,20 +495,39 @@ class Mamba2(nn.Module):
         g, h, p = self.config.n_kv_heads, self.config.n_heads, self.config.head_dim
         pos = None if docs is None else docs.pos
         dt = dt if lengths is None else hide_padding(dt, lengths)
-        window = None if window is None else window.unsqueeze(2)                     # (b, w - 1, 1, channels)
-        weight, bias = self.conv1d.weight.transpose(0, 1), self.conv1d.bias[None]    # (1, channels, w) (1, channels)
+        window = None if window is None else window.unsqueeze(2)  # (b, w - 1, 1, channels)
+        weight, bias = (
+            self.conv1d.weight.transpose(0, 1),
+            self.conv1d.bias[None],
+        )  # (1, channels, w) (1, channels)
         xBC, window = causal_conv(xBC.unsqueeze(2), weight, bias, window, lengths, pos)
-        x, B, C = xBC.view(*dt.shape[:2], -1, p).split([g, g, h], dim=2)             # (b, l, heads, p)
-        y, state = ssm_scan(x, dt, -torch.exp(wider(self.A_log)), B, C, self.D, None, self.dt_bias, h0, pos)
+        x, B, C = xBC.view(*dt.shape[:2], -1, p).split([g, g, h], dim=2)  # (b, l, heads, p)
+        y, state = ssm_scan(
+            x, dt, -torch.exp(wider(self.A_log)), B, C, self.D, None, self.dt_bias, h0, pos
+        )
         y = wider(y) * F.silu(wider(z)).view(y.shape)
-        y = F.rms_norm(y, (p,), eps=self.norm.eps) * self.norm.weight.view(h, p)     # per head
+        y = F.rms_norm(y, (p,), eps=self.norm.eps) * self.norm.weight.view(h, p)  # per head
         return y.to(z.dtype), window.squeeze(2), state
 
     def step(self, v, u, angles, log):
         z, xBC, dt = project(v, self.in_proj)[0].split(self.sizes, dim=2)
         y = kernels.replay(
-            xBC, dt, None, None, z.unflatten(2, (self.config.n_heads, -1)), log.allocate((xBC, dt)), log.h, log.places,
-            self.conv1d.weight, self.conv1d.bias, self.A_log, self.dt_bias, self.D, self.norm.weight, self.norm.eps)
+            xBC,
+            dt,
+            None,
+            None,
+            z.unflatten(2, (self.config.n_heads, -1)),
+            log.allocate((xBC, dt)),
+            log.h,
+            log.places,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            self.A_log,
+            self.dt_bias,
+            self.D,
+            self.norm.weight,
+            self.norm.eps,
+        )
         return kernels.linear(y.flatten(2), self.out_proj.weight, onto=u)
 
     def new_log(self, cache):
@@ -426,6 +537,7 @@ class Mamba2(nn.Module):
 
 class NoMixer(nn.Module):
     """No information moves between tokens (the ablation of the paper's Table 9)."""
+
     READS = ()
 
     def __init__(self, config):
@@ -493,6 +605,7 @@ class Block(nn.Module):
 class Hybrid(nn.Module):
     """The stack. A Llama when every mixer is attention; config.mixers[i] says what layer i is. It computes in the type of the embedding's
     weights or, where that is set, in `compute`."""
+
     compute = None
 
     def __init__(self, config):
@@ -513,9 +626,13 @@ class Hybrid(nn.Module):
     def reset(self):
         """Normal 0.02 for every projection, less on the two that write to the residual stream (as GPT-2)."""
         for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)) and not name.endswith("dt_proj"):  # dt_proj has its own
+            if isinstance(module, (nn.Linear, nn.Embedding)) and not name.endswith(
+                "dt_proj"
+            ):  # dt_proj has its own
                 last = name.endswith(("o_proj", "out_proj", "down_proj"))
-                module.weight.normal_(std=0.02 / math.sqrt(2 * self.config.n_layers) if last else 0.02)
+                module.weight.normal_(
+                    std=0.02 / math.sqrt(2 * self.config.n_layers) if last else 0.02
+                )
 
     def hidden(self, tokens, cache=None, lengths=None, docs=None):
         """The stack without its head: tokens (b, l) -> (b, l, d).
@@ -546,7 +663,9 @@ class Hybrid(nn.Module):
         elif docs is not None:
             angles = rope_angles(self.config, docs.pos)
         else:
-            angles = rope_angles(self.config, torch.arange(tokens.shape[1], device=tokens.device)[None])
+            angles = rope_angles(
+                self.config, torch.arange(tokens.shape[1], device=tokens.device)[None]
+            )
         return u if self.compute is None else u.to(self.compute), angles
 
     def forward(self, tokens, cache=None, lengths=None, docs=None):
@@ -590,8 +709,14 @@ class Cache:
         # per row: the cursor; the token before which the states stand; and before which they are to stand after this pass
         self.at, self.base, self.to = torch.zeros(3, batch, dtype=torch.long, device=self.device)
         self.used = 0  # no row holds more tokens
-        self.turns = rope_angles(c, torch.arange(size, device=self.device)[None]) if "attention" in c.mixers else ()  # of all positions
-        self.small = max(c.head_dim, c.d_state) <= 128 and c.n_heads // c.n_kv_heads <= 16  # what the kernels hold in registers
+        self.turns = (
+            rope_angles(c, torch.arange(size, device=self.device)[None])
+            if "attention" in c.mixers
+            else ()
+        )  # of all positions
+        self.small = (
+            max(c.head_dim, c.d_state) <= 128 and c.n_heads // c.n_kv_heads <= 16
+        )  # what the kernels hold in registers
         self.logs = [layer.mixer.new_log(self) for layer in model.layers]
         self.small &= all(hasattr(layer.mixer, "step") for layer in model.layers)
 
@@ -610,22 +735,46 @@ class Cache:
         if b != len(self.at):
             raise MilError(f"cache: {b} rows of tokens for a cache of {len(self.at)} rows")
         if self.used + l > self.size:
-            raise MilError(f"cache: {l} more tokens do not fit: {self.used} of {self.size} places are used")
-        after, announced, need = torch.arange(l, device=self.device), self.room > 0, max(l, self.room)
+            raise MilError(
+                f"cache: {l} more tokens do not fit: {self.used} of {self.size} places are used"
+            )
+        after, announced, need = (
+            torch.arange(l, device=self.device),
+            self.room > 0,
+            max(l, self.room),
+        )
         self.fused = lengths is None and self.fusable(l)
-        self.direct, self.room, self.new = l > self.places or not (announced or self.lazy and self.fused), max(0, self.room - l), l
+        self.direct, self.room, self.new = (
+            l > self.places or not (announced or self.lazy and self.fused),
+            max(0, self.room - l),
+            l,
+        )
         self.lengths = None if lengths is None else torch.as_tensor(lengths, device=self.device)
         self.counts = l if lengths is None else self.lengths
-        target = self.at if announced and not self.direct else self.at + self.counts  # where a state that moves is to stand
-        self.to.copy_(target if self.direct else torch.where(self.at - self.base > self.places - need, target, self.base))
-        self.pos = self.at[:, None] + after                                              # (b, l)
-        self.angles = [t[0, 0, self.pos][:, None] for t in self.turns]                  # (b, 1, l, p / 2)
+        target = (
+            self.at if announced and not self.direct else self.at + self.counts
+        )  # where a state that moves is to stand
+        self.to.copy_(
+            target
+            if self.direct
+            else torch.where(self.at - self.base > self.places - need, target, self.base)
+        )
+        self.pos = self.at[:, None] + after  # (b, l)
+        self.angles = [t[0, 0, self.pos][:, None] for t in self.turns]  # (b, 1, l, p / 2)
         if not self.fused:  # of a Mamba layer's log
             self.row = torch.arange(b, device=self.device)[:, None]
-            self.moving = torch.where(self.to > self.base, self.at - self.base, 0)         # (b,) inputs to replay before the state moves
+            self.moving = torch.where(
+                self.to > self.base, self.at - self.base, 0
+            )  # (b,) inputs to replay before the state moves
             self.due = int(self.moving.max())
-            since = torch.zeros_like(self.at) if self.direct else self.at - self.to        # (b,) inputs logged after that
-            self.slot, self.real, self.end = since[:, None] + after, since + self.counts, int(since.max()) + l
+            since = (
+                torch.zeros_like(self.at) if self.direct else self.at - self.to
+            )  # (b,) inputs logged after that
+            self.slot, self.real, self.end = (
+                since[:, None] + after,
+                since + self.counts,
+                int(since.max()) + l,
+            )
 
     def close(self):
         self.at += self.counts
@@ -635,7 +784,9 @@ class Cache:
     def settle(self, room):
         """What is in the cache stays. Up to `room` more tokens a row can come, and be taken back, before the next call."""
         if room > self.places:
-            raise MilError(f"cache: {room} tokens could not be taken back: its log has {self.places} places")
+            raise MilError(
+                f"cache: {room} tokens could not be taken back: its log has {self.places} places"
+            )
         self.room = room
 
     def start(self, at, used, room):
@@ -648,16 +799,30 @@ class Cache:
 
     def clear(self):
         """Forget everything."""
-        for t in (self.at, self.base, self.to, *[t for log in self.logs if isinstance(log, StateLog) for t in (log.h, *(log.inputs or ()))]):
+        for t in (
+            self.at,
+            self.base,
+            self.to,
+            *[
+                t
+                for log in self.logs
+                if isinstance(log, StateLog)
+                for t in (log.h, *(log.inputs or ()))
+            ],
+        ):
             t.zero_()
         self.used = self.room = 0
 
     def back(self, to):
         """Move each row's cursor back to `to`, a number of tokens per row. MilError where the log does not reach."""
-        for row, (at, base, new) in enumerate(zip(self.at.tolist(), self.base.tolist(), to, strict=True)):
+        for row, (at, base, new) in enumerate(
+            zip(self.at.tolist(), self.base.tolist(), to, strict=True)
+        ):
             first = base if any(isinstance(log, StateLog) for log in self.logs) else 0
             if not first <= new <= at:
-                raise MilError(f"cache: row {row} holds {at} tokens and can go back to {first}, not to {new}: its log has {self.places} places")
+                raise MilError(
+                    f"cache: row {row} holds {at} tokens and can go back to {first}, not to {new}: its log has {self.places} places"
+                )
         self.at.copy_(torch.tensor(to))
         self.used = max(to)
 
@@ -673,13 +838,19 @@ class AttentionLog:
     def extend(self, k, v):
         """Write the new k, v (b, l, g, p). Returns all keys and values so far, and who may see whom (None: causal)."""
         c = self.cache
-        self.k[c.row, :, c.pos] = k.to(self.k.dtype)  # padding lands past the cursor, where nothing counts
+        self.k[c.row, :, c.pos] = k.to(
+            self.k.dtype
+        )  # padding lands past the cursor, where nothing counts
         self.v[c.row, :, c.pos] = v.to(self.v.dtype)
         if c.used == 0:  # nothing came before: plain causal attention over the new tokens
             return k, v, None
         end = c.used + c.new
         mask = torch.arange(end, device=c.device) <= c.pos[..., None]  # (b, l, end)
-        return self.k[:, :, :end].transpose(1, 2).to(k.dtype), self.v[:, :, :end].transpose(1, 2).to(v.dtype), mask[:, None]
+        return (
+            self.k[:, :, :end].transpose(1, 2).to(k.dtype),
+            self.v[:, :, :end].transpose(1, 2).to(v.dtype),
+            mask[:, None],
+        )
 
 
 class StateLog:
@@ -688,7 +859,12 @@ class StateLog:
 
     def __init__(self, cache, window, state, dtype):
         self.cache, self.window, self.inputs = cache, window, None
-        self.h = torch.zeros(len(cache.at), *state, dtype=torch.promote_types(dtype, torch.float32), device=cache.device)
+        self.h = torch.zeros(
+            len(cache.at),
+            *state,
+            dtype=torch.promote_types(dtype, torch.float32),
+            device=cache.device,
+        )
 
     @property
     def places(self):
@@ -698,7 +874,9 @@ class StateLog:
         """The log of inputs, when the first ones come; `written` (b, l, ...) are tensors of their widths and types."""
         if self.inputs is None:
             c = self.cache
-            room = c.places + max(c.places, kernels.FEW) + max(1, self.window)  # the logged, the new, and what came before
+            room = (
+                c.places + max(c.places, kernels.FEW) + max(1, self.window)
+            )  # the logged, the new, and what came before
             size = 2 ** math.ceil(math.log2(room))
             self.inputs = [t.new_zeros(t.shape[0], size, *t.shape[2:]) for t in written]
         return self.inputs
@@ -708,20 +886,36 @@ class StateLog:
         convolution mixes in C), and is logged, `read` what it only reads with."""
         c, blank = self.cache, lambda t, l: t.new_zeros(t.shape[0], l, *t.shape[2:])
         self.allocate(written)
-        ring = lambda first, l: (c.row, (first[:, None] + torch.arange(l, device=c.device)) % self.inputs[0].shape[1])  # noqa: E731
+        ring = lambda first, l: (
+            c.row,
+            (first[:, None] + torch.arange(l, device=c.device)) % self.inputs[0].shape[1],
+        )  # noqa: E731
         before = lambda at: ring(at - self.window, self.window)  # noqa: E731
         if c.due:
-            logged, read_ = [t[ring(c.base, c.due)] for t in self.inputs], [blank(t, c.due) for t in read]
-            self.h.copy_(mixer.scan(*logged, *read_, self.inputs[0][before(c.base)], self.h, c.moving)[2])
+            logged, read_ = (
+                [t[ring(c.base, c.due)] for t in self.inputs],
+                [blank(t, c.due) for t in read],
+            )
+            self.h.copy_(
+                mixer.scan(*logged, *read_, self.inputs[0][before(c.base)], self.h, c.moving)[2]
+            )
         if c.direct:
-            y, window, h = mixer.scan(*written, *read, self.inputs[0][before(c.at)], self.h, c.lengths)
+            y, window, h = mixer.scan(
+                *written, *read, self.inputs[0][before(c.at)], self.h, c.lengths
+            )
             self.inputs[0][before(c.to)] = window
             self.h.copy_(h)
             return y
         for t, new in zip(self.inputs, written):
             t[ring(c.at, c.new)] = new
         read = [blank(t, c.end).index_put((c.row, c.slot), t) for t in read]
-        return mixer.scan(*[t[ring(c.to, c.end)] for t in self.inputs], *read, self.inputs[0][before(c.to)], self.h, c.real)[0][c.row, c.slot]
+        return mixer.scan(
+            *[t[ring(c.to, c.end)] for t in self.inputs],
+            *read,
+            self.inputs[0][before(c.to)],
+            self.h,
+            c.real,
+        )[0][c.row, c.slot]
 
 
 def hide_padding(dt, lengths):
@@ -757,7 +951,9 @@ def pack(model):
     for layer in model.layers:
         weights = [getattr(layer.mixer, name).weight for name in layer.mixer.READS]
         if len(weights) > 1:
-            for weight, part in zip(weights, torch.cat([w.data for w in weights]).split([len(w) for w in weights])):
+            for weight, part in zip(
+                weights, torch.cat([w.data for w in weights]).split([len(w) for w in weights])
+            ):
                 weight.data = part
     return model
 
@@ -772,19 +968,31 @@ def replace_attention(model, layers, mixer="mamba2", init="attention", share=Fal
     twice, or holding no attention.
     """
     if mixer not in MIXERS[1:]:
-        raise MilError(f"replace_attention: mixer {mixer!r}, expected one of {', '.join(MIXERS[1:])}")
+        raise MilError(
+            f"replace_attention: mixer {mixer!r}, expected one of {', '.join(MIXERS[1:])}"
+        )
     if init not in ("attention", "random"):
         raise MilError(f"replace_attention: init {init!r}, expected attention or random")
     mixers, layers = list(model.config.mixers), list(layers)
     for i in layers:
         if not 0 <= i < len(mixers):
-            raise MilError(f"replace_attention: layer {i} is out of range, the model has layers 0 to {len(mixers) - 1}")
+            raise MilError(
+                f"replace_attention: layer {i} is out of range, the model has layers 0 to {len(mixers) - 1}"
+            )
         if mixers[i] != "attention":
-            raise MilError(f"replace_attention: layer {i} holds {mixers[i]}, not attention: it is already replaced or listed twice")
+            raise MilError(
+                f"replace_attention: layer {i} holds {mixers[i]}, not attention: it is already replaced or listed twice"
+            )
         mixers[i] = mixer
-    dataclasses.replace(model.config, mixers=mixers)  # checks that the new heads can be cut from the old
-    leaving = {id(w) for i in layers for w in model.layers[i].mixer.parameters()}  # not worth a copy
-    as_is = {id(w): w for w in model.parameters() if share or id(w) in leaving}  # deepcopy takes these for copied already
+    dataclasses.replace(
+        model.config, mixers=mixers
+    )  # checks that the new heads can be cut from the old
+    leaving = {
+        id(w) for i in layers for w in model.layers[i].mixer.parameters()
+    }  # not worth a copy
+    as_is = {
+        id(w): w for w in model.parameters() if share or id(w) in leaving
+    }  # deepcopy takes these for copied already
     student = copy.deepcopy(model, as_is)
     student.config.mixers = mixers  # one object, known to every layer
     for i in layers:
@@ -801,17 +1009,25 @@ def replace_attention(model, layers, mixer="mamba2", init="attention", share=Fal
 def check_layers(layers, n_layers):
     """MilError unless `layers` are some of n_layers, each once and in order."""
     if not layers or layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < n_layers:
-        raise MilError(f"layers {', '.join(map(str, layers)) or 'none'}: expected some of 0 to {n_layers - 1}, each once, in rising order")
+        raise MilError(
+            f"layers {', '.join(map(str, layers)) or 'none'}: expected some of 0 to {n_layers - 1}, each once, in rising order"
+        )
 
 
 def keep_layers(model, layers):
     """A smaller model: of `model`'s layers only these, in order, with its embedding, final norm and head (a draft for
     speculative decoding begins so: section 5.5). The model is untouched. MilError for layers that are no such choice."""
     check_layers(layers, len(model.layers))
-    small = empty_model(dataclasses.replace(model.config, n_layers=len(layers), mixers=[model.config.mixers[i] for i in layers]))
+    small = empty_model(
+        dataclasses.replace(
+            model.config, n_layers=len(layers), mixers=[model.config.mixers[i] for i in layers]
+        )
+    )
     weights = model.state_dict()
     source = lambda name: re.sub(r"^layers\.(\d+)", lambda m: f"layers.{layers[int(m[1])]}", name)  # noqa: E731
-    small.load_state_dict({name: weights[source(name)].clone() for name in small.state_dict()}, assign=True)
+    small.load_state_dict(
+        {name: weights[source(name)].clone() for name in small.state_dict()}, assign=True
+    )
     small.tie()
     return small
 
@@ -844,7 +1060,9 @@ def write_whole(path, write):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
-        raise MilError(f"{path}: cannot be written (disk full?): {getattr(e, 'strerror', None) or str(e).splitlines()[0]}") from e
+        raise MilError(
+            f"{path}: cannot be written (disk full?): {getattr(e, 'strerror', None) or str(e).splitlines()[0]}"
+        ) from e
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -870,10 +1088,15 @@ def save(model, directory, **notes):
         old = json.loads(path.read_text(encoding="utf-8"))["weights"]
     except (OSError, ValueError, KeyError, TypeError):
         old = None  # nothing, or nothing of ours
-    weights = {k: w.detach().cpu() for k, w in model.named_parameters()}  # a tied head is no parameter of its own
+    weights = {
+        k: w.detach().cpu() for k, w in model.named_parameters()
+    }  # a tied head is no parameter of its own
     write_whole(directory / name, lambda f: torch.save(weights, f))
     try:
-        write_json(path, {**notes, "format": "mil", "config": dataclasses.asdict(model.config), "weights": name})
+        write_json(
+            path,
+            {**notes, "format": "mil", "config": dataclasses.asdict(model.config), "weights": name},
+        )
         name = old  # from here on it is the old file that no config.json names
     finally:
         if isinstance(name, str) and Path(name).name == name:
@@ -894,23 +1117,42 @@ class Said(dict):
     def take(self, key, *default, kind=None):
         """The key's value; the default when it is missing or null. MilError when there is none, or it is not of the default's `kind`."""
         self.taken.add(key)
-        value, kind = self.get(key), kind or (type(default[0]) if default and default[0] is not None else object)
+        value, kind = (
+            self.get(key),
+            kind or (type(default[0]) if default and default[0] is not None else object),
+        )
         if value is None and not default:
             raise MilError(f"{self.path}: lacks {key}")
         if value is not None and not isinstance(value, (int, float) if kind is float else kind):
-            wanted = {list: "a list", dict: "an object", int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
+            wanted = {
+                list: "a list",
+                dict: "an object",
+                int: "a whole number",
+                float: "a number",
+                str: "text",
+                bool: "true or false",
+            }[kind]
             raise MilError(f"{self.path}: {key} is {value!r:.99}, expected {wanted}")
         return default[0] if value is None else value
 
     def expect(self, key, *allowed):
         """MilError unless the key's value, if it is there, is among these."""
         if self.take(key, allowed[0]) not in allowed:
-            raise MilError(f"{self.path}: {key} is {self[key]!r}, expected {' or '.join(map(repr, allowed))}")
+            raise MilError(
+                f"{self.path}: {key} is {self[key]!r}, expected {' or '.join(map(repr, allowed))}"
+            )
 
     def others(self, harmless=""):
         """The keys that were not understood, but for those that are null, false or empty."""
-        return sorted(key for key, value in self.items() if key not in self.taken and key not in harmless.split()
-                      and value is not None and value is not False and value not in ("", [], {}))
+        return sorted(
+            key
+            for key, value in self.items()
+            if key not in self.taken
+            and key not in harmless.split()
+            and value is not None
+            and value is not False
+            and value not in ("", [], {})
+        )
 
 
 def read_config(directory):
@@ -921,16 +1163,34 @@ def read_config(directory):
     try:
         names = os.listdir(directory)
     except OSError as e:  # not there, a file, a circle of links …
-        hub = not directory.is_absolute() and len(directory.parts) == 2 and not directory.parent.exists() and directory.parts[0] != "out"
-        hub = f"; if that is a model at huggingface.co, download it: hf download {directory} --local-dir FOLDER" * hub
-        raise MilError(f"{directory}: no checkpoint here: {e.strerror}; expected a folder with a config.json or, of Meta's, a params.json{hub}") from e
+        hub = (
+            not directory.is_absolute()
+            and len(directory.parts) == 2
+            and not directory.parent.exists()
+            and directory.parts[0] != "out"
+        )
+        hub = (
+            f"; if that is a model at huggingface.co, download it: hf download {directory} --local-dir FOLDER"
+            * hub
+        )
+        raise MilError(
+            f"{directory}: no checkpoint here: {e.strerror}; expected a folder with a config.json or, of Meta's, a params.json{hub}"
+        ) from e
     if "config.json" not in names and "params.json" not in names:
-        found = "an adapter (LoRA), " * ("adapter_config.json" in names) + "GGUF, " * any(name.endswith(".gguf") for name in names)
-        raise MilError(f"{directory}: no checkpoint here: {found and f'found {found}'}expected a config.json or, of Meta's, a params.json")
+        found = "an adapter (LoRA), " * ("adapter_config.json" in names) + "GGUF, " * any(
+            name.endswith(".gguf") for name in names
+        )
+        raise MilError(
+            f"{directory}: no checkpoint here: {found and f'found {found}'}expected a config.json or, of Meta's, a params.json"
+        )
     if "config.json" not in names:
         return meta_config(directory, Said(directory / "params.json"))
     said = Said(directory / "config.json")
-    return hf_config(directory, said) if "model_type" in said or "architectures" in said else mil_config(said)
+    return (
+        hf_config(directory, said)
+        if "model_type" in said or "architectures" in said
+        else mil_config(said)
+    )
 
 
 def make_config(path, **entries):
@@ -942,12 +1202,26 @@ def make_config(path, **entries):
 
 def mil_config(about):
     """Of a folder that `save` wrote."""
-    if about.get("format") != "mil" or not isinstance(about.get("config"), dict) or not isinstance(about.get("weights"), str):
-        raise MilError(f'{about.path}: not a checkpoint: expected "format": "mil", a "config" and "weights", or a "model_type" (Hugging Face\'s)')
+    if (
+        about.get("format") != "mil"
+        or not isinstance(about.get("config"), dict)
+        or not isinstance(about.get("weights"), str)
+    ):
+        raise MilError(
+            f'{about.path}: not a checkpoint: expected "format": "mil", a "config" and "weights", or a "model_type" (Hugging Face\'s)'
+        )
     unknown = about["config"].keys() - {f.name for f in dataclasses.fields(Config)}
     if unknown:
-        raise MilError(f"{about.path}: the config has {', '.join(sorted(unknown))}, which this version does not know")
-    return {"tokenizer": None, **about, "config": make_config(about.path, **about["config"]), "weights": [about["weights"]], "remarks": []}
+        raise MilError(
+            f"{about.path}: the config has {', '.join(sorted(unknown))}, which this version does not know"
+        )
+    return {
+        "tokenizer": None,
+        **about,
+        "config": make_config(about.path, **about["config"]),
+        "weights": [about["weights"]],
+        "remarks": [],
+    }
 
 
 HARMLESS = """transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id initializer_range
@@ -959,59 +1233,136 @@ def hf_config(directory, said):
     """Of a Hugging Face Llama or Mistral; with a mamba_config.json, of one of the released hybrids (repository jxiw/MambaInLlama)."""
     path, remarks = said.path, []
     if said.take("model_type") not in ("llama", "mistral"):
-        raise MilError(f"{path}: model_type is {said['model_type']!r}, expected 'llama' or 'mistral'")
+        raise MilError(
+            f"{path}: model_type is {said['model_type']!r}, expected 'llama' or 'mistral'"
+        )
     for architecture in said.take("architectures", []):
         if not str(architecture).endswith("ForCausalLM"):
             raise MilError(f"{path}: the architecture is {architecture}, expected a …ForCausalLM")
     if said.take("quantization_config", None):
-        raise MilError(f"{path}: quantization_config: the weights are quantised; expected the model in float32, float16 or bfloat16")
+        raise MilError(
+            f"{path}: quantization_config: the weights are quantised; expected the model in float32, float16 or bfloat16"
+        )
     said.expect("hidden_act", "silu")
     said.expect("mlp_bias", False)
-    rope = {**said.take("rope_scaling", {}), **said.take("rope_parameters", {})}       # rope_parameters: since transformers 5
-    scaling, theta = rope.pop("rope_type", rope.pop("type", "default")), rope.pop("rope_theta", said.take("rope_theta", 10000.0))
+    rope = {
+        **said.take("rope_scaling", {}),
+        **said.take("rope_parameters", {}),
+    }  # rope_parameters: since transformers 5
+    scaling, theta = (
+        rope.pop("rope_type", rope.pop("type", "default")),
+        rope.pop("rope_theta", said.take("rope_theta", 10000.0)),
+    )
     known = {"default": (), "linear": ("factor",), "llama3": ROPE_SCALING}
     if scaling not in list(known) or not rope.keys() >= set(known[scaling]):
-        raise MilError(f"{path}: RoPE is scaled by {scaling!r} with {', '.join(rope) or 'nothing'}, expected default, linear (factor) or llama3 ({', '.join(ROPE_SCALING)})")
+        raise MilError(
+            f"{path}: RoPE is scaled by {scaling!r} with {', '.join(rope) or 'nothing'}, expected default, linear (factor) or llama3 ({', '.join(ROPE_SCALING)})"
+        )
     if rope.keys() - set(known[scaling]):
-        remarks.append(f"{path}: of RoPE's scaling not understood, and left out: {', '.join(sorted(rope.keys() - set(known[scaling])))}")
+        remarks.append(
+            f"{path}: of RoPE's scaling not understood, and left out: {', '.join(sorted(rope.keys() - set(known[scaling])))}"
+        )
     rope = {key: rope[key] for key in known[scaling]}
-    h, d, context = said.take("num_attention_heads"), said.take("hidden_size"), said.take("max_position_embeddings", 2048)
-    window = said.take("sliding_window", 4096 if "sliding_window" not in said else None, kind=int) if said["model_type"] == "mistral" else None
+    h, d, context = (
+        said.take("num_attention_heads"),
+        said.take("hidden_size"),
+        said.take("max_position_embeddings", 2048),
+    )
+    window = (
+        said.take("sliding_window", 4096 if "sliding_window" not in said else None, kind=int)
+        if said["model_type"] == "mistral"
+        else None
+    )
     if window and window < context:
-        remarks.append(f"{path}: attention slides over {window} tokens; that is taken as the context, for up to there it is all the same")
-    sizes = dict(v=said.take("vocab_size"), d=d, n_layers=said.take("num_hidden_layers"), n_heads=h, n_kv_heads=said.take("num_key_value_heads", h),
-                 head_dim=said.take("head_dim", 0), d_ff=said.take("intermediate_size"), context=min(context, window or context), rope_theta=theta,
-                 rope_scaling=rope or None, norm_eps=said.take("rms_norm_eps", 1e-6), tied=said.take("tie_word_embeddings", False),
-                 attention_bias=said.take("attention_bias", False))
+        remarks.append(
+            f"{path}: attention slides over {window} tokens; that is taken as the context, for up to there it is all the same"
+        )
+    sizes = dict(
+        v=said.take("vocab_size"),
+        d=d,
+        n_layers=said.take("num_hidden_layers"),
+        n_heads=h,
+        n_kv_heads=said.take("num_key_value_heads", h),
+        head_dim=said.take("head_dim", 0),
+        d_ff=said.take("intermediate_size"),
+        context=min(context, window or context),
+        rope_theta=theta,
+        rope_scaling=rope or None,
+        norm_eps=said.take("rms_norm_eps", 1e-6),
+        tied=said.take("tie_word_embeddings", False),
+        attention_bias=said.take("attention_bias", False),
+    )
     config = make_config(path, **sizes)
-    tokenizer = said.take("mil_tokenizer", next((name for name in ("tokenizer.json", "tokenizer.model") if (directory / name).exists()), None))
+    tokenizer = said.take(
+        "mil_tokenizer",
+        next(
+            (name for name in ("tokenizer.json", "tokenizer.model") if (directory / name).exists()),
+            None,
+        ),
+    )
     hybrid = directory / "mamba_config.json"
     if hybrid.exists():
         config = hybrid_config(Said(hybrid), sizes, config, remarks)
     if said.others(HARMLESS):
         remarks.append(f"{path}: not understood, and left out: {', '.join(said.others(HARMLESS))}")
-    return {"config": config, "format": "mambainllama" if hybrid.exists() else "hf", "weights": hf_files(directory), "tokenizer": tokenizer, "remarks": remarks,
-            "ids": {key: said[key] for key in IDS if key in said}, "name": said.get("_name_or_path")}
+    return {
+        "config": config,
+        "format": "mambainllama" if hybrid.exists() else "hf",
+        "weights": hf_files(directory),
+        "tokenizer": tokenizer,
+        "remarks": remarks,
+        "ids": {key: said[key] for key in IDS if key in said},
+        "name": said.get("_name_or_path"),
+    }
 
 
 def hybrid_config(said, sizes, config, remarks):
     """The Config of a released hybrid, whose Llama part is `sizes`."""
-    for key, value in dict(d_model=config.d, n_layer=config.n_layers, d_xb=config.n_kv_heads * config.head_dim, d_inner=config.n_heads * config.head_dim,
-                           intermediate_size=config.d_ff, vocab_size=config.v, rms_norm_eps=config.norm_eps, hidden_act="silu").items():
+    for key, value in dict(
+        d_model=config.d,
+        n_layer=config.n_layers,
+        d_xb=config.n_kv_heads * config.head_dim,
+        d_inner=config.n_heads * config.head_dim,
+        intermediate_size=config.d_ff,
+        vocab_size=config.v,
+        rms_norm_eps=config.norm_eps,
+        hidden_act="silu",
+    ).items():
         said.expect(key, value)
     keep, ssm = said.take("attn_layers"), {"expand": 1, **said.take("ssm_cfg", {})}
     mamba2 = "ngroups" in ssm
     n = ssm.pop("d_state", 128 if mamba2 else 16)
-    known = {"expand": 1, "repeat_kv_before_conv": not mamba2, **({"ngroups": config.n_heads} if mamba2 else {})}
-    odd = [f"{key} {value!r}" for key, value in ssm.items() if key != "d_conv" and known.get(key) != value]
+    known = {
+        "expand": 1,
+        "repeat_kv_before_conv": not mamba2,
+        **({"ngroups": config.n_heads} if mamba2 else {}),
+    }
+    odd = [
+        f"{key} {value!r}"
+        for key, value in ssm.items()
+        if key != "d_conv" and known.get(key) != value
+    ]
     if not isinstance(keep, list) or not set(keep) <= set(range(config.n_layers)):
-        raise MilError(f"{said.path}: attn_layers is {keep}, expected a list of some of 0 to {config.n_layers - 1}")
+        raise MilError(
+            f"{said.path}: attn_layers is {keep}, expected a list of some of 0 to {config.n_layers - 1}"
+        )
     if odd or mamba2 and n != config.head_dim:
-        raise MilError(f"{said.path}: ssm_cfg has {', '.join(odd) or f'd_state {n}'}, expected d_state, d_conv and {known}; in Mamba-2 d_state = head_dim = {config.head_dim}")
+        raise MilError(
+            f"{said.path}: ssm_cfg has {', '.join(odd) or f'd_state {n}'}, expected d_state, d_conv and {known}; in Mamba-2 d_state = head_dim = {config.head_dim}"
+        )
     if said.others():
         remarks.append(f"{said.path}: not understood, and left out: {', '.join(said.others())}")
-    mixers = ["attention" if i in keep else "mamba2" if mamba2 else "mamba" for i in range(config.n_layers)]
-    return make_config(said.path, **sizes, mixers=mixers, d_conv=ssm.get("d_conv", 4), **({} if mamba2 else {"d_state": n}))
+    mixers = [
+        "attention" if i in keep else "mamba2" if mamba2 else "mamba"
+        for i in range(config.n_layers)
+    ]
+    return make_config(
+        said.path,
+        **sizes,
+        mixers=mixers,
+        d_conv=ssm.get("d_conv", 4),
+        **({} if mamba2 else {"d_state": n}),
+    )
 
 
 def hf_files(directory):
@@ -1021,13 +1372,21 @@ def hf_files(directory):
         if index.exists():
             files = list(Said(index).take("weight_map", kind=dict).values())
             for file in files:
-                if not isinstance(file, str) or Path(file).name != file or not (directory / file).exists():
-                    raise MilError(f"{index}: names {file}, which is not in this folder: is the download complete?")
+                if (
+                    not isinstance(file, str)
+                    or Path(file).name != file
+                    or not (directory / file).exists()
+                ):
+                    raise MilError(
+                        f"{index}: names {file}, which is not in this folder: is the download complete?"
+                    )
             if files:
                 return sorted(set(files))
         if (directory / kind).exists():
             return [kind]
-    raise MilError(f"{directory}: no weights: expected model.safetensors or pytorch_model.bin, or the index of their shards")
+    raise MilError(
+        f"{directory}: no weights: expected model.safetensors or pytorch_model.bin, or the index of their shards"
+    )
 
 
 def meta_config(directory, said):
@@ -1035,25 +1394,54 @@ def meta_config(directory, said):
     1B and 3B, 8 in what is larger (meta-llama/llama-models, issue 241)."""
     files = sorted(f.name for f in directory.glob("consolidated.*.pth"))
     if not files or files != [f"consolidated.{i:02d}.pth" for i in range(len(files))]:
-        raise MilError(f"{directory}: the weights are {', '.join(files) or 'missing'}, expected consolidated.00.pth, or it and all that follow")
+        raise MilError(
+            f"{directory}: the weights are {', '.join(files) or 'missing'}, expected consolidated.00.pth, or it and all that follow"
+        )
     tensors = open_tensors(directory / files[0])
     d, h, v = said.take("dim", kind=int), said.take("n_heads"), said.take("vocab_size", -1)
     if v == -1 and "tok_embeddings.weight" in tensors:
         rows, columns = tensors["tok_embeddings.weight"]().shape
-        v = rows * len(files) if columns == d else rows                                # cut by words, in Llama 2 by columns
-    d_ff, multiple = int(said.take("ffn_dim_multiplier", 1.0) * int(8 * d / 3)), said.take("multiple_of", 256)
+        v = rows * len(files) if columns == d else rows  # cut by words, in Llama 2 by columns
+    d_ff, multiple = (
+        int(said.take("ffn_dim_multiplier", 1.0) * int(8 * d / 3)),
+        said.take("multiple_of", 256),
+    )
     theta, scaled = said.take("rope_theta", 10000.0), said.take("use_scaled_rope", False)
     factor = said.take("rope_scaling_factor", 8 if d >= 4096 else 32)
     context = 131072 if scaled else 8192 if theta >= 500000 else 4096
-    config = make_config(said.path, v=v, d=d, n_layers=said.take("n_layers"), n_heads=h, n_kv_heads=said.take("n_kv_heads", h), context=context,
-                         d_ff=-(-d_ff // max(1, multiple)) * multiple, norm_eps=said.take("norm_eps", 1e-5), rope_theta=float(theta), tied="output.weight" not in tensors,
-                         rope_scaling=dict(zip(ROPE_SCALING, (factor, 1.0, 4.0, 8192))) if scaled else None)
+    config = make_config(
+        said.path,
+        v=v,
+        d=d,
+        n_layers=said.take("n_layers"),
+        n_heads=h,
+        n_kv_heads=said.take("n_kv_heads", h),
+        context=context,
+        d_ff=-(-d_ff // max(1, multiple)) * multiple,
+        norm_eps=said.take("norm_eps", 1e-5),
+        rope_theta=float(theta),
+        tied="output.weight" not in tensors,
+        rope_scaling=dict(zip(ROPE_SCALING, (factor, 1.0, 4.0, 8192))) if scaled else None,
+    )
     if said.take("quantization_args", None) or said.take("lora_args", None):
-        raise MilError(f"{said.path}: quantization_args or lora_args: expected the weights in float32, float16 or bfloat16 and whole")
-    remarks = [f"{said.path}: says nothing of the context, taken as {context}" + f", nor of RoPE's factor, taken as {factor}" * scaled]
+        raise MilError(
+            f"{said.path}: quantization_args or lora_args: expected the weights in float32, float16 or bfloat16 and whole"
+        )
+    remarks = [
+        f"{said.path}: says nothing of the context, taken as {context}"
+        + f", nor of RoPE's factor, taken as {factor}" * scaled
+    ]
     if said.others("max_batch_size max_seq_len"):
-        remarks.append(f"{said.path}: not understood, and left out: {', '.join(said.others('max_batch_size max_seq_len'))}")
-    return {"config": config, "format": "meta", "weights": files, "tokenizer": "tokenizer.model", "remarks": remarks}
+        remarks.append(
+            f"{said.path}: not understood, and left out: {', '.join(said.others('max_batch_size max_seq_len'))}"
+        )
+    return {
+        "config": config,
+        "format": "meta",
+        "weights": files,
+        "tokenizer": "tokenizer.model",
+        "remarks": remarks,
+    }
 
 
 def safetensors_for(path):
@@ -1061,7 +1449,9 @@ def safetensors_for(path):
     try:
         import safetensors.torch
     except ImportError:
-        raise MilError(f"{path}: to read or write it, install safetensors: pip install safetensors") from None
+        raise MilError(
+            f"{path}: to read or write it, install safetensors: pip install safetensors"
+        ) from None
     return safetensors
 
 
@@ -1072,9 +1462,13 @@ def open_tensors(path):
         if path.suffix == ".safetensors":
             file = safetensors_for(path).safe_open(path, "pt")
             return {name: functools.partial(file.get_tensor, name) for name in file.keys()}
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # what torch < 1.6 wrote is no zip
+        weights = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )  # what torch < 1.6 wrote is no zip
         if not isinstance(weights, dict):
-            raise MilError(f"{path}: holds a {type(weights).__name__}, expected tensors by their names")
+            raise MilError(
+                f"{path}: holds a {type(weights).__name__}, expected tensors by their names"
+            )
         return {name: functools.partial(weights.get, name) for name in weights}
     except MilError:
         raise
@@ -1088,20 +1482,34 @@ def refuse_pointer(path):
     """MilError if the file only says where the real one is."""
     with contextlib.suppress(OSError), open(path, "rb") as f:
         if f.read(24) == b"version https://git-lfs.":
-            raise MilError(f"{path}: a pointer of Git LFS and not the file itself: git lfs pull brings it") from None
+            raise MilError(
+                f"{path}: a pointer of Git LFS and not the file itself: git lfs pull brings it"
+            ) from None
 
 
 def refused_file(path, e):
     """The MilError for a file of weights that could not be opened."""
     refuse_pointer(path)
     if isinstance(e, pickle.UnpicklingError):
-        return MilError(f"{path}: refused: it holds something other than tensors, which could run code")
+        return MilError(
+            f"{path}: refused: it holds something other than tensors, which could run code"
+        )
     return MilError(f"{path}: not a whole file of weights: truncated or damaged")
 
 
-META = {"embed_tokens": "tok_embeddings", "lm_head": "output", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
-        "mixer.q_proj": "attention.wq", "mixer.k_proj": "attention.wk", "mixer.v_proj": "attention.wv", "mixer.o_proj": "attention.wo",
-        "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2", "mlp.up_proj": "feed_forward.w3"}
+META = {
+    "embed_tokens": "tok_embeddings",
+    "lm_head": "output",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mixer.q_proj": "attention.wq",
+    "mixer.k_proj": "attention.wk",
+    "mixer.v_proj": "attention.wv",
+    "mixer.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+}
 
 
 def name_in(format, name, mixers):
@@ -1111,7 +1519,9 @@ def name_in(format, name, mixers):
     if format == "meta":
         return re.sub("|".join(map(re.escape, META)), lambda m: META[m[0]], name)
     mixer = lambda m: f"{m[1]}.{'self_attn' if mixers[int(m[2])] == 'attention' else 'mamba'}."  # noqa: E731
-    return ("" if name.startswith("lm_head") else "model.") + re.sub(r"(layers\.(\d+))\.mixer\.", mixer, name)
+    return ("" if name.startswith("lm_head") else "model.") + re.sub(
+        r"(layers\.(\d+))\.mixer\.", mixer, name
+    )
 
 
 class Weights:
@@ -1128,27 +1538,52 @@ class Weights:
     def take(self, name, shape):
         """Our tensor `name`, which has this shape. Of Meta's model-parallel shards each holds a part along one axis, the one in
         which it falls short, or a copy."""
-        config, theirs = self.about["config"], name_in(self.about["format"], name, self.about["config"].mixers)
+        config, theirs = (
+            self.about["config"],
+            name_in(self.about["format"], name, self.about["config"].mixers),
+        )
         self.taken.add(theirs)
-        path, parts = self.tensors.get(theirs, [(self.path,)])[0][0], [read() for _, read in self.tensors.get(theirs, [])]
-        if not parts or not torch.is_tensor(parts[0]) or not parts[0].is_floating_point() or parts[0].element_size() < 2:
+        path, parts = (
+            self.tensors.get(theirs, [(self.path,)])[0][0],
+            [read() for _, read in self.tensors.get(theirs, [])],
+        )
+        if (
+            not parts
+            or not torch.is_tensor(parts[0])
+            or not parts[0].is_floating_point()
+            or parts[0].element_size() < 2
+        ):
             found = "missing" if not parts else getattr(parts[0], "dtype", "no tensor")
-            raise MilError(f"{path}: {theirs} is {found}, expected {tuple(shape)} in float32, float16 or bfloat16")
-        axis = next((i for i, (part, all_) in enumerate(zip(parts[0].shape, shape)) if part != all_), None)
+            raise MilError(
+                f"{path}: {theirs} is {found}, expected {tuple(shape)} in float32, float16 or bfloat16"
+            )
+        axis = next(
+            (i for i, (part, all_) in enumerate(zip(parts[0].shape, shape)) if part != all_), None
+        )
         w = parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, axis)
         if w.shape != shape:
             shards = f" in {len(parts)} shards" if len(parts) > 1 else ""
-            raise MilError(f"{path}: {theirs} is {tuple(w.shape)}{shards}, expected {tuple(shape)} by the configuration")
+            raise MilError(
+                f"{path}: {theirs} is {tuple(w.shape)}{shards}, expected {tuple(shape)} by the configuration"
+            )
         if self.about["format"] == "meta" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            w = w.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)  # pairs (0, 1), (2, 3) … to (i, i + head_dim / 2)
-        return w * 2 if self.about["format"] == "mambainllama" and name.endswith("dt_proj.bias") else w  # their layer adds it twice
+            w = (
+                w.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+            )  # pairs (0, 1), (2, 3) … to (i, i + head_dim / 2)
+        return (
+            w * 2 if self.about["format"] == "mambainllama" and name.endswith("dt_proj.bias") else w
+        )  # their layer adds it twice
 
     def check_rest(self):
         """MilError if there are tensors nobody asked for."""
         tied = [name_in(self.about["format"], "lm_head.weight", [])] * self.about["config"].tied
         for name in sorted(self.tensors.keys() - self.taken - set(tied)):
-            if not name.endswith(("rotary_emb.inv_freq", "rope.freqs")):  # RoPE's frequencies, which follow from the configuration
-                raise MilError(f"{self.tensors[name][0][0]}: holds {name}, expected no such tensor by the configuration")
+            if not name.endswith(
+                ("rotary_emb.inv_freq", "rope.freqs")
+            ):  # RoPE's frequencies, which follow from the configuration
+                raise MilError(
+                    f"{self.tensors[name][0][0]}: holds {name}, expected no such tensor by the configuration"
+                )
 
 
 def load(directory, device=None, dtype=None):
@@ -1159,7 +1594,11 @@ def load(directory, device=None, dtype=None):
     model = empty_model(about["config"])
     for name, w in list(model.named_parameters()):  # of a tied pair, the embedding
         read = weights.take(name, w.shape)
-        kind = torch.promote_types(dtype or read.dtype, torch.float32) if stays_wide(name) else dtype or read.dtype
+        kind = (
+            torch.promote_types(dtype or read.dtype, torch.float32)
+            if stays_wide(name)
+            else dtype or read.dtype
+        )
         place, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(place), leaf, nn.Parameter(read.to(device or "cpu", kind)))
     weights.check_rest()
@@ -1176,43 +1615,94 @@ def export(source, target, format, dtype=None):
     if format not in fits:
         raise MilError(f"--format is {format}, expected hf, mambainllama or mil")
     if not fits[format]:
-        raise MilError(f"{source}: holds {', '.join(sorted(set(c.mixers)))}; --format hf is for attention alone, mambainllama for one kind of Mamba, with or without it")
+        raise MilError(
+            f"{source}: holds {', '.join(sorted(set(c.mixers)))}; --format hf is for attention alone, mambainllama for one kind of Mamba, with or without it"
+        )
     if format != "mil":
         safetensors_for(target)
     if target.is_dir() and any(target.iterdir()):
         raise MilError(f"{target}: is not empty; give a new folder")
     model = load(source, dtype=dtype)
     make_directory(target)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model", "special_tokens_map.json", "generation_config.json"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "generation_config.json",
+    ):
         if (source / name).exists():
             data = (source / name).read_bytes()
             write_whole(target / name, lambda f, data=data: f.write(data))
     if format == "mil":
         return save(model, target, tokenizer=about["tokenizer"], ids=about.get("ids", {}))
-    weights = {name_in(format, name, c.mixers): w / 2 if name.endswith("dt_proj.bias") else w for name, w in model.named_parameters()}  # added twice there
+    weights = {
+        name_in(format, name, c.mixers): w / 2 if name.endswith("dt_proj.bias") else w
+        for name, w in model.named_parameters()
+    }  # added twice there
     if kinds and c.tied:
-        weights["lm_head.weight"] = model.lm_head.weight.clone()                              # the authors' loader wants one
+        weights["lm_head.weight"] = model.lm_head.weight.clone()  # the authors' loader wants one
     write_safetensors(weights, target)
     if kinds:
-        ssm = {"expand": 1, "d_conv": c.d_conv, **({"ngroups": c.n_heads, "d_state": c.head_dim} if kinds == {"mamba2"} else {"d_state": c.d_state})}
-        write_json(target / "mamba_config.json", dict(
-            d_model=c.d, ssm_cfg=ssm, rms_norm_eps=c.norm_eps, vocab_size=c.v, d_inner=c.n_heads * c.head_dim, d_xb=c.n_kv_heads * c.head_dim,
-            intermediate_size=c.d_ff, hidden_act="silu", n_layer=c.n_layers, attn_layers=[i for i, mixer in enumerate(c.mixers) if mixer == "attention"]))
+        ssm = {
+            "expand": 1,
+            "d_conv": c.d_conv,
+            **(
+                {"ngroups": c.n_heads, "d_state": c.head_dim}
+                if kinds == {"mamba2"}
+                else {"d_state": c.d_state}
+            ),
+        }
+        write_json(
+            target / "mamba_config.json",
+            dict(
+                d_model=c.d,
+                ssm_cfg=ssm,
+                rms_norm_eps=c.norm_eps,
+                vocab_size=c.v,
+                d_inner=c.n_heads * c.head_dim,
+                d_xb=c.n_kv_heads * c.head_dim,
+                intermediate_size=c.d_ff,
+                hidden_act="silu",
+                n_layer=c.n_layers,
+                attn_layers=[i for i, mixer in enumerate(c.mixers) if mixer == "attention"],
+            ),
+        )
     said = dict(
-        _name_or_path=about.get("name") or str(target.resolve()),                             # where the authors' loader looks for the Llama around it
-        architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=c.v, hidden_size=c.d, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
-        num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, intermediate_size=c.d_ff, max_position_embeddings=c.context, rms_norm_eps=c.norm_eps,
-        rope_theta=c.rope_theta, tie_word_embeddings=c.tied, attention_bias=c.attention_bias, hidden_act="silu",
-        torch_dtype=str(model.embed_tokens.weight.dtype).removeprefix("torch."), **{**dict.fromkeys(IDS), **about.get("ids", {})})
+        _name_or_path=about.get("name")
+        or str(target.resolve()),  # where the authors' loader looks for the Llama around it
+        architectures=["LlamaForCausalLM"],
+        model_type="llama",
+        vocab_size=c.v,
+        hidden_size=c.d,
+        num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads,
+        num_key_value_heads=c.n_kv_heads,
+        head_dim=c.head_dim,
+        intermediate_size=c.d_ff,
+        max_position_embeddings=c.context,
+        rms_norm_eps=c.norm_eps,
+        rope_theta=c.rope_theta,
+        tie_word_embeddings=c.tied,
+        attention_bias=c.attention_bias,
+        hidden_act="silu",
+        torch_dtype=str(model.embed_tokens.weight.dtype).removeprefix("torch."),
+        **{**dict.fromkeys(IDS), **about.get("ids", {})},
+    )
     if c.rope_scaling:
-        said["rope_scaling"] = {"rope_type": "llama3" if len(c.rope_scaling) > 1 else "linear", **c.rope_scaling}
+        said["rope_scaling"] = {
+            "rope_type": "llama3" if len(c.rope_scaling) > 1 else "linear",
+            **c.rope_scaling,
+        }
     if about["tokenizer"] and not (target / about["tokenizer"]).exists():
-        said["mil_tokenizer"] = about["tokenizer"]                                            # bytes, or one of tiktoken's
+        said["mil_tokenizer"] = about["tokenizer"]  # bytes, or one of tiktoken's
     write_json(target / "config.json", said)
 
 
 def write_safetensors(weights, directory, most=4 * 2**30):
     """Tensors in files of at most `most` bytes (or one tensor), with Hugging Face's index when there are several."""
+
     def save_file(shard, f):
         safetensors = safetensors_for(directory)
         try:
@@ -1228,21 +1718,41 @@ def write_safetensors(weights, directory, most=4 * 2**30):
             room = most
         shards[-1][name] = w.detach().contiguous()
         room -= w.nbytes
-    names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = (
+        ["model.safetensors"]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
     for name, shard in zip(names, shards):
         write_whole(directory / name, lambda f, shard=shard: save_file(shard, f))
     if len(shards) > 1:
-        write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": sum(w.nbytes for w in weights.values())},
-                                                                "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}})
+        write_json(
+            directory / "model.safetensors.index.json",
+            {
+                "metadata": {"total_size": sum(w.nbytes for w in weights.values())},
+                "weight_map": {key: name for name, shard in zip(names, shards) for key in shard},
+            },
+        )
 
 
 def main(argv):
     parser = Parser(prog="mil.py", description="Write a checkpoint in another layout.")
     parser.add_argument("command", choices=["export"])
-    parser.add_argument("source", help="a checkpoint folder: ours, Hugging Face's, Meta's or the authors' hybrids'")
+    parser.add_argument(
+        "source", help="a checkpoint folder: ours, Hugging Face's, Meta's or the authors' hybrids'"
+    )
     parser.add_argument("target", help="the folder to make")
-    parser.add_argument("--format", default="hf", help="hf: Hugging Face's, for a pure Llama (default); mambainllama: the authors' layout, for a hybrid; mil: ours")
-    parser.add_argument("--dtype", default="", choices=["", "float32", "bfloat16", "float16"], help="of the weights; empty: as they are")
+    parser.add_argument(
+        "--format",
+        default="hf",
+        help="hf: Hugging Face's, for a pure Llama (default); mambainllama: the authors' layout, for a hybrid; mil: ours",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="",
+        choices=["", "float32", "bfloat16", "float16"],
+        help="of the weights; empty: as they are",
+    )
     s = parser.parse_args(argv)
     for line in read_config(s.source)["remarks"]:
         print(f"note: {line}", file=sys.stderr)
