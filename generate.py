@@ -27,7 +27,6 @@ import codecs
 import contextlib
 import dataclasses
 import difflib
-import functools
 import math
 import os
 import re
@@ -750,164 +749,109 @@ class Conversation:
         self.add(self.between, control=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Decoding
+# --------------------------------------------------------------------------------------------------
+# Distributions of tokens
 
 
-def token_law(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """The probabilities (..., v) a token is drawn from; temperature 0 puts everything on the likeliest.
+def distribution(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """The probabilities (..., v) that a token is drawn from; NaN in logits (..., v) gives NaN.
 
-    top_k keeps the k likeliest (0: all), then top_p the fewest likeliest whose mass reaches top_p; ties are kept. NaN gives NaN.
+    temperature 0 puts everything on the likeliest. top_k keeps the k likeliest (0: all), then top_p
+    the fewest likeliest whose probability reaches top_p together. Ties are kept.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 0:
-        law = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
-        return law.masked_fill(logits.isnan().any(-1, keepdim=True), torch.nan)
-    logits = logits / max(temperature, 1e-30)  # below, a large logit would overflow
+        likeliest = logits.argmax(-1, keepdim=True)
+        probs = torch.zeros_like(logits).scatter_(-1, likeliest, 1)
+        return probs.masked_fill(logits.isnan().any(-1, keepdim=True), torch.nan)
+    logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
-    law = logits.softmax(-1)
+        least = logits.topk(top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probs = logits.softmax(-1)
     if top_p < 1:
-        ordered = law.sort(-1, descending=True).values
-        kept = (
-            ordered.cumsum(-1) - ordered < top_p
-        )  # a token stays while those before it have not reached top_p
+        ordered = probs.sort(-1, descending=True).values
+        kept = ordered.cumsum(-1) - ordered < top_p  # until those before it have reached top_p
         least = ordered.masked_fill(~kept, torch.inf).min(-1, keepdim=True).values
-        law = law.masked_fill(law < least, 0)
-        law = law / law.sum(-1, keepdim=True)
-    return law
+        probs = probs.masked_fill(probs < least, 0)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs
 
 
-def longest_text(model):
-    """How many tokens the model can read and write: attention's context, no limit where there is no attention."""
-    return model.config.context if "attention" in model.config.mixers else math.inf
+def draw(probs, generator=None):
+    """A token (...) from each distribution (..., v); -1 where it holds a NaN."""
+    return first_to_ring(probs, waiting_times(probs, probs.dtype, generator))
 
 
-def draw(law, generator=None):
-    """One token (...) from each law (..., v): the first to ring among clocks of these rates. Where the law is no law (a NaN), -1."""
-    return first_to_ring(law, wind(law, law.dtype, generator))
+def waiting_times(like, dtype, generator):
+    """Times, shaped like `like`, that clocks of rate 1 take to ring."""
+    times = torch.empty_like(like, dtype=dtype).exponential_(generator=generator)
+    return times if times.is_cuda else times.clamp_(min=torch.finfo(dtype).tiny)  # > 0 on a GPU
 
 
-def wind(like, dtype, generator):
-    """Times of clocks of rate 1, shaped like `like`."""
-    clocks = torch.empty_like(like, dtype=dtype).exponential_(generator=generator)
-    return (
-        clocks if clocks.is_cuda else clocks.clamp_(min=torch.finfo(dtype).tiny)
-    )  # a GPU's are above 0
+def first_to_ring(probs, times):
+    """The first of clocks of the rates `probs` to ring, which is a draw from them.
 
-
-def first_to_ring(law, clocks):
-    first, tokens = (law / clocks).max(-1)  # as torch.multinomial, which would wait for the GPU
+    torch.multinomial does the same, but waits for the GPU.
+    """
+    first, tokens = (probs / times).max(-1)
     return torch.where(first > 0, tokens, -1)
 
 
-def choose(logits, clocks, how):
-    """A token (...) from the law of logits (..., v)."""
-    return first_to_ring(token_law(logits, *how), clocks)
+def choose(logits, times, how):
+    """A token (...) from the distribution of logits (..., v); one piece, to be compiled."""
+    return first_to_ring(distribution(logits, *how), times)
 
 
 def acceptance(p, q, tokens):
-    """The probability min(1, p/q) with which proposed tokens (...) are kept, drawn from q (..., v) where p (..., v) is wanted."""
-    return (p.gather(-1, tokens[..., None]) / q.gather(-1, tokens[..., None]))[..., 0].clamp(max=1)
+    """The probability min(1, p/q) of keeping tokens (...) drawn from q (..., v), p being wanted."""
+    p, q = (t.gather(-1, tokens[..., None])[..., 0] for t in (p, q))
+    return (p / q).clamp(max=1)
 
 
 def residual(p, q):
-    """The law (..., v) of the token in place of a rejected one: what p has over q, whose share of p is dealt out already by what is kept
-    (Leviathan et al. 2211.17192, appendix A.1)."""
+    """The distribution (..., v) of the token in place of a rejected one: what p has over q.
+
+    The tokens that are kept have dealt out the rest of p (2211.17192, appendix A.1).
+    """
     left = (p - q).clamp(min=0)
     left = torch.where(left.sum(-1, keepdim=True) > 0, left, p)  # p = q up to rounding
     return left / left.sum(-1, keepdim=True)
 
 
 def verify(proposed, q, p, generator=None):
-    """How many of the draft's tokens (b, K) each row keeps, and one token more: (b,), (b,). They are drawn from q (b, K, v), the target's
-    laws are p (b, K + 1, v); what results is distributed as if drawn from p alone."""
-    chance, row = (
-        acceptance(p[:, :-1], q, proposed),
-        torch.arange(len(p), device=p.device),
-    )  # (b, K); NaN, so rejected, where q is
-    kept = torch.rand(chance.shape, generator=generator, dtype=p.dtype, device=p.device) < chance
-    count = kept.long().cumprod(1).sum(1)
-    q = torch.cat([q, torch.zeros_like(p[:, :1])], dim=1)  # after the last, nothing is dealt out
+    """How many of the draft's tokens (b, K) each row keeps (b,), and one token more (b,).
+
+    The tokens are drawn from q (b, K, v); the model's distributions are p (b, K + 1, v). The result
+    is distributed as if drawn from p alone.
+    """
+    chance = acceptance(p[:, :-1], q, proposed)  # (b, K); NaN, so rejected, where q is
+    coin = torch.rand(chance.shape, generator=generator, dtype=p.dtype, device=p.device)
+    count = (coin < chance).long().cumprod(1).sum(1)
+    q = torch.cat([q, torch.zeros_like(p[:, :1])], dim=1)  # after the last nothing is dealt out
+    row = torch.arange(len(p), device=p.device)
     return count, draw(residual(p[row, count], q[row, count]), generator)
 
 
-def best_k(alpha, cost, most=8):
-    """The number of tokens to propose: the K in 0 … most with the most tokens in a unit of time, when each is accepted with probability
-    alpha (as if independently) and adds `cost` of a plain step to a round (Leviathan et al., Theorem 3.8, where that is the draft's step)."""
-    return max(range(most + 1), key=lambda K: sum(alpha**i for i in range(K + 1)) / (K * cost + 1))
+# --------------------------------------------------------------------------------------------------
+# Decoding
 
 
-class Speculation:
-    """How much to propose, and how it went. Always K tokens a round; or with K = 0 what best_k says to the rates and times measured."""
-
-    def __init__(self, K=0):
-        self.fixed, self.most, self.choices = (
-            K != 0,
-            K or 8,
-            iter([(K, math.inf)]) if K else self.choose(),
-        )
-        self.K, self.due = next(self.choices)  # what to propose, until so many rounds are over
-        self.tried = self.K  # the last that was not 0
-        self.over = False  # the draft is of no more use
-        self.rounds = self.passes = self.proposed = self.accepted = (
-            0  # passes: of the target, each row for itself
-        )
-        self.kept = self.rejected = 0  # since the last choice
-        self.took = {}  # K: its warm rounds, and the draft's and the target's seconds in them
-        self.spent, self.cold = (
-            0,
-            math.inf,
-        )  # seconds since the last choice; of the shortest round with a new K
-
-    def choose(self):
-        """The K to propose and for how many rounds at least: first 4; then the best above 0, as if a pass took the same for any K; 0, to see
-        what it takes without proposals; then the best again and again, until that is 0: it does not pay to propose."""
-        yield 4, 5
-        yield max(1, self.best()), 8
-        yield 0, 4
-        while K := self.best():
-            yield K, 32
-
-    def best(self):
-        rounds, draft, target = self.took[self.tried]
-        plain = self.took[0][2] / self.took[0][0] if 0 in self.took else target / rounds
-        alpha, self.kept, self.rejected = self.kept / max(1, self.kept + self.rejected), 0, 0
-        return best_k(
-            alpha, max(0, (draft + target) / rounds - plain) / self.tried / plain, self.most
-        )
-
-    def count(self, n, K, used):
-        """A row kept n of K tokens, of which the text used `used` (a stop token cuts)."""
-        self.passes, self.proposed, self.accepted = (
-            self.passes + 1,
-            self.proposed + K,
-            self.accepted + used,
-        )
-        self.kept, self.rejected = self.kept + n, self.rejected + (n < K)
-
-    def time(self, draft, target, K, warm):
-        """A round is over: seconds of its halves, the draft's K steps and the target's pass; not `warm` while it is slow for being new. A new K costs two
-        such slow rounds (on a GPU, where they compile and capture a graph), so it is not begun before ten times that, 20 · (a slow round − a warm
-        one), has been spent: a short text keeps its first K."""
-        self.rounds += 1
-        if not warm:
-            self.cold = min(self.cold, draft + target) if K else self.cold
-            return
-        n, *took = self.took[K] = [
-            a + b for a, b in zip(self.took.get(K, (0, 0, 0)), (1, draft, target))
-        ]
-        self.tried, self.spent = K or self.tried, self.spent + draft + target
-        if self.rounds >= self.due and (K == 0 or self.spent >= 20 * (self.cold - sum(took) / n)):
-            choice = next(self.choices, None)
-            self.over, (self.K, rounds) = choice is None, choice or (0, math.inf)
-            self.due, self.spent = self.rounds + rounds, 0
+def longest_text(model):
+    """How many tokens the model can read and write: the context, if there is attention."""
+    return model.config.context if "attention" in model.config.mixers else math.inf
 
 
 def check_sampling(max_new_tokens, temperature, top_k, top_p, dash=""):
     for name, value, sound, wanted in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or more"),
+        # a logit divided by less could overflow
+        (
+            "temperature",
+            temperature,
+            temperature == 0 or 1e-20 < temperature < math.inf,
+            "0 or more",
+        ),
         ("top_k", top_k, top_k >= 0, "0 (no limit) or more"),
         ("top_p", top_p, 0 < top_p <= 1, "more than 0 and at most 1"),
     ):
@@ -915,87 +859,62 @@ def check_sampling(max_new_tokens, temperature, top_k, top_p, dash=""):
             raise MilError(f"{dash}{name} is {value}, expected {wanted}")
 
 
-def check_prompts(prompts, v, context, whose):
-    """MilError for a prompt that cannot be continued."""
+def check_prompts(prompts, v, context):
+    """Raises MilError if a prompt cannot be continued."""
     if not prompts:
         raise MilError("no prompts: there is nothing to continue")
-    for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(prompts, 1):
         if not prompt:
-            raise MilError(f"prompt {i + 1} is empty: there is nothing to continue")
+            raise MilError(f"prompt {i} is empty: there is nothing to continue")
         if len(prompt) >= context:
-            raise MilError(
-                f"prompt {i + 1} has {len(prompt)} tokens, but the {whose}'s context is {context}: expected at "
-                f"most {context - 1}, to leave room for one more"
-            )
+            room = f"expected at most {context - 1}, to leave room for one more"
+            raise MilError(f"prompt {i} has {len(prompt)} tokens, the context is {context}: {room}")
         for token in prompt:
             if not 0 <= token < v:
-                raise MilError(
-                    f"prompt {i + 1} has token {token}, but the model's vocabulary is {v}"
-                )
-
-
-def feed(model, cache, new):
-    """Read tokens (lists of ids of any lengths, one per row)."""
-    counts = [len(tokens) for tokens in new]
-    if max(counts):
-        padded = [tokens + (tokens[-1:] or [0]) * (max(counts) - len(tokens)) for tokens in new]
-        model.hidden(torch.tensor(padded, device=cache.device), cache, counts)
-
-
-def stamp(device):
-    """This moment on the device."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
-def seconds(since, until):
-    return until - since if isinstance(since, float) else since.elapsed_time(until) / 1e3
+                raise MilError(f"prompt {i} has token {token}, but the model's vocabulary is {v}")
 
 
 class Launched:
-    """`f`, a function of tensors that stay where they are: on a CUDA `device` run as it is the first time, which compiles its kernels, then
-    captured in a CUDA graph, of which every later call is one launch; with device None always run as it is."""
+    """Calls of one function of tensors that stay in place; on a GPU one launch of a CUDA graph.
 
-    def __init__(self, f, device, generator=None):
-        self.f, self.device, self.generator, self.calls, self.graph = f, device, generator, 0, None
+    The first call runs the function, which compiles its kernels, the second captures it. Nothing
+    here refers to the function's owner: a graph that the garbage collector frees late would break
+    the capture of another.
+    """
 
-    def __call__(self):
+    def __init__(self, device, generator):
+        self.device, self.generator, self.calls, self.graph = device, generator, 0, None
+
+    def __call__(self, f, *args):
         self.calls += 1
         if self.device is None or self.calls == 1:
-            self.out = self.f()
-            return self.out
+            return f(*args)
         with torch.cuda.device(self.device):
-            if self.calls == 2:
+            if self.graph is None:
                 self.graph = torch.cuda.CUDAGraph()
                 if self.generator:
                     self.graph.register_generator_state(self.generator)
-                with torch.cuda.graph(
-                    self.graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"
-                ):  # other threads may go on
-                    self.out = self.f()
+                stream = torch.cuda.Stream()
+                # other threads may go on
+                with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                    self.out = f(*args)
             self.graph.replay()
         return self.out
 
 
-def log_places(model, rows, K=0):
-    """How many tokens the log of the model's cache takes: those of a round; without a draft 3, so that kernels write the states with every
-    4th token, where large states are what a step waits for (Mamba-2's in a batch: table 8 of tests/bench.py), else none."""
-    return K + 1 if K else 3 if rows >= 16 and "mamba2" in model.config.mixers else 0
-
-
 class Decoder:
-    """Continues texts, a batch of `rows` with room for `size` tokens each, by one law, and keeps what it has read: `decode` may be called
-    again with the same texts, longer, and reads what is new. With others, or when one row had finished before another, it begins anew.
+    """Continues texts, a batch of `rows` with room for `size` tokens each, and keeps what it read.
 
-    With a `draft`, another model over the same tokens, a round is speculative: the draft proposes K tokens, one by one; the model reads
-    them in one pass, keeps the longest part it agrees with and adds one token; the law of the text is the model's own, whatever the draft
-    (`verify`). `speculate` is K, 0 to have it chosen by what is accepted and what it costs, or a Speculation. Without a draft K is 0 and a
-    round is one token, as is a first round with a prompt of one (the draft reads two). Neither model ever undoes anything: each cache moves
-    its cursor back (mil.Cache). On CUDA each half of a round, the draft's and the model's, is one launch (Launched), up to K = 15,
-    heads of 128 and 16 query heads a kv head, and not in float64.
+    `decode` may be called again with the same texts, longer, and reads what is new. With other
+    texts it begins anew.
+
+    With a `draft`, another model over the same tokens, a round is speculative: the draft proposes
+    K = `speculate` tokens, the model reads them in one pass, keeps the longest part it agrees with,
+    and adds one (`verify`). The text has the model's own distribution, whatever the draft. Without
+    a draft K is 0: a round is one token.
+
+    proposed, accepted, passes: tokens of the draft, those in the text, and passes of the model,
+    each row for itself.
     """
 
     @torch.inference_mode()
@@ -1009,221 +928,181 @@ class Decoder:
         top_p=1.0,
         generator=None,
         draft=None,
-        speculate=0,
+        speculate=4,
     ):
-        self.context, self.whose = min(
-            ((longest_text(m), name) for m, name in ((model, "model"), (draft, "draft")) if m),
-            key=lambda pair: pair[0],
-        )
         check_sampling(1, temperature, top_k, top_p)
+        models = [model, draft] if draft else [model]
+        self.context = min(size, *map(longest_text, models))
         if draft and draft.config.v != model.config.v:
-            raise MilError(
-                f"the draft's vocabulary is {draft.config.v}, the model's {model.config.v}: they must speak of the same tokens"
-            )
-        plan = speculate if isinstance(speculate, Speculation) else Speculation(speculate)
-        if draft and plan.fixed and not 1 <= plan.K < self.context:
-            wanted = (
-                f"to {self.context - 1}, less than the context"
-                if self.context < math.inf
-                else "or more"
-            )
-            raise MilError(f"speculate is {plan.K}, expected 1 {wanted}, or 0 to have it chosen")
-        self.context, plan.most = (
-            int(min(self.context, size)),
-            int(min(plan.most, self.context - 1)),
+            told = f"the draft's vocabulary is {draft.config.v}, the model's {model.config.v}"
+            raise MilError(f"{told}: they must have the same tokens")
+        if draft and not 1 <= speculate < kernels.FEW:
+            raise MilError(f"speculate is {speculate}, expected 1 to {kernels.FEW - 1}")
+        self.K = min(speculate, self.context - 1) if draft else 0
+        self.models, self.how, self.generator = models, (temperature, top_k, top_p), generator
+        room = self.context + self.K
+        self.caches = [mil.Cache(m, rows, room, undo=bool(draft)) for m in models]
+        self.texts = [[] for _ in range(rows)]
+        self.read = [[0] * rows for _ in models]  # of each text, the tokens that a cache holds
+        self.torn = False  # whether a cache may hold other tokens than these
+        device = self.caches[0].device
+        # of each row where its last token is, the token before, and the last
+        self.at, self.before, self.last = self.now = torch.zeros(
+            3, rows, dtype=torch.long, device=device
         )
-        context, most, self.models = (
-            self.context,
-            plan.most if draft else 0,
-            [m for m in (model, draft) if m],
-        )
-        caches = [
-            mil.Cache(
-                m, rows, self.context + most, places=log_places(m, rows, most), lazy=not draft
-            )
-            for m in self.models
-        ]
-        texts, how = [[] for _ in range(rows)], (temperature, top_k, top_p)
-        self.many = rows > kernels.MANY and caches[0].device.type == "cuda"
-        pick = torch.compile(choose) if self.many else choose
-        ahead, before, last = now = torch.zeros(
-            3, rows, dtype=torch.long, device=caches[0].device
-        )  # per row len(text) - 1, text[-2], text[-1]
+        fusable = all(cache.fusable(self.K + 1) for cache in self.caches)
+        self.graphs = device if device.type == "cuda" and fusable else None
+        self.halves = [Launched(self.graphs, generator) for _ in models]
+        self.many = self.graphs and rows > kernels.MANY and not draft
+        self.choose = torch.compile(choose) if self.many else choose
+        self.proposed = self.accepted = self.passes = 0
 
-        def propose(K, follow):
-            """The last token and the draft's K, and the laws they are from: (b, 1 + K), (b, K, v). To `follow` the text the draft reads two tokens,
-            since it never read its own last."""
-            tokens, q = [last[:, None]], []
-            if follow:
-                caches[1].start(ahead - 1, max(map(len, texts)) - 2, max(2, K + 1))
-                hidden = draft.hidden(torch.stack([before, last], dim=1), caches[1])[:, -1:]
-            for j in range(K):
-                hidden = hidden if j == 0 else draft.hidden(tokens[-1], caches[1])
-                q.append(token_law(draft.logits(hidden), *how))  # (b, 1, v)
-                tokens.append(draw(q[-1], generator).clamp(min=0))  # (b, 1)
-            return torch.cat(tokens, dim=1), torch.cat(q, dim=1) if K else None
+    def propose(self):
+        """K tokens of the draft and what they are drawn from: (b, K), (b, K, v).
 
-        def check(proposed, q):
-            """Per row how many are kept, what was proposed, and one token more: (b, 2 + K)."""
-            caches[0].start(ahead, max(map(len, texts)) - 1, 0 if q is None else proposed.shape[1])
-            hidden = model.hidden(proposed, caches[0])
-            if q is None:
-                logits = model.logits(hidden)[:, 0]
-                clocks = wind(logits, torch.promote_types(logits.dtype, torch.float32), generator)
-                count, extra = torch.zeros_like(last), pick(logits, clocks, how)
-            else:
-                count, extra = verify(
-                    proposed[:, 1:], q, token_law(model.logits(hidden), *how), generator
-                )
-            before.copy_(
-                proposed.gather(1, count[:, None])[:, 0]
-            )  # of the next round, if the text goes on
-            ahead.copy_((ahead + count + 1).clamp(max=context - 1))
-            last.copy_(extra.clamp(min=0))
-            return torch.cat([count[:, None], proposed[:, 1:], extra[:, None]], dim=1)
+        Every pass reads the text's last two tokens, since the draft has not read its own last
+        proposal, and those proposed so far, from the same place on.
+        """
+        _, draft = self.models
+        tokens, q = [self.before, self.last], []
+        for _ in range(self.K):
+            self.caches[1].keep(self.at - 1, self.longest - 2)
+            hidden = draft.hidden(torch.stack(tokens, dim=1), self.caches[1])[:, -1]
+            q.append(distribution(draft.logits(hidden[:, None])[:, 0], *self.how))
+            tokens.append(draw(q[-1], self.generator).clamp(min=0))
+        return torch.stack(tokens[2:], dim=1), torch.stack(q, dim=1)
 
-        self.draft, self.plan, self.most, self.caches, self.texts, self.now, self.generator = (
-            draft,
-            plan,
-            most,
-            caches,
-            texts,
-            now,
-            generator,
-        )
-        self.propose, self.check, self.halves = propose, check, {}
-        self.read, self.torn = (
-            [[0] * rows for _ in caches],
-            False,
-        )  # of each text, how many tokens a cache has read
-        self.device = (
-            caches[0].device
-            if caches[0].device.type == "cuda" and all(cache.fusable(most + 1) for cache in caches)
-            else None
-        )
+    def extend(self, proposed=None, q=None):
+        """Reads the last token and those proposed, keeps some and adds one: (b, 2 + K).
 
-    def catch_up(self, which, left):
-        """The model (0) or the draft (1) reads what is new in the texts, but for the last `left` tokens."""
+        The columns: how many are kept, the proposed tokens, the one more.
+        """
+        (model, *_), (cache, *_) = self.models, self.caches
+        new = self.last[:, None]
+        if proposed is not None:
+            new = torch.cat([new, proposed], dim=1)
+        cache.keep(self.at, self.longest - 1)
+        logits = model.logits(model.hidden(new, cache))
+        if proposed is None:
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            times = waiting_times(logits[:, 0], dtype, self.generator)
+            count, extra = torch.zeros_like(self.last), self.choose(logits[:, 0], times, self.how)
+        else:
+            count, extra = verify(proposed, q, distribution(logits, *self.how), self.generator)
+        self.before.copy_(new.gather(1, count[:, None])[:, 0])  # where the next round begins
+        self.at.copy_((self.at + count + 1).clamp(max=self.context - 1))
+        self.last.copy_(extra.clamp(min=0))
+        return torch.cat([count[:, None], new[:, 1:], extra[:, None]], dim=1)
+
+    def round(self):
+        """Launches a round. Returns its result on the CPU, and an event after which it is there."""
+        lengths = list(map(len, self.texts))
+        # The draft reads the token before the last, which a text of one token lacks.
+        self.longest, self.active = max(lengths), 1 if min(lengths) == 1 else len(self.models)
+        if self.active == 2:
+            self.catch_up(1)
+            out = self.halves[0](self.extend, *self.halves[1](self.propose))
+        elif len(self.models) == 2:
+            out = self.extend()  # once: no graph is made of it
+        else:
+            out = self.halves[0](self.extend)
+        out, event = out.to("cpu", non_blocking=True), None
+        if out.device != self.now.device:
+            event = torch.cuda.Event()
+            event.record()
+        return out, event
+
+    def catch_up(self, which):
+        """The model (0) or the draft (1) reads the texts, but for the last token, or last two."""
         cache, read = self.caches[which], self.read[which]
-        cache.start(torch.tensor(read), max(read), 0)
-        feed(
-            self.models[which],
-            cache,
-            [text[n : len(text) - left] for n, text in zip(read, self.texts)],
-        )
+        new = [text[n : len(text) - 1 - which] for n, text in zip(read, self.texts, strict=True)]
+        counts = list(map(len, new))
+        if max(counts):
+            cache.keep(torch.tensor(read), max(read))
+            padded = [tokens + [0] * (max(counts) - len(tokens)) for tokens in new]
+            tokens = torch.tensor(padded, device=cache.device)
+            self.models[which].hidden(tokens, cache, counts)
+
+    def place(self, rows):
+        """Where these rows of the texts end, and a round begins. A finished row stays there."""
+        texts = [self.texts[i] for i in rows]
+        ends = [[len(text) - 1, text[-2] if len(text) > 1 else 0, text[-1]] for text in texts]
+        self.now[:, rows] = torch.tensor(ends, device=self.now.device).T
+
+    def begin(self, prompts):
+        """Takes the prompts for texts, and forgets what the caches hold if they are others."""
+        for which, read in enumerate(self.read):
+            for n, text, prompt in zip(read, self.texts, prompts, strict=True):
+                self.torn |= text[:n] != prompt[:n] or n > max(0, len(prompt) - 1 - which)
+        if self.torn:
+            self.read, self.torn = [[0] * len(prompts) for _ in self.models], False
+            for cache in self.caches:
+                cache.clear()
+        self.texts[:] = [list(prompt) for prompt in prompts]
 
     @torch.inference_mode()
     def decode(self, prompts, max_new_tokens, stop=()):
-        """Continue each of `prompts`, one a row (lists of token ids of any lengths); every round yields a tuple of new ids per row.
+        """Continues `prompts`, a list of token ids a row. Yields a tuple of new ids per row.
 
-        A row that is finished (it drew one of `stop`, which is yielded, or filled the context, or has max_new_tokens) yields () from then on;
-        the generator ends with the last row. Rows do not see each other. MilError for prompts that cannot be continued, and for NaN.
+        A row is finished if it drew one of `stop`, which is yielded, filled the context or has
+        max_new_tokens; it yields () from then on. The generator ends with the last row. Raises
+        MilError if a prompt or setting cannot work, and if logits are NaN.
         """
         check_sampling(max_new_tokens, 1, 0, 1)
-        if prompts and len(prompts) != len(self.texts):
-            raise MilError(f"{len(prompts)} prompts for a decoder of {len(self.texts)} rows")
         v = self.models[0].config.v
-        check_prompts(prompts, v, self.context, self.whose)
+        check_prompts(prompts, v, self.context)
+        if len(prompts) != len(self.texts):
+            raise MilError(f"{len(prompts)} prompts for a decoder of {len(self.texts)} rows")
         for token in stop:
             if not 0 <= token < v:
                 raise MilError(f"stop token {token} is outside the vocabulary of {v}")
-        if self.torn or any(
-            text[:n] != prompt[:n] or n > max(0, len(prompt) - left)
-            for left, read in enumerate(self.read, 1)
-            for n, text, prompt in zip(read, self.texts, prompts)
-        ):
-            self.read, self.torn = [[0] * len(prompts) for _ in self.caches], False
-            for cache in self.caches:
-                cache.clear()
-        texts, draft, plan = self.texts, self.draft, self.plan
-        texts[:] = [list(prompt) for prompt in prompts]
+        self.begin(prompts)
+        stop = {*stop}
         ends = [min(len(prompt) + max_new_tokens, self.context) for prompt in prompts]
-        live, ending, coming, unread = list(range(len(texts))), {*stop, -1}, None, True
-        self.catch_up(0, 1)  # the last token is left to the first round
-        self.place(live)
+        live, coming = set(range(len(prompts))), None
+        self.catch_up(0)
+        self.place(list(live))
         while live:
-            follow = bool(draft) and not plan.over and min(map(len, texts)) > 1
-            K = min(plan.K, self.most) if follow else 0
-            if follow and unread:
-                self.catch_up(1, 2)
-                unread = False
-            out, arrived, times = coming or self.round(K, follow)
-            # Of many rows, without a draft, the next round is launched before this one's tokens are looked at.
-            more = (
-                self.device
-                and self.many
-                and not draft
-                and any(ends[i] - len(texts[i]) > 1 for i in live)
-            )
-            coming = self.round(0, False) if more else None
-            if arrived:
-                arrived.synchronize()
-            # Tuples, which the garbage collector does not track: with 1,024 lists a round it paused for 0.2 s now and then.
-            counts, *columns = out.T.tolist()
-            new, ended = [()] * len(texts), []
-            for i in live:
-                n = counts[i]
-                tokens = (*[column[i] for column in columns[:n]], columns[-1][i])[
-                    : ends[i] - len(texts[i])
-                ]
-                if not ending.isdisjoint(tokens):
-                    cut = next(j for j, token in enumerate(tokens) if token in ending)
-                    if tokens[cut] == -1:
-                        raise MilError(
-                            f"prompt {i + 1}: the model's logits are NaN after {len(texts[i]) + cut} tokens"
-                        )
-                    tokens = tokens[: cut + 1]
-                    ended.append(i)
-                elif len(texts[i]) + len(tokens) >= ends[i]:
-                    ended.append(i)
-                new[i] = tokens
-                texts[i] += tokens
-                if draft:
-                    plan.count(n, K, min(n, len(tokens)))
-            # The states of a row that has finished, or for which a round has begun, are not its text's any more.
-            self.torn = self.torn or len(live) < len(texts) or coming is not None
+            out, event = coming or self.round()
+            # Of many rows the next round is launched before this one's tokens are looked at.
+            more = self.many and any(ends[i] - len(self.texts[i]) > 1 for i in live)
+            coming = self.round() if more else None
+            if event:
+                event.synchronize()
+            new = self.take(out, live, ends, stop)
+            self.torn |= len(live) < len(prompts) or coming is not None
+            ended = [i for i in live if len(self.texts[i]) >= ends[i] or new[i][-1] in stop]
             if ended:
-                live = sorted({*live} - {*ended})
+                live.difference_update(ended)
                 self.place(ended)
-            for which, left in [(0, 1), (1, 2)][: 1 + follow]:
-                self.read[which] = [len(text) - left for text in texts]
-            if follow or plan.over:  # not a round that could not propose, after one token
-                plan.time(
-                    *[seconds(*pair) for pair in zip(times, times[1:])],
-                    K,
-                    self.halves[K, follow][0].calls > (2 if self.device else 1),
-                )
+            for which in range(self.active):
+                self.read[which] = [len(text) - 1 - which for text in self.texts]
             yield new
 
-    def place(self, rows):
-        """Where these rows of the texts end: what a round begins with. A finished row stays there."""
-        ends = [
-            [len(text) - 1, text[-2] if len(text) > 1 else 0, text[-1]]
-            for text in map(self.texts.__getitem__, rows)
-        ]
-        self.now[:, rows] = torch.tensor(ends, device=self.now.device).T
+    def take(self, out, live, ends, stop):
+        """A round's tokens, added to the texts of the live rows: a tuple per row.
 
-    def round(self, K, follow):
-        """Launches a round. Returns its result on the CPU, an event after which it is there, or None, and the times of its halves."""
-        if (K, follow) not in self.halves:
-            # nothing here refers back to the Decoder: freed late, by the garbage collector, a graph would break the capture of another
-            first = Launched(
-                functools.partial(self.propose, K, follow), self.device, self.generator
-            )
-            self.halves[K, follow] = (
-                first,
-                Launched(
-                    lambda check=self.check, first=first: check(*first.out),
-                    self.device,
-                    self.generator,
-                ),
-            )
-        times = [stamp(self.now.device)]
-        for half in self.halves[K, follow]:
-            out = half()
-            times.append(stamp(self.now.device))
-        out = out.to("cpu", non_blocking=True)
-        return out, stamp(self.now.device) if self.now.is_cuda else None, times
+        Tuples, since the garbage collector does not track them: with lists, 1,024 a round, it
+        paused for 0.2 s now and then.
+        """
+        counts, *columns = out.T.tolist()
+        new = [()] * len(self.texts)
+        for i in live:
+            text, n = self.texts[i], counts[i]
+            tokens = (*[column[i] for column in columns[:n]], columns[-1][i])
+            tokens = tokens[: ends[i] - len(text)]
+            last = next((j for j, token in enumerate(tokens) if token in stop or token < 0), -1)
+            if last >= 0:
+                tokens = tokens[: last + 1]
+            if tokens[-1] < 0:
+                told = f"logits are NaN after {len(text) + len(tokens) - 1} tokens"
+                raise MilError(f"prompt {i + 1}: the model's {told}")
+            new[i] = tokens
+            text += tokens
+            self.passes += 1
+            self.proposed += len(columns) - 1
+            self.accepted += min(n, len(tokens))
+        return new
 
 
 def generate(
@@ -1236,14 +1115,13 @@ def generate(
     stop=(),
     generator=None,
     draft=None,
-    speculate=0,
+    speculate=4,
 ):
-    """Continue each of `prompts`: what a new Decoder's `decode` yields. MilError for settings and prompts that cannot work."""
+    """Continues each of `prompts`: yields what a new Decoder's `decode` does."""
     check_sampling(max_new_tokens, temperature, top_k, top_p)
     size = max(map(len, prompts), default=0) + max_new_tokens
-    yield from Decoder(
-        model, len(prompts), size, temperature, top_k, top_p, generator, draft, speculate
-    ).decode(prompts, max_new_tokens, stop)
+    how = temperature, top_k, top_p, generator, draft, speculate
+    yield from Decoder(model, len(prompts), size, *how).decode(prompts, max_new_tokens, stop)
 
 
 class TextStream:
@@ -1368,7 +1246,7 @@ def chat(s, model, encoding, draft):
         s.top_p,
         torch.Generator(model.lm_head.weight.device).manual_seed(s.seed),
         draft,
-        Speculation(s.speculate),
+        s.speculate or 4,
     )
     stop, begin = stop_tokens(encoding), [{"role": "system", "content": s.system}] * bool(s.system)
     talk, heard = Conversation(encoding, begin), False
@@ -1458,28 +1336,17 @@ def main(argv):
     texts = [read_prompt(text, i + 1) for i, text in enumerate(s.prompt)]
     prompts = [encode(encoding, text) for text in texts]
     stop, streams = stop_tokens(encoding), [TextStream(encoding) for _ in texts]
-    draft, plan = (
-        load_draft(s, model, encoding, device) if s.draft else None,
-        Speculation(s.speculate),
-    )
+    draft = load_draft(s, model, encoding, device) if s.draft else None
+    size = max(map(len, prompts)) + s.max_new_tokens
+    how = s.temperature, s.top_k, s.top_p, torch.Generator(device).manual_seed(s.seed)
+    decoder = Decoder(model, len(prompts), size, *how, draft, s.speculate or 4)
     whole, counts, began, single = (
         list(texts),
         [0] * len(texts),
         time.perf_counter(),
         len(texts) == 1,
     )
-    rounds = generate(
-        model,
-        prompts,
-        s.max_new_tokens,
-        s.temperature,
-        s.top_k,
-        s.top_p,
-        stop,
-        torch.Generator(device).manual_seed(s.seed),
-        draft,
-        plan,
-    )
+    rounds = decoder.decode(prompts, s.max_new_tokens, stop)
     for row in rounds:
         if single and not counts[0]:  # only now is it sure that the prompt can be continued
             print(texts[0], end="", flush=True)
@@ -1498,7 +1365,11 @@ def main(argv):
         print(tail if single else f"=== {i + 1} of {len(texts)}\n{whole[i]}{tail}")
     end = f", up to the context of {context}" if full else ""
     if draft:
-        end = f", {plan.accepted / max(1, plan.proposed):.0%} of the draft's tokens kept, {count / plan.passes:.2f} tokens a pass of the model ({'the draft does not pay here and was left' if plan.over else f'K = {plan.K}'}){end}"
+        kept = decoder.accepted / max(1, decoder.proposed)
+        end = (
+            f", {kept:.0%} of the draft's tokens kept, {count / decoder.passes:.2f} tokens a pass of "
+            f"the model (K = {decoder.K}){end}"
+        )
     print(
         f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s{end}", file=sys.stderr
     )

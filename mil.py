@@ -1,21 +1,18 @@
-"""The Mamba in the Llama: one stack of layers in which attention can be replaced by a Mamba that inherits its weights.
+"""The Mamba in the Llama: a stack of layers in which a Mamba can inherit attention's weights.
 
-    attention without softmax   h_t = h_{t-1} + v_t k_tᵀ                            y_t = h_t q_t
-    Mamba                       h_t = exp(Δ_t A) ∘ h_{t-1} + (Δ_t x_t) B_tᵀ         y_t = h_t C_t + D ∘ x_t
+    attention without softmax   h_t = h_{t-1} + v_t k_tᵀ                        y_t = h_t q_t
+    Mamba                       h_t = exp(Δ_t A) ∘ h_{t-1} + (Δ_t x_t) B_tᵀ     y_t = h_t C_t + D ∘ x_t
 
-The two lines differ by a step Δ and a decay A, so a trained attention layer hands its projections over (section 2 and
-Figure 1 of arXiv 2408.15237; `replace_attention` below does it):
+The two lines differ by a step Δ and a decay A, so a trained attention layer hands its projections
+over (section 2 and Figure 1 of arXiv 2408.15237; `replace_attention` does it):
 
     query W_q -> C    key W_k -> B    value W_v -> x    output W_o -> out_proj
     new, learned in distillation: Δ, A, a causal convolution of width 4, a gate z, a skip D
-    left behind: the softmax with its scale 1/√p, and RoPE (the recurrence knows the order of the tokens)
+    left behind: the softmax with its scale 1/√p, and RoPE (the recurrence knows the order)
 
-A Llama is the stack with attention in every layer; there is no other model class. Letters are those of kernels.py:
-b batch, l length, d width, h query heads, g kv heads, p channels per head, n state size per head, w conv width,
-v vocabulary. In attention p is head_dim and n = p.
-
-In this file, top to bottom: Config; Documents, rows of several; the mixers Attention, Mamba, Mamba2 and NoMixer; Hybrid, the stack; Cache, what decoding
-remembers; replace_attention and keep_layers; checkpoints, ours and the world's.
+A Llama is the stack with attention in every layer; there is no other model class. Letters are those
+of kernels.py: b batch, l length, d width, h query heads, g kv heads, p channels per head, n state
+size per head, w width of the convolution, v vocabulary. In attention p is head_dim and n = p.
 """
 
 import argparse
@@ -43,11 +40,11 @@ from kernels import causal_conv, ssm_scan
 
 
 class MilError(ValueError):
-    """What went wrong, said to the person who typed: the file or flag, what was found, what was expected."""
+    """An error to show the user: the file or flag, what was found, what was expected."""
 
 
 class Parser(argparse.ArgumentParser):
-    """One to which a wrong command line is a MilError."""
+    """Raises MilError if a command line is wrong."""
 
     def error(self, message):
         raise MilError(f"{message} (--help lists the flags)")
@@ -149,36 +146,60 @@ class Config:
             )
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Layers. A weight may be of another type than what it is multiplied with (float32 masters under bf16 arithmetic);
-# it is used in the type of the activations, and its gradient, a sum in float32, is rounded once to that type. An
-# optimiser's step does not notice that rounding: it is 2^-9 of each gradient, and sums over parts of a batch are float32.
+# --------------------------------------------------------------------------------------------------
+# Layers. A weight is used in the type of the activations (float32 masters, bf16 arithmetic). Its
+# gradient is summed in float32 and rounded once to that type: by 2^-9 of it, which AdamW does not
+# notice. Sums over the parts of a batch are float32.
+
+
+def decoding(x, *weights):
+    """Whether x (b, l, k) are so few tokens that the kernels for decoding take them."""
+    eager = x.dim() == 3 and not torch.compiler.is_compiling()
+    return eager and kernels.few(x, x.shape[1], *weights)
 
 
 class Linear(nn.Linear):
-    """x Wᵀ + bias, in x's type."""
+    """x Wᵀ + bias in x's type, added to `onto` if that is given."""
 
-    def forward(self, x):
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+    def forward(self, x, onto=None):
+        y = self.product(x, onto)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def product(self, x, onto=None):
+        """x Wᵀ without the bias."""
+        if decoding(x, self.weight):
+            return kernels.linear(x, self.weight, onto=onto)
+        y = F.linear(x, self.weight.to(x.dtype))
+        return y if onto is None else onto + y
 
     def parts(self, x, sizes):
         """x Wᵀ, split along its last axis."""
+        if decoding(x, self.weight):
+            return kernels.linear(x, self.weight).split(sizes, dim=-1)
         weight, pad = self.weight.to(x.dtype), -sum(sizes) % 8 if x.is_cuda else 0
         if pad:  # a GPU's fast kernels want rows that begin at multiples of 16 bytes
             weight = F.pad(weight, (0, 0, 0, pad))
         return F.linear(x, weight).split([*sizes, pad], dim=-1)[:-1]
 
 
+def project(u, *parts):
+    """u through several projections; in decoding one launch if they lie side by side (`pack`)."""
+    weights = [part.weight for part in parts]
+    if not decoding(u, *weights):
+        return [part(u) for part in parts]
+    ys = kernels.linears(u, *weights)
+    return [y if part.bias is None else y + part.bias for y, part in zip(ys, parts, strict=True)]
+
+
 class RMSNorm(nn.RMSNorm):
-    """x / √(mean of x² + eps) ∘ weight over the last axis, in the wider of both types; returned in x's."""
+    """x / √(mean of x² + eps) ∘ weight over the last axis, in the wider of both types."""
 
     def forward(self, x):
+        if decoding(x, self.weight):
+            return kernels.rms_norm(x, self.weight, self.eps)
         f = torch.promote_types(x.dtype, self.weight.dtype)
-        return F.rms_norm(x.to(f), self.normalized_shape, self.weight.to(f), self.eps).to(x.dtype)
-
-    def step(self, x):
-        return kernels.rms_norm(x, self.weight, self.eps)
+        y = F.rms_norm(x.to(f), self.normalized_shape, self.weight.to(f), self.eps)
+        return y.to(x.dtype)
 
 
 def wider(t):
@@ -187,19 +208,18 @@ def wider(t):
 
 
 def rope_angles(config, pos):
-    """cos and sin (b, 1, l, head_dim / 2), float32, of RoPE's angles at the positions pos (b, l).
+    """cos and sin (b, 1, l, p / 2), float32, of RoPE's angles at the positions pos (b, l).
 
-    The frequencies are Hugging Face's to the last bit. Llama 3.1's scaling divides slow ones by `factor`, keeps fast
-    ones, and goes smoothly from one to the other between; linear scaling divides all of them.
+    The frequencies are Hugging Face's to the last bit. Llama 3.1's scaling divides slow ones by
+    `factor`, keeps fast ones, and goes smoothly from one to the other. Linear scaling divides all.
     """
     i = torch.arange(0, config.head_dim, 2, device=pos.device).float()
     freq = 1 / config.rope_theta ** (i / config.head_dim)
     scaling = config.rope_scaling or {"factor": 1}
     kept = torch.zeros_like(freq)
     if len(scaling) > 1:
-        turns = scaling["original_max_position_embeddings"] / (
-            2 * math.pi / freq
-        )  # within the first training length
+        # turns within the length of the first training
+        turns = scaling["original_max_position_embeddings"] / (2 * math.pi / freq)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)
     freq = (1 - kept) * freq / scaling["factor"] + kept * freq
@@ -208,34 +228,37 @@ def rope_angles(config, pos):
 
 
 def rotate(q, angles):
-    """RoPE (2104.09864): turns the channel pairs (i, i + p/2) of q (b, l, h, p) by the angles; float32 inside."""
+    """RoPE (2104.09864): turns the channel pairs (i, i + p/2) of q (b, l, h, p), in float32."""
     cos, sin = (t.transpose(1, 2) for t in angles)  # (b, l, 1, p / 2)
     q1, q2 = wider(q).chunk(2, dim=-1)
     return torch.cat([q1 * cos - q2 * sin, q2 * cos + q1 * sin], dim=-1).to(q.dtype)
 
 
-class Documents:
-    """Rows that hold several documents one after the other: nothing passes from one to the next.
+def sdpa(q, k, v, mask=None):
+    """PyTorch's attention of q (b, l, h, p) over k and v (b, ·, g, p); causal without a mask."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    how = dict(attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(q, k, v, **how).transpose(1, 2)
 
-    pos (b, l), integers on the CPU, is the place of each token in its document, 0 where a row begins. On `device`:
-    pos; bounds, where each document begins in the flattened batch, and the end; and mask (b, 1, l, l), who sees whom,
-    or None where queries of this `dtype` have PyTorch's flash attention within documents.
+
+class Documents:
+    """Rows that hold several documents one after the other. Nothing passes from one to the next.
+
+    pos (b, l), integers on the CPU, is the place of each token in its document, 0 where a row
+    begins. On `device`: pos; bounds, where each document begins in the flattened batch, and the
+    end; mask (b, 1, l, l), who sees whom, or None if flash attention takes bounds.
     """
 
     def __init__(self, pos, device, dtype=torch.float32):
         begins = (pos.flatten() == 0).nonzero()[:, 0]
         bounds = F.pad(begins, (0, 1), value=pos.numel()).int()
-        send = (
-            (lambda t: t.pin_memory().to(device, non_blocking=True))
-            if device.type == "cuda"
-            else (lambda t: t)
-        )
-        self.pos, self.bounds, self.mask = send(pos.int()), send(bounds), None
-        torch._dynamo.maybe_mark_dynamic(
-            self.bounds, 0
-        )  # another number of documents compiles nothing
+        pos = pos.int()
+        if device.type == "cuda":
+            pos, bounds = (t.pin_memory().to(device, non_blocking=True) for t in (pos, bounds))
+        self.pos, self.bounds, self.mask = pos, bounds, None
+        torch._dynamo.maybe_mark_dynamic(bounds, 0)  # another number of documents compiles nothing
         if device.type != "cuda" or dtype.itemsize > 2:
-            number, i = (self.pos == 0).cumsum(1), torch.arange(pos.shape[1], device=device)
+            number, i = (pos == 0).cumsum(1), torch.arange(pos.shape[1], device=device)
             self.mask = ((number[:, :, None] == number[:, None]) & (i[:, None] >= i))[:, None]
 
     def attend(self, q, k, v):
@@ -243,39 +266,24 @@ class Documents:
         if self.mask is not None:
             return sdpa(q, k, v, self.mask)
         flat, l = [t.flatten(0, 1) for t in (q, k, v)], q.shape[1]
-        # What varlen_attn calls, without its time in Python. No dropout, causal, no mask for debugging.
-        y, *_ = torch.ops.aten._flash_attention_forward(
-            *flat, self.bounds, self.bounds, l, l, 0.0, True, False
-        )
+        # What varlen_attn calls, without its time in Python: no dropout, causal, no debug mask.
+        flash = torch.ops.aten._flash_attention_forward
+        y, *_ = flash(*flat, self.bounds, self.bounds, l, l, 0.0, True, False)
         return y.view(q.shape)
 
 
-def sdpa(q, k, v, mask=None):
-    """PyTorch's attention of q (b, l, h, p) over k and v (b, ·, g, p), causal without a mask."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    gqa = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa
-    ).transpose(1, 2)
-
-
-def project(u, *parts):
-    """u through several projections, in decoding: one launch where their weights lie side by side (`pack`)."""
-    ys = kernels.linears(u, *[part.weight for part in parts])
-    return [y if part.bias is None else y + part.bias for y, part in zip(ys, parts)]
-
-
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mixers: what moves information between tokens.
 #
-#   forward(u, angles, log, docs)   the mixer's formula. u (b, l, d) is normed; angles are RoPE's; log is this layer's
-#                                   part of the Cache, or None in training; docs are Documents, or None if every row is one
-#   step(v, u, angles, log)         u + mixer(v) of a few tokens by kernels.py's decoding kernels; optional
-#   inherit(attention)              pairs (our tensor, attention's projection) that begin equal
-#   new_log(cache)                  this layer's part of a Cache
-#   READS                           the projections of the input, which `pack` lays side by side
+#   forward(u, angles, state, docs, onto)
+#                        the mixer's formula, added to `onto`. u (b, l, d) is normed; angles are
+#                        RoPE's; state is this layer's part of the Cache, None in training; docs are
+#                        Documents, None if every row is one
+#   inherit(attention)   pairs (our tensor, attention's projection) that begin equal
+#   new_state(cache)     this layer's part of a Cache
+#   READS                the projections of the input, which `pack` lays side by side
 #
-# A mixer with a state also has `scan`, which the StateLog calls.
+# Mamba and Mamba2 also have `scan`, in PyTorch or by a kernel, and `replay`, its form in decoding.
 
 
 class Attention(nn.Module):
@@ -285,51 +293,47 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, bias = config, config.attention_bias
         wide, narrow = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q_proj = Linear(config.d, wide, bias=config.attention_bias)
-        self.k_proj = Linear(config.d, narrow, bias=config.attention_bias)
-        self.v_proj = Linear(config.d, narrow, bias=config.attention_bias)
-        self.o_proj = Linear(wide, config.d, bias=config.attention_bias)
+        self.q_proj = Linear(config.d, wide, bias=bias)
+        self.k_proj = Linear(config.d, narrow, bias=bias)
+        self.v_proj = Linear(config.d, narrow, bias=bias)
+        self.o_proj = Linear(wide, config.d, bias=bias)
 
-    def forward(self, u, angles, log=None, docs=None):
-        q = self.q_proj(u).unflatten(2, (-1, self.config.head_dim))  # (b, l, h, p)
-        k = self.k_proj(u).unflatten(2, (-1, self.config.head_dim))  # (b, l, g, p)
-        v = self.v_proj(u).unflatten(2, (-1, self.config.head_dim))  # (b, l, g, p)
-        q, k = rotate(q, angles), rotate(k, angles)
-        if log is not None:
-            y = sdpa(q, *log.extend(k, v))  # over all so far
+    def forward(self, u, angles, state=None, docs=None, onto=None):
+        qkv = project(
+            u,
+            self.q_proj,  # (b, l, h·p)
+            self.k_proj,  # (b, l, g·p)
+            self.v_proj,  # (b, l, g·p)
+        )
+        q, k, v = (t.unflatten(2, (-1, self.config.head_dim)) for t in qkv)  # (b, l, heads, p)
+        if state is not None:
+            y = state.attend(q, k, v, angles)
         elif docs is not None:
-            y = docs.attend(q, k, v)
+            y = docs.attend(rotate(q, angles), rotate(k, angles), v)
         else:
-            y = sdpa(q, k, v)
-        return self.o_proj(y.flatten(2))
+            y = sdpa(rotate(q, angles), rotate(k, angles), v)
+        return self.o_proj(y.flatten(2), onto)
 
-    def step(self, v, u, angles, log):
-        qkv = project(v, self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (t.unflatten(2, (-1, self.config.head_dim)) for t in qkv)
-        y = kernels.attend(q, k, v, *angles, log.k, log.v, log.cache.at)
-        y = kernels.linear(y.flatten(2), self.o_proj.weight, onto=u)
-        return y if self.o_proj.bias is None else y + self.o_proj.bias
-
-    def new_log(self, cache):
-        return AttentionLog(cache, self.config, self.q_proj.weight.dtype)
+    def new_state(self, cache):
+        return AttentionState(cache, self.config, self.q_proj.weight.dtype)
 
 
 def initial_dt_bias(n):
-    """The bias for which Δ = softplus(bias) is log-uniform in [1e-3, 1e-1] (Mamba's initialisation)."""
-    delta = torch.exp(torch.empty(n, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1)))
+    """The bias with which Δ = softplus(bias) is log-uniform in [1e-3, 1e-1], as in Mamba."""
+    low, high = math.log(1e-3), math.log(1e-1)
+    delta = torch.exp(torch.empty(n, dtype=torch.float32).uniform_(low, high))
     return delta + torch.log(-torch.expm1(-delta))  # the inverse of softplus
 
 
 class Mamba(nn.Module):
-    """Mamba (S6) in attention's place: heads cut to n = p = d_state, a step Δ per channel, a decay A per state element.
+    """Mamba (S6) in attention's place: heads of n = p = d_state, a Δ per channel.
 
-    Parameters are named and shaped as in the released checkpoints: out_proj and C_proj (h·p), in_proj_x and B_proj (g·p).
-    The convolution reads x only, and has its own weights for each of the h·p channels, after the kv heads fan out.
-    With d_state = head_dim the block without its new parts is the attention without softmax; with a smaller one it is
-    that attention with its heads cut to d_state channels, which for grouped heads pairs other slices than attention did
-    (as in the released models). `angles` is for attention alone.
+    Parameters are named and shaped as in the released checkpoints: out_proj and C_proj (h·p),
+    in_proj_x and B_proj (g·p). The convolution reads x alone, with weights for each of the h·p
+    channels. If d_state is less than head_dim, attention's heads are cut into smaller ones, which
+    for grouped heads pairs other slices than attention did (as in the released models).
     """
 
     READS = "in_proj_x", "in_proj_z", "B_proj", "C_proj", "dt_proj_down"
@@ -353,18 +357,14 @@ class Mamba(nn.Module):
 
     @torch.no_grad()
     def reset(self):
-        """Initial values of what attention does not give (those of Mamba itself; A = -(1 .. n))."""
+        """Initial values of what attention does not give: Mamba's own, A = -(1 .. n)."""
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         self.dt_proj.bias.copy_(initial_dt_bias(self.dt_proj.bias.shape[0]))
-        self.A_log.copy_(
-            torch.arange(1, self.config.d_state + 1, dtype=torch.float32)
-            .log()
-            .expand_as(self.A_log)
-        )
+        n = torch.arange(1, self.config.d_state + 1, dtype=torch.float32)
+        self.A_log.copy_(n.log().expand_as(self.A_log))
         self.D.fill_(1)
 
     def inherit(self, attention):
-        """Which of this block's tensors take which of attention's."""
         return [
             (self.C_proj.weight, attention.q_proj),
             (self.B_proj.weight, attention.k_proj),
@@ -376,85 +376,65 @@ class Mamba(nn.Module):
         """(b, l, h·p) -> (b, l, h, p)."""
         return t.unflatten(-1, (-1, self.config.d_state))
 
-    def forward(self, u, angles, log=None, docs=None):
-        x = self.heads(self.in_proj_x(u))  # (b, l, g, p)
-        z = self.heads(self.in_proj_z(u))  # (b, l, h, p)
-        B = self.heads(self.B_proj(u))  # (b, l, g, n)
-        C = self.heads(self.C_proj(u))  # (b, l, h, n)
-        dt = self.heads(
-            F.linear(self.dt_proj_down(u), self.dt_proj.weight.to(u.dtype))
-        )  # its bias comes in the scan
-        if log is None:
+    def forward(self, u, angles, state=None, docs=None, onto=None):
+        x, z, B, C, dt = project(
+            u,
+            self.in_proj_x,  # (b, l, g·p)
+            self.in_proj_z,  # (b, l, h·p)
+            self.B_proj,  # (b, l, g·n)
+            self.C_proj,  # (b, l, h·n)
+            self.dt_proj_down,  # (b, l, rank)
+        )
+        dt = self.dt_proj.product(dt)  # (b, l, h·p); the scan adds its bias
+        x, dt, B, C, z = (self.heads(t) for t in (x, dt, B, C, z))  # (b, l, heads, p or n)
+        if state is None:
             y, _, _ = self.scan(x, dt, B, C, z, docs=docs)
         else:
-            y = log.extend(self, (x, dt, B), (C, z))
-        return self.out_proj(y.flatten(2))
+            y = state.extend(self, (x, dt, B), (C, z))
+        return self.out_proj(y.flatten(2), onto)
 
     def scan(self, x, dt, B, C, z, window=None, h0=None, lengths=None, docs=None):
-        """Convolution and scan of what the projections gave: y (b, l, h, p), and what a later call goes on from, the
-        convolution's last inputs and the state. lengths (b,): how many of each row's tokens are real."""
-        n = self.config.d_state
+        """The convolution and the scan, of which lengths (b,) tokens of each row are real.
+
+        Returns y (b, l, h, p), the convolution's last inputs, and the last state.
+        """
+        n, w = self.config.d_state, self.config.d_conv
         pos = None if docs is None else docs.pos
         dt = dt if lengths is None else hide_padding(dt, lengths)
-        weight, bias = (
-            self.conv1d.weight.view(-1, n, self.config.d_conv),
-            self.conv1d.bias.view(-1, n),
-        )
-        x, window = causal_conv(
-            x, weight, bias, window, lengths, pos
-        )  # (b, l, g, p) -> (b, l, h, p)
+        weight, bias = self.conv1d.weight.view(-1, n, w), self.conv1d.bias.view(-1, n)
+        x, window = causal_conv(x, weight, bias, window, lengths, pos)  # g heads -> h heads
         A = -torch.exp(wider(self.A_log)).view(-1, n, n)  # (h, p, n)
-        y, h = ssm_scan(
-            x, dt, A, B, C, self.heads(self.D), z, self.heads(self.dt_proj.bias), h0, pos
-        )
+        bias = self.heads(self.dt_proj.bias)
+        y, h = ssm_scan(x, dt, A, B, C, self.heads(self.D), z, bias, h0, pos)
         return y, window, h
 
-    def step(self, v, u, angles, log):
-        x, z, B, C, dt = project(v, *[getattr(self, name) for name in self.READS])
-        dt = kernels.linear(dt, self.dt_proj.weight)
-        y = kernels.replay(
-            *map(self.heads, (x, dt, B, C, z)),
-            log.allocate([self.heads(t) for t in (x, dt, B)]),
-            log.h,
-            log.places,
-            self.conv1d.weight,
-            self.conv1d.bias,
-            self.A_log,
-            self.dt_proj.bias,
-            self.D,
-        )
-        return kernels.linear(y.flatten(2), self.out_proj.weight, onto=u)
+    def replay(self, x, dt, B, C, z, *state):
+        weights = self.conv1d.weight, self.conv1d.bias, self.A_log, self.dt_proj.bias, self.D
+        return kernels.replay(x, dt, B, C, z, *state, *weights)
 
-    def new_log(self, cache):
-        c = self.config
-        return StateLog(
-            cache,
-            c.d_conv - 1,
-            (c.n_heads * c.head_dim // c.d_state, c.d_state, c.d_state),
-            self.out_proj.weight.dtype,
-        )
+    def new_state(self, cache):
+        n = self.config.d_state
+        shape = self.config.n_heads * self.config.head_dim // n, n, n
+        return MambaState(cache, self.config.d_conv - 1, shape, self.out_proj.weight.dtype)
 
 
 class Mamba2(nn.Module):
-    """Mamba-2 (SSD) in attention's place: attention's own heads, n = p = head_dim, one Δ and one A per head.
+    """Mamba-2 (SSD) in attention's place: attention's own heads, n = p = head_dim, a Δ per head.
 
-    in_proj's rows are ordered z, x, B, C, dt as in the released checkpoints. The convolution reads x, B and C, before
-    the kv heads fan out; a per-head RMSNorm follows the gate.
+    in_proj's rows are ordered z, x, B, C, dt as in the released checkpoints. The convolution reads
+    x, B and C. A norm per head follows the gate.
     """
 
     READS = ("in_proj",)
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        wide, narrow, h = (
-            config.n_heads * config.head_dim,
-            config.n_kv_heads * config.head_dim,
-            config.n_heads,
-        )
-        self.sizes = [wide, 2 * narrow + wide, h]  # z | x, B, C | dt
+        self.config, h = config, config.n_heads
+        wide, narrow = h * config.head_dim, config.n_kv_heads * config.head_dim
+        mixed = 2 * narrow + wide
+        self.sizes = [wide, mixed, h]  # z | x, B, C | dt
         self.in_proj = Linear(config.d, sum(self.sizes), bias=False)
-        self.conv1d = nn.Conv1d(self.sizes[1], self.sizes[1], config.d_conv, groups=self.sizes[1])
+        self.conv1d = nn.Conv1d(mixed, mixed, config.d_conv, groups=mixed)
         self.dt_bias = nn.Parameter(torch.empty(h))
         self.A_log = nn.Parameter(torch.empty(h))
         self.D = nn.Parameter(torch.empty(h))
@@ -464,17 +444,16 @@ class Mamba2(nn.Module):
 
     @torch.no_grad()
     def reset(self):
-        """Initial values of what attention does not give (Mamba-2's own: A uniform in [1, 16])."""
-        self.dt_bias.copy_(initial_dt_bias(self.config.n_heads))
-        self.A_log.copy_(
-            torch.empty(self.config.n_heads, dtype=torch.float32).uniform_(1, 16).log()
-        )
+        """Initial values of what attention does not give: Mamba-2's own, A uniform in [1, 16]."""
+        h = self.config.n_heads
+        self.dt_bias.copy_(initial_dt_bias(h))
+        self.A_log.copy_(torch.empty(h, dtype=torch.float32).uniform_(1, 16).log())
         self.D.fill_(1)
 
     def inherit(self, attention):
-        """Which of this block's tensors take which of attention's."""
-        wide, narrow = self.sizes[0], (self.sizes[1] - self.sizes[0]) // 2
-        _, x, B, C, _ = self.in_proj.weight.split([wide, narrow, narrow, wide, self.sizes[2]])
+        wide, mixed, h = self.sizes
+        narrow = (mixed - wide) // 2
+        _, x, B, C, _ = self.in_proj.weight.split([wide, narrow, narrow, wide, h])
         return [
             (C, attention.q_proj),
             (B, attention.k_proj),
@@ -482,57 +461,38 @@ class Mamba2(nn.Module):
             (self.out_proj.weight, attention.o_proj),
         ]
 
-    def forward(self, u, angles, log=None, docs=None):
-        z, xBC, dt = self.in_proj.parts(u, self.sizes)
-        if log is None:
+    def forward(self, u, angles, state=None, docs=None, onto=None):
+        z, xBC, dt = self.in_proj.parts(u, self.sizes)  # (b, l, h·p) (b, l, 2 g·p + h·p) (b, l, h)
+        if state is None:
             y, _, _ = self.scan(xBC, dt, z, docs=docs)
         else:
-            y = log.extend(self, (xBC, dt), (z,))
-        return self.out_proj(y.flatten(2))
+            y = state.extend(self, (xBC, dt), (z,))
+        return self.out_proj(y.flatten(2), onto)
 
     def scan(self, xBC, dt, z, window=None, h0=None, lengths=None, docs=None):
         """As Mamba's; gate and norm included."""
         g, h, p = self.config.n_kv_heads, self.config.n_heads, self.config.head_dim
         pos = None if docs is None else docs.pos
         dt = dt if lengths is None else hide_padding(dt, lengths)
+        # To the convolution this is one head of all the channels.
         window = None if window is None else window.unsqueeze(2)  # (b, w - 1, 1, channels)
-        weight, bias = (
-            self.conv1d.weight.transpose(0, 1),
-            self.conv1d.bias[None],
-        )  # (1, channels, w) (1, channels)
+        weight, bias = self.conv1d.weight.transpose(0, 1), self.conv1d.bias[None]
         xBC, window = causal_conv(xBC.unsqueeze(2), weight, bias, window, lengths, pos)
         x, B, C = xBC.view(*dt.shape[:2], -1, p).split([g, g, h], dim=2)  # (b, l, heads, p)
-        y, state = ssm_scan(
-            x, dt, -torch.exp(wider(self.A_log)), B, C, self.D, None, self.dt_bias, h0, pos
-        )
+        A = -torch.exp(wider(self.A_log))
+        y, state = ssm_scan(x, dt, A, B, C, self.D, None, self.dt_bias, h0, pos)
         y = wider(y) * F.silu(wider(z)).view(y.shape)
-        y = F.rms_norm(y, (p,), eps=self.norm.eps) * self.norm.weight.view(h, p)  # per head
+        y = F.rms_norm(y, (p,), eps=self.norm.eps) * self.norm.weight.view(h, p)
         return y.to(z.dtype), window.squeeze(2), state
 
-    def step(self, v, u, angles, log):
-        z, xBC, dt = project(v, self.in_proj)[0].split(self.sizes, dim=2)
-        y = kernels.replay(
-            xBC,
-            dt,
-            None,
-            None,
-            z.unflatten(2, (self.config.n_heads, -1)),
-            log.allocate((xBC, dt)),
-            log.h,
-            log.places,
-            self.conv1d.weight,
-            self.conv1d.bias,
-            self.A_log,
-            self.dt_bias,
-            self.D,
-            self.norm.weight,
-            self.norm.eps,
-        )
-        return kernels.linear(y.flatten(2), self.out_proj.weight, onto=u)
+    def replay(self, xBC, dt, z, *state):
+        weights = self.conv1d.weight, self.conv1d.bias, self.A_log, self.dt_bias, self.D
+        z, norm = z.unflatten(2, (self.config.n_heads, -1)), (self.norm.weight, self.norm.eps)
+        return kernels.replay(xBC, dt, None, None, z, *state, *weights, *norm)
 
-    def new_log(self, cache):
-        p, h = self.config.head_dim, self.config.n_heads
-        return StateLog(cache, self.config.d_conv - 1, (h, p, p), self.out_proj.weight.dtype)
+    def new_state(self, cache):
+        shape = self.config.n_heads, self.config.head_dim, self.config.head_dim
+        return MambaState(cache, self.config.d_conv - 1, shape, self.out_proj.weight.dtype)
 
 
 class NoMixer(nn.Module):
@@ -546,13 +506,10 @@ class NoMixer(nn.Module):
     def inherit(self, attention):
         return []
 
-    def forward(self, u, angles, log=None, docs=None):
-        return torch.zeros_like(u)
+    def forward(self, u, angles, state=None, docs=None, onto=None):
+        return torch.zeros_like(u) if onto is None else onto
 
-    def step(self, v, u, angles, log):
-        return u
-
-    def new_log(self, cache):
+    def new_state(self, cache):
         return None
 
 
@@ -560,7 +517,7 @@ CLASSES = {"attention": Attention, "mamba": Mamba, "mamba2": Mamba2, "none": NoM
 MIXERS = tuple(CLASSES)  # attention, and what may replace it
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The stack
 
 
@@ -573,17 +530,16 @@ class MLP(nn.Module):
         self.up_proj = Linear(config.d, config.d_ff, bias=False)
         self.down_proj = Linear(config.d_ff, config.d, bias=False)
 
-    def forward(self, u):
-        return self.down_proj(F.silu(self.gate_proj(u)) * self.up_proj(u))
-
-    def step(self, v, u):
-        """u + mlp(v), in decoding."""
-        inside = kernels.linear(v, self.up_proj.weight, gate=self.gate_proj.weight)
-        return kernels.linear(inside, self.down_proj.weight, onto=u)
+    def forward(self, u, onto=None):
+        if decoding(u, self.up_proj.weight):
+            inside = kernels.linear(u, self.up_proj.weight, gate=self.gate_proj.weight)
+        else:
+            inside = F.silu(self.gate_proj(u)) * self.up_proj(u)
+        return self.down_proj(inside, onto)
 
 
 class Block(nn.Module):
-    """A Llama layer, whatever its mixer."""
+    """A Llama layer, whatever its mixer: u + mixer(norm(u)), then u + mlp(norm(u))."""
 
     def __init__(self, config, mixer):
         super().__init__()
@@ -592,19 +548,16 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.d, eps=config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, u, angles, log=None, docs=None):
-        u = u + self.mixer(self.input_layernorm(u), angles, log, docs)
-        return u + self.mlp(self.post_attention_layernorm(u))
-
-    def step(self, u, angles, log):
-        """`forward` of a few tokens by kernels.py's decoding kernels, whose products add the residual themselves."""
-        u = self.mixer.step(self.input_layernorm.step(u), u, angles, log)
-        return self.mlp.step(self.post_attention_layernorm.step(u), u)
+    def forward(self, u, angles, state=None, docs=None):
+        u = self.mixer(self.input_layernorm(u), angles, state, docs, onto=u)
+        return self.mlp(self.post_attention_layernorm(u), onto=u)
 
 
 class Hybrid(nn.Module):
-    """The stack. A Llama when every mixer is attention; config.mixers[i] says what layer i is. It computes in the type of the embedding's
-    weights or, where that is set, in `compute`."""
+    """The stack; config.mixers[i] says what layer i is. A Llama if every mixer is attention.
+
+    It computes in the type of its weights, or in `compute` if that is set.
+    """
 
     compute = None
 
@@ -624,314 +577,235 @@ class Hybrid(nn.Module):
 
     @torch.no_grad()
     def reset(self):
-        """Normal 0.02 for every projection, less on the two that write to the residual stream (as GPT-2)."""
+        """Normal 0.02 for every projection, less for those that write to the residual (GPT-2)."""
         for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)) and not name.endswith(
-                "dt_proj"
-            ):  # dt_proj has its own
-                last = name.endswith(("o_proj", "out_proj", "down_proj"))
-                module.weight.normal_(
-                    std=0.02 / math.sqrt(2 * self.config.n_layers) if last else 0.02
-                )
+            if name.endswith("dt_proj") or not isinstance(module, (nn.Linear, nn.Embedding)):
+                continue  # dt_proj has its own initial values
+            last = name.endswith(("o_proj", "out_proj", "down_proj"))
+            module.weight.normal_(std=0.02 / math.sqrt(2 * self.config.n_layers) if last else 0.02)
+
+    def forward(self, tokens, cache=None, lengths=None, docs=None):
+        """Logits (b, l, v) of the token after each of tokens (b, l). See `hidden`."""
+        return self.logits(self.hidden(tokens, cache, lengths, docs))
 
     def hidden(self, tokens, cache=None, lengths=None, docs=None):
         """The stack without its head: tokens (b, l) -> (b, l, d).
 
-        With a cache the tokens follow what it holds and are added to it. lengths (b,) says how many of each row's
-        tokens are real when rows are padded on the right; what stands at padded positions of the result is undefined.
-        docs: the Documents that the rows hold; None: one each. Raises MilError for lengths without a cache, or docs with one.
+        With a cache the tokens follow what it holds, and it holds them too afterwards. lengths (b,)
+        says how many of each row's tokens are real, if rows are padded on the right; results at
+        padded places are undefined. docs are the Documents of the rows, None if each is one. Raises
+        MilError for lengths without a cache and docs with one.
         """
         if (lengths if cache is None else docs) is not None:
             raise MilError("lengths are for a cache, and docs for rows without one; leave them out")
+        states = [None] * len(self.layers)
         if cache is not None:
             cache.open(*tokens.shape, lengths)
+            states = cache.states
         u, angles = self.start(tokens, cache, docs)
-        for i, layer in enumerate(self.layers):
-            if cache is not None and cache.fused:
-                u = layer.step(u, angles, cache.logs[i])
-            else:
-                u = layer(u, angles, None if cache is None else cache.logs[i], docs)
+        for layer, state in zip(self.layers, states, strict=True):
+            u = layer(u, angles, state, docs)
         if cache is not None:
             cache.close()
-        return self.norm.step(u) if cache is not None and cache.fused else self.norm(u)
+        return self.norm(u)
 
     def start(self, tokens, cache=None, docs=None):
-        """What the first layer reads: the embedding (b, l, d), and the angles of RoPE."""
+        """What the first layer reads: the embedding (b, l, d), and RoPE's angles."""
         u = self.embed_tokens(tokens)
         if cache is not None:
             angles = cache.angles
         elif docs is not None:
             angles = rope_angles(self.config, docs.pos)
         else:
-            angles = rope_angles(
-                self.config, torch.arange(tokens.shape[1], device=tokens.device)[None]
-            )
+            pos = torch.arange(tokens.shape[1], device=tokens.device)
+            angles = rope_angles(self.config, pos[None])
         return u if self.compute is None else u.to(self.compute), angles
-
-    def forward(self, tokens, cache=None, lengths=None, docs=None):
-        """Logits (b, l, v) of the token after each. See `hidden`."""
-        return self.logits(self.hidden(tokens, cache, lengths, docs))
 
     def logits(self, hidden):
         """(b, l, d) -> (b, l, v)."""
-        if kernels.few(hidden, hidden.shape[1], self.lm_head.weight):
-            return kernels.linear(hidden, self.lm_head.weight)
         return self.lm_head(hidden)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The cache: what decoding remembers. Each layer has a log, each row of the batch a cursor into it.
+# --------------------------------------------------------------------------------------------------
+# The cache: what decoding remembers
 
 
 class Cache:
-    """`Cache(model, batch, size, places=0, lazy=False)`: room for `size` tokens a row, for `places` in a Mamba layer's log. After settle(n), n ≤ places, the
-    next n can be taken back.
+    """What a model remembers of `batch` rows of at most `size` tokens.
 
-        a row's tokens   The mamba in the llama sat on | the hat         |  the cursor: what follows it means nothing
-        attention        k v k v k v k v k v k v k v   | k v k v         a key and a value a token
-        Mamba            h ──────────────┘ x x x x x   | x x x           one state, where `base` says, and the inputs since
+        a row's tokens   The mamba in the llama sat | on the hat
+        attention        k v k v k v k v k v k v    | k v k v k v    a key and a value a token
+        Mamba            h ─────────────────────────┘ x x x x x x    one state, and inputs after it
 
-    Every layer's cache is a log with the same cursor. To take back the tokens that a verification rejects, the cursor
-    moves, and nothing else: attention's later keys are never looked at, and a Mamba layer starts each pass from its one
-    state and reads its logged inputs again, up to the cursor, before the new ones (The Mamba in the Llama, section 4).
-    When the next pass, or what `settle` asks room for, would not fit in a row's log, that row's inputs, up to its
-    cursor, go into its state for good; so after settle(K + 1) no pass of K + 1 tokens or fewer moves a state past the
-    place to which `back` may want to return. A pass of more than `places` tokens goes into the state at once, and so does
-    one that `settle` did not announce; with lazy=True the kernels log that one too, and write the state every places + 1 tokens.
+    With undo=True the last pass (of at most FEW tokens a row) can be taken back, whole or in part,
+    with no copy of a state (section 4 and Algorithm 2 of the paper): its inputs are `pending`. The
+    next pass first takes those that `keep` left into the state, then reads its own tokens from
+    there. Otherwise, and in a longer pass, all tokens go into the state at once.
 
-    On a GPU a pass of a few tokens is made of kernels that read `at` and `base` where they lie (`fused`): nothing waits for
-    the host, and the pass can be captured in a CUDA graph. Elsewhere PyTorch does the same with the mixers' own scan.
+    Per row, at (b,) is the number of tokens read, base (b,) of those in the states. On a GPU a pass
+    of a few tokens is made of kernels which read both where they lie (`fused`), so that it can be
+    captured in a CUDA graph. Elsewhere PyTorch does the same with the mixers' own scan.
     """
 
-    def __init__(self, model, batch, size, places=0, lazy=False):
-        c, self.weight, self.lazy = model.config, model.embed_tokens.weight, lazy
-        self.size, self.places, self.device, self.room = size, places, self.weight.device, 0
-        # per row: the cursor; the token before which the states stand; and before which they are to stand after this pass
-        self.at, self.base, self.to = torch.zeros(3, batch, dtype=torch.long, device=self.device)
+    def __init__(self, model, batch, size, undo=False):
+        c, self.weight = model.config, model.embed_tokens.weight
+        self.size, self.undo, self.device = size, undo, self.weight.device
+        self.at, self.base = torch.zeros(2, batch, dtype=torch.long, device=self.device)
         self.used = 0  # no row holds more tokens
-        self.turns = (
-            rope_angles(c, torch.arange(size, device=self.device)[None])
-            if "attention" in c.mixers
-            else ()
-        )  # of all positions
-        self.small = (
-            max(c.head_dim, c.d_state) <= 128 and c.n_heads // c.n_kv_heads <= 16
-        )  # what the kernels hold in registers
-        self.logs = [layer.mixer.new_log(self) for layer in model.layers]
-        self.small &= all(hasattr(layer.mixer, "step") for layer in model.layers)
+        everywhere = torch.arange(size, device=self.device)[None]
+        self.turns = rope_angles(c, everywhere) if "attention" in c.mixers else ()
+        self.states = [layer.mixer.new_state(self) for layer in model.layers]
+        # What the kernels hold in registers, and mixers that they know.
+        self.small = max(c.head_dim, c.d_state) <= 128 and c.n_heads // c.n_kv_heads <= 16
+        for layer, state in zip(model.layers, self.states, strict=True):
+            self.small &= not isinstance(state, MambaState) or hasattr(layer.mixer, "replay")
 
     def fusable(self, l):
-        """Whether a pass of l tokens a row, all of them real, is made of the kernels for decoding."""
+        """Whether a pass of l real tokens a row is made of the kernels for decoding."""
         return self.small and kernels.few(self.weight, l)
 
     def open(self, b, l, lengths=None):
-        """A pass of l new tokens a row begins, of which lengths (b,) are real (None: all). Sets what the layers go by: their positions `pos` (b, l) and
-        `angles`; whether the pass is `fused`; whether its tokens go into the states at once, `direct`. For a Mamba layer's log in PyTorch: `moving` (b,), how many
-        logged inputs go into a row's state first, at most `due`; and, counted from where the state stands then, `slot` (b, l), the places of the new inputs,
-        `real` (b,), how many there are with them, at most `end`.
+        """Begins a pass of l tokens a row, of which lengths (b,) are real (None: all).
 
-        With 4 places and passes of two tokens, announced: the first, at 0, logs its inputs in slots 0 and 1, the second, at 2, in 2 and 3. For the third,
-        at 4, there is no room: the four inputs (`moving`) go into the state, which then stands at 4, and the new ones come in slots 0 and 1 again."""
+        Sets what layers read: pos (b, l); angles; new, the tokens a row; counts, those that are
+        real; direct, whether they go into the states; to (b,), where the states stand afterwards.
+        """
         if b != len(self.at):
             raise MilError(f"cache: {b} rows of tokens for a cache of {len(self.at)} rows")
         if self.used + l > self.size:
-            raise MilError(
-                f"cache: {l} more tokens do not fit: {self.used} of {self.size} places are used"
-            )
-        after, announced, need = (
-            torch.arange(l, device=self.device),
-            self.room > 0,
-            max(l, self.room),
-        )
-        self.fused = lengths is None and self.fusable(l)
-        self.direct, self.room, self.new = (
-            l > self.places or not (announced or self.lazy and self.fused),
-            max(0, self.room - l),
-            l,
-        )
-        self.lengths = None if lengths is None else torch.as_tensor(lengths, device=self.device)
+            told = f"{self.used} of {self.size} places are used"
+            raise MilError(f"cache: {l} more tokens do not fit: {told}")
+        self.new, self.fused = l, lengths is None and self.fusable(l)
+        self.lengths = lengths if lengths is None else torch.as_tensor(lengths, device=self.device)
         self.counts = l if lengths is None else self.lengths
-        target = (
-            self.at if announced and not self.direct else self.at + self.counts
-        )  # where a state that moves is to stand
-        self.to.copy_(
-            target
-            if self.direct
-            else torch.where(self.at - self.base > self.places - need, target, self.base)
-        )
-        self.pos = self.at[:, None] + after  # (b, l)
+        self.direct = not self.undo or l > kernels.FEW
+        self.to = self.at + self.counts if self.direct else self.at
+        self.pos = self.at[:, None] + torch.arange(l, device=self.device)
         self.angles = [t[0, 0, self.pos][:, None] for t in self.turns]  # (b, 1, l, p / 2)
-        if not self.fused:  # of a Mamba layer's log
-            self.row = torch.arange(b, device=self.device)[:, None]
-            self.moving = torch.where(
-                self.to > self.base, self.at - self.base, 0
-            )  # (b,) inputs to replay before the state moves
-            self.due = int(self.moving.max())
-            since = (
-                torch.zeros_like(self.at) if self.direct else self.at - self.to
-            )  # (b,) inputs logged after that
-            self.slot, self.real, self.end = (
-                since[:, None] + after,
-                since + self.counts,
-                int(since.max()) + l,
-            )
 
     def close(self):
-        self.at += self.counts
         self.base.copy_(self.to)
-        self.used = self.used + self.new if self.fused else int(self.at.max())
+        self.at += self.counts
+        self.used = self.used + self.new if self.lengths is None else int(self.at.max())
 
-    def settle(self, room):
-        """What is in the cache stays. Up to `room` more tokens a row can come, and be taken back, before the next call."""
-        if room > self.places:
-            raise MilError(
-                f"cache: {room} tokens could not be taken back: its log has {self.places} places"
-            )
-        self.room = room
+    def keep(self, lengths, most=None):
+        """Each row keeps its first `lengths` (b,) tokens, and the last pass's others are forgotten.
 
-    def start(self, at, used, room):
-        """A round begins: every row's cursor back to `at` (b,), a tensor, the largest of which is `used`; then settle(room). Does not check that
-        the log reaches that far, as `back` does, since that would wait for the device; what a row gives that stands before its state (in
-        `generate` one that is finished) means nothing."""
-        self.at.copy_(at)
-        self.used = used
-        self.settle(room)
+        If `most`, the greatest of them, is given, nothing is checked and the device is not waited
+        for. Otherwise raises MilError if a row does not hold so many, or its states hold more.
+        """
+        if most is None:
+            lengths = torch.as_tensor(lengths, device=self.device)
+            most = int(lengths.max())
+            stateless = not any(isinstance(state, MambaState) for state in self.states)
+            first = torch.zeros_like(self.base) if stateless else self.base
+            if ((lengths < first) | (lengths > self.at)).any():
+                told = f"rows hold {self.at.tolist()} tokens and can go back to {first.tolist()}"
+                raise MilError(f"cache: {told}, not to {lengths.tolist()}")
+        self.at.copy_(lengths)
+        self.used = most
 
     def clear(self):
-        """Forget everything."""
-        for t in (
-            self.at,
-            self.base,
-            self.to,
-            *[
-                t
-                for log in self.logs
-                if isinstance(log, StateLog)
-                for t in (log.h, *(log.inputs or ()))
-            ],
-        ):
-            t.zero_()
-        self.used = self.room = 0
-
-    def back(self, to):
-        """Move each row's cursor back to `to`, a number of tokens per row. MilError where the log does not reach."""
-        for row, (at, base, new) in enumerate(
-            zip(self.at.tolist(), self.base.tolist(), to, strict=True)
-        ):
-            first = base if any(isinstance(log, StateLog) for log in self.logs) else 0
-            if not first <= new <= at:
-                raise MilError(
-                    f"cache: row {row} holds {at} tokens and can go back to {first}, not to {new}: its log has {self.places} places"
-                )
-        self.at.copy_(torch.tensor(to))
-        self.used = max(to)
+        """Forgets everything."""
+        for state in self.states:
+            if isinstance(state, MambaState):
+                for t in (state.h, *(state.inputs or ())):
+                    t.zero_()
+        self.keep(torch.zeros_like(self.at), 0)
+        self.base.zero_()
 
 
-class AttentionLog:
-    """K and V (b, g, size, p), written at each row's own cursor."""
+class AttentionState:
+    """Keys and values (b, g, size, p), each row's from its own place on."""
 
     def __init__(self, cache, config, dtype):
         self.cache = cache
-        shape = (len(cache.at), config.n_kv_heads, cache.size, config.head_dim)
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=cache.device) for _ in range(2))
+        shape = len(cache.at), config.n_kv_heads, cache.size, config.head_dim
+        self.k = torch.zeros(shape, dtype=dtype, device=cache.device)
+        self.v = torch.zeros_like(self.k)
 
-    def extend(self, k, v):
-        """Write the new k, v (b, l, g, p). Returns all keys and values so far, and who may see whom (None: causal)."""
+    def attend(self, q, k, v, angles):
+        """Attention of q (b, l, h, p) over all so far and the new k, v (b, l, g, p)."""
         c = self.cache
-        self.k[c.row, :, c.pos] = k.to(
-            self.k.dtype
-        )  # padding lands past the cursor, where nothing counts
-        self.v[c.row, :, c.pos] = v.to(self.v.dtype)
-        if c.used == 0:  # nothing came before: plain causal attention over the new tokens
-            return k, v, None
+        if c.fused:
+            return kernels.attend(q, k, v, *angles, self.k, self.v, c.at)
+        q, k = rotate(q, angles), rotate(k, angles)
+        row = torch.arange(len(c.at), device=c.device)[:, None]
+        self.k[row, :, c.pos] = k.to(self.k.dtype)  # padding lands where nothing is read
+        self.v[row, :, c.pos] = v.to(self.v.dtype)
+        if c.used == 0:
+            return sdpa(q, k, v)
         end = c.used + c.new
         mask = torch.arange(end, device=c.device) <= c.pos[..., None]  # (b, l, end)
-        return (
-            self.k[:, :, :end].transpose(1, 2).to(k.dtype),
-            self.v[:, :, :end].transpose(1, 2).to(v.dtype),
-            mask[:, None],
-        )
+        k, v = (t[:, :, :end].transpose(1, 2).to(q.dtype) for t in (self.k, self.v))
+        return sdpa(q, k, v, mask[:, None])
 
 
-class StateLog:
-    """The state h (b, h, p, n), float32 or more, before token `base`; and a ring of the layer's inputs, token t at t modulo its size:
-    those since, and the `window` of them before that the convolution looks back on."""
+class MambaState:
+    """The state h (b, h, p, n) before token `base`, float32 or more, and inputs of the layer.
 
-    def __init__(self, cache, window, state, dtype):
+    Inputs are those since, and the `window` before that the convolution looks back on, in a ring:
+    token t is at t modulo its size.
+    """
+
+    def __init__(self, cache, window, shape, dtype):
         self.cache, self.window, self.inputs = cache, window, None
-        self.h = torch.zeros(
-            len(cache.at),
-            *state,
-            dtype=torch.promote_types(dtype, torch.float32),
-            device=cache.device,
-        )
-
-    @property
-    def places(self):
-        return self.cache.at, self.cache.base, self.cache.to
+        wide = torch.promote_types(dtype, torch.float32)
+        self.h = torch.zeros(len(cache.at), *shape, dtype=wide, device=cache.device)
 
     def allocate(self, written):
-        """The log of inputs, when the first ones come; `written` (b, l, ...) are tensors of their widths and types."""
+        """The ring of inputs, made with the first: `written` (b, l, ...) have its types."""
         if self.inputs is None:
-            c = self.cache
-            room = (
-                c.places + max(c.places, kernels.FEW) + max(1, self.window)
-            )  # the logged, the new, and what came before
-            size = 2 ** math.ceil(math.log2(room))
+            passes = 2 if self.cache.undo else 1  # the pending one and the new one
+            size = 1 << (passes * kernels.FEW + self.window).bit_length()
             self.inputs = [t.new_zeros(t.shape[0], size, *t.shape[2:]) for t in written]
         return self.inputs
 
+    def places(self, first, l):
+        """Row and place in the ring of l tokens from `first` (b,) on."""
+        at = first[:, None] + torch.arange(l, device=first.device)
+        return torch.arange(len(at), device=at.device)[:, None], at % self.inputs[0].shape[1]
+
     def extend(self, mixer, written, read):
-        """y (b, l, h, p) of l new tokens by the mixer's `scan`: `written` (b, l, …) is what a token leaves behind (Mamba-2's
-        convolution mixes in C), and is logged, `read` what it only reads with."""
-        c, blank = self.cache, lambda t, l: t.new_zeros(t.shape[0], l, *t.shape[2:])
-        self.allocate(written)
-        ring = lambda first, l: (
-            c.row,
-            (first[:, None] + torch.arange(l, device=c.device)) % self.inputs[0].shape[1],
-        )  # noqa: E731
-        before = lambda at: ring(at - self.window, self.window)  # noqa: E731
-        if c.due:
-            logged, read_ = (
-                [t[ring(c.base, c.due)] for t in self.inputs],
-                [blank(t, c.due) for t in read],
-            )
-            self.h.copy_(
-                mixer.scan(*logged, *read_, self.inputs[0][before(c.base)], self.h, c.moving)[2]
-            )
-        if c.direct:
-            y, window, h = mixer.scan(
-                *written, *read, self.inputs[0][before(c.at)], self.h, c.lengths
-            )
-            self.inputs[0][before(c.to)] = window
+        """y (b, l, h, p) of l new tokens by the mixer's `scan`.
+
+        `written` (b, l, ...) are the inputs that move the state, `read` the others.
+        """
+        c, w, inputs = self.cache, self.window, self.allocate(written)
+        if c.fused:
+            return mixer.replay(*written, *read, inputs, self.h, (c.at, c.base, c.to))
+        window = inputs[0][self.places(c.base - w, w)]
+        pending = c.at - c.base
+        most = int(pending.max())
+        if most > 0:
+            old = [t[self.places(c.base, most)] for t in inputs]
+            blank = [t.new_zeros(len(t), most, *t.shape[2:]) for t in read]
+            _, window, h = mixer.scan(*old, *blank, window, self.h, pending)
             self.h.copy_(h)
-            return y
-        for t, new in zip(self.inputs, written):
-            t[ring(c.at, c.new)] = new
-        read = [blank(t, c.end).index_put((c.row, c.slot), t) for t in read]
-        return mixer.scan(
-            *[t[ring(c.to, c.end)] for t in self.inputs],
-            *read,
-            self.inputs[0][before(c.to)],
-            self.h,
-            c.real,
-        )[0][c.row, c.slot]
+        y, window, h = mixer.scan(*written, *read, window, self.h, c.lengths)
+        if c.direct:
+            self.h.copy_(h)
+            inputs[0][self.places(c.to - w, w)] = window
+        else:
+            for t, new in zip(inputs, written, strict=True):
+                t[self.places(c.at, c.new)] = new
+        return y
 
 
 def hide_padding(dt, lengths):
-    """dt (b, l, ...) with -inf at a row's padding: there Δ = softplus(-inf) = 0, which neither decays nor writes."""
+    """dt (b, l, ...), -inf at padded places: Δ = softplus(-inf) = 0 neither decays nor writes."""
     real = torch.arange(dt.shape[1], device=dt.device) < lengths[:, None]
     return dt.masked_fill(~real.view(*real.shape, *[1] * (dt.dim() - 2)), -torch.inf)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Turning attention into Mamba
 
 
 def interleaved_layers(n_layers, keep):
     """Which layers to replace so that the share `keep` of attention stays, spread evenly.
 
-    Reproduces the paper's sets for 32 layers: keep 0.75 -> 0, 4, 8 …; 0.5 -> 0, 2, 4 …; 0.25 -> all but 3, 7, 11 …
+    The paper's sets for 32 layers: keep 0.5 -> 0, 2, 4 …; 0.25 -> all but 3, 7, 11 …
     """
     if not 0 <= keep <= 1:
         raise MilError(f"keep is {keep}, expected a share of attention between 0 and 1")
@@ -946,14 +820,16 @@ def empty_model(config):
 
 
 def pack(model):
-    """Puts the projections that read the same input one after the other in memory, where decoding reads them in one launch; values and
-    names stay (model.to undoes it). Returns the model."""
+    """Puts projections of the same input one after the other in memory, for one launch in decoding.
+
+    Values and names stay; model.to undoes it. Returns the model.
+    """
     for layer in model.layers:
         weights = [getattr(layer.mixer, name).weight for name in layer.mixer.READS]
         if len(weights) > 1:
-            for weight, part in zip(
-                weights, torch.cat([w.data for w in weights]).split([len(w) for w in weights])
-            ):
+            together = torch.cat([w.data for w in weights])
+            parts = together.split([len(w) for w in weights])
+            for weight, part in zip(weights, parts, strict=True):
                 weight.data = part
     return model
 
@@ -961,39 +837,31 @@ def pack(model):
 def replace_attention(model, layers, mixer="mamba2", init="attention", share=False):
     """A student: `model` with attention replaced by `mixer` in `layers`, everything else kept.
 
-    init="attention" copies the layer's projections (W_q -> C, W_k -> B, W_v -> x, W_o -> out; biases, where there are any,
-    stay behind), "random" does not. New projections keep PyTorch's own initial values, as in the authors' code. The
-    model itself is untouched, and may be a student already: layers converted before keep what they learned. With
-    share=True the kept parts are the model's own tensors, not copies. Raises MilError for a layer out of range, listed
-    twice, or holding no attention.
+    init="attention" copies the layer's projections (W_q -> C, W_k -> B, W_v -> x, W_o -> out; not
+    their biases), "random" does not. New projections keep PyTorch's own initial values, as in the
+    authors' code. `model` may be a student already; it is not changed. With share=True the kept
+    parts are its own tensors, not copies. Raises MilError if a layer is out of range, listed twice,
+    or not attention.
     """
     if mixer not in MIXERS[1:]:
-        raise MilError(
-            f"replace_attention: mixer {mixer!r}, expected one of {', '.join(MIXERS[1:])}"
-        )
+        raise MilError(f"replace_attention: mixer {mixer!r}, expected {', '.join(MIXERS[1:])}")
     if init not in ("attention", "random"):
         raise MilError(f"replace_attention: init {init!r}, expected attention or random")
     mixers, layers = list(model.config.mixers), list(layers)
     for i in layers:
         if not 0 <= i < len(mixers):
-            raise MilError(
-                f"replace_attention: layer {i} is out of range, the model has layers 0 to {len(mixers) - 1}"
-            )
+            last = len(mixers) - 1
+            told = f"layer {i} is out of range, the model has layers 0 to {last}"
+            raise MilError(f"replace_attention: {told}")
         if mixers[i] != "attention":
-            raise MilError(
-                f"replace_attention: layer {i} holds {mixers[i]}, not attention: it is already replaced or listed twice"
-            )
+            told = f"layer {i} holds {mixers[i]}, not attention"
+            raise MilError(f"replace_attention: {told}: it is already replaced or listed twice")
         mixers[i] = mixer
-    dataclasses.replace(
-        model.config, mixers=mixers
-    )  # checks that the new heads can be cut from the old
-    leaving = {
-        id(w) for i in layers for w in model.layers[i].mixer.parameters()
-    }  # not worth a copy
-    as_is = {
-        id(w): w for w in model.parameters() if share or id(w) in leaving
-    }  # deepcopy takes these for copied already
-    student = copy.deepcopy(model, as_is)
+    dataclasses.replace(model.config, mixers=mixers)  # checks the new heads
+    # deepcopy takes what is in `kept` for copied already: shared tensors, and those that leave
+    leaving = {id(w) for i in layers for w in model.layers[i].mixer.parameters()}
+    kept = {id(w): w for w in model.parameters() if share or id(w) in leaving}
+    student = copy.deepcopy(model, kept)
     student.config.mixers = mixers  # one object, known to every layer
     for i in layers:
         attention, new = model.layers[i].mixer, CLASSES[mixer](student.config)
@@ -1007,27 +875,27 @@ def replace_attention(model, layers, mixer="mamba2", init="attention", share=Fal
 
 
 def check_layers(layers, n_layers):
-    """MilError unless `layers` are some of n_layers, each once and in order."""
+    """Raises MilError unless `layers` are some of n_layers, each once and in order."""
     if not layers or layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < n_layers:
-        raise MilError(
-            f"layers {', '.join(map(str, layers)) or 'none'}: expected some of 0 to {n_layers - 1}, each once, in rising order"
-        )
+        told = ", ".join(map(str, layers)) or "none"
+        wanted = f"some of 0 to {n_layers - 1}, each once, in rising order"
+        raise MilError(f"layers {told}: expected {wanted}")
 
 
 def keep_layers(model, layers):
-    """A smaller model: of `model`'s layers only these, in order, with its embedding, final norm and head (a draft for
-    speculative decoding begins so: section 5.5). The model is untouched. MilError for layers that are no such choice."""
+    """A copy with only these of the model's layers, its embedding, norm and head.
+
+    A draft for speculative decoding begins so (section 5.5). Raises MilError as check_layers.
+    """
     check_layers(layers, len(model.layers))
-    small = empty_model(
-        dataclasses.replace(
-            model.config, n_layers=len(layers), mixers=[model.config.mixers[i] for i in layers]
-        )
-    )
-    weights = model.state_dict()
-    source = lambda name: re.sub(r"^layers\.(\d+)", lambda m: f"layers.{layers[int(m[1])]}", name)  # noqa: E731
-    small.load_state_dict(
-        {name: weights[source(name)].clone() for name in small.state_dict()}, assign=True
-    )
+    mixers = [model.config.mixers[i] for i in layers]
+    config = dataclasses.replace(model.config, n_layers=len(layers), mixers=mixers)
+    small = empty_model(config)
+    parts = [(small.layers[j], model.layers[i]) for j, i in enumerate(layers)]
+    parts += [(getattr(small, k), getattr(model, k)) for k in ("embed_tokens", "norm", "lm_head")]
+    for part, source in parts:
+        weights = {name: w.clone() for name, w in source.state_dict().items()}
+        part.load_state_dict(weights, assign=True)
     small.tie()
     return small
 

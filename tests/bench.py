@@ -282,9 +282,9 @@ def stacked(config, mixers):
 
 
 @torch.inference_mode()
-def filled(model, batch, length, places=0, lazy=False):
+def filled(model, batch, length, undo=False):
     """A cache of `length` random tokens a row, with room for a few more."""
-    cache = mil.Cache(model, batch, length + 16, places, lazy)
+    cache = mil.Cache(model, batch, length + 16, undo)
     tokens = torch.randint(model.config.v, (batch, length), device=DEVICE)
     for part in tokens.split(4096 if batch == 1 else 512, dim=1):
         model.hidden(part, cache)
@@ -294,31 +294,30 @@ def filled(model, batch, length, places=0, lazy=False):
 def cache_bytes(cache, length):
     """What a step reads of it, all rows together."""
     total = 0
-    for log in filter(None, cache.logs):
-        if isinstance(log, mil.AttentionLog):
-            total += (log.k.nbytes + log.v.nbytes) * length / cache.size
+    for state in filter(None, cache.states):
+        if isinstance(state, mil.AttentionState):
+            total += (state.k.nbytes + state.v.nbytes) * length / cache.size
         else:
-            total += log.h.nbytes
+            total += state.h.nbytes
     return total
 
 
 @torch.inference_mode()
 def step_ms(model, cache, l):
-    """The time of a pass of l tokens a row and their logits, always from the same place. Of l > 1
-    after a round that kept as many; of one the mean from one writing of the states to the next."""
+    """The time of a pass of l tokens a row and their logits, always from the same place; if passes
+    can be undone, after one of which as many were kept."""
     tokens = torch.zeros(len(cache.at), l, dtype=torch.long, device=DEVICE)
-    at, used = cache.at.clone(), cache.used
-    logged, passes = (l, 1) if l > 1 else (0, cache.places + 1)
+    at, used, pending = cache.at.clone(), cache.used, l if cache.undo else 0
 
-    def steps():
-        cache.base.copy_(at - logged)
-        cache.start(at, used, logged)
-        return [model(tokens, cache) for _ in range(passes)]
+    def read():
+        cache.base.copy_(at - pending)
+        cache.keep(at, used)
+        return model(tokens, cache)
 
-    run = generate.Launched(steps, cache.device if CUDA and cache.fusable(l) else None)
-    run()  # compiles
-    run()  # captures
-    return wall_ms(run) / passes
+    launched = generate.Launched(cache.device if CUDA and cache.fusable(l) else None, None)
+    launched(read)  # compiles
+    launched(read)  # captures
+    return wall_ms(lambda: launched(read))
 
 
 def step():
@@ -329,7 +328,7 @@ def step():
         first = None
         for mixers in STACKS:
             model = random_model(stacked(EIGHT, mixers))
-            cache = filled(model, b, l, generate.log_places(model, b), lazy=True)
+            cache = filled(model, b, l)
             ms, held = step_ms(model, cache, 1), cache_bytes(cache, l)
             first = first or ms
             weights = sum(w.nbytes for w in model.parameters()) - model.embed_tokens.weight.nbytes
@@ -337,7 +336,7 @@ def step():
             row = {"ms": ms, "of floor": floor / ms, "÷ attention": ms / first}
             row.update({"MiB a row": held / b / 2**20, "verify 5": None, "÷ step": None})
             if b == 1:
-                row["verify 5"] = step_ms(model, filled(model, 1, l, places=5), 5)
+                row["verify 5"] = step_ms(model, filled(model, 1, l, undo=True), 5)
                 row["÷ step"] = row["verify 5"] / ms
             yield f"{' + '.join(mixers)}, b{b} l{l:,}", row
             del model, cache  # before the next is made

@@ -838,17 +838,16 @@ def speculation(lab):
 
     def timed(model, temperature, draft=None, K=0):
         """tokens/s from a text's second round on, and of each text tokens a pass and the share kept."""
-        plan = generate.Speculation(K)
-        decoder = generate.Decoder(model, 1, size.context, temperature, generator=torch.Generator(lab.device).manual_seed(3), draft=draft, speculate=plan)
+        decoder = generate.Decoder(model, 1, size.context, temperature, generator=torch.Generator(lab.device).manual_seed(3), draft=draft, speculate=K)
         seconds, tokens, per_pass, kept = 0, 0, [], []
         for warm, prompt in enumerate(prompts[:1] + prompts):  # the first twice: kernels are compiled and graphs captured in it
-            plan.passes = plan.accepted = plan.proposed = count = first = 0
+            decoder.passes = decoder.accepted = decoder.proposed = count = first = 0
             for (new,) in decoder.decode([prompt], size.speculated):
                 count += len(new)
                 if not first:
                     first, began = count, bench.now()
             if warm:
-                per_pass.append(count / max(1, plan.passes)), kept.append(plan.accepted / max(1, plan.proposed))
+                per_pass.append(count / max(1, decoder.passes)), kept.append(decoder.accepted / max(1, decoder.proposed))
                 seconds, tokens = seconds + bench.now() - began, tokens + count - first
         return tokens / seconds, per_pass, kept
     for name, model in targets.items():

@@ -534,14 +534,14 @@ def test_speculation_counts_a_texts_own_passes_and_divides_by_plain_decoding_of_
     class Decoder:
         def __init__(self, model, rows, room, temperature, generator, draft, speculate):
             models.append(model)
-            self.sampled, self.draft, self.plan, self.texts = temperature > 0, draft, speculate, 0
+            self.sampled, self.draft, self.K, self.texts = temperature > 0, draft, speculate, 0
 
         def decode(self, prompts, most):
             asked.append(bytes(prompts[0]).decode())
-            K, self.texts = self.plan.fixed and self.plan.K, self.texts + 1
+            K, self.texts = self.K, self.texts + 1
             for turn in range(3):
                 watch.at += (1 + self.sampled) / (8 if K == 2 else 4 if K else 2) if turn else 100
-                self.plan.passes, self.plan.proposed, self.plan.accepted = self.plan.passes + 1, self.plan.proposed + K, self.plan.accepted + (K and self.texts)
+                self.passes, self.proposed, self.accepted = self.passes + 1, self.proposed + K, self.accepted + (K and self.texts)
                 yield ([0] * (1 + (K and self.texts)),)
     monkeypatch.setattr(generate, "Decoder", Decoder)
     for name in ("load", "pack"):

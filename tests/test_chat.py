@@ -83,7 +83,7 @@ def counting(models, monkeypatch):
     return read
 
 
-@given(configs(), st.data(), st.sampled_from([None, 1, 3, 0]), st.booleans())
+@given(configs(), st.data(), st.sampled_from([None, 1, 3]), st.booleans())
 @settings(max_examples=8)
 def test_a_decoder_goes_on_with_longer_texts_as_if_it_had_read_them_anew(config, data, K, cut):
     model, drafts = build(config), {} if K is None else dict(draft=build(data.draw(configs()), seed=1), speculate=K)
@@ -112,7 +112,7 @@ def test_a_turn_reads_only_what_is_new(speculate, monkeypatch):
     text += sum(whole(decoder.decode([text], 4)), []) + [5, 6, 7]
     read = counting([m for m in (model, drafts.get("draft")) if m], monkeypatch)
     rounds = sum(1 for _ in decoder.decode([text], 1))
-    assert rounds == 1 and read[0] == 3 + 1 + (speculate or 0) and (not drafts or read[1] == 3 + 2 + 2)  # new, last, proposed; the draft reads two and all but its own last
+    assert rounds == 1 and read[0] == 3 + 1 + (speculate or 0) and (not drafts or read[1] == 3 + 2 + 3 + 4)  # new, last, proposed; the draft reads two and what it proposed
 
 
 def test_a_decoder_compiles_nothing_twice():
@@ -120,7 +120,7 @@ def test_a_decoder_compiles_nothing_twice():
     decoder, text = g.Decoder(model, 1, 48, 0), [1, 2, 3]
     for turn in range(2):
         text = text + whole(decoder.decode([text], 4))[0] + [9]
-        assert list(decoder.halves) == [(0, False)] and decoder.halves[0, False][1].calls == 4 * (turn + 1)
+        assert [half.calls for half in decoder.halves] == [4 * (turn + 1)]
 
 
 def test_a_role_is_a_word_and_a_decoder_has_its_rows():
@@ -133,7 +133,7 @@ def test_a_role_is_a_word_and_a_decoder_has_its_rows():
 def test_a_row_has_room_for_the_decoders_size_and_no_more():
     decoder = g.Decoder(build(Config(**MIXED), torch.float32), 1, 10, 0)
     assert len(whole(decoder.decode([[1, 2, 3]], 40))[0]) == 7
-    with pytest.raises(MilError, match="prompt 1 has 10 tokens, but the model's context is 10"):
+    with pytest.raises(MilError, match="prompt 1 has 10 tokens, the context is 10"):
         next(decoder.decode([[1] * 10], 1))
 
 

@@ -173,154 +173,127 @@ def test_the_future_never_changes_the_past_of_a_stack(config, l, seed, data):
     assert not torch.equal(after[:, at:], before[:, at:])
 
 
-@given(configs(), st.lists(st.integers(1, 20), min_size=1, max_size=5), st.integers(1, 3), st.integers(0, 100))
+UNDO = st.booleans()
+
+
+@given(configs(), st.lists(st.integers(1, 20), min_size=1, max_size=5), st.integers(1, 3), UNDO)
 @settings(max_examples=60)
-def test_a_stack_with_a_cache_equals_the_stack_without_for_any_split(config, pieces, b, seed):
-    model, tokens = build(config, seed=seed), random_tokens(config, b, sum(pieces), seed)
+def test_a_stack_with_a_cache_equals_the_stack_without_for_any_split(config, pieces, b, undo):
+    model, tokens = build(config), random_tokens(config, b, sum(pieces))
     with torch.no_grad():
-        want, cache = model(tokens), Cache(model, b, sum(pieces))
+        want, cache = model(tokens), Cache(model, b, sum(pieces), undo)
         got = torch.cat([model(part, cache) for part in tokens.split(pieces, dim=1)], dim=1)
     assert_close(got, want, 1e-8)
 
 
-@given(configs(), st.lists(st.tuples(*[st.integers(1, 9)] * 3), min_size=1, max_size=4), st.integers(0, 100))
-@settings(max_examples=40)
-def test_rows_of_unequal_length_in_a_cache_are_each_as_if_alone(config, rounds, seed):
-    """Each round feeds every row its own number of tokens, padded on the right with anything."""
-    model, totals = build(config, seed=seed), [sum(r[i] for r in rounds) for i in range(3)]
-    tokens = random_tokens(config, 3, max(totals), seed)
-    cache, at, got = Cache(model, 3, 9 * len(rounds)), [0, 0, 0], [[], [], []]
-    with torch.no_grad():
-        for r in rounds:
-            fed = random_tokens(config, 3, max(r), seed + 1)
-            for i in range(3):
-                fed[i, :r[i]] = tokens[i, at[i]:at[i] + r[i]]
-            logits = model(fed, cache, torch.tensor(r, device=DEVICE))
-            for i in range(3):
-                got[i].append(logits[i, :r[i]])
-                at[i] += r[i]
-        for i in range(3):
-            assert_close(torch.cat(got[i]), model(tokens[i:i + 1, :totals[i]])[0], 1e-8)
-
-
-@given(configs(), st.integers(0, 6), st.integers(1, 3), st.data())
-@settings(max_examples=60)
-def test_after_tokens_are_taken_back_a_cache_goes_on_as_if_they_had_never_come(config, log, rows, data):
-    """Rounds of several passes, after each of which every row keeps its own number of the new tokens: none, all or between."""
-    model, seed = build(config, seed=data.draw(st.integers(0, 100))), data.draw(st.integers(0, 100))
-    texts, cache = [torch.empty(0, dtype=torch.long, device=DEVICE) for _ in range(rows)], Cache(model, rows, 60, log)
-    for i in range(data.draw(st.integers(1, 5))):
-        passes = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
-        room = sum(passes)
-        if room > log:  # more than can be taken back
-            passes, room = [data.draw(st.integers(log + 1, 8))], 0
-        cache.settle(room)
-        for j, l in enumerate(passes):
-            counts = [data.draw(st.integers(0 if room else 1, l)) for _ in range(rows)]
-            new = random_tokens(config, rows, l, seed + 10 * i + j)
-            with torch.no_grad():
-                got = model(new, cache, counts)
+@given(configs(), st.integers(1, 3), UNDO, st.data())
+@settings(max_examples=80)
+def test_each_row_of_a_cache_is_as_if_alone_whatever_it_reads_and_keeps(config, rows, undo, data):
+    """Rows read their own numbers of tokens, padded on the right, and keep as many as they like."""
+    model, cache = build(config), Cache(build(config), rows, 120, undo)
+    texts = [torch.empty(0, dtype=torch.long, device=DEVICE) for _ in range(rows)]
+    for i in range(data.draw(st.integers(1, 6))):
+        l = data.draw(st.sampled_from([1, 2, 5, kernels.FEW, kernels.FEW + 3]))
+        counts = [data.draw(st.integers(0, l)) for _ in range(rows)]
+        new = random_tokens(config, rows, l, i)
+        with torch.no_grad():
+            got = model(new, cache, counts)
             texts = [torch.cat([text, row[:n]]) for text, row, n in zip(texts, new, counts)]
-            for row, (text, n) in enumerate(zip(texts, counts)):
+            for row, text, n in zip(got, texts, counts):
                 if n:
-                    with torch.no_grad():
-                        assert_close(got[row, :n], model(text[None])[0, -n:], 1e-8)
-        if room:
-            to = [data.draw(st.integers(int(cache.base[row]), at)) for row, at in enumerate(cache.at.tolist())]
-            cache.back(to)
-            texts = [text[:n] for text, n in zip(texts, to)]
+                    assert_close(row[:n], model(text[None])[0, -n:], 1e-8)
+        if undo and l <= kernels.FEW:
+            kept = [len(text) - data.draw(st.integers(0, n)) for text, n in zip(texts, counts)]
+            cache.keep(kept)
+            texts = [text[:n] for text, n in zip(texts, kept)]
     assert [len(text) for text in texts] == cache.at.tolist()
 
 
-def test_a_mamba_log_holds_one_state_and_the_inputs_and_the_state_moves_only_when_the_log_is_full():
+def test_a_pass_leaves_the_state_before_its_tokens_and_their_inputs_beside_it():
     model = build(Config(**{**SMALL, "mixers": ["mamba2"] * 4}))
-    cache, log, states = Cache(model, 1, 40, places=6), None, []
+    cache, states = Cache(model, 1, 40, undo=True), []
     with torch.no_grad():
-        model(random_tokens(model.config, 1, 9), cache)
-        log = cache.logs[0]
-        for _ in range(10):
-            cache.settle(2)
-            states.append(log.h.clone())
+        model(random_tokens(model.config, 1, 19), cache)  # more than FEW: into the state at once
+        assert cache.base.tolist() == [19]
+        for kept in (2, 0, 1):
+            before = cache.at.tolist()
+            states.append(cache.states[0].h.clone())
             model(random_tokens(model.config, 1, 2), cache)
-            cache.back([int(cache.at[0]) - 1])  # one of two is kept
-    moved = [not torch.equal(a, b) for a, b in zip(states, states[1:])]
-    assert moved == [False, False, False, False, False, True, False, False, False] and cache.at.tolist() == [19]
-    assert len(log.h) == 1 and log.inputs[0].shape[1] < 40
+            assert cache.base.tolist() == before
+            cache.keep([before[0] + kept])
+        states.append(cache.states[0].h)
+    same = [torch.equal(a, b) for a, b in zip(states, states[1:])]
+    assert same == [True, False, True]  # it moves in the pass after tokens were kept
 
 
-def test_the_cache_goes_back_no_further_than_its_log_reaches():
-    for mixers, first in ((["mamba2"] * 4, 5), (["attention"] * 4, 0)):  # attention's log reaches back to the start
+def test_a_cache_goes_back_over_the_last_pass_alone_unless_it_has_no_state():
+    for mixers, first in ((["mamba2"] * 4, 5), (["attention"] * 4, 0)):
         model = build(Config(**{**SMALL, "mixers": mixers}))
-        cache = Cache(model, 1, 40, places=3)
+        cache = Cache(model, 1, 40, undo=True)
         with torch.no_grad():
-            model(random_tokens(model.config, 1, 5), cache)
-            cache.settle(2)
-            model(random_tokens(model.config, 1, 2), cache)
-        cache.back([first])
-        if first:
-            with pytest.raises(MilError, match="row 0 holds 5 tokens and can go back to 5, not to 4: its log has 3 places"):
-                cache.back([4])
-        with pytest.raises(MilError, match="not to 6"):
-            cache.back([6])
-        with pytest.raises(MilError, match="4 tokens could not be taken back: its log has 3 places"):
-            cache.settle(4)
+            for l in (5, 2):
+                model(random_tokens(model.config, 1, l), cache)
+        for to in {8, first - 1}:
+            match = rf"rows hold \[7\] tokens and can go back to \[{first}\], not to \[{to}\]"
+            with pytest.raises(MilError, match=match):
+                cache.keep([to])
+        cache.keep([first])
 
 
-WIDE = dict(n_layers=4, mixers=["attention", "mamba", "none", "mamba2"], v=40, d=24, n_heads=3, n_kv_heads=1, head_dim=20, d_ff=28, d_state=10)  # no power of two
-BLOCKS = dict(WIDE, n_heads=1, n_kv_heads=1, head_dim=72, d_state=24)  # a head in blocks of p and of n, keys in pieces of 16
+# sizes that are no powers of two; and a head in blocks of p and of n, keys in pieces of 16
+WIDE = dict(SMALL, mixers=["attention", "mamba", "none", "mamba2"], v=40, d=24, d_ff=28)
+WIDE |= dict(n_heads=3, n_kv_heads=1, head_dim=20, d_state=10)
+BLOCKS = dict(WIDE, n_heads=1, n_kv_heads=1, head_dim=72, d_state=24)
 
 
-@pytest.mark.parametrize("log, sizes", [(0, WIDE), (5, WIDE), (5, BLOCKS)])
-def test_decodings_kernels_do_what_pytorch_does_in_any_passes_and_whatever_is_taken_back(log, sizes, monkeypatch):
+@pytest.mark.parametrize("undo, sizes", [(False, WIDE), (True, WIDE), (True, BLOCKS)])
+def test_decodings_kernels_do_what_pytorch_does_whatever_is_kept(undo, sizes, monkeypatch):
     monkeypatch.setattr(kernels, "SPLITS", kernels.SPLITS if sizes is WIDE else (16, 16))
     model = build(Config(**sizes), torch.float32)
     model.layers[3].mixer.norm.eps = 0.1  # Mamba-2's: large enough to be seen
-    at, passes = [0, 3], [3, 1, 5, 4]  # rows of unequal length
-    caches = [Cache(model, 2, 40, log) for _ in range(2)]
+    caches = [Cache(model, 2, 40, undo) for _ in range(2)]
     with torch.no_grad():
         for cache in caches:
             with form("torch"):
-                model(random_tokens(model.config, 2, 3), cache, at)
-        for i, l in enumerate(passes):
+                model(random_tokens(model.config, 2, 3), cache, [0, 3])
+        for i, l in enumerate([3, 1, 5, 4]):
             new, logits = random_tokens(model.config, 2, l, i), []
             for cache, kind in zip(caches, ("torch", "triton")):
-                if l <= log:
-                    cache.settle(l)
                 with form(kind):
                     logits.append(model(new, cache))
-                    assert cache.fused == (kind == "triton")
+                assert cache.fused == (kind == "triton")
+                if undo:
+                    cache.keep([int(cache.at[0]), int(cache.at[1]) - 1])
             assert_close(logits[1], logits[0], 1e-4)
-            if l <= log:
-                for cache in caches:
-                    cache.back([n - i for i, n in enumerate(cache.at.tolist()) for i in [min(i, l)]])
-        assert torch.equal(caches[0].at, caches[1].at) and torch.equal(caches[0].base, caches[1].base)
+        assert torch.equal(caches[0].at, caches[1].at)
+        assert torch.equal(caches[0].base, caches[1].base)
 
 
 @pytest.mark.parametrize("sizes", [WIDE, BLOCKS])
-def test_several_tokens_at_once_give_the_bits_of_one_by_one_also_after_some_were_taken_back(sizes, monkeypatch):
+def test_several_tokens_at_once_give_the_bits_of_one_by_one_whatever_is_kept(sizes, monkeypatch):
     """So that greedy speculative decoding equals greedy plain decoding in bf16 too."""
     monkeypatch.setattr(kernels, "SPLITS", kernels.SPLITS if sizes is WIDE else (16, 16))
     model = build(Config(**sizes), torch.bfloat16 if DEVICE == "cuda" else torch.float32)
     tokens, got, at = random_tokens(model.config, 1, 24), [], 14
     with torch.no_grad(), form("triton"):
-        one, many = Cache(model, 1, 30), Cache(model, 1, 30, places=6)
+        one, many = Cache(model, 1, 30), Cache(model, 1, 30, undo=True)
         for cache in (one, many):
             model(tokens[:, :14], cache, [14])
-        want = torch.cat([model(tokens[:, i:i + 1], one) for i in range(14, 17)], dim=1)
+        want = torch.cat([model(tokens[:, i : i + 1], one) for i in range(14, 17)], dim=1)
         for l, kept in ((5, 0), (4, 1), (3, 2)):
-            many.settle(l)
-            got.append(model(tokens[:, at:at + l], many)[:, :kept])
+            got.append(model(tokens[:, at : at + l], many)[:, :kept])
             at += kept
-            many.back([at])
+            many.keep([at])
     assert at == 17
     assert_same_bits(torch.cat(got, dim=1), want)
 
 
 @pytest.mark.parametrize("split, n", [((128, 512), 100), ((16, 16), 270)])
-def test_attention_adds_up_blocks_of_a_piece_and_more_than_sixteen_pieces(split, n, monkeypatch):
+def test_attention_adds_up_blocks_of_a_piece_and_many_pieces(split, n, monkeypatch):
     """In a packed model, whose q, k and v are slices of one projection."""
     monkeypatch.setattr(kernels, "SPLITS", split)
-    config, got = Config(**{**WIDE, "n_layers": 1, "n_heads": 2, "mixers": ["attention"], "context": 320}), []
+    sizes = dict(WIDE, n_layers=1, n_heads=2, mixers=["attention"], context=320)
+    config, got = Config(**sizes), []
     model = mil.pack(build(config, torch.float32))
     for kind in ("torch", "triton"):
         cache = Cache(model, 1, n + 2)
@@ -334,47 +307,16 @@ def test_attention_adds_up_blocks_of_a_piece_and_more_than_sixteen_pieces(split,
 @pytest.mark.parametrize("kind", ["torch", "triton"])
 def test_the_host_knows_how_many_places_are_used(kind):
     model = build(Config(**{**WIDE, "n_layers": 1, "mixers": ["attention"]}), torch.float32)
-    cache = Cache(model, 1, 8, places=3)
+    cache = Cache(model, 1, 8, undo=True)
     with torch.no_grad(), form(kind):
         for _ in range(4):
-            cache.settle(3)
             model(random_tokens(model.config, 1, 3), cache)
-            cache.back([0])
+            cache.keep([0])
         for _ in range(2):
             model(random_tokens(model.config, 1, 3), cache)
         assert cache.used == 6
         with pytest.raises(MilError, match="3 more tokens do not fit: 6 of 8 places are used"):
             model(random_tokens(model.config, 1, 3), cache)
-
-
-@pytest.mark.parametrize("mixer", ["attention", "mamba2"])
-def test_what_settle_announces_can_be_taken_back_pass_by_pass(mixer):
-    model = build(Config(**{**SMALL, "n_layers": 1, "mixers": [mixer]}))
-    cache = Cache(model, 1, 40, places=5)
-    for i in range(5):
-        at = int(cache.at)
-        cache.settle(5)
-        with torch.no_grad():
-            for token in random_tokens(model.config, 1, 5, i).split(1, dim=1):
-                model(token, cache)
-        cache.back([at + i % 3])
-
-
-def test_a_lazy_cache_writes_its_states_every_few_tokens_and_gives_the_same_bits():
-    model = build(Config(**{**WIDE, "n_layers": 2, "mixers": ["mamba", "mamba2"]}), torch.bfloat16 if DEVICE == "cuda" else torch.float32)
-    tokens, bases = random_tokens(model.config, 2, 12), []
-    with torch.no_grad(), form("triton"):
-        eager, lazy = Cache(model, 2, 30), Cache(model, 2, 30, places=3, lazy=True)
-        assert eager.fusable(kernels.FEW) and not eager.fusable(kernels.FEW + 1)
-        for cache in (eager, lazy):
-            model(tokens[:, :5], cache, [5, 4])
-        for i in range(5, 11):
-            assert torch.equal(model(tokens[:, i:i + 1], lazy), model(tokens[:, i:i + 1], eager))
-            bases.append(lazy.base.tolist())
-    assert bases == [[5, 4]] * 3 + [[9, 8]] * 3 and lazy.at.tolist() == [11, 10] == eager.base.tolist()
-    with torch.no_grad(), form("torch"):
-        model(tokens[:, 11:], lazy)
-    assert lazy.base.tolist() == [12, 11]  # PyTorch, for which that would be more work, does without
 
 
 @pytest.mark.parametrize("mixer", mil.MIXERS)
@@ -623,7 +565,7 @@ def test_a_bf16_stack_keeps_its_cached_state_in_float32(mixer):
     with torch.no_grad():
         for token in random_tokens(model.config, 1, 3).T:
             model(token[None], cache)
-    h = cache.logs[0].h
+    h = cache.states[0].h
     assert h.dtype == torch.float32 and not torch.equal(h, h.bfloat16().float())
 
 
@@ -697,12 +639,13 @@ def test_what_would_be_ignored_is_refused():
             model(tokens, **more)
 
 
-def test_a_cleared_cache_has_nothing_announced():
-    model = build(Config(**{**SMALL, "mixers": ["mamba2"] * 4}))
-    cache, new = Cache(model, 1, 40, places=4), Cache(model, 1, 40, places=4)
-    cache.settle(3)
-    cache.clear()
-    for c in (cache, new):
-        with torch.no_grad():
-            model.hidden(torch.tensor([[4]], device=c.device), c)
-    assert (cache.room, cache.base.tolist(), cache.at.tolist()) == (new.room, new.base.tolist(), new.at.tolist()) == (0, [1], [1])
+@pytest.mark.parametrize("undo", [False, True])
+def test_a_cleared_cache_is_a_new_one(undo):
+    model = build(Config(**{**SMALL, "mixers": ["mamba2", "attention"] * 2}))
+    cache, tokens = Cache(model, 1, 40, undo), random_tokens(model.config, 1, 4)
+    with torch.no_grad():
+        for _ in range(3):
+            model(tokens, cache)
+        cache.clear()
+        assert_close(model(tokens, cache), model(tokens), 1e-10)
+    assert cache.at.tolist() == [4] and cache.base.tolist() == [0 if undo else 4]
