@@ -874,6 +874,14 @@ def check_prompts(prompts, v, context):
                 raise MilError(f"prompt {i} has token {token}, but the model's vocabulary is {v}")
 
 
+def check_draft(draft, K, v):
+    if draft.config.v != v:
+        told = f"the draft's vocabulary is {draft.config.v}, the model's {v}"
+        raise MilError(f"{told}: they must have the same tokens")
+    if not 1 <= K < kernels.FEW:
+        raise MilError(f"speculate is {K}, expected 1 to {kernels.FEW - 1}")
+
+
 class Launched:
     """Calls of one function of tensors that stay in place; on a GPU one launch of a CUDA graph.
 
@@ -902,19 +910,95 @@ class Launched:
         return self.out
 
 
+class Rounds:
+    """The tensors of decoding: models with their caches, and where the text of each row ends.
+
+    A round appends 1 to K + 1 tokens to each row. Without a draft K is 0.
+    """
+
+    def __init__(self, models, rows, context, K, how, generator):
+        self.models, self.context, self.K = models, context, K
+        self.how, self.generator = how, generator
+        undo = len(models) > 1
+        self.caches = [mil.Cache(model, rows, context + K, undo) for model in models]
+        self.device = self.caches[0].device
+        self.ends = torch.zeros(3, rows, dtype=torch.long, device=self.device)
+        self.at, self.before, self.last = self.ends  # the last token's place, the two last tokens
+        fused = self.device.type == "cuda" and all(c.fusable(K + 1) for c in self.caches)
+        self.halves = [Launched(self.device if fused else None, generator) for _ in models]
+        self.many = fused and rows > kernels.MANY and not undo
+        self.choose = torch.compile(choose) if self.many else choose
+
+    def launch(self, longest, speculative):
+        """Begins a round of texts up to `longest`. Returns the result of `extend`, on the CPU, and
+        an event after which it is there, or None."""
+        if speculative:
+            out = self.halves[0](self.extend, longest, *self.halves[1](self.propose, longest))
+        elif len(self.models) == 2:
+            out = self.extend(longest)  # once; no graph is made of it
+        else:
+            out = self.halves[0](self.extend, longest)
+        out, event = out.to("cpu", non_blocking=True), None
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.device))
+        return out, event
+
+    def propose(self, longest):
+        """K tokens of the draft and what they are drawn from: (b, K), (b, K, v).
+
+        Every pass reads the text's last two tokens, since the draft has not read its own last
+        proposal, and those proposed so far, from the same place on.
+        """
+        draft, cache = self.models[1], self.caches[1]
+        tokens, q = [self.before, self.last], []
+        for _ in range(self.K):
+            cache.keep(self.at - 1, longest - 2)
+            hidden = draft.hidden(torch.stack(tokens, dim=1), cache)[:, -1:]
+            q.append(distribution(draft.logits(hidden)[:, 0], *self.how))
+            tokens.append(draw(q[-1], self.generator).clamp(min=0))
+        return torch.stack(tokens[2:], dim=1), torch.stack(q, dim=1)
+
+    def extend(self, longest, proposed=None, q=None):
+        """The model reads the last token and those proposed, keeps some and adds one: (b, 2 + K).
+
+        The columns are how many it keeps, what was proposed, and the one more.
+        """
+        model, cache, new = self.models[0], self.caches[0], self.last[:, None]
+        if proposed is not None:
+            new = torch.cat([new, proposed], dim=1)
+        cache.keep(self.at, longest - 1)
+        logits = model.logits(model.hidden(new, cache))
+        if proposed is None:
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            times = waiting_times(logits[:, 0], dtype, self.generator)
+            count, extra = torch.zeros_like(self.last), self.choose(logits[:, 0], times, self.how)
+        else:
+            count, extra = verify(proposed, q, distribution(logits, *self.how), self.generator)
+        self.before.copy_(new.gather(1, count[:, None])[:, 0])
+        self.at.copy_((self.at + count + 1).clamp(max=self.context - 1))
+        self.last.copy_(extra.clamp(min=0))
+        return torch.cat([count[:, None], new[:, 1:], extra[:, None]], dim=1)
+
+    def read(self, which, new, held):
+        """The model (0) or the draft (1), which holds `held` tokens a row, reads `new`, lists."""
+        counts = list(map(len, new))
+        if max(counts):
+            cache = self.caches[which]
+            cache.keep(torch.tensor(held), max(held))
+            padded = [tokens + [0] * (max(counts) - len(tokens)) for tokens in new]
+            self.models[which].hidden(torch.tensor(padded, device=self.device), cache, counts)
+
+
 class Decoder:
-    """Continues texts, a batch of `rows` with room for `size` tokens each, and keeps what it read.
+    """Continues texts, a batch of `rows` with room for `size` tokens each.
 
-    `decode` may be called again with the same texts, longer, and reads what is new. With other
-    texts it begins anew.
-
-    With a `draft`, another model over the same tokens, a round is speculative: the draft proposes
-    K = `speculate` tokens, the model reads them in one pass, keeps the longest part it agrees with,
-    and adds one (`verify`). The text has the model's own distribution, whatever the draft. Without
-    a draft K is 0: a round is one token.
-
-    proposed, accepted, passes: tokens of the draft, those in the text, and passes of the model,
-    each row for itself.
+    `decode` may be called again with the same texts, longer, and reads only what is new. With a
+    `draft`, another model over the same tokens, a round is speculative: the draft proposes K =
+    `speculate` tokens, the model reads them in one pass, keeps the longest part it agrees with, and
+    adds one (`verify`). The text has the model's own distribution, whatever the draft. proposed,
+    accepted, passes count the draft's tokens, those in the text, and passes of the model, each row
+    for itself.
     """
 
     @torch.inference_mode()
@@ -932,113 +1016,16 @@ class Decoder:
     ):
         check_sampling(1, temperature, top_k, top_p)
         models = [model, draft] if draft else [model]
-        self.context = min(size, *map(longest_text, models))
-        if draft and draft.config.v != model.config.v:
-            told = f"the draft's vocabulary is {draft.config.v}, the model's {model.config.v}"
-            raise MilError(f"{told}: they must have the same tokens")
-        if draft and not 1 <= speculate < kernels.FEW:
-            raise MilError(f"speculate is {speculate}, expected 1 to {kernels.FEW - 1}")
+        self.v, self.context = model.config.v, min(size, *map(longest_text, models))
+        if draft:
+            check_draft(draft, speculate, self.v)
         self.K = min(speculate, self.context - 1) if draft else 0
-        self.models, self.how, self.generator = models, (temperature, top_k, top_p), generator
-        room = self.context + self.K
-        self.caches = [mil.Cache(m, rows, room, undo=bool(draft)) for m in models]
+        how = temperature, top_k, top_p
+        self.rounds = Rounds(models, rows, self.context, self.K, how, generator)
         self.texts = [[] for _ in range(rows)]
-        self.read = [[0] * rows for _ in models]  # of each text, the tokens that a cache holds
+        self.held = [[0] * rows for _ in models]  # how much of each text a cache holds
         self.torn = False  # whether a cache may hold other tokens than these
-        device = self.caches[0].device
-        # of each row where its last token is, the token before, and the last
-        self.at, self.before, self.last = self.now = torch.zeros(
-            3, rows, dtype=torch.long, device=device
-        )
-        fusable = all(cache.fusable(self.K + 1) for cache in self.caches)
-        self.graphs = device if device.type == "cuda" and fusable else None
-        self.halves = [Launched(self.graphs, generator) for _ in models]
-        self.many = self.graphs and rows > kernels.MANY and not draft
-        self.choose = torch.compile(choose) if self.many else choose
         self.proposed = self.accepted = self.passes = 0
-
-    def propose(self):
-        """K tokens of the draft and what they are drawn from: (b, K), (b, K, v).
-
-        Every pass reads the text's last two tokens, since the draft has not read its own last
-        proposal, and those proposed so far, from the same place on.
-        """
-        _, draft = self.models
-        tokens, q = [self.before, self.last], []
-        for _ in range(self.K):
-            self.caches[1].keep(self.at - 1, self.longest - 2)
-            hidden = draft.hidden(torch.stack(tokens, dim=1), self.caches[1])[:, -1]
-            q.append(distribution(draft.logits(hidden[:, None])[:, 0], *self.how))
-            tokens.append(draw(q[-1], self.generator).clamp(min=0))
-        return torch.stack(tokens[2:], dim=1), torch.stack(q, dim=1)
-
-    def extend(self, proposed=None, q=None):
-        """Reads the last token and those proposed, keeps some and adds one: (b, 2 + K).
-
-        The columns: how many are kept, the proposed tokens, the one more.
-        """
-        (model, *_), (cache, *_) = self.models, self.caches
-        new = self.last[:, None]
-        if proposed is not None:
-            new = torch.cat([new, proposed], dim=1)
-        cache.keep(self.at, self.longest - 1)
-        logits = model.logits(model.hidden(new, cache))
-        if proposed is None:
-            dtype = torch.promote_types(logits.dtype, torch.float32)
-            times = waiting_times(logits[:, 0], dtype, self.generator)
-            count, extra = torch.zeros_like(self.last), self.choose(logits[:, 0], times, self.how)
-        else:
-            count, extra = verify(proposed, q, distribution(logits, *self.how), self.generator)
-        self.before.copy_(new.gather(1, count[:, None])[:, 0])  # where the next round begins
-        self.at.copy_((self.at + count + 1).clamp(max=self.context - 1))
-        self.last.copy_(extra.clamp(min=0))
-        return torch.cat([count[:, None], new[:, 1:], extra[:, None]], dim=1)
-
-    def round(self):
-        """Launches a round. Returns its result on the CPU, and an event after which it is there."""
-        lengths = list(map(len, self.texts))
-        # The draft reads the token before the last, which a text of one token lacks.
-        self.longest, self.active = max(lengths), 1 if min(lengths) == 1 else len(self.models)
-        if self.active == 2:
-            self.catch_up(1)
-            out = self.halves[0](self.extend, *self.halves[1](self.propose))
-        elif len(self.models) == 2:
-            out = self.extend()  # once: no graph is made of it
-        else:
-            out = self.halves[0](self.extend)
-        out, event = out.to("cpu", non_blocking=True), None
-        if out.device != self.now.device:
-            event = torch.cuda.Event()
-            event.record()
-        return out, event
-
-    def catch_up(self, which):
-        """The model (0) or the draft (1) reads the texts, but for the last token, or last two."""
-        cache, read = self.caches[which], self.read[which]
-        new = [text[n : len(text) - 1 - which] for n, text in zip(read, self.texts, strict=True)]
-        counts = list(map(len, new))
-        if max(counts):
-            cache.keep(torch.tensor(read), max(read))
-            padded = [tokens + [0] * (max(counts) - len(tokens)) for tokens in new]
-            tokens = torch.tensor(padded, device=cache.device)
-            self.models[which].hidden(tokens, cache, counts)
-
-    def place(self, rows):
-        """Where these rows of the texts end, and a round begins. A finished row stays there."""
-        texts = [self.texts[i] for i in rows]
-        ends = [[len(text) - 1, text[-2] if len(text) > 1 else 0, text[-1]] for text in texts]
-        self.now[:, rows] = torch.tensor(ends, device=self.now.device).T
-
-    def begin(self, prompts):
-        """Takes the prompts for texts, and forgets what the caches hold if they are others."""
-        for which, read in enumerate(self.read):
-            for n, text, prompt in zip(read, self.texts, prompts, strict=True):
-                self.torn |= text[:n] != prompt[:n] or n > max(0, len(prompt) - 1 - which)
-        if self.torn:
-            self.read, self.torn = [[0] * len(prompts) for _ in self.models], False
-            for cache in self.caches:
-                cache.clear()
-        self.texts[:] = [list(prompt) for prompt in prompts]
 
     @torch.inference_mode()
     def decode(self, prompts, max_new_tokens, stop=()):
@@ -1049,38 +1036,68 @@ class Decoder:
         MilError if a prompt or setting cannot work, and if logits are NaN.
         """
         check_sampling(max_new_tokens, 1, 0, 1)
-        v = self.models[0].config.v
-        check_prompts(prompts, v, self.context)
+        check_prompts(prompts, self.v, self.context)
         if len(prompts) != len(self.texts):
             raise MilError(f"{len(prompts)} prompts for a decoder of {len(self.texts)} rows")
         for token in stop:
-            if not 0 <= token < v:
-                raise MilError(f"stop token {token} is outside the vocabulary of {v}")
+            if not 0 <= token < self.v:
+                raise MilError(f"stop token {token} is outside the vocabulary of {self.v}")
         self.begin(prompts)
-        stop = {*stop}
-        ends = [min(len(prompt) + max_new_tokens, self.context) for prompt in prompts]
+        texts, stop = self.texts, {*stop, -1}
         live, coming = set(range(len(prompts))), None
-        self.catch_up(0)
-        self.place(list(live))
+        ends = [min(len(prompt) + max_new_tokens, self.context) for prompt in prompts]
         while live:
-            out, event = coming or self.round()
+            out, event = coming or self.launch()
             # Of many rows the next round is launched before this one's tokens are looked at.
-            more = self.many and any(ends[i] - len(self.texts[i]) > 1 for i in live)
-            coming = self.round() if more else None
+            more = self.rounds.many and any(ends[i] - len(texts[i]) > 1 for i in live)
+            coming = self.launch() if more else None
             if event:
                 event.synchronize()
             new = self.take(out, live, ends, stop)
             self.torn |= len(live) < len(prompts) or coming is not None
-            ended = [i for i in live if len(self.texts[i]) >= ends[i] or new[i][-1] in stop]
+            ended = [i for i in live if len(texts[i]) == ends[i] or new[i][-1] in stop]
             if ended:
                 live.difference_update(ended)
                 self.place(ended)
-            for which in range(self.active):
-                self.read[which] = [len(text) - 1 - which for text in self.texts]
             yield new
 
+    def begin(self, prompts):
+        """Takes the prompts for texts; forgets what the caches hold if they are others."""
+        for which, held in enumerate(self.held):
+            for n, text, prompt in zip(held, self.texts, prompts, strict=True):
+                self.torn |= text[:n] != prompt[:n] or n > max(0, len(prompt) - 1 - which)
+        if self.torn:
+            self.held, self.torn = [[0] * len(prompts) for _ in self.held], False
+            for cache in self.rounds.caches:
+                cache.clear()
+        self.texts[:] = map(list, prompts)
+        self.catch_up(0)
+        self.place(range(len(prompts)))
+
+    def catch_up(self, which):
+        """The model (0) or the draft (1) reads the texts, but for the last token, or last two."""
+        held = self.held[which]
+        ends = [max(n, len(text) - 1 - which) for n, text in zip(held, self.texts, strict=True)]
+        new = [text[a:b] for text, a, b in zip(self.texts, held, ends, strict=True)]
+        self.rounds.read(which, new, held)
+        self.held[which] = ends
+
+    def place(self, rows):
+        """Where these rows of the texts end, and a round begins. A finished row stays there."""
+        texts = [self.texts[i] for i in rows]
+        ends = [[len(text) - 1, text[-2] if len(text) > 1 else 0, text[-1]] for text in texts]
+        self.rounds.ends[:, list(rows)] = torch.tensor(ends, device=self.rounds.device).T
+
+    def launch(self):
+        lengths = list(map(len, self.texts))
+        # The draft reads the token before the last, which a text of one token lacks.
+        self.speculative = self.K > 0 and min(lengths) > 1
+        if self.speculative:
+            self.catch_up(1)
+        return self.rounds.launch(max(lengths), self.speculative)
+
     def take(self, out, live, ends, stop):
-        """A round's tokens, added to the texts of the live rows: a tuple per row.
+        """Adds a round's tokens to the texts of the live rows. Returns a tuple per row.
 
         Tuples, since the garbage collector does not track them: with lists, 1,024 a round, it
         paused for 0.2 s now and then.
@@ -1091,17 +1108,19 @@ class Decoder:
             text, n = self.texts[i], counts[i]
             tokens = (*[column[i] for column in columns[:n]], columns[-1][i])
             tokens = tokens[: ends[i] - len(text)]
-            last = next((j for j, token in enumerate(tokens) if token in stop or token < 0), -1)
-            if last >= 0:
+            if not stop.isdisjoint(tokens):
+                last = next(j for j, token in enumerate(tokens) if token in stop)
                 tokens = tokens[: last + 1]
-            if tokens[-1] < 0:
-                told = f"logits are NaN after {len(text) + len(tokens) - 1} tokens"
-                raise MilError(f"prompt {i + 1}: the model's {told}")
+                if tokens[-1] < 0:
+                    told = f"logits are NaN after {len(text) + last} tokens"
+                    raise MilError(f"prompt {i + 1}: the model's {told}")
             new[i] = tokens
             text += tokens
-            self.passes += 1
-            self.proposed += len(columns) - 1
             self.accepted += min(n, len(tokens))
+        self.passes += len(live)
+        self.proposed += len(live) * (len(columns) - 1)
+        for which in range(1 + self.speculative):
+            self.held[which] = [len(text) - 1 - which for text in self.texts]
         return new
 
 

@@ -120,7 +120,7 @@ def test_a_decoder_compiles_nothing_twice():
     decoder, text = g.Decoder(model, 1, 48, 0), [1, 2, 3]
     for turn in range(2):
         text = text + whole(decoder.decode([text], 4))[0] + [9]
-        assert [half.calls for half in decoder.halves] == [4 * (turn + 1)]
+        assert [half.calls for half in decoder.rounds.halves] == [4 * (turn + 1)]
 
 
 def test_a_role_is_a_word_and_a_decoder_has_its_rows():
@@ -266,10 +266,10 @@ def test_a_cleared_cache_is_a_new_one(mixer):
     model = build(Config(**MIXED, mixers=[mixer] * 4))
     decoder = g.Decoder(model, 1, 40, 0)
     whole(decoder.decode([[7, 1, 2, 3, 9, 8]], 33))   # the ring of inputs is full
-    tokens = torch.tensor([[4, 5]], device=decoder.caches[0].device)
+    tokens = torch.tensor([[4, 5]], device=decoder.rounds.caches[0].device)
     with torch.inference_mode():
-        decoder.caches[0].clear()
-        assert_close(model.hidden(tokens, decoder.caches[0]), model.hidden(tokens, mil.Cache(model, 1, 40)), 1e-12)
+        decoder.rounds.caches[0].clear()
+        assert_close(model.hidden(tokens, decoder.rounds.caches[0]), model.hidden(tokens, mil.Cache(model, 1, 40)), 1e-12)
 
 
 def test_a_system_prompt_without_room_and_a_command_that_is_none(monkeypatch, capsys, talker):
