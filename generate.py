@@ -859,10 +859,13 @@ def check_sampling(max_new_tokens, temperature, top_k, top_p, dash=""):
             raise MilError(f"{dash}{name} is {value}, expected {wanted}")
 
 
-def check_prompts(prompts, v, context):
-    """Raises MilError if a prompt cannot be continued."""
+def check_prompts(prompts, v, context, stop=()):
+    """Raises MilError if a prompt cannot be continued, or a stop token is none of v."""
     if not prompts:
         raise MilError("no prompts: there is nothing to continue")
+    for token in stop:
+        if not 0 <= token < v:
+            raise MilError(f"stop token {token} is outside the vocabulary of {v}")
     for i, prompt in enumerate(prompts, 1):
         if not prompt:
             raise MilError(f"prompt {i} is empty: there is nothing to continue")
@@ -955,7 +958,7 @@ class Rounds:
         for _ in range(self.K):
             cache.keep(self.at - 1, longest - 2)
             hidden = draft.hidden(torch.stack(tokens, dim=1), cache)[:, -1:]
-            q.append(distribution(draft.logits(hidden)[:, 0], *self.how))
+            q.append(distribution(draft.lm_head(hidden)[:, 0], *self.how))
             tokens.append(draw(q[-1], self.generator).clamp(min=0))
         return torch.stack(tokens[2:], dim=1), torch.stack(q, dim=1)
 
@@ -968,7 +971,7 @@ class Rounds:
         if proposed is not None:
             new = torch.cat([new, proposed], dim=1)
         cache.keep(self.at, longest - 1)
-        logits = model.logits(model.hidden(new, cache))
+        logits = model.lm_head(model.hidden(new, cache))
         if proposed is None:
             dtype = torch.promote_types(logits.dtype, torch.float32)
             times = waiting_times(logits[:, 0], dtype, self.generator)
@@ -1036,12 +1039,9 @@ class Decoder:
         MilError if a prompt or setting cannot work, and if logits are NaN.
         """
         check_sampling(max_new_tokens, 1, 0, 1)
-        check_prompts(prompts, self.v, self.context)
+        check_prompts(prompts, self.v, self.context, stop)
         if len(prompts) != len(self.texts):
             raise MilError(f"{len(prompts)} prompts for a decoder of {len(self.texts)} rows")
-        for token in stop:
-            if not 0 <= token < self.v:
-                raise MilError(f"stop token {token} is outside the vocabulary of {self.v}")
         self.begin(prompts)
         texts, stop = self.texts, {*stop, -1}
         live, coming = set(range(len(prompts))), None

@@ -342,27 +342,21 @@ class Mamba(nn.Module):
         super().__init__()
         self.config = config
         wide, narrow = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.dt_rank = math.ceil(config.d / 16)
+        self.dt_rank = rank = math.ceil(config.d / 16)
         self.in_proj_x = Linear(config.d, narrow, bias=False)
         self.in_proj_z = Linear(config.d, wide, bias=False)
         self.B_proj = Linear(config.d, narrow, bias=False)
         self.C_proj = Linear(config.d, wide, bias=False)
-        self.dt_proj_down = Linear(config.d, self.dt_rank, bias=False)
-        self.dt_proj = Linear(self.dt_rank, wide, bias=True)
+        self.dt_proj_down = Linear(config.d, rank, bias=False)
+        self.dt_proj = Linear(rank, wide, bias=True)
         self.conv1d = nn.Conv1d(wide, wide, config.d_conv, groups=wide)
-        self.A_log = nn.Parameter(torch.empty(wide, config.d_state))
-        self.D = nn.Parameter(torch.empty(wide))
         self.out_proj = Linear(wide, config.d, bias=False)
-        self.reset()
-
-    @torch.no_grad()
-    def reset(self):
-        """Initial values of what attention does not give: Mamba's own, A = -(1 .. n)."""
-        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        self.dt_proj.bias.copy_(initial_dt_bias(self.dt_proj.bias.shape[0]))
-        n = torch.arange(1, self.config.d_state + 1, dtype=torch.float32)
-        self.A_log.copy_(n.log().expand_as(self.A_log))
-        self.D.fill_(1)
+        # Mamba's own initial values of what attention does not give; A = -(1 .. n)
+        nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
+        self.dt_proj.bias = nn.Parameter(initial_dt_bias(wide))
+        n = torch.arange(1, config.d_state + 1, dtype=torch.float32)
+        self.A_log = nn.Parameter(n.log().repeat(wide, 1))
+        self.D = nn.Parameter(torch.ones(wide))
 
     def inherit(self, attention):
         return [
@@ -435,20 +429,12 @@ class Mamba2(nn.Module):
         self.sizes = [wide, mixed, h]  # z | x, B, C | dt
         self.in_proj = Linear(config.d, sum(self.sizes), bias=False)
         self.conv1d = nn.Conv1d(mixed, mixed, config.d_conv, groups=mixed)
-        self.dt_bias = nn.Parameter(torch.empty(h))
-        self.A_log = nn.Parameter(torch.empty(h))
-        self.D = nn.Parameter(torch.empty(h))
         self.norm = nn.RMSNorm(wide, eps=1e-5)  # holds the weight; normalised per head below
         self.out_proj = Linear(wide, config.d, bias=False)
-        self.reset()
-
-    @torch.no_grad()
-    def reset(self):
-        """Initial values of what attention does not give: Mamba-2's own, A uniform in [1, 16]."""
-        h = self.config.n_heads
-        self.dt_bias.copy_(initial_dt_bias(h))
-        self.A_log.copy_(torch.empty(h, dtype=torch.float32).uniform_(1, 16).log())
-        self.D.fill_(1)
+        # Mamba-2's own initial values of what attention does not give; A uniform in [1, 16]
+        self.dt_bias = nn.Parameter(initial_dt_bias(h))
+        self.A_log = nn.Parameter(torch.empty(h, dtype=torch.float32).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(h))
 
     def inherit(self, attention):
         wide, mixed, h = self.sizes
@@ -586,7 +572,7 @@ class Hybrid(nn.Module):
 
     def forward(self, tokens, cache=None, lengths=None, docs=None):
         """Logits (b, l, v) of the token after each of tokens (b, l). See `hidden`."""
-        return self.logits(self.hidden(tokens, cache, lengths, docs))
+        return self.lm_head(self.hidden(tokens, cache, lengths, docs))
 
     def hidden(self, tokens, cache=None, lengths=None, docs=None):
         """The stack without its head: tokens (b, l) -> (b, l, d).
@@ -620,10 +606,6 @@ class Hybrid(nn.Module):
             pos = torch.arange(tokens.shape[1], device=tokens.device)
             angles = rope_angles(self.config, pos[None])
         return u if self.compute is None else u.to(self.compute), angles
-
-    def logits(self, hidden):
-        """(b, l, d) -> (b, l, v)."""
-        return self.lm_head(hidden)
 
 
 # --------------------------------------------------------------------------------------------------

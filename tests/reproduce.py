@@ -286,7 +286,7 @@ class Lab:
     @torch.no_grad()
     def losses(self, model, tokens):
         """The cross-entropy (b, l - 1) of each token after the first."""
-        logits = model.logits(model.hidden(tokens[:, :-1]))
+        logits = model.lm_head(model.hidden(tokens[:, :-1]))
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1)
 
     def haystack(self, length, depth, dice):
@@ -318,7 +318,7 @@ class Lab:
             hits = []
             with sharper(model, length, trained):
                 for part in rows.split(max(1, min(64, 2**18 // length))):
-                    guess = model.logits(model.hidden(part[:, :-1])[:, -DIGITS:]).argmax(-1)
+                    guess = model.lm_head(model.hidden(part[:, :-1])[:, -DIGITS:]).argmax(-1)
                     hits += (guess == part[:, -DIGITS:]).all(1).tolist()
             found[length] = [sum(hits[i:i + self.size.samples]) / self.size.samples for i in range(0, len(hits), self.size.samples)]
         return found
