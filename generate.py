@@ -740,18 +740,15 @@ def read_meta(path):
 
     They are named as in Llama 3.1. 3.0 has other names for some that it never says.
     """
-    ranks = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except ValueError:
-            what = f"line {number} is not `base64 rank`, as in Llama 3's"
-            raise MilError(f"tokenizer {path}: {what}; is it the file itself?") from None
+    try:
+        lines = map(bytes.split, path.read_bytes().splitlines())
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except ValueError:
+        raise MilError(f"{path}: not lines of `base64 rank`, as Llama 3's file has them") from None
     n = len(ranks)
     if {*ranks.values()} != {*range(n)} or not {bytes([b]) for b in range(256)} <= {*ranks}:
-        what = f"{n} tokens whose ranks are not 0 … {n - 1}, or that lack some of the 256 bytes"
-        raise MilError(f"tokenizer {path}: {what}; is the file whole?")
+        what = f"its {n} ranks are not 0 … {n - 1}, or it lacks some of the 256 bytes"
+        raise MilError(f"{path}: {what}; is the file whole?")
     rest = [f"reserved_special_token_{i}" for i in range(248)]
     names = ["begin_of_text", "end_of_text", *rest[:2], "finetune_right_pad_id", rest[2]]
     names += ["start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag", *rest[3:]]
@@ -772,8 +769,8 @@ def load_tokenizer(name):
         return Tiktoken("(?s:.)", {bytes([b]): b for b in range(256)}, {"<|endoftext|>": 256})
     if is_named(name):
         try:
-            e = tiktoken.get_encoding(name)
-            return Tiktoken(e._pat_str, e._mergeable_ranks, e._special_tokens)
+            found = tiktoken.get_encoding(name)
+            return Tiktoken(found._pat_str, found._mergeable_ranks, found._special_tokens)
         except Exception as e:  # whatever the download raises
             what = f"tiktoken must download it and could not ({type(e).__name__})"
             hint = "pass --tokenizer bytes or a folder, or set TIKTOKEN_CACHE_DIR"
@@ -804,7 +801,7 @@ def save_with_tokenizer(model, directory, tokenizer, **notes):
     read, named = load_tokenizer(tokenizer), is_named(tokenizer)
     mil.make_directory(directory)
     files = [] if named else [f for name in FILES for f in folder_of(tokenizer).glob(name)]
-    for file in files:
+    for file in filter(Path.is_file, files):
         data = file.read_bytes()
         mil.write_whole(Path(directory) / file.name, lambda f, data=data: f.write(data))
     if isinstance(read, Transformers) and not (Path(directory) / "tokenizer.json").exists():
@@ -835,17 +832,14 @@ class TextStream:
 
     def __init__(self, tokenizer):
         self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
-        self.count, self.said, self.text = 0, [], ""  # said: the tokens without the stop
+        self.tokens, self.text = [], ""
 
     def feed(self, tokens, final=False):
         """The text that these tokens add."""
-        new = [token for token in tokens if token not in self.tokenizer.stops]
-        text = self.decoder.decode(b"".join(map(self.tokenizer.bytes_of, new)), final)
-        self.count, self.said, self.text = (
-            self.count + len(tokens),
-            self.said + new,
-            self.text + text,
-        )
+        said = [token for token in tokens if token not in self.tokenizer.stops]
+        text = self.decoder.decode(b"".join(map(self.tokenizer.bytes_of, said)), final)
+        self.tokens += tokens
+        self.text += text
         return text
 
     def finish(self):
@@ -1002,9 +996,6 @@ class Chat:
         self.s, self.tokenizer = s, tokenizer
         self.decoder = new_decoder(s, model, draft, 1, self.room)
         self.reset()
-        taken = len(tokenizer.conversation(self.messages)[0]) if s.system else 0
-        if taken >= self.room:
-            raise MilError(f"--system has {taken} tokens, but there is room for {self.room}")
 
     def reset(self):
         self.messages = [{"role": "system", "content": self.s.system}] if self.s.system else []
@@ -1060,14 +1051,16 @@ class Chat:
                     break
         finally:
             signal.signal(signal.SIGINT, before)
-        seconds, taken = time.perf_counter() - began, len(ids) + len(stream.said)
-        tail, cut = stream.finish(), len(stream.said) == stream.count
-        print(tail + (" …" if cut or interrupted.is_set() else ""), flush=True)
-        why = ", cut for want of room" if taken >= self.room else ", cut at --max_new_tokens"
-        why = why if cut and not interrupted.is_set() else ""
-        told = f"{stream.count} tokens{why}, {stream.count / seconds:.1f} tokens/s"
+        seconds, count = time.perf_counter() - began, len(stream.tokens)
+        said = [token for token in stream.tokens if token not in self.tokenizer.stops]
+        taken, why = len(ids) + len(said), ""
+        if len(said) == count and not interrupted.is_set():
+            full = taken >= self.room
+            why = ", cut for want of room" if full else ", cut at --max_new_tokens"
+        print(stream.finish() + (" …" if why or interrupted.is_set() else ""), flush=True)
+        told = f"{count} tokens{why}, {count / seconds:.1f} tokens/s"
         print(f"({told}; {taken} of {self.room} taken)", file=sys.stderr)
-        return stream.said, stream.text
+        return said, stream.text
 
 
 def main(argv):
@@ -1087,11 +1080,11 @@ def main(argv):
     decoder = new_decoder(s, model, draft, len(texts), size)
     streams, began = [TextStream(tokenizer) for _ in texts], time.perf_counter()
     for rows in decoder.decode(prompts, s.max_new_tokens, tokenizer.stops):
-        first = streams[0].count == 0  # only now is it sure that the prompt can be continued
+        first = not streams[0].tokens  # only now is it sure that the prompt can be continued
         pieces = [stream.feed(new) for stream, new in zip(streams, rows, strict=True)]
         if len(texts) == 1:
             print((texts[0] if first else "") + pieces[0], end="", flush=True)
-    seconds, count = time.perf_counter() - began, sum(stream.count for stream in streams)
+    seconds, count = time.perf_counter() - began, sum(len(stream.tokens) for stream in streams)
     for i, stream in enumerate(streams):
         tail = stream.finish()
         whole = f"=== {i + 1} of {len(texts)}\n{texts[i]}{stream.text}"
@@ -1102,7 +1095,8 @@ def main(argv):
         line += f", {kept:.0%} of the draft's tokens kept"
         line += f", {count / decoder.passes:.2f} tokens a pass of the model (K = {s.speculate})"
     context = min(longest_text(model), longest_text(draft or model))
-    if max(len(p) + stream.count for p, stream in zip(prompts, streams, strict=True)) >= context:
+    lengths = [len(p) + len(stream.tokens) for p, stream in zip(prompts, streams, strict=True)]
+    if max(lengths) >= context:
         line += f", up to the context of {context}"
     print(line, file=sys.stderr)
 
