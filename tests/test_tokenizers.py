@@ -112,6 +112,7 @@ TALKERS = {  # kind of tokenizer, tokenizer_config.json
 
 def beside(folder, kind, about=None, **files):
     """The Tokenizer of a folder with these files."""
+    pytest.importorskip("transformers")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(FILES[kind]), encoding="utf-8")
     for name, data in {"tokenizer_config": about or {}, **files}.items():
@@ -142,7 +143,6 @@ def load(tmp_path_factory):
             return g.load_tokenizer("bytes")
         if kind == "meta":
             return g.load_tokenizer(llama3_file(folder / "meta" / "tokenizer.model"))
-        pytest.importorskip("transformers")
         return beside(folder / kind, *TALKERS.get(kind, (kind, {})))
 
     def loaded(kind):
@@ -296,7 +296,6 @@ def test_a_template_that_refuses_the_messages_is_one_line(load):
     ],
 )
 def test_all_that_the_files_name_ends_a_text(tmp_path, config, files, stops):
-    pytest.importorskip("transformers")
     if files.get("config") != [1]:
         assert beside(tmp_path, "smollm2", config, **files).stops == stops
     else:
