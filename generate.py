@@ -1,24 +1,21 @@
-"""Text in, text out: tokenizers, sampling, and decoding with the cache.
+"""Text in, text out: decoding with the cache, plain and speculative; tokenizers; conversations.
 
-    python generate.py --prompt "def "                                   stream from out/student
-    python generate.py --model out/teacher --prompt - < file.py          the prompt from standard input
-    python generate.py --prompt "import " --prompt "class " --temperature 0
-    python generate.py --draft out/draft/student --prompt "def "         speculatively: the same law, sooner
-    python generate.py --model Llama-3.2-1B-Instruct --chat              a conversation with a downloaded model
+    python generate.py --prompt "def "                         stream from out/student
+    python generate.py --prompt - < file.py                    the prompt from standard input
+    python generate.py --prompt "import " --prompt "class "    a batch
+    python generate.py --model M --draft D --prompt "def "     speculative: the same text, faster
+    python generate.py --model Llama-3.2-1B-Instruct --chat    a conversation
 
-One decoding step feeds the newest token through `Hybrid` with its Cache and draws the next token from its law, the distribution
+One step feeds the newest token through `Hybrid` with its Cache and draws the next token from
 
-    p(token) = softmax(logits / temperature), cut to the top_k likeliest and to the smallest set of mass top_p.
+    p(token) = softmax(logits / temperature), cut to the top_k likeliest and to a mass of top_p.
 
-With a draft, whose law is q, a step is a round (section 4 of arXiv 2408.15237; Leviathan et al., 2211.17192):
+With a draft, whose distribution is q, a step is a round (arXiv 2408.15237, section 4; 2211.17192):
 
-    draft    K tokens x_1 … x_K, one after the other, each from its q
-    verify   the K + 1 laws p at and after them, in one pass
-    keep     x_1, x_2, … while u < p(x_i) / q(x_i), u uniform; then one token more, from max(p - q, 0) in place of the
-             first rejected, or from p after the last
-
-In this file, top to bottom: command lines from dataclasses (train_distill.py uses it too); tokenizers; conversations; the
-law a token is drawn from; the keeping of proposals; `Decoder`, the loop; the command.
+    propose  K tokens x_1 … x_K, one after the other, each from its q
+    verify   the K + 1 distributions p at and after them, in one pass
+    keep     x_1, x_2, … while u < p(x_i) / q(x_i), u uniform; then one token more,
+             from max(p - q, 0) in place of the first rejected, or from p after the last
 """
 
 import argparse
@@ -27,11 +24,14 @@ import codecs
 import contextlib
 import dataclasses
 import difflib
+import itertools
+import json
 import math
 import os
 import re
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,712 +42,6 @@ import torch
 import kernels
 import mil
 from mil import MilError
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Command lines: every field of a dataclass is a flag
-
-
-def flag(default, help, **parse):
-    """A dataclass field that is also a flag `--name value`, with the line that --help shows. `parse` goes to argparse."""
-    make = (
-        {"default_factory": lambda: list(default)}
-        if isinstance(default, list)
-        else {"default": default}
-    )
-    return dataclasses.field(metadata={"help": help, "parse": parse}, **make)
-
-
-def parse_flags(settings, argv, description):
-    """An instance of the dataclass `settings` from `--name value` or `--name=value`.
-
-    Raises MilError for an unknown flag (naming the nearest known one) or a value of the wrong type.
-    """
-    parser = mil.Parser(
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    for f in dataclasses.fields(settings):
-        kind = {} if f.type in (list, bool) else {"type": f.type, "metavar": f.type.__name__}
-        default = (
-            ""
-            if f.default in ("", dataclasses.MISSING) or "default" in f.metadata["help"]
-            else f" (default {f.default})"
-        )
-        parser.add_argument(
-            "--" + f.name,
-            default=None,
-            help=f.metadata["help"].replace("%", "%%") + default,
-            **kind,
-            **f.metadata["parse"],
-        )
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(
-            name, ["--" + f.name for f in dataclasses.fields(settings)], 1
-        )
-        what = "unknown flag" if name.startswith("-") else "unexpected argument"
-        raise MilError(
-            f"{what} {name}"
-            + (f"; did you mean {near[0]}?" if near else "")
-            + " (--help lists the flags)"
-        )
-    return settings(**{k: v for k, v in vars(known).items() if v is not None})
-
-
-def run_command(main):
-    """Call main(argv); a MilError becomes one line on standard error and exit code 1, Ctrl-C exit code 130."""
-    sys.stdout.reconfigure(
-        errors="replace"
-    )  # a terminal that cannot show a character gets a ? and not an error
-    try:
-        main(sys.argv[1:])
-    except MilError as e:
-        sys.exit(f"error: {e}")
-    except torch.OutOfMemoryError as e:
-        sys.exit(
-            f"error: the GPU's memory is full (fewer or shorter texts at a time, or a smaller model, take less): {str(e).splitlines()[0]}"
-        )
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output went away (| head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-
-
-def pick_device(name):
-    """torch.device for a --device flag, made the current one; "" takes CUDA when there is one."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError(f"expected cpu or cuda, not {device.type}")
-        torch.empty(0, device=device)
-        if device.type == "cuda":
-            device = torch.device(
-                "cuda", torch.cuda.current_device() if device.index is None else device.index
-            )
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as e:
-        raise MilError(f"--device {name}: not usable here: {str(e).splitlines()[0]}") from e
-    return device
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Tokenizers, all of them tiktoken encodings
-
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-DIGITS_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"  # every digit first cut out, then GPT-2's
-BEGINS = ("<|begin_of_text|>", "<s>")
-STOPS = (
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|endofprompt|>",
-    "<|im_end|>",
-    "</s>",
-)
-
-
-def is_named(tokenizer):
-    """Whether `tokenizer` is the name of an encoding rather than the path of a file."""
-    return tokenizer == "bytes" or tokenizer in tiktoken.list_encoding_names()
-
-
-def load_tokenizer(name):
-    """A tiktoken.Encoding: "bytes" (built in: 256 bytes and an end of text), the name of one of tiktoken's own encodings,
-    which tiktoken downloads on first use, or the path of a Llama-3 tokenizer.model or of a Hugging Face tokenizer.json."""
-    if name == "bytes":
-        return tiktoken.Encoding(
-            "bytes",
-            pat_str=r"(?s:.)",
-            mergeable_ranks={bytes([i]): i for i in range(256)},
-            special_tokens={"<|endoftext|>": 256},
-        )
-    if not is_named(name):
-        if os.path.isdir(name):
-            raise MilError(
-                f"tokenizer {name}: a folder; give the tokenizer.json or tokenizer.model in it"
-            )
-        if os.path.exists(name):
-            return (
-                read_hf_tokenizer(Path(name))
-                if name.endswith(".json")
-                else read_llama3_tokenizer(Path(name))
-            )
-        raise MilError(
-            f"tokenizer {name}: neither a file nor a known encoding; expected bytes, the path of a Llama-3 tokenizer.model or "
-            f"of a Hugging Face tokenizer.json, or one of {', '.join(tiktoken.list_encoding_names())}"
-        )
-    try:
-        return tiktoken.get_encoding(name)
-    except Exception as e:  # whatever the download library raises
-        raise MilError(
-            f"tokenizer {name}: tiktoken must download it and could not ({type(e).__name__}); pass "
-            f"--tokenizer bytes or the path of a tokenizer.model, or set TIKTOKEN_CACHE_DIR to a folder "
-            f"that has it"
-        ) from e
-
-
-def read_llama3_tokenizer(path):
-    """Meta's tokenizer.model: a line `base64(token bytes) rank` each, then 256 special tokens numbered after them."""
-    ranks = {}
-    try:
-        for i, line in enumerate(path.read_bytes().splitlines(), 1):
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-    except OSError as e:
-        raise MilError(f"tokenizer {path}: cannot be read: {e.strerror}") from e
-    except ValueError:
-        mil.refuse_pointer(path)
-        raise MilError(
-            f"tokenizer {path}: line {i} is not `base64 rank`, as in Llama 3's; a sentencepiece model is read as tokenizer.json: with "
-            f"transformers, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes one"
-        ) from None
-    if sorted(ranks.values()) != list(range(len(ranks))) or any(
-        bytes([i]) not in ranks for i in range(256)
-    ):
-        raise MilError(
-            f"tokenizer {path}: {len(ranks)} tokens whose ranks are not 0 … {len(ranks) - 1}, or that lack "
-            f"some of the 256 single bytes; is the file whole?"
-        )
-    reserved = [f"<|reserved_special_token_{i}|>" for i in range(251)]
-    special = [
-        "<|begin_of_text|>",
-        "<|end_of_text|>",
-        *reserved[:4],
-        "<|start_header_id|>",
-        "<|end_header_id|>",
-        reserved[4],
-        "<|eot_id|>",
-        *reserved[5:],
-    ]
-    return tiktoken.Encoding(
-        path.name,
-        pat_str=LLAMA3_PATTERN,
-        mergeable_ranks=ranks,
-        special_tokens={token: len(ranks) + i for i, token in enumerate(special)},
-    )
-
-
-class Pieces(tiktoken.Encoding):
-    """tiktoken's merging under numbers that are not the order of merging. pieces: {bytes: the numbers that stand for them}, in that
-    order; spare: {number: bytes} of what no text is encoded to; special: {text: number}, of which those in `plain` are found in any
-    text. space: when a text is begun with a space, as sentencepiece does: "" (byte-level: it is not sentencepiece's), "never", "always",
-    "unless spaced" (it begins with one), or "first", the same but not after a control token."""
-
-    def __init__(self, name, pattern, pieces, spare, special, plain=(), space=""):
-        super().__init__(
-            name,
-            pat_str=pattern,
-            mergeable_ranks={piece: rank for rank, piece in enumerate(pieces)},
-            special_tokens={},
-        )
-        self._special_tokens, self.numbers, self.plain, self.space = (
-            special,
-            list(pieces.values()),
-            set(plain),
-            space,
-        )
-        alone = {numbers[0]: piece for piece, numbers in pieces.items() if len(numbers) == 1}
-        self.data = {
-            **spare,
-            **alone,
-            **{number: text.encode() for text, number in special.items()},
-        }
-        self.max_token_value = max(self.data)
-
-    def encode(self, text, *, allowed_special=frozenset(), disallowed_special=(), start=True):
-        """Numbers of a text in which the special tokens named (or "all") are found. start: it follows no other text."""
-        allowed = self.plain | set(
-            self._special_tokens if allowed_special == "all" else allowed_special
-        )
-        parts = (
-            re.split(f"({'|'.join(map(re.escape, sorted(allowed, key=len, reverse=True)))})", text)
-            if allowed
-            else [text]
-        )
-        return [
-            number
-            for i, part in enumerate(parts)
-            for number in (
-                [self._special_tokens[part]] if i % 2 else self.merge(part, start or i > 0, i == 0)
-            )
-        ]
-
-    def merge(self, text, start, first):
-        if self.space:
-            text = text.replace("▁", " ")
-            spaced = self.space != "always" and text.startswith(" ")
-            if (
-                text
-                and start
-                and not spaced
-                and self.space != "never"
-                and (first or self.space != "first")
-            ):
-                text = " " + text
-        return [number for rank in super().encode_ordinary(text) for number in self.numbers[rank]]
-
-    def encode_ordinary(self, text, start=True):
-        return self.encode(text, start=start)
-
-    def encode_single_token(self, text):
-        return (
-            self._special_tokens[text]
-            if text in self._special_tokens
-            else self.numbers[super().encode_single_token(text)][0]
-        )
-
-    def decode_single_token_bytes(self, token):
-        return self.data[token]
-
-    def decode_bytes(self, tokens):
-        return b"".join(self.data[token] for token in tokens)
-
-    def decode(self, tokens, errors="replace"):
-        return self.decode_bytes(tokens).decode("utf-8", errors)
-
-
-def read_hf_tokenizer(path):
-    """Hugging Face's tokenizer.json, as an encoding: byte-level BPE (Llama 3, SmolLM2, the GPT-2 family) and sentencepiece's BPE with
-    byte fallback (Llama 2, TinyLlama, Mistral, Zephyr), learned from text: what two pieces make is a piece whenever it is in the
-    vocabulary. MilError for any other kind, named."""
-    said = mil.Said(path)
-    model, added = said.take("model", kind=dict), said.take("added_tokens", [])
-
-    def refuse(what, found, wanted):
-        return MilError(f"tokenizer {path}: {what} is {str(found)[:99]}, expected {wanted}")
-
-    if model.get("type", "BPE") != "BPE" or "merges" not in model:  # GPT-2's own names no type
-        raise refuse(
-            "the model",
-            model.get("type", "BPE") + " without merges" * ("merges" not in model),
-            "BPE",
-        )
-    try:
-        odd = [
-            f"{name} of {token['content']!r}"
-            for token in added
-            if not token["special"]
-            for name in (
-                "lstrip",
-                "rstrip",
-                "single_word",
-                *["normalized"] * bool(said.get("normalizer")),
-            )
-            if token.get(name)
-        ]
-        odd += [
-            name
-            for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
-            if model.get(name)
-        ]
-        if odd:
-            raise refuse(odd[0], "set", "not to be")
-        special, plain = (
-            {token["content"]: token["id"] for token in added},
-            [token["content"] for token in added if not token["special"]],
-        )
-        vocab, merges = (
-            model["vocab"],
-            [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]],
-        )
-        steps, norms = (
-            [] if whole is None else whole.get(parts, [whole])
-            for whole, parts in (
-                (said.get("pre_tokenizer"), "pretokenizers"),
-                (said.get("normalizer"), "normalizers"),
-            )
-        )
-        pieces, spare, to_bytes, pattern, space = (
-            sentencepiece if model.get("byte_fallback") else byte_level
-        )(vocab, special.get(model.get("unk_token")), steps, norms, refuse)
-        ranks = {}
-        for rank, (a, b) in enumerate(merges, 1):
-            ranks.setdefault(a + b, rank)
-        of = lambda part: 0 if len(part) == 1 else ranks.get(part, math.inf)  # noqa: E731
-        lost = ranks.keys() - {a + b for a, b in merges if max(of(a), of(b)) < ranks[a + b]}
-        if lost:
-            raise refuse(
-                "a merge",
-                f"the one of {min(lost)}, before those that make its parts",
-                "an order that was learned",
-            )
-        for token in ranks:
-            pieces.setdefault(to_bytes(token), [vocab[token]])
-        used = (
-            {numbers[0] for numbers in pieces.values() if len(numbers) == 1}
-            | set(special.values())
-            | set(spare)
-        )
-        rest = {number: to_bytes(token) for token, number in vocab.items() if number not in used}
-        if rest and model.get("ignore_merges"):
-            raise refuse(
-                "a token",
-                f"{next(iter(rest.values()))!r}, which no merge makes",
-                "every token to be a byte or the result of a merge",
-            )
-        if pattern == WORDS and any(re.search(rb"[^ ] ", piece) for piece in pieces):
-            pattern = r"(?s:.+)"
-        try:
-            encoding = Pieces(path.name, pattern, pieces, {**rest, **spare}, special, plain, space)
-        except ValueError as e:
-            raise refuse(
-                "the pattern that splits text", pattern, f"a regular expression ({e})"
-            ) from e
-        posts = (said.get("post_processor") or {}).get(
-            "processors", [said.get("post_processor") or {}]
-        )
-        encoding.begin = next(
-            (
-                [
-                    special[part["SpecialToken"]["id"]]
-                    for part in post["single"][:1]
-                    if "SpecialToken" in part
-                ]
-                for post in posts
-                if post.get("type") == "TemplateProcessing"
-            ),
-            None,
-        )
-    except MilError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise MilError(
-            f"tokenizer {path}: not a whole BPE of bytes: {type(e).__name__} {str(e)[:200]}"
-        ) from None
-    about_texts(encoding, path)
-    return encoding
-
-
-WORDS = r" *[^ ]+| +"  # with the spaces before them: no piece that sentencepiece learns has a space after something else
-
-
-def kind_of(part):
-    """What a part of a tokenizer.json calls itself."""
-    return f"{part['type']} ({part['behavior']})" if "behavior" in part else str(part["type"])
-
-
-def byte_level(vocab, unknown, steps, norms, refuse):
-    """Of a byte-level BPE: pieces and spare as in Pieces, how a token of `vocab` is written as bytes, the pattern that does in one
-    what the steps of splitting do one after the other, and Pieces' space."""
-    shown, more = (
-        [chr(i) if 33 <= i <= 126 or 161 <= i <= 172 or i >= 174 else "" for i in range(256)],
-        iter(range(256, 512)),
-    )
-    shown = [char or chr(next(more)) for char in shown]  # GPT-2 shows bytes as characters
-    byte = {char: i for i, char in enumerate(shown)}
-    lacking = [
-        i for i, char in enumerate(shown) if char not in vocab and (32 <= i < 127 or i in b"\t\n\r")
-    ]
-    if lacking:  # other bytes may be: SmolLM2 lacks 21, which hardly any text has
-        raise refuse(
-            "the vocabulary", f"without the byte {bytes(lacking[:1])!r}", "all bytes of plain text"
-        )
-    pieces = {
-        bytes([i]): [vocab[char]] if char in vocab else [] if unknown is None else [unknown]
-        for i, char in enumerate(shown)
-    }
-    if norms:
-        raise refuse("the normalizer", kind_of(norms[0]), "none")
-    kinds, last = [kind_of(step) for step in steps], steps[-1] if steps else {}
-    cut = last.get("use_regex", True)
-    if kinds[-1:] != ["ByteLevel"] or last.get("add_prefix_space"):
-        raise refuse(
-            "the last pre_tokenizer",
-            (kinds or ["none"])[-1] + " with add_prefix_space" * bool(last.get("add_prefix_space")),
-            "ByteLevel without add_prefix_space",
-        )
-    if kinds == ["Split (Isolated)", "ByteLevel"] and not cut and not steps[0].get("invert"):
-        found = steps[0]["pattern"]["Regex"]
-        pattern = f"{found}|(?:(?!{found})(?s:.))+"  # what lies between is kept
-    elif cut and len(kinds) == 1:
-        pattern = GPT2_PATTERN
-    elif cut and kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
-        pattern = DIGITS_PATTERN
-    else:
-        raise refuse(
-            "the pre_tokenizer",
-            " + ".join(kinds),
-            "ByteLevel; Digits (individual), ByteLevel; or Split (by a Regex, Isolated), ByteLevel",
-        )
-    return pieces, {}, lambda token: bytes(byte[char] for char in token), pattern, ""
-
-
-def sentencepiece(vocab, unknown, steps, norms, refuse):
-    """The same of sentencepiece's BPE. Its characters are put together from bytes before anything else; of those it does not know
-    the bytes stay."""
-    one = [vocab[f"<0x{i:02X}>"] for i in range(256)]
-    pieces = {
-        bytes([i]): [vocab.get("▁" if i == 32 else chr(i), one[i]) if i < 128 else one[i]]
-        for i in range(256)
-    }
-    for char, data in (
-        (char, char.encode())
-        for char in vocab
-        if len(char) == 1 and char != "▁" and ord(char) > 127
-    ):
-        for l in range(2, len(data)):
-            pieces.setdefault(data[:l], [one[i] for i in data[:l]])
-        pieces[data] = [vocab[char]]
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    if not steps and norms in ([replace], [{"type": "Prepend", "prepend": "▁"}, replace]):
-        space, pattern = "always" if len(norms) == 2 else "never", WORDS
-    elif (
-        [kind_of(step) for step in steps] == ["Metaspace"]
-        and not norms
-        and steps[0].get("replacement") == "▁"
-    ):
-        scheme = steps[0].get(
-            "prepend_scheme", "always" if steps[0].get("add_prefix_space", True) else "never"
-        )
-        if scheme not in ("always", "first", "never"):
-            raise refuse("prepend_scheme", scheme, "always, first or never")
-        space = "unless spaced" if scheme == "always" else scheme
-        pattern = r" [^ ]*|[^ ]+" if steps[0].get("split", True) else WORDS
-    else:
-        found = [kind_of(part) for part in (*norms, *steps)]
-        raise refuse(
-            "the way to the pieces",
-            " + ".join(found) or "none",
-            "Prepend ▁, Replace space by ▁; or the latter alone; or Metaspace alone",
-        )
-    return (
-        pieces,
-        {number: bytes([i]) for i, number in enumerate(one)},
-        lambda token: token.replace("▁", " ").encode(),
-        pattern,
-        space,
-    )
-
-
-def about_texts(encoding, path):
-    """What the files beside a tokenizer.json say of it: the chat template, the token that ends a text, whether one begins it."""
-    beside, template = (
-        path.with_name("tokenizer_config.json"),
-        path.with_name("chat_template.jinja"),
-    )
-    said = mil.Said(beside) if beside.exists() else {}
-    encoding.template = said.get("chat_template") or ""
-    if isinstance(encoding.template, list):  # of several by name, one is the default
-        encoding.template = next(
-            (
-                t.get("template", "")
-                for t in encoding.template
-                if isinstance(t, dict) and t.get("name") == "default"
-            ),
-            "",
-        )
-    if template.exists():
-        encoding.template = template.read_text(encoding="utf-8", errors="replace")
-    end = said.get("eos_token")
-    end = end.get("content") if isinstance(end, dict) else end
-    encoding.ends = (
-        [encoding._special_tokens[end]]
-        if isinstance(end, str) and end in encoding._special_tokens
-        else []
-    )
-    if said.get("add_bos_token") is False:
-        encoding.begin = []
-
-
-def begin_tokens(encoding):
-    """The id that begins a text, in a list; or none. As its file says, else by its name."""
-    named = [encoding.encode_single_token(t) for t in BEGINS if t in encoding.special_tokens_set][
-        :1
-    ]
-    return named if getattr(encoding, "begin", None) is None else encoding.begin
-
-
-def stop_tokens(encoding):
-    """The ids that end a text, in the order of STOPS: what ends a document first, where the encoding has both."""
-    named = [encoding.encode_single_token(t) for t in STOPS if t in encoding.special_tokens_set]
-    return named + [i for i in getattr(encoding, "ends", []) if i not in named]
-
-
-def token_bytes(encoding, token):
-    """The bytes a token stands for in the text: none for special tokens and for numbers the encoding does not use."""
-    try:
-        data = encoding.decode_single_token_bytes(token)
-    except (
-        KeyError
-    ):  # a model's vocabulary may be rounded up past the tokenizer's, and an encoding may have gaps
-        return b""
-    text = data.decode("utf-8", "replace")
-    return (
-        b""
-        if text in encoding._special_tokens and text not in getattr(encoding, "plain", ())
-        else data
-    )
-
-
-def vocabulary(encoding):
-    """What tells two encodings apart: the special tokens, and every token's bytes."""
-    return encoding._special_tokens, [token_bytes(encoding, i) for i in range(encoding.n_vocab)]
-
-
-def encode(encoding, text):
-    """Token ids of `text`, after the begin token where the encoding has one. Special tokens in it are plain text."""
-    return begin_tokens(encoding) + encoding.encode_ordinary(text)
-
-
-def save_with_tokenizer(model, directory, tokenizer, **notes):
-    """mil.save, and the tokenizer: its name in config.json, or its file beside it."""
-    if not is_named(tokenizer):
-        path, tokenizer = (
-            Path(tokenizer),
-            "tokenizer.json" if tokenizer.endswith(".json") else "tokenizer.model",
-        )
-        mil.make_directory(directory)
-        if not path.exists():
-            raise MilError(f"tokenizer {path}: it was there, and is not any more")
-        beside = [
-            path.with_name(name)
-            for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-        ]
-        for name, file in [
-            (tokenizer, path),
-            *((file.name, file) for file in beside if file.exists()),
-        ]:
-            data = file.read_bytes()
-            mil.write_whole(Path(directory) / name, lambda f, data=data: f.write(data))
-    encoding = load_tokenizer(
-        tokenizer if is_named(tokenizer) else str(Path(directory) / tokenizer)
-    )
-    ids = {
-        "bos_token_id": (begin_tokens(encoding) or [None])[0],
-        "eos_token_id": stop_tokens(encoding) or None,
-    }
-    mil.save(model, directory, tokenizer=tokenizer, **{"ids": ids, **notes})
-
-
-def tokenizer_of(directory):
-    """What to give load_tokenizer for the checkpoint in `directory`."""
-    name = mil.read_config(directory).get("tokenizer")
-    if not isinstance(name, str):
-        raise MilError(
-            f'{directory}: no tokenizer: expected a tokenizer.json or tokenizer.model, or in a config.json of ours "tokenizer": "bytes" or a '
-            f"tiktoken name (mil.save(model, directory, tokenizer=…) writes it)"
-        )
-    return name if is_named(name) else str(Path(directory) / name)
-
-
-def load_with_tokenizer(directory, device=None, dtype=None):
-    """The model saved in `directory`, and its encoding."""
-    name = tokenizer_of(directory)
-    encoding = load_tokenizer(name)
-    model = mil.load(directory, device, dtype)
-    if encoding.n_vocab > model.config.v:
-        raise MilError(
-            f"{directory}: the tokenizer {name} has {encoding.n_vocab} tokens, the model only {model.config.v}"
-        )
-    notes = [
-        f"{directory}: the tokenizer {name} has {encoding.n_vocab} tokens, the model {model.config.v}: those from {encoding.n_vocab} on stand for nothing"
-    ]
-    notes = notes * (encoding.n_vocab < model.config.v) + [
-        f"{directory}: no token is known to end a text"
-    ] * (not stop_tokens(encoding))
-    if getattr(encoding, "template", "") and chat_format(encoding) == "plain":
-        notes.append(
-            f"{directory}: its chat template is none of {', '.join(list(FORMATS)[:-1])}: conversations are written plainly"
-        )
-    for line in mil.read_config(directory)["remarks"] + notes:
-        print(f"note: {line}", file=sys.stderr)
-    return mil.pack(model), encoding
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Conversations: what a turn looks like as text. Control tokens stand only where the format has them: in what somebody says they are text.
-
-FORMATS = {  # name: what gives it away, in a chat template or among the special tokens; before what is said; after it; between turns; trimmed?
-    "llama3": (
-        "<|start_header_id|>",
-        "<|start_header_id|>{role}<|end_header_id|>\n\n",
-        "<|eot_id|>",
-        "",
-        True,
-    ),
-    "chatml": ("<|im_start|>", "<|im_start|>{role}\n", "<|im_end|>", "\n", False),
-    "zephyr": ("<|user|>", "<|{role}|>\n", "</s>", "\n", False),
-    "plain": (
-        "",
-        "{role}:\n",
-        "",
-        "\n",
-        False,
-    ),  # of any other; the assistant's turns end with the token that ends a text
-}
-
-
-def chat_format(encoding):
-    """The name of the encoding's format in FORMATS."""
-    signs = getattr(encoding, "template", "") or " ".join(encoding.special_tokens_set)
-    return next(name for name, (sign, *_) in FORMATS.items() if sign in signs)
-
-
-class Conversation:
-    """Token ids of a conversation, begun with `begin_tokens`, and for each whether the assistant says it (`own`: what a model learns)."""
-
-    def __init__(self, encoding, messages=()):
-        """messages: dicts of "role" and "content", as in a .jsonl of chat."""
-        self.encoding, self.begin = encoding, begin_tokens(encoding)
-        self.ids, self.own = list(self.begin), [False] * len(self.begin)
-        _, self.header, self.end, self.between, trimmed = FORMATS[chat_format(encoding)]
-        self.control = set(encoding._special_tokens.values())
-        for message in messages:
-            self.open(message["role"])
-            self.close(
-                message["content"].strip() if trimmed else message["content"],
-                message["role"] == "assistant",
-            )
-
-    def add(self, text, own=False, control=False):
-        """Text that follows; with control=True the special tokens in it are special."""
-        more = (
-            {"allowed_special": "all"}
-            if control
-            else {
-                "allowed_special": getattr(self.encoding, "plain", set()),
-                "disallowed_special": (),
-            }
-        )
-        if isinstance(
-            self.encoding, Pieces
-        ):  # whose texts begin with a space: after a control token, or at the very beginning
-            after = not self.ids or self.ids[-1] in self.control
-            more["start"] = after and (self.encoding.space != "first" or self.ids == self.begin)
-        new = self.encoding.encode(text, **more)
-        self.extend(new, own)
-
-    def extend(self, ids, own):
-        self.ids += ids
-        self.own += [own] * len(ids)
-
-    def open(self, role):
-        """A turn of this role begins. MilError for a role that is no word: it stands among control tokens."""
-        if not role.isidentifier():
-            raise MilError(f"a message has the role {role!r}, expected a word such as user")
-        self.add(self.header.format(role=role), control=True)
-
-    def close(self, text="", own=False):
-        """What is said in this turn, or the rest of it; and its end."""
-        self.add(text, own)
-        end = (
-            stop_tokens(self.encoding)[:1] * own
-            if not self.end
-            else [self.encoding.encode_single_token(self.end)]
-        )
-        self.extend(end, own)
-        self.add(self.between, control=True)
-
 
 # --------------------------------------------------------------------------------------------------
 # Distributions of tokens
@@ -1143,61 +437,404 @@ def generate(
     yield from Decoder(model, len(prompts), size, *how).decode(prompts, max_new_tokens, stop)
 
 
+# --------------------------------------------------------------------------------------------------
+# Tokenizers and conversations
+
+FILES = "*token*", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"
+ENDS = "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>", "</s>"
+MARK = "\ufdd0"  # a noncharacter; stands inside a control token's name where a user wrote it
+PATTERN = (  # how Llama 3 splits text into words
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer:
+    """Text to token ids and back; and conversations.
+
+    vocabulary: list of the bytes each id stands for, b"" for control tokens and unused ids.
+    begin: list of the ids in front of every text. stops: list of the ids that end a text or a turn.
+    template: how conversations are written: "plain", "llama3", or the text of a chat template.
+    """
+
+    def __init__(self, vocabulary, control, begin, stops=(), template=""):
+        """control: {text: id} of the control tokens."""
+        stops = [*stops, *(control[text] for text in ENDS if text in control)]
+        self.vocabulary, self.size = vocabulary, len(vocabulary)
+        self.begin, self.stops = begin, list(dict.fromkeys(stops))
+        self.template = template or ("llama3" if "<|start_header_id|>" in control else "plain")
+        names = {i: text for text, i in control.items()}
+        self.opening = "".join(names[i] for i in begin)
+        self.closing = names.get(self.stops[0], "") if self.stops else ""
+        texts = "|".join(sorted(map(re.escape, control), key=len, reverse=True))
+        self.control = re.compile(f"(?=(?:{texts or '(?!)'}))(.)", re.DOTALL)  # their first letters
+
+    def bytes_of(self, token):
+        return self.vocabulary[token] if token < self.size else b""
+
+    def decode(self, ids):
+        return b"".join(map(self.bytes_of, ids)).decode("utf-8", "replace")
+
+    def same_text(self, other):
+        """Whether the same ids mean the same text."""
+        pairs = itertools.zip_longest(self.vocabulary, other.vocabulary, fillvalue=b"")
+        return all(a == b for a, b in pairs)
+
+    def encode(self, text, begin=True):
+        """Ids of a text, after `begin` or as one that continues another, without control tokens."""
+        ids = self.tokens(mend(text), control=False, first=begin)
+        return self.begin + ids if begin else ids
+
+    def conversation(self, messages, reply=False):
+        """Ids of messages (dicts of "role" and "content"), and for each whether it is a reply's.
+
+        With `reply` they end where the assistant's next message begins. Nothing that a message
+        says becomes a control token. Raises MilError if the chat template refuses the messages.
+        """
+        messages = [{key: self.hide(m[key]) for key in ("role", "content")} for m in messages]
+        ids = self.read(messages, reply)
+        own = [False] * len(ids)
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant" and i > 0:
+                begin = shared(ids, self.read(messages[:i], reply=True))
+                end = shared(ids, self.read(messages[: i + 1], reply=False))
+                last = [j + 1 for j in range(begin, end) if ids[j] in self.stops][-1:] or [end]
+                own[begin : last[0]] = [True] * (last[0] - begin)
+        return ids, own
+
+    def hide(self, text):
+        return self.control.sub(rf"\1{MARK}", mend(text).replace(MARK, "\ufffd"))
+
+    def read(self, messages, reply):
+        parts = self.write(messages, reply).split(MARK)
+        return [i for n, part in enumerate(parts) for i in self.tokens(part, True, first=n == 0)]
+
+    def write(self, messages, reply):
+        """The text of a conversation, with its control tokens."""
+        llama3, text = self.template == "llama3", self.opening
+        head = "<|start_header_id|>{}<|end_header_id|>\n\n" if llama3 else "{}:\n"
+        for m in messages:
+            end = self.closing if m["role"] == "assistant" else ""
+            said = f"{m['content'].strip()}<|eot_id|>" if llama3 else f"{m['content']}{end}\n"
+            text += head.format(m["role"]) + said
+        return text + head.format("assistant") if reply else text
+
+
+class Tiktoken(Tokenizer):
+    """A tiktoken encoding: bytes, tiktoken's own, and Meta's tokenizer.model."""
+
+    def __init__(self, pattern, ranks, control):
+        how = {"pat_str": pattern, "mergeable_ranks": ranks, "special_tokens": control}
+        self.encoding = tiktoken.Encoding("mil", **how)
+        vocabulary = [b""] * self.encoding.n_vocab
+        for data, i in ranks.items():
+            vocabulary[i] = data
+        begin = [i for text, i in control.items() if text == "<|begin_of_text|>"]
+        super().__init__(vocabulary, control, begin)
+
+    def tokens(self, text, control, first):
+        if re.search(r"(?<!\s)\s{500000}", text):  # from about 700,000 on tiktoken 0.14 panics
+            raise MilError("a text with 500,000 spaces or line ends in a row cannot be tokenised")
+        allowed = "all" if control else set()
+        return self.encoding.encode(text, allowed_special=allowed, disallowed_special=())
+
+
+class Transformers(Tokenizer):
+    """The tokenizer in a folder, as transformers' AutoTokenizer reads it, and its chat template."""
+
+    def __init__(self, folder):
+        try:
+            import transformers
+        except ImportError:
+            hint = "its tokenizer needs transformers: pip install transformers"
+            raise MilError(f"{folder}: {hint}") from None
+        transformers.logging.set_verbosity_error()
+        gguf = [] if any(folder.glob("*token*")) else sorted(folder.glob("*.gguf"))
+        more = {"gguf_file": gguf[0].name} if gguf else {}
+        try:
+            hf = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **more)
+            letters = byte_letters(hf.backend_tokenizer)
+        except Exception as e:  # the library raises anything
+            raise MilError(f"{folder}: its tokenizer cannot be read: {first_line(e)}") from e
+        self.folder, self.hf = folder, hf
+        stops = [*stated_stops(folder), *([] if hf.eos_token_id is None else [hf.eos_token_id])]
+        ends = [token for i, token in hf.added_tokens_decoder.items() if i in stops]
+        for token in ends:
+            token.special = True
+        hf.add_tokens(ends, special_tokens=True)  # so that no text becomes one
+        added, vocab = hf.added_tokens_decoder, hf.get_vocab()
+        control = {token.content: i for i, token in added.items() if token.special}
+        vocabulary = [b""] * (max(vocab.values()) + 1)
+        for token, i in vocab.items():
+            if token not in control:
+                vocabulary[i] = token.encode() if i in added else token_bytes(token, letters)
+        bare, whole = hf.encode("a", add_special_tokens=False), hf.encode("a")
+        begin = whole[: whole.index(bare[0])]
+        template = str(hf.get_chat_template()) if hf.chat_template else ""
+        super().__init__(vocabulary, control, begin, stops, template)
+        # Sentencepiece puts a space before a text. One that continues another follows a line end.
+        self.lead = "" if self.decode(bare) == "a" else "\n"
+        self.skip = len(hf.encode(self.lead, add_special_tokens=False))
+
+    def tokens(self, text, control, first):
+        lead, skip = ("", 0) if first else (self.lead, self.skip)
+        how = {"add_special_tokens": False, "split_special_tokens": not control}
+        return self.hf.encode(lead + text, **how)[skip:]
+
+    def write(self, messages, reply):
+        if self.template in ("plain", "llama3"):
+            return super().write(messages, reply)
+        how = {"tokenize": False, "add_generation_prompt": reply}
+        try:
+            return self.hf.apply_chat_template(messages, **how)
+        except Exception as e:  # as the template has it
+            raise MilError(f"{self.folder}: its chat template: {first_line(e)}") from e
+
+
+def first_line(e):
+    return f"{type(e).__name__}: {e}".splitlines()[0][:300]
+
+
+def mend(text):
+    """The text with U+FFFD in place of half a surrogate pair."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def shared(a, b):
+    """How many ids two lists begin with in common."""
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))))
+
+
+def byte_letters(tokenizer):
+    """The letter that stands for each byte in a byte-level vocabulary; {} for sentencepiece."""
+    if tokenizer.decoder is None or b"ByteLevel" not in tokenizer.decoder.__getstate__():
+        return {}
+    rest = itertools.count(256)
+    shown = [b != 32 and chr(b).isprintable() for b in range(256)]
+    return {chr(b if shown[b] else next(rest)): bytes([b]) for b in range(256)}
+
+
+def token_bytes(token, letters):
+    if letters:
+        return b"".join(letters.get(c, c.encode()) for c in token)
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+    return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
+
+
+def stated_stops(folder):
+    """The ids that end a text, by generation_config.json and config.json (ours: under "ids")."""
+    stops = []
+    for name in ("generation_config.json", "config.json"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            about = json.loads((folder / name).read_text(encoding="utf-8"))
+            found = (about.get("ids") or about).get("eos_token_id")
+            stops += found if isinstance(found, list) else [found]
+    return [i for i in stops if isinstance(i, int)]
+
+
+def read_meta(path):
+    """Meta's tokenizer.model: a line `base64(bytes) rank` per token. 256 control tokens follow.
+
+    They are named as in Llama 3.1. 3.0 has other names for some that it never says.
+    """
+    try:
+        lines = map(bytes.split, path.read_bytes().splitlines())
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except ValueError:
+        raise MilError(f"{path}: not lines of `base64 rank`, as Llama 3's file has them") from None
+    n = len(ranks)
+    if {*ranks.values()} != {*range(n)} or not {bytes([b]) for b in range(256)} <= {*ranks}:
+        what = f"its {n} ranks are not 0 … {n - 1}, or it lacks some of the 256 bytes"
+        raise MilError(f"{path}: {what}; is the file whole?")
+    rest = [f"reserved_special_token_{i}" for i in range(248)]
+    names = ["begin_of_text", "end_of_text", *rest[:2], "finetune_right_pad_id", rest[2]]
+    names += ["start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag", *rest[3:]]
+    return Tiktoken(PATTERN, ranks, {f"<|{name}|>": n + i for i, name in enumerate(names)})
+
+
+def is_named(tokenizer):
+    """Whether this names a tokenizer rather than a path."""
+    return tokenizer == "bytes" or tokenizer in tiktoken.list_encoding_names()
+
+
+def load_tokenizer(name):
+    """The Tokenizer of a name ("bytes", or one of tiktoken's), or of a folder or a file in it.
+
+    Raises MilError if there is none or it cannot be read.
+    """
+    if name == "bytes":
+        return Tiktoken("(?s:.)", {bytes([b]): b for b in range(256)}, {"<|endoftext|>": 256})
+    if is_named(name):
+        try:
+            found = tiktoken.get_encoding(name)
+            return Tiktoken(found._pat_str, found._mergeable_ranks, found._special_tokens)
+        except Exception as e:  # whatever the download raises
+            what = f"tiktoken must download it and could not ({type(e).__name__})"
+            hint = "pass --tokenizer bytes or a folder, or set TIKTOKEN_CACHE_DIR"
+            raise MilError(f"tokenizer {name}: {what}; {hint}") from e
+    folder = folder_of(name)
+    meta = folder / "tokenizer.model"
+    if not (folder / "tokenizer.json").exists() and meta.exists() and meta.read_bytes().isascii():
+        return read_meta(meta)
+    if not any(folder.glob("*token*")) and not any(folder.glob("*.gguf")):
+        names = ", ".join(tiktoken.list_encoding_names())
+        wanted = f"a folder with a tokenizer.json or tokenizer.model, bytes, {names}"
+        raise MilError(f"{name}: no tokenizer; expected {wanted}")
+    return Transformers(folder)
+
+
+def folder_of(name):
+    return Path(name).parent if Path(name).is_file() else Path(name)
+
+
+def tokenizer_of(directory):
+    """What to give load_tokenizer for the checkpoint in `directory`."""
+    name = mil.read_config(directory).get("tokenizer")
+    return name if name and is_named(name) else str(directory)
+
+
+def save_with_tokenizer(model, directory, tokenizer, **notes):
+    """mil.save, and the tokenizer that load_tokenizer knows by this name or path: name or files."""
+    read, named = load_tokenizer(tokenizer), is_named(tokenizer)
+    mil.make_directory(directory)
+    files = [] if named else [f for name in FILES for f in folder_of(tokenizer).glob(name)]
+    for file in filter(Path.is_file, files):
+        data = file.read_bytes()
+        mil.write_whole(Path(directory) / file.name, lambda f, data=data: f.write(data))
+    if isinstance(read, Transformers) and not (Path(directory) / "tokenizer.json").exists():
+        read.hf.save_pretrained(directory)
+    ids = {"bos_token_id": (read.begin or [None])[0], "eos_token_id": read.stops or None}
+    notes = {"tokenizer": tokenizer if named else None, "ids": ids, **notes}
+    mil.save(model, directory, **notes)
+
+
+def load_with_tokenizer(directory, device=None, dtype=None):
+    """The model in `directory`, a folder or hub name, and its Tokenizer. Prints notes on them."""
+    tokenizer, model = load_tokenizer(tokenizer_of(directory)), mil.load(directory, device, dtype)
+    size, v = tokenizer.size, model.config.v
+    notes = list(mil.read_config(directory)["remarks"])
+    if size != v:
+        what = "stand for nothing" if size < v else "are never drawn, and refused in a prompt"
+        sizes = f"the tokenizer has {size} tokens, the model {v}"
+        notes.append(f"{directory}: {sizes}: those from {min(size, v)} on {what}")
+    if not tokenizer.stops:
+        notes.append(f"{directory}: no token is known to end a text")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    return mil.pack(model), tokenizer
+
+
 class TextStream:
-    """Bytes of tokens in, text out: a character whose bytes span tokens appears when its last byte has come."""
+    """Tokens in, text out. A character that spans tokens appears with its last byte."""
 
-    def __init__(self, encoding):
-        self.encoding, self.decoder = encoding, codecs.getincrementaldecoder("utf-8")("replace")
+    def __init__(self, tokenizer):
+        self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
+        self.tokens, self.text = [], ""
 
-    def feed(self, token):
-        return self.decoder.decode(token_bytes(self.encoding, token))
+    def feed(self, tokens, final=False):
+        """The text that these tokens add."""
+        said = [token for token in tokens if token not in self.tokenizer.stops]
+        text = self.decoder.decode(b"".join(map(self.tokenizer.bytes_of, said)), final)
+        self.tokens += tokens
+        self.text += text
+        return text
 
     def finish(self):
-        return self.decoder.decode(b"", final=True)
+        return self.feed([], final=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Command lines: every field of a dataclass is a flag (train_distill.py uses this too)
+
+
+def flag(default, help, **parse):
+    """A dataclass field that is also a flag `--name value`. `parse` goes to argparse."""
+    about = {"help": help, "parse": parse}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata=about)
+    return dataclasses.field(default=default, metadata=about)
+
+
+def parse_flags(settings, argv, description):
+    """An instance of the dataclass `settings` from `--name value` or `--name=value`.
+
+    Raises MilError for an unknown flag (naming the nearest known one) or a value of the wrong type.
+    """
+    style = argparse.RawDescriptionHelpFormatter
+    parser = mil.Parser(description=description, allow_abbrev=False, formatter_class=style)
+    for f in dataclasses.fields(settings):
+        help = f.metadata["help"].replace("%", "%%")
+        if f.default not in ("", dataclasses.MISSING) and "default" not in help:
+            help += f" (default {f.default})"
+        kind = {} if f.type in (list, bool) else {"type": f.type, "metavar": f.type.__name__}
+        more = {"help": help, "default": argparse.SUPPRESS, **kind, **f.metadata["parse"]}
+        parser.add_argument("--" + f.name, **more)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        what = "unknown flag" if name.startswith("-") else "unexpected argument"
+        flags = ["--" + f.name for f in dataclasses.fields(settings)]
+        near = "".join(f"; did you mean {n}?" for n in difflib.get_close_matches(name, flags, 1))
+        raise MilError(f"{what} {name}{near} (--help lists the flags)")
+    return settings(**vars(known))
+
+
+def run_command(main):
+    """Call main(argv). An error becomes one line and exit code 1, Ctrl-C exit code 130."""
+    null = open(os.devnull, "r+")  # noqa: SIM115 (in place of what was closed, which is None)
+    sys.stdin, sys.stdout, sys.stderr = sys.stdin or null, sys.stdout or null, sys.stderr or null
+    sys.stdout.reconfigure(errors="replace")  # a ? for what the terminal cannot show
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+    except MilError as e:
+        sys.exit(f"error: {e}")
+    except torch.OutOfMemoryError as e:
+        hint = "fewer or shorter texts, or a smaller model, take less"
+        sys.exit(f"error: the GPU's memory is full ({hint}): {first_line(e)}")
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+    except OSError as e:  # the reader of our output has gone (| head), or its disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still holds
+        sys.exit(1 if isinstance(e, BrokenPipeError) else f"error: {e}")
+
+
+def pick_device(name):
+    """torch.device for a --device flag, made the current one; "" takes CUDA when there is one."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"expected cpu or cuda, not {device.type}")
+        torch.empty(0, device=device)
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            device = torch.device("cuda", index)
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as e:
+        raise MilError(f"--device {name}: not usable here: {str(e).splitlines()[0]}") from e
+    return device
+
+
+# --------------------------------------------------------------------------------------------------
 # The command
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
 @dataclass
 class Settings:
-    model: str = flag(
-        "out/student",
-        "checkpoint directory: as train_distill.py writes it, Hugging Face's, Meta's, or one of the paper's hybrids",
-    )
-    draft: str = flag(
-        "",
-        "checkpoint of a smaller model over the same tokens, to decode speculatively: text of the same law, sooner",
-    )
-    speculate: int = flag(
-        0,
-        "how many tokens the draft proposes at a time; 0: chosen by what is kept and what it costs",
-    )
-    chat: bool = flag(
-        False,
-        "a conversation in the terminal: Ctrl-C stops a reply, /reset forgets, /quit ends",
-        action="store_true",
-    )
+    model: str = flag("out/student", "folder of a checkpoint, or a name at huggingface.co")
+    draft: str = flag("", "a smaller model over the same tokens: the same distribution, faster")
+    speculate: int = flag(4, "with --draft: how many tokens it proposes at a time")
+    chat: bool = flag(False, "talk; Ctrl-C stops a reply, /reset, /quit", action="store_true")
     system: str = flag("", "with --chat: what the model is told beforehand")
-    context: int = flag(
-        0,
-        "with --chat: tokens a conversation has room for, at most the model's context (default 8192)",
-    )
-    prompt: list = flag(
-        [],
-        "the text to continue; - reads standard input; given several times, a batch",
-        action="append",
-        metavar="text",
-    )
+    context: int = flag(0, "with --chat: tokens of room (default 8192 or the model's context)")
+    prompt: list = flag([], "text, or - for standard input; several: a batch", action="append")
     max_new_tokens: int = flag(256, "stop after this many tokens")
-    temperature: float = flag(
-        0.8, "0 takes the likeliest token, 1 samples the model as it is, more is wilder"
-    )
+    temperature: float = flag(0.8, "0 takes the likeliest token, 1 samples the model as it is")
     top_k: int = flag(0, "sample among the k likeliest tokens only; 0: no limit")
-    top_p: float = flag(
-        0.95, "sample among the fewest tokens that have this probability together; 1: no limit"
-    )
+    top_p: float = flag(0.95, "sample among the fewest tokens of this mass; 1: no limit")
     seed: int = flag(0, "seed of the sampling")
     device: str = flag("", "cpu, cuda, cuda:1 …; empty: cuda if there is one")
     dtype: str = flag("", "float32, bfloat16, float16 or float64; empty: as saved")
@@ -1205,26 +842,20 @@ class Settings:
 
 def check_settings(s):
     check_sampling(s.max_new_tokens, s.temperature, s.top_k, s.top_p, "--")
-    if s.dtype not in ("", "float32", "bfloat16", "float16", "float64"):
-        raise MilError(f"--dtype is {s.dtype}, expected float32, bfloat16, float16 or float64")
-    if not 0 <= s.seed < 2**63:
-        raise MilError(f"--seed is {s.seed}, expected 0 to 2^63 - 1")
-    if s.speculate < 0 or s.speculate and not s.draft:
-        raise MilError(
-            f"--speculate is {s.speculate}, expected 1 or more, or 0 to have it chosen"
-            if s.draft
-            else "--speculate needs a --draft: the checkpoint of the model that proposes"
-        )
-    if s.context < 2 and s.context != 0:
-        raise MilError(f"--context is {s.context}, expected at least 2")
-    if s.chat and s.prompt:
-        raise MilError("--chat reads what you say from the terminal: leave --prompt out")
-    if (s.system or s.context) and not s.chat:
-        raise MilError(f"--{'system' if s.system else 'context'} goes with --chat")
-    if not s.prompt and not s.chat:
-        raise MilError(
-            "--prompt is missing: give the text to continue, or - to read it from standard input; or --chat"
-        )
+    for wrong, what in (
+        (0 < s.temperature < 1e-6, f"temperature is {s.temperature}, expected 0 or from 1e-6 on"),
+        (s.dtype not in ("", *DTYPES), f"dtype is {s.dtype}, expected {', '.join(DTYPES)}"),
+        (not 0 <= s.seed < 2**63, f"seed is {s.seed}, expected 0 to 2^63 - 1"),
+        (s.speculate < 1, f"speculate is {s.speculate}, expected 1 or more"),
+        (s.speculate != 4 and not s.draft, "speculate needs a --draft: the model that proposes"),
+        (s.context != 0 and s.context < 2, f"context is {s.context}, expected at least 2"),
+        (s.chat and s.prompt, "chat reads what you say from the terminal: leave --prompt out"),
+        (s.system and not s.chat, "system goes with --chat"),
+        (s.context and not s.chat, "context goes with --chat"),
+        (not s.prompt and not s.chat, "prompt is missing: give a text or -; or --chat"),
+    ):
+        if wrong:
+            raise MilError(f"--{what}")
 
 
 def read_prompt(text, number):
@@ -1237,106 +868,96 @@ def read_prompt(text, number):
     return text
 
 
-def load_draft(s, model, encoding, device):
-    """The model in --draft. MilError unless it speaks the target's tokens."""
-    draft, other = load_with_tokenizer(
-        s.draft, device, getattr(torch, s.dtype) if s.dtype else None
-    )
+def load_draft(s, model, tokenizer, device):
+    """The model in --draft. Raises MilError unless the same ids mean the same text to both."""
+    draft, other = load_with_tokenizer(s.draft, device, DTYPES.get(s.dtype))
     if draft.config.v != model.config.v:
-        raise MilError(
-            f"--draft {s.draft} has a vocabulary of {draft.config.v}, {s.model} one of {model.config.v}: a draft must speak the same tokens"
-        )
-    if vocabulary(encoding) != vocabulary(other):
-        raise MilError(
-            f"--draft {s.draft} has the tokenizer {tokenizer_of(s.draft)}, {s.model} has {tokenizer_of(s.model)}: their tokens differ"
-        )
+        sizes = f"a vocabulary of {draft.config.v}, {s.model} one of {model.config.v}"
+        raise MilError(f"--draft {s.draft} has {sizes}: a draft must speak the same tokens")
+    if not tokenizer.same_text(other):
+        raise MilError(f"--draft {s.draft}: its tokens differ from those of {s.model}")
     return draft
 
 
-def chat(s, model, encoding, draft):
-    """Lines from standard input, replies on standard output. What was said before is in the decoder's cache; a turn reads only what is new."""
-    context = int(min(s.context or 8192, longest_text(model), longest_text(draft or model)))
-    decoder = Decoder(
-        model,
-        1,
-        context,
-        s.temperature,
-        s.top_k,
-        s.top_p,
-        torch.Generator(model.lm_head.weight.device).manual_seed(s.seed),
-        draft,
-        s.speculate or 4,
-    )
-    stop, begin = stop_tokens(encoding), [{"role": "system", "content": s.system}] * bool(s.system)
-    talk, heard = Conversation(encoding, begin), False
-    if len(talk.ids) >= context:
-        raise MilError(
-            f"--system has {len(talk.ids)} tokens, but a conversation has room for {context}"
-        )
-    sys.stdin.reconfigure(errors="replace")
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 (input() then edits a line and remembers those before)
-    print(
-        f"{s.model}, the format is {chat_format(encoding)}, room for {context} tokens; /reset forgets, /quit or Ctrl-D ends",
-        file=sys.stderr,
-    )
+def new_decoder(s, model, draft, rows, size):
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(s.seed)
+    how = (s.temperature, s.top_k, s.top_p, generator)
+    return Decoder(model, rows, size, *how, draft, s.speculate if draft else 0)
 
-    def stop_reply(*_):  # not in the middle of a pass, which would leave the cache half written
-        nonlocal heard
-        heard = True
 
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            print("\n(/quit or Ctrl-D ends)", file=sys.stderr)
-            continue
-        if line == "/quit":
-            return
-        command = re.fullmatch(r"/\w+", line)
-        if line == "/reset":
-            talk = Conversation(encoding, begin)
-        elif command:
-            print("(/reset forgets, /quit ends; there is nothing else)", file=sys.stderr)
-        if command or not line:
-            continue
-        mark = len(talk.ids)
-        talk.open("user")
-        talk.close(line)
-        talk.open("assistant")
-        if len(talk.ids) >= context:
-            print(
-                f"(no room: {mark} of {context} tokens are taken, this takes {len(talk.ids) - mark}; say less, or /reset)",
-                file=sys.stderr,
-            )
-            talk.ids, talk.own = talk.ids[:mark], talk.own[:mark]
-            continue
-        stream, count, began, heard = TextStream(encoding), 0, time.perf_counter(), False
-        before = signal.signal(signal.SIGINT, stop_reply)
-        try:
-            for (new,) in decoder.decode([talk.ids], s.max_new_tokens, stop):
-                count += len(new)
-                said = [token for token in new if token not in stop]
-                talk.extend(said, own=True)
-                print("".join(map(stream.feed, said)), end="", flush=True)
-                if heard:
+class Chat:
+    """Lines in, replies out. The decoder keeps its cache: a turn reads only what is new."""
+
+    def __init__(self, s, model, tokenizer, draft):
+        self.room = int(min(s.context or 8192, longest_text(model), longest_text(draft or model)))
+        self.s, self.tokenizer = s, tokenizer
+        self.decoder = new_decoder(s, model, draft, 1, self.room)
+        self.reset()
+
+    def reset(self):
+        self.messages = [{"role": "system", "content": self.s.system}] if self.s.system else []
+        self.asked = []  # the last prompt, as the template writes it
+        self.ids = []  # the same with the model's own tokens, and its reply
+
+    def run(self):
+        sys.stdin.reconfigure(errors="replace")
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 (gives input() editing and history)
+        told = f"{self.s.model}: room for {self.room} tokens; /reset forgets, /quit or Ctrl-D ends"
+        print(told, file=sys.stderr)
+        while True:
+            try:
+                line = input("> " if sys.stdin.isatty() else "").strip()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                print("\n(/quit or Ctrl-D ends)", file=sys.stderr)
+                continue
+            if line == "/quit":
+                return
+            if line == "/reset":
+                self.reset()
+            elif re.fullmatch(r"/\w+", line):
+                print("(/reset forgets, /quit ends; there is nothing else)", file=sys.stderr)
+            elif line:
+                self.turn([*self.messages, {"role": "user", "content": line}])
+
+    def turn(self, messages):
+        asked, _ = self.tokenizer.conversation(messages, reply=True)
+        ids, n = asked, len(self.asked)
+        ends = [i for i in range(n, len(asked)) if asked[i] in self.tokenizer.stops]
+        if n and ends and asked[:n] == self.asked:  # otherwise all is read anew
+            ids = self.ids + asked[ends[0] :]
+        if len(ids) >= self.room:
+            taken = f"{len(self.ids)} of {self.room} tokens are taken"
+            more = f"this takes {len(ids) - len(self.ids)}"
+            return print(f"(no room: {taken}, {more}; say less, or /reset)", file=sys.stderr)
+        said, text = self.reply(ids)
+        self.messages = [*messages, {"role": "assistant", "content": text}]
+        self.asked, self.ids = asked, ids + said
+
+    def reply(self, ids):
+        """Prints a reply. Returns its ids without the stop, and its text."""
+        stream, interrupted = TextStream(self.tokenizer), threading.Event()
+        began = time.perf_counter()
+        before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+        try:  # Ctrl-C stops between two passes: within one the cache is half written
+            for (new,) in self.decoder.decode([ids], self.s.max_new_tokens, self.tokenizer.stops):
+                print(stream.feed(new), end="", flush=True)
+                if interrupted.is_set():
                     break
         finally:
             signal.signal(signal.SIGINT, before)
-        cut = not heard and new[-1] not in stop
-        print(stream.finish() + " …" * (heard or cut))
-        why = (
-            ", cut for want of room"
-            if len(talk.ids) >= context
-            else f", cut at --max_new_tokens {s.max_new_tokens}"
-        ) * cut
-        print(
-            f"({count} tokens{why}, {count / (time.perf_counter() - began):.1f} tokens/s; {len(talk.ids)} of {context} taken)",
-            file=sys.stderr,
-        )
-        talk.close(own=True)
+        seconds, count = time.perf_counter() - began, len(stream.tokens)
+        said = [token for token in stream.tokens if token not in self.tokenizer.stops]
+        taken, why = len(ids) + len(said), ""
+        if len(said) == count and not interrupted.is_set():
+            full = taken >= self.room
+            why = ", cut for want of room" if full else ", cut at --max_new_tokens"
+        print(stream.finish() + (" …" if why or interrupted.is_set() else ""), flush=True)
+        told = f"{count} tokens{why}, {count / seconds:.1f} tokens/s"
+        print(f"({told}; {taken} of {self.room} taken)", file=sys.stderr)
+        return said, stream.text
 
 
 def main(argv):
@@ -1344,54 +965,37 @@ def main(argv):
     check_settings(s)
     device = pick_device(s.device)
     if s.model == Settings.model and not os.path.exists(s.model):
-        raise MilError(
-            f"{s.model}: not there yet: python train_distill.py makes it; or give --model"
-        )
-    model, encoding = load_with_tokenizer(
-        s.model, device, getattr(torch, s.dtype) if s.dtype else None
-    )
+        hint = "python train_distill.py makes it; or give --model"
+        raise MilError(f"{s.model}: not there yet: {hint}")
+    model, tokenizer = load_with_tokenizer(s.model, device, DTYPES.get(s.dtype))
+    draft = load_draft(s, model, tokenizer, device) if s.draft else None
     if s.chat:
-        return chat(s, model, encoding, load_draft(s, model, encoding, device) if s.draft else None)
+        return Chat(s, model, tokenizer, draft).run()
     texts = [read_prompt(text, i + 1) for i, text in enumerate(s.prompt)]
-    prompts = [encode(encoding, text) for text in texts]
-    stop, streams = stop_tokens(encoding), [TextStream(encoding) for _ in texts]
-    draft = load_draft(s, model, encoding, device) if s.draft else None
+    prompts = [tokenizer.encode(text) for text in texts]
     size = max(map(len, prompts)) + s.max_new_tokens
-    how = s.temperature, s.top_k, s.top_p, torch.Generator(device).manual_seed(s.seed)
-    decoder = Decoder(model, len(prompts), size, *how, draft, s.speculate or 4)
-    whole, counts, began, single = (
-        list(texts),
-        [0] * len(texts),
-        time.perf_counter(),
-        len(texts) == 1,
-    )
-    rounds = decoder.decode(prompts, s.max_new_tokens, stop)
-    for row in rounds:
-        if single and not counts[0]:  # only now is it sure that the prompt can be continued
-            print(texts[0], end="", flush=True)
-        for i, token in [(i, token) for i, tokens in enumerate(row) for token in tokens]:
-            counts[i] += 1
-            if token not in stop:
-                piece = streams[i].feed(token)
-                whole[i] += piece
-                if single:
-                    print(piece, end="", flush=True)
-    seconds, count = time.perf_counter() - began, sum(counts)
-    context = min(longest_text(model), longest_text(draft or model))
-    full = any(len(prompt) + n >= context for prompt, n in zip(prompts, counts))
+    decoder = new_decoder(s, model, draft, len(texts), size)
+    streams, began = [TextStream(tokenizer) for _ in texts], time.perf_counter()
+    for rows in decoder.decode(prompts, s.max_new_tokens, tokenizer.stops):
+        first = not streams[0].tokens  # only now is it sure that the prompt can be continued
+        pieces = [stream.feed(new) for stream, new in zip(streams, rows, strict=True)]
+        if len(texts) == 1:
+            print((texts[0] if first else "") + pieces[0], end="", flush=True)
+    seconds, count = time.perf_counter() - began, sum(len(stream.tokens) for stream in streams)
     for i, stream in enumerate(streams):
         tail = stream.finish()
-        print(tail if single else f"=== {i + 1} of {len(texts)}\n{whole[i]}{tail}")
-    end = f", up to the context of {context}" if full else ""
+        whole = f"=== {i + 1} of {len(texts)}\n{texts[i]}{stream.text}"
+        print(tail if len(texts) == 1 else whole)
+    line = f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s"
     if draft:
         kept = decoder.accepted / max(1, decoder.proposed)
-        end = (
-            f", {kept:.0%} of the draft's tokens kept, {count / decoder.passes:.2f} tokens a pass of "
-            f"the model (K = {decoder.K}){end}"
-        )
-    print(
-        f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s{end}", file=sys.stderr
-    )
+        line += f", {kept:.0%} of the draft's tokens kept"
+        line += f", {count / decoder.passes:.2f} tokens a pass of the model (K = {s.speculate})"
+    context = min(longest_text(model), longest_text(draft or model))
+    lengths = [len(p) + len(stream.tokens) for p, stream in zip(prompts, streams, strict=True)]
+    if max(lengths) >= context:
+        line += f", up to the context of {context}"
+    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import mil
-from generate import (Conversation, Decoder, TextStream, chat_format, encode, flag, generate, load_tokenizer, parse_flags, pick_device, run_command,
-                      save_with_tokenizer, stop_tokens, token_bytes, tokenizer_of, vocabulary)
+from generate import (Decoder, flag, generate, load_tokenizer, parse_flags, pick_device, run_command, save_with_tokenizer,
+                      tokenizer_of)
 from mil import MilError
 
 
@@ -421,15 +421,13 @@ def jsonl_document(record):
 
 def document_tokens(encoding, document):
     """Token ids of a document, as a list; of what is not to be learned, messages other than the assistant's and prompts, ~id, below 0."""
-    end = stop_tokens(encoding)[:1]
+    end = encoding.stops[:1]
     if isinstance(document, str):
-        return encode(encoding, document) + end
-    talk = Conversation(encoding, document if isinstance(document, list) else ())
+        return encoding.encode(document) + end
     if isinstance(document, tuple):
-        talk.add(document[0])
-        talk.add(document[1], own=True)
-        talk.extend(end, own=True)
-    return [i if own else ~i for i, own in zip(talk.ids, talk.own)]
+        prompt, completion = document
+        return [*(~i for i in encoding.encode(prompt)), *encoding.encode(completion, begin=False), *end]
+    return [i if own else ~i for i, own in zip(*encoding.conversation(document))]
 
 
 def read_text(file, named, flag="--data"):
@@ -507,7 +505,7 @@ def split(documents):
 def load_corpus(s, paths, encoding, tokenizer):
     """Tokenise `paths` once and keep it in out/data, under a name made from the files, their sizes and their times."""
     files = find_files(paths, s.out) if paths else standard_library()
-    key = identity(files, tokenizer, repr(vocabulary(encoding)), chat_format(encoding))
+    key = identity(files, tokenizer, repr(encoding.vocabulary), encoding.template)
     stored = [Path(s.out) / "data" / f"{key}.{part}.bin" for part in ("train", "val", "train.begins", "val.begins")]
     if not all(p.exists() for p in stored):
         named = set(map(Path, paths))
@@ -535,7 +533,7 @@ def store(encoding, work):
 
 def token_type(encoding):
     """What stores a token of this vocabulary, and ~ of it."""
-    return np.int16 if encoding.n_vocab <= 2**15 else np.int32
+    return np.int16 if encoding.size <= 2**15 else np.int32
 
 
 def read_corpus(s, encoding, stored, key, source, tokenizer, more="give more text"):
@@ -701,17 +699,14 @@ def prompts_of(s, paths, encoding):
     named, most = set(map(Path, paths)), s.context - s.answer_tokens  # so long a prompt leaves room for an answer; of a longer one the end
     documents = [d for f in files for d in read_documents(f, f in named)]
     for document in (split(documents) or (documents,))[0]:
-        talk = Conversation(encoding)
         if isinstance(document, list):
             asked = list(itertools.takewhile(lambda m: m["role"] != "assistant", document))
             if len(asked) < len(document):
-                talk = Conversation(encoding, asked)
-                talk.open("assistant")
-                yield {"messages": asked}, talk.ids[-most:]
+                yield {"messages": asked}, encoding.conversation(asked, reply=True)[0][-most:]
         elif isinstance(document, tuple):
-            talk.add(document[0])
-            if talk.ids:
-                yield {"prompt": document[0]}, talk.ids[-most:]
+            ids = encoding.encode(document[0])
+            if ids:
+                yield {"prompt": document[0]}, ids[-most:]
         else:
             ids = document_tokens(encoding, document)
             ids = ids if len(documents) >= 10 else ids[:len(ids) * 9 // 10]
@@ -744,7 +739,7 @@ def answered(run, paths, place, encoding, tokenizer):
 
 def answer(run, work, rows, file, place, encoding):
     """This process's share of the answers to `work`, a list of records and their token ids: every run.size'th batch of `rows`, to `file`."""
-    s, stop = run.s, stop_tokens(encoding)
+    s, stop = run.s, encoding.stops
     mine = range(run.rank * rows, len(work), run.size * rows)  # where its batches begin
     lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
     done = len(lines) // rows  # a batch that was cut short is made again, the same
@@ -762,7 +757,7 @@ def answer(run, work, rows, file, place, encoding):
                 for reply, more in zip(replies, new):
                     reply += more
             for number, ((record, ids), reply) in enumerate(zip(batch, replies), first):
-                text = b"".join(token_bytes(encoding, token) for token in reply if token not in stop).decode("utf-8", "replace")
+                text = encoding.decode([token for token in reply if token not in stop])
                 record = {"messages": [*record["messages"], {"role": "assistant", "content": text}]} if "messages" in record else {**record, "completion": text}
                 out.write(json.dumps({**record, "number": number, "seed": seed, "tokens": [*(~i for i in ids), *reply]}, ensure_ascii=False) + "\n")
             out.flush()
@@ -1267,7 +1262,7 @@ def listen(run):
 def evaluate(run, models, corpus, encoding):
     """The rows of a table for the teacher and for the student: loss, perplexity, bits per byte, KL to the teacher and top-1 agreement with it, on
     validation text."""
-    sizes = torch.tensor([len(token_bytes(encoding, i)) for i in range(models.student.config.v)], device=run.device)
+    sizes = torch.tensor([len(encoding.bytes_of(i)) for i in range(models.student.config.v)], device=run.device)
     total = torch.zeros(6, dtype=torch.float64, device=run.device)
     for batch in evaluation_batches(run, corpus):
         total += torch.cat([models(batch), sizes[batch.y[batch.y >= 0]].sum().double()[None]])
@@ -1381,7 +1376,7 @@ def save_student(run, models, place, tokenizer, base_type, **notes):
 
 def new_config(s, encoding):
     """The Llama that the settings ask for."""
-    return mil.Config(v=encoding.n_vocab, context=s.context, rope_theta=s.rope_theta, **{name: getattr(s, name) for name in SIZES})
+    return mil.Config(v=encoding.size, context=s.context, rope_theta=s.rope_theta, **{name: getattr(s, name) for name in SIZES})
 
 
 def get_teacher(run, state, config, corpus, encoding, tokenizer, journal, place):
@@ -1568,12 +1563,10 @@ def table(rows):
 
 
 def sample(model, encoding, s, device):
-    stream, stop = TextStream(encoding), stop_tokens(encoding)
-    prompt = encode(encoding, s.prompt)[:model.config.context - 1]
-    text = s.prompt
-    for ((token,),) in generate(model, [prompt], 200, 0.7, 0, 0.95, stop, torch.Generator(device).manual_seed(s.seed)):
-        text += stream.feed(token) if token not in stop else ""
-    return text + stream.finish()
+    prompt, reply = encoding.encode(s.prompt)[:model.config.context - 1], []
+    for ((token,),) in generate(model, [prompt], 200, 0.7, 0, 0.95, encoding.stops, torch.Generator(device).manual_seed(s.seed)):
+        reply += [token] if token not in encoding.stops else []
+    return s.prompt + encoding.decode(reply)
 
 
 def side_by_side(left, right, width=58):
@@ -1648,13 +1641,13 @@ def work(run, began):
             raise MilError(f"--{name} {place} is where the student will be written; give another --out")
     tokenizer = tokenizer_of(s.teacher) if s.teacher else s.tokenizer or "bytes"
     encoding = load_tokenizer(tokenizer)
-    if s.teacher and s.tokenizer and vocabulary(load_tokenizer(s.tokenizer)) != vocabulary(encoding):
+    if s.teacher and s.tokenizer and not load_tokenizer(s.tokenizer).same_text(encoding):
         raise MilError(f"--tokenizer {s.tokenizer} is not the one the teacher in {s.teacher} was trained with ({tokenizer}); leave it out")
     config = about.get("config") or new_config(s, encoding)
     base = config
     if s.init_from:
         base = mil.read_config(s.init_from)["config"]
-        if base.v != config.v or vocabulary(load_tokenizer(tokenizer_of(s.init_from))) != vocabulary(encoding):
+        if base.v != config.v or not load_tokenizer(tokenizer_of(s.init_from)).same_text(encoding):
             raise MilError(f"--init_from {s.init_from}: it has another tokenizer ({base.v} tokens) than the teacher ({config.v}): both must speak of the same tokens")
         if set(base.mixers) != {"attention"}:
             raise MilError(f"--init_from {s.init_from}: holds {', '.join(sorted(set(base.mixers)))}; expected a Llama, with attention in every layer")

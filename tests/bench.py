@@ -414,7 +414,7 @@ def speculation(model, encoding, draft):
     tokens/s are from the fourth round on; `kept` is of the proposed tokens; `text` says whether the
     greedy one is the plain one; `distinct` is of its windows of 8 tokens: what repeats itself is
     easy to propose."""
-    text = generate.encode(encoding, Path(__file__).read_text())  # in no training text of ours
+    text = encoding.encode(Path(__file__).read_text())  # in no training text of ours
     prompts, plain = [text[i : i + 64] for i in range(0, 1600, 200)], {}
     runs = [(b, t, K) for b in (1, 8) for t, K in ((0, 0), (0, 2), (0, 4), (0, 6), (1, 0), (1, 4))]
     for batch, temperature, K in runs:

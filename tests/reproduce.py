@@ -267,7 +267,7 @@ class Lab:
     def writing(self, model):
         """Of functions the model completes: the share that parses, and how unlikely the teacher finds what it wrote, in nats a byte."""
         asked = functions(self.unseen, self.size.prompts, self.size.before, self.size.written, random.Random(0))
-        prompts = [generate.encode(self.encoding, before)[-self.size.before:] for _, before, *_ in asked]
+        prompts = [self.encoding.encode(before)[-self.size.before:] for _, before, *_ in asked]
         texts = self.complete(model, prompts, 1)
         read = [(header, self.encoding.decode(ids)) for (*_, header, _), ids in zip(asked, texts)]
         real = [(header, after) for *_, header, after in asked]
@@ -604,7 +604,7 @@ def make_pairs(lab):
     """Preferences: functions of the training text that the teacher completes twice; where one parses and the other does not, that one is preferred. Each is
     (number of its file, chosen, rejected), as train_distill has pairs."""
     asked = functions(lab.raw, lab.size.pairs, lab.size.before, 0, random.Random(1))
-    prompts = [generate.encode(lab.encoding, text)[-lab.size.before:] for _, text, *_ in asked]
+    prompts = [lab.encoding.encode(text)[-lab.size.before:] for _, text, *_ in asked]
     twice, pairs = [lab.complete(lab.teacher, prompts, seed) for seed in (11, 10**6)], []
     for (number, _, header, _), prompt, *texts in zip(asked, prompts, *twice):
         good = [parses(header, lab.encoding.decode(ids)) for ids in texts]
@@ -833,7 +833,7 @@ def speculation(lab):
     targets, drafts = ({name: mil.pack(mil.load(place, lab.device, lab.kind)) for name, place in some.items() if place.exists()}  # of what has diverged there is none
                        for some in (places, {name: lab.out / "models" / name for name in DRAFTS}))
     asked = functions(lab.unseen, size.texts, size.context // 4, 0, random.Random(5))
-    prompts = [generate.encode(lab.encoding, text)[-size.context // 4:] for _, text, *_ in asked]
+    prompts = [lab.encoding.encode(text)[-size.context // 4:] for _, text, *_ in asked]
     rows = []
 
     def timed(model, temperature, draft=None, K=0):

@@ -684,10 +684,10 @@ def test_the_ids_of_begin_and_end_survive_the_way_through_our_layout(tmp_path):
 
 def test_a_model_saved_with_a_llama3_tokenizer_has_its_begin_and_both_its_ends(tmp_path):
     model = build(mil.Config(v=520, d=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=16, context=8), torch.float32)
-    generate.save_with_tokenizer(model, tmp_path / "a", str(llama3_file(tmp_path / "t.model")))
+    generate.save_with_tokenizer(model, tmp_path / "a", str(llama3_file(tmp_path / "tokenizer.model")))
     mil.export(tmp_path / "a", tmp_path / "b", "hf")
     said = json.loads((tmp_path / "b" / "config.json").read_text())
-    assert (said["bos_token_id"], said["eos_token_id"]) == (261, [262, 270])
+    assert (said["bos_token_id"], said["eos_token_id"]) == (261, [262, 269, 270])
 
 
 def test_all_files_about_texts_go_along_with_an_export(tmp_path):

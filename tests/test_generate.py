@@ -8,9 +8,8 @@ import weakref
 import zlib
 
 import pytest
-import tiktoken
 import torch
-from conftest import DEVICE, build, configs, form, random_tokens, run_script
+from conftest import DEVICE, assert_close, build, configs, form, random_tokens, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +34,7 @@ def student(tmp_path):
 @given(st.text())
 def test_bytes_encode_any_text_and_special_tokens_in_it_are_plain(text):
     encoding, text = g.load_tokenizer("bytes"), text + "<|endoftext|>"
-    ids = g.encode(encoding, text)
+    ids = encoding.encode(text)
     assert ids == list(text.encode()) and encoding.decode(ids) == text
 
 
@@ -43,44 +42,6 @@ def llama3_file(path, merges=(b"he", b"ll", b"hell", b"hello", b" w")):
     tokens = [bytes([i]) for i in range(256)] + list(merges)
     path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
     return path
-
-
-def test_a_llama3_tokenizer_model_is_read_with_its_special_tokens(tmp_path):
-    encoding = g.load_tokenizer(str(llama3_file(tmp_path / "tokenizer.model")))
-    assert encoding.n_vocab == 261 + 256
-    numbers = {t: encoding.encode_single_token(t) - 261 for t in ("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_3|>",
-               "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>", "<|reserved_special_token_250|>")}
-    assert list(numbers.values()) == [0, 1, 5, 6, 7, 8, 9, 255]
-    assert g.encode(encoding, "hello<|eot_id|>")[:2] == [261, 259] and len(g.encode(encoding, "hello<|eot_id|>")) == 2 + len("<|eot_id|>")
-    assert g.stop_tokens(encoding) == [262, 270]
-
-
-@pytest.mark.parametrize("text, match", [("aGk= 0\nnot base64 1\n", "line 2"), ("aGk= 5\n", "ranks are not"), ("", "lack"), ("aGk=\n", "line 1")])
-def test_a_damaged_tokenizer_model_is_refused(tmp_path, text, match):
-    (tmp_path / "t.model").write_text(text)
-    with pytest.raises(MilError, match=match):
-        g.load_tokenizer(str(tmp_path / "t.model"))
-
-
-def test_a_tokenizer_that_needs_the_network_says_so_and_what_to_pass_instead(monkeypatch):
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("no route")))
-    with pytest.raises(MilError, match="tiktoken must download it.*--tokenizer bytes"):
-        g.load_tokenizer("cl100k_base")
-    with pytest.raises(MilError, match="neither a file nor a known encoding.*gpt2"):
-        g.load_tokenizer("nonsense")
-
-
-@given(st.text())
-def test_a_character_whose_bytes_span_tokens_prints_whole(text):
-    stream = g.TextStream(g.load_tokenizer("bytes"))
-    pieces = [stream.feed(i) for i in text.encode()]
-    assert "".join(pieces) == text and stream.finish() == ""
-
-
-def test_bytes_that_are_no_text_become_replacement_characters():
-    stream = g.TextStream(g.load_tokenizer("bytes"))
-    assert stream.feed(0xE2) == "" and stream.feed(0x82) == "" and stream.feed(ord("a")) == "\ufffda"
-    assert stream.feed(0xF0) == "" and stream.finish() == "\ufffd"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -408,78 +369,63 @@ def test_help_names_every_flag_and_its_reason():
         assert f"--{f.name} " in done.stdout and f.metadata["help"].split()[0] in done.stdout
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
-    mil.save(build(Config(**{**MIXED, "v": 200}), torch.float32), tmp_path, tokenizer="bytes")
-    with pytest.raises(MilError, match="257 tokens, the model only 200"):
-        g.load_with_tokenizer(tmp_path)
-
-
-def test_a_checkpoint_that_names_no_tokenizer_is_refused(tmp_path):
-    mil.save(build(Config(**MIXED), torch.float32), tmp_path)
-    with pytest.raises(MilError, match="no tokenizer"):
-        g.load_with_tokenizer(tmp_path)
-
-
 def test_a_tokenizer_file_travels_with_the_model_and_a_name_stays_a_name(tmp_path, monkeypatch):
     model = build(Config(**{**MIXED, "v": 520}), torch.float32)
-    g.save_with_tokenizer(model, tmp_path / "m", str(llama3_file(tmp_path / "t.model")))
-    assert g.load_with_tokenizer(tmp_path / "m")[1].n_vocab == 517
+    g.save_with_tokenizer(model, tmp_path / "m", str(llama3_file(tmp_path / "tokenizer.model")))
+    assert g.load_with_tokenizer(tmp_path / "m")[1].size == 517
     g.save_with_tokenizer(model, tmp_path / "m", g.tokenizer_of(tmp_path / "m"))  # onto itself
     (tmp_path / "bytes").mkdir()
     monkeypatch.chdir(tmp_path)
     g.save_with_tokenizer(model, tmp_path / "n", "bytes")
-    assert g.load_with_tokenizer(tmp_path / "n")[1].n_vocab == 257
+    assert g.load_with_tokenizer(tmp_path / "n")[1].size == 257
 
 
-def test_special_tokens_and_gaps_stand_for_no_text(tmp_path):
-    encoding = tiktoken.Encoding("gap", pat_str=".", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={"<|x|>": 300})
-    assert [g.token_bytes(encoding, i) for i in (65, 260, 300, 999)] == [b"A", b"", b"", b""]
+def scripted(rows, seen=None):
+    """A Decoder that yields these rows and adds to `seen` what it was given."""
+    class Scripted:
+        def __init__(self, *args):
+            self.args = args
+
+        def decode(self, *args):
+            if seen is not None:
+                seen.append((*self.args, *args))
+            yield from rows
+    return Scripted
 
 
 def test_every_sampling_flag_reaches_the_sampler(student, monkeypatch):
     seen = []
-
-    class Seen(g.Decoder):
-        def __init__(self, model, rows, size, *how):
-            super().__init__(model, rows, size, *how)
-            seen.extend((model.lm_head.weight.dtype, size, *how))
-
-        def decode(self, *how):
-            seen.extend(how)
-            return iter(())
-
-    monkeypatch.setattr(g, "Decoder", Seen)
-    flags = dict(max_new_tokens=9, temperature=0.7, top_k=3, top_p=0.5, seed=5, dtype="bfloat16")
-    argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    g.main(["--model", student, "--prompt", "a", "--device", DEVICE, *argv])
-    dtype, size, *numbers, generator, draft, _, prompts, new, stop = seen
-    assert (dtype, size, draft, generator.initial_seed()) == (torch.bfloat16, 10, None, 5)
-    assert (numbers, prompts, new, list(stop)) == ([0.7, 3, 0.5], [[97]], 9, [256])
-
+    monkeypatch.setattr(g, "Decoder", scripted([], seen))
+    g.main(["--model", student, "--prompt", "a", "--max_new_tokens", "9", "--temperature", "0.7", "--top_k", "3", "--top_p", "0.5",
+            "--seed", "5", "--dtype", "bfloat16", "--device", DEVICE])
+    ((model, rows, size, *numbers, generator, draft, speculate, prompts, most, stop),) = seen
+    assert (draft, speculate, rows, size, most) == (None, 0, 1, 10, 9)
+    assert (prompts, numbers, stop) == ([[97]], [0.7, 3, 0.5], [256])
+    assert generator.initial_seed() == 5 and model.lm_head.weight.dtype == torch.bfloat16
 
 
 def test_a_checkpoint_brings_its_llama3_tokenizer_and_all_its_stops(tmp_path, monkeypatch):
-    path, seen = llama3_file(tmp_path / "mine.model"), []
+    path, seen = llama3_file(tmp_path / "tokenizer.model"), []
     g.save_with_tokenizer(build(Config(**{**MIXED, "v": 517}), torch.float32), tmp_path / "m", str(path))
     path.unlink()
-    monkeypatch.setattr(g.Decoder, "decode", lambda self, *args: seen.extend(args) or iter(()))
+    monkeypatch.setattr(g, "Decoder", scripted([], seen))
     g.main(["--model", str(tmp_path / "m"), "--prompt", "hello", "--device", DEVICE])
-    assert seen[0] == [[261, 259]] and list(seen[2]) == [262, 270]
+    assert seen[0][-3] == [[261, 259]] and seen[0][-1] == [262, 269, 270]
 
 
 def test_what_is_printed_is_each_rows_own_bytes_without_its_stop(student, monkeypatch, capsys):
     rows = [[[0xC3], [0xE2]], [[0xA9], [0x82]], [[0x21], [0xAC]], [[256], [0xC3]], [[], [256]]]   # "é!" and "€" and half a character
-    monkeypatch.setattr(g.Decoder, "decode", lambda *args: iter(rows))
+    monkeypatch.setattr(g, "Decoder", scripted(rows))
     g.main(["--model", student, "--prompt", "a", "--prompt", "b", "--device", DEVICE])
     assert capsys.readouterr().out == "=== 1 of 2\naé!\n=== 2 of 2\nb€\ufffd\n"
-    monkeypatch.setattr(g.Decoder, "decode", lambda *args: iter([r[1:] for r in rows]))
+    monkeypatch.setattr(g, "Decoder", scripted([r[1:] for r in rows]))
     g.main(["--model", student, "--prompt", "b", "--device", DEVICE])
     assert capsys.readouterr().out == "b€\ufffd\n"
 
 
 def test_the_llama3_pattern_cuts_digits_in_threes(tmp_path):
-    encoding = g.load_tokenizer(str(llama3_file(tmp_path / "t.model", (b"12", b"123", b"1234", b"45"))))
-    assert [encoding.decode_single_token_bytes(i) for i in g.encode(encoding, "12345")[1:]] == [b"123", b"45"]
+    encoding = g.load_tokenizer(str(llama3_file(tmp_path / "tokenizer.model", (b"12", b"123", b"1234", b"45"))))
+    assert [encoding.bytes_of(i) for i in encoding.encode("12345")[1:]] == [b"123", b"45"]
 
 
 def test_the_law_of_bf16_logits_is_computed_in_float32():
@@ -495,11 +441,11 @@ def test_a_clock_that_rings_at_once_draws_no_token_outside_the_law(monkeypatch):
 
 def test_each_piece_is_flushed_as_it_is_drawn(student, monkeypatch):
     out, seen = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), []
-    def tokens(*args):
+    def tokens():
         for c in b"xyz":
             seen.append(out.buffer.getvalue())
             yield [[c]]
-    monkeypatch.setattr(g.Decoder, "decode", tokens)
+    monkeypatch.setattr(g, "Decoder", scripted(tokens()))
     monkeypatch.setattr(sys, "stdout", out)
     g.main(["--model", student, "--prompt", "a", "--device", DEVICE])
     assert seen == [b"", b"ax", b"axy"]  # the prompt itself once it is sure that it can be continued
@@ -513,10 +459,10 @@ def test_the_context_ends_each_row_by_its_own_length():
 def test_a_draft_must_speak_the_targets_tokens(student, tmp_path):
     g.save_with_tokenizer(build(Config(**{**MIXED, "v": 300}), torch.float32), tmp_path / "large", "bytes")
     g.save_with_tokenizer(build(Config(**{**MIXED, "v": 600}), torch.float32), tmp_path / "target", "bytes")
-    g.save_with_tokenizer(build(Config(**{**MIXED, "v": 600}), torch.float32), tmp_path / "other", str(llama3_file(tmp_path / "t.model")))
+    g.save_with_tokenizer(build(Config(**{**MIXED, "v": 600}), torch.float32), tmp_path / "other", str(llama3_file(tmp_path / "tokenizer.model")))
     (tmp_path / "none").mkdir()
     for model, draft, match in ((student, "large", "has a vocabulary of 300, .* one of 257: a draft must speak the same tokens"),
-                                (tmp_path / "target", "other", "has the tokenizer .*tokenizer.model, .* has bytes: their tokens differ"),
+                                (tmp_path / "target", "other", "other: its tokens differ from those of"),
                                 (student, "none", "no checkpoint here")):
         with pytest.raises(MilError, match=match):
             g.main(["--model", str(model), "--draft", str(tmp_path / draft), "--prompt", "a", "--device", DEVICE])
@@ -559,7 +505,7 @@ def test_what_is_beside_a_tokenizer_file_travels_with_it(tmp_path):
     (tmp_path / "t").mkdir()
     for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         (tmp_path / "t" / name).write_text("{}")
-    g.save_with_tokenizer(build(Config(**{**MIXED, "v": 520}), torch.float32), tmp_path / "m", str(llama3_file(tmp_path / "t" / "t.model")))
+    g.save_with_tokenizer(build(Config(**{**MIXED, "v": 520}), torch.float32), tmp_path / "m", str(llama3_file(tmp_path / "t" / "tokenizer.model")))
     assert {"tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= {path.name for path in (tmp_path / "m").iterdir()}
 
 
@@ -569,3 +515,83 @@ def test_a_command_stopped_by_ctrl_c_ends_with_130_and_one_word(capsys):
     with pytest.raises(SystemExit) as e:
         g.run_command(stop)
     assert e.value.code == 130 and capsys.readouterr().err == "\nstopped\n"
+
+
+def counting(models, monkeypatch):
+    """How many tokens each of the models reads from here on."""
+    read = [0] * len(models)
+    for i, model in enumerate(models):
+        def hidden(tokens, cache=None, lengths=None, i=i, whole=model.hidden):
+            read[i] += tokens.shape[1]
+            return whole(tokens, cache, lengths)
+        monkeypatch.setattr(model, "hidden", hidden)
+    return read
+
+
+@given(configs(), st.data(), st.sampled_from([None, 1, 3]), st.booleans())
+@settings(max_examples=8)
+def test_a_decoder_goes_on_with_longer_texts_as_if_it_had_read_them_anew(config, data, K, cut):
+    model, drafts = build(config), {} if K is None else dict(draft=build(data.draw(configs()), seed=1), speculate=K)
+    ids = lambda least, most: data.draw(st.lists(st.integers(0, config.v - 1), min_size=least, max_size=most))  # noqa: E731
+    texts, decoder = [ids(1, 6) for _ in range(2)], g.Decoder(model, 2, 60, 0, **drafts)
+    for _ in range(2):
+        want, rounds = whole(g.generate(model, texts, 7, 0, stop=[3])), decoder.decode(texts, 7, [3])
+        got = [[], []]
+        for i, row in enumerate(rounds):
+            got = [[*a, *b] for a, b in zip(got, row)]
+            if cut and i == 2:  # somebody has heard enough
+                rounds.close()
+        assert all(a == b[:len(a)] for a, b in zip(got, want)) and (cut or got == want)
+        texts = [text + new + ids(1, 4) for text, new in zip(texts, got)]
+    anew = [ids(1, 6) for _ in range(2)]
+    assert whole(decoder.decode(anew, 7)) == whole(g.generate(model, anew, 7, 0))
+    again = [text[:len(text) - 1] or text for text in anew]  # shorter than what was read
+    assert whole(decoder.decode(again, 7)) == whole(g.generate(model, again, 7, 0))
+
+
+@pytest.mark.parametrize("speculate", [None, 3])
+def test_a_turn_reads_only_what_is_new(speculate, monkeypatch):
+    model = build(Config(**MIXED, mixers=["attention", "mamba", "mamba2", "none"]))
+    drafts = {} if speculate is None else dict(draft=build(Config(**MIXED), seed=1), speculate=speculate)
+    decoder, text = g.Decoder(model, 1, 48, 0, **drafts), list(range(20))
+    text += sum(whole(decoder.decode([text], 4)), []) + [5, 6, 7]
+    read = counting([m for m in (model, drafts.get("draft")) if m], monkeypatch)
+    rounds = sum(1 for _ in decoder.decode([text], 1))
+    assert rounds == 1 and read[0] == 3 + 1 + (speculate or 0) and (not drafts or read[1] == 3 + 2 + 3 + 4)  # new, last, proposed; the draft reads two and what it proposed
+
+
+def test_a_decoder_compiles_nothing_twice():
+    model = build(Config(**MIXED, mixers=["attention", "mamba2"] * 2), torch.float32)
+    decoder, text = g.Decoder(model, 1, 48, 0), [1, 2, 3]
+    for turn in range(2):
+        text = text + whole(decoder.decode([text], 4))[0] + [9]
+        assert [half.calls for half in decoder.rounds.halves] == [4 * (turn + 1)]
+
+
+def test_a_row_has_room_for_the_decoders_size_and_no_more():
+    decoder = g.Decoder(build(Config(**MIXED), torch.float32), 1, 10, 0)
+    assert len(whole(decoder.decode([[1, 2, 3]], 40))[0]) == 7
+    with pytest.raises(MilError, match="prompt 1 has 10 tokens, the context is 10"):
+        next(decoder.decode([[1] * 10], 1))
+
+
+def test_a_row_that_finished_before_another_is_read_anew():
+    model = build(Config(**MIXED, mixers=["mamba", "mamba2", "attention", "mamba2"]))
+    texts, decoder = [[1, 2, 3], [4, 5]], g.Decoder(model, 2, 40, 0)
+    want = whole(g.generate(model, texts, 7, 0))
+    stop = [next(i for i in want[0][:4] if i not in want[1])]
+    got = whole(decoder.decode(texts, 7, stop))
+    assert len(got[0]) < len(got[1]) == 7
+    texts = [text + new + [9] for text, new in zip(texts, got)]
+    assert whole(decoder.decode(texts, 7)) == whole(g.generate(model, texts, 7, 0))
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+def test_a_cleared_cache_is_a_new_one(mixer):
+    model = build(Config(**MIXED, mixers=[mixer] * 4))
+    decoder = g.Decoder(model, 1, 40, 0)
+    whole(decoder.decode([[7, 1, 2, 3, 9, 8]], 33))   # the ring of inputs is full
+    tokens = torch.tensor([[4, 5]], device=decoder.rounds.caches[0].device)
+    with torch.inference_mode():
+        decoder.rounds.caches[0].clear()
+        assert_close(model.hidden(tokens, decoder.rounds.caches[0]), model.hidden(tokens, mil.Cache(model, 1, 40)), 1e-12)

@@ -621,9 +621,9 @@ def test_the_training_documents_ask_and_the_teachers_tokens_alone_are_learned(da
     teacher = mil.load(tmp_path / "teacher")
     for i in (0, 8, 16):   # batches of 8, each with a seed of its own
         prompts = [[~k for k in line["tokens"] if k < 0] for line in lines[i:i + 8]]
-        assert [g.Conversation(encoding, line["messages"][:1]).ids + encoding.encode("assistant:\n") for line in lines[i:i + 8]] == prompts
+        assert [encoding.conversation(line["messages"][:1])[0] + encoding.encode("assistant:\n") for line in lines[i:i + 8]] == prompts
         replies = [[] for _ in prompts]
-        for new in g.generate(teacher, prompts, 12, stop=g.stop_tokens(encoding), generator=torch.Generator().manual_seed(lines[i]["seed"])):
+        for new in g.generate(teacher, prompts, 12, stop=encoding.stops, generator=torch.Generator().manual_seed(lines[i]["seed"])):
             replies = [[*a, *b] for a, b in zip(replies, new)]
         assert replies == [[k for k in line["tokens"] if k >= 0] for line in lines[i:i + 8]] and len({line["seed"] for line in lines[i:i + 8]}) == 1
     assert lines[0]["seed"] != lines[8]["seed"]

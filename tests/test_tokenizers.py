@@ -1,273 +1,388 @@
-"""tokenizer.json: what is read of it, against a slow encoder written here from the format's description and, where installed, the library."""
-import contextlib
-import copy
-import functools
+"""Tokenizers and conversations: the ids are the library's, and what people write stays text."""
+
+import base64
 import json
-import operator
-import random
-import time
-from collections import Counter
+import sys
 
 import pytest
-import regex
-from hypothesis import given
+import tiktoken
+import torch
+from conftest import build
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import generate as g
-from mil import MilError
+import mil
+from mil import Config, MilError
 
-HARD = ["", " ", "  ", "     ", "\n", "\r\n", "\t", " \n", "\n ", "\n\n\n  x", "a b", " a", "   a  b   ", "trailing  ", "x \n\n y\r\n\r\n z", "\t\tx\t ",
-        "\xa0x\u3000 \x85y", "12345 6 78  9", "a1b22  c333d", "  1", "1  x", "x 1 2\n3", "3.14, ½ ²", "it's I'LL 'SO don't 's 't're ''ve x'd", "'ſ it’s",
-        "!!! ?! --", " !\n\n", "def f(x):\n    if x:\n        return  x[1] + 10;  # 日本\n\n\nclass A:\n\tpass\n", "the then other the  the",
-        "👩‍👩‍👧‍👦 👍🏽🇩🇪", "日本語 漢字、中文", "한국어 العربية", "e\u0301 \u0301a\u0300 é ß ẞ", "▁", " ▁", "▁ ", "▁▁a▁b", "▁Hello▁", "\0", "a\0 b\x1f\x7f",
-        "\u200b\ufeff\u2028", "\ufffd\ufffe\U0010ffff", "<0x0A><0xE2>", "<s>", " </s> x", "a<unk>b", "<|begin_of_text|>", "x<|endoftext|> <|eot_id|>",
-        "<|im_end|>", "a" * 70, " " * 70, "\n" * 40, "1" * 41, "▁" * 33, "ab " * 30, "é" * 30, "🙂" * 9]
-BEGINS, ADDED = ("<|begin_of_text|>", "<s>"), ["<think>", "<think>the", "  \n", "<日>"]
-SNIPPETS = [*" \n\t1a'▁é日🙂", "  ", "   ", "\r\n", " 1", "12", "345", "'s", "'SO", "'ll", "the", " the", "hello", "other", "10", "\u0301", "\u200d", "!!", "    x", "<s>",
-            "</s>", "<0x41>", "<|begin_of_text|>", "<|endoftext|>", *ADDED]
-SAMPLE = "".join(random.Random(0).choices(SNIPPETS, k=1500)).replace("<", "")  # what vocabularies are trained on: no piece is a control token
-FIXED = [*HARD, SAMPLE[:900], "a \x04 b", "a<think>the <think>b  \n  \nx", " <think> <日>", *("".join(random.Random(i).choices(SNIPPETS, k=9)) for i in range(100))]
-# Not: a character of next year's Unicode, a letter in one library and not yet in another; those SmolLM2 lacks, whose neighbours the library joins
-CHARACTERS = st.characters(exclude_categories=["Cs", "Cn"], exclude_characters="\x04\x06\x13\x14\x16\x1d")
-TEXTS = st.lists(st.sampled_from(SNIPPETS) | st.text(CHARACTERS, max_size=3), max_size=12).map("".join)
-
-# ---------------------------------------------------------------------------------------------------------------
-# Small files (the byte-level vocabulary has merges across all borders of words: a text cut at the wrong place shows), and a slow encoder
-
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-LETTER = {**{b: chr(b) for b in PRINTABLE}, **{b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in PRINTABLE)}}
-CUT, WHOLE = ({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": cut} for cut in (True, False))
-DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, CUT]}
-SPLIT = {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}, WHOLE]}
-PREPEND = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]}
-FIRST, ALWAYS = ({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False} for scheme in ("first", "always"))
+# Small tokenizers in the formats people download
 
 
-def train(words, n):
-    """Byte pair encoding: n times, the commonest pair of neighbours becomes one."""
-    merges = []
-    for _ in range(n):
-        counts = Counter(pair for word in words for pair in zip(word, word[1:]))
-        merges.append(max(counts, key=lambda pair: (counts[pair], pair)))
-        words = [merge(word, {merges[-1]: 0}) for word in words]
-    return merges
+def byte_level(control, merges=("h e", "l l", "he ll", "hell o", "Ġ t", "Ġt he", "o t", "1 2")):
+    """A tokenizer.json like GPT-2's and Llama 3's: 256 bytes, merges, control tokens."""
+    shown = [chr(b) for b in range(256) if chr(b).isprintable() and b != 32]
+    letters = shown + [chr(256 + i) for i in range(256 - len(shown))]
+    split = {"type": "Split", "pattern": {"Regex": g.PATTERN}, "behavior": "Isolated"}
+    steps = [{**split, "invert": False}, {"type": "ByteLevel", "use_regex": False}]
+    steps[1] |= {"add_prefix_space": False, "trim_offsets": True}
+    tokens = [*letters, *(merge.replace(" ", "") for merge in merges)]
+    model = {"type": "BPE", "vocab": {t: i for i, t in enumerate(tokens)}, "merges": list(merges)}
+    return whole(model, control, len(tokens)) | {
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "decoder": steps[1],
+    }
 
 
-def all_splits(vocab):  # merges as converters write them, in the order of the tokens
-    return [f"{t[:i]} {t[i:]}" for t in vocab for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab]
+def sentencepiece(normalizer, pre_tokenizer):
+    """A tokenizer.json like Llama 2's: characters, merges, and bytes for everything else."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *"abehlot'12.:"]
+    merges = ["h e", "l l", "he ll", "hell o", "▁ t", "▁t he", "▁ hello"]
+    vocab = {t: i for i, t in enumerate([*tokens, *(m.replace(" ", "") for m in merges)])}
+    model = {"type": "BPE", "vocab": vocab, "merges": merges, "byte_fallback": True}
+    model |= {"unk_token": "<unk>", "fuse_unk": True}
+    steps = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}]
+    steps += [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    return whole(model, ["<unk>", "<s>", "</s>"], 0) | {
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "decoder": {"type": "Sequence", "decoders": steps},
+    }
 
 
-def data_of(vocab, merges, special, pre_tokenizer, normalizer=None, extra=(), flags=(), **model):
-    tokens = [*((t, i, True) for t, i in special.items()), *((t, i, False) for i, t in enumerate(extra, max([*vocab.values(), *special.values()]) + 1))]
-    return {"version": "1.0", "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "post_processor": None, "decoder": None,
-            "added_tokens": [{"id": i, "content": t, "special": s, **{flag: flag in flags for flag in ("single_word", "lstrip", "rstrip", "normalized")}}
-                             for t, i, s in tokens],
-            "model": {"type": "BPE", "unk_token": None, "vocab": vocab, "merges": merges, **model}}
+def whole(model, control, first):
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {
+        "special": True
+    }
+    added = [{"id": first + i, "content": t, **flags} for i, t in enumerate(control)]
+    return {"version": "1.0", "added_tokens": added, "model": model, "post_processor": None}
 
 
-def changed(data, place, value):
-    """A copy with another value: at "model type" is data["model"]["type"]; None takes the entry out."""
-    *way, last = (int(k) if k.isdigit() else k for k in place.split())
-    at = functools.reduce(operator.getitem, way, data := copy.deepcopy(data))
-    at[last] = value
-    if value is None:
-        del at[last]
-    return data
+def begins_with(data, token):
+    """The same tokenizer.json with a token in front of every text."""
+    i = next(t["id"] for t in data["added_tokens"] if t["content"] == token)
+    one, two = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    start = {"SpecialToken": {"id": token, "type_id": 0}}
+    known = {token: {"id": token, "ids": [i], "tokens": [token]}}
+    post = {"type": "TemplateProcessing", "single": [start, one], "pair": [one, two]}
+    return data | {"post_processor": post | {"special_tokens": known}}
 
 
-def build_files():
-    merges, files, lines = train([[LETTER[b] for b in SAMPLE.encode()]], 250), {}, "▁" + SAMPLE.replace(" ", "▁")
-    plain = {t: i for i, t in enumerate([*LETTER.values(), *map("".join, merges)])}
-    before, last = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}, {"<|endoftext|>": len(plain)}
-    after = {t: len(plain) + i for i, t in enumerate(["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"])}
-    rare = {LETTER[b] for b in (4, 6, 19, 20, 22, 29, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 256))}  # the real vocabulary lacks these too
-    smol = {t: i for i, t in enumerate(t for t in (*before, *plain) if t not in rare)}
-    pieces = [m for m in train([list(word) for word in regex.findall("▁?[^▁]+|▁+(?=▁|$)", lines)], 250) if "\n" not in "".join(m)]
-    characters = [c for c, n in Counter(lines).most_common() if n > 2 and c != "\n" or c in "".join(map("".join, pieces))]
-    control, fallback = {"<unk>": 0, "<s>": 1, "</s>": 2}, dict(unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    vocab = {t: i for i, t in enumerate(dict.fromkeys([*control, *(f"<0x{b:02X}>" for b in range(256)), *map("".join, pieces), *characters]))}
-    for name, extra in (("", ()), (", added", ADDED)):
-        files |= {"gpt2" + name: data_of({**plain, **last}, [*map(" ".join, merges)], last, CUT, extra=extra),
-                  "llama3" + name: data_of(plain, all_splits(plain), after, SPLIT, extra=extra, ignore_merges=True),
-                  "smollm2" + name: data_of(smol, merges, before, DIGITS, extra=extra),
-                  "llama2" + name: data_of(vocab, all_splits(vocab), control, None, PREPEND, extra, **fallback),
-                  "first" + name: data_of(vocab, pieces, control, FIRST, None, extra, **fallback),
-                  "always" + name: data_of(vocab, pieces, control, ALWAYS, None, extra, **fallback)}
-    files["gpt2 of 2020"] = changed(files["gpt2"], "model type", None)  # as the Hub has it
-    # Nobody is known to have one of these: to refuse them is fine, to read them otherwise than the library is not
-    odd = {"ids in no order": data_of(dict(zip(plain, random.Random(0).sample(range(len(plain)), len(plain)))), merges, {}, CUT),
-           "merges in no order": data_of(plain, random.Random(0).sample(merges, 250), {}, CUT),
-           "pieces in no order": data_of(vocab, random.Random(0).sample(pieces, len(pieces)), control, None, PREPEND, **fallback),
-           "a split with gaps": changed(files["llama3"], "pre_tokenizer pretokenizers 0 pattern Regex", r"\p{N}{1,3}|\p{L}+"),
-           "a space within": data_of({**vocab, "a▁the": len(vocab)}, [*pieces, ("a", "▁the")], control, None, PREPEND, **fallback),
-           "a token of no merge": data_of({**plain, "zzz": len(plain)}, merges, {}, CUT),
-           "no byte for x": changed(data_of(plain, [m for m in merges if "x" not in "".join(m)], {}, CUT), "model vocab x", None),
-           "spaces go with it": data_of(vocab, pieces, control, FIRST, None, ADDED[:1], ("lstrip", "rstrip"), **fallback),
-           "not within a word": data_of(plain, merges, {}, CUT, None, ADDED[:1], ("single_word",))}
-    return files, odd
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+PREPEND = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, REPLACE]}
+FIRST = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+NAMES = [f"<|reserved_special_token_{i}|>" for i in range(248)]  # Llama 3.1's control tokens
+NAMES[0:0] = ["<|begin_of_text|>", "<|end_of_text|>"]
+NAMES[4:4] = ["<|finetune_right_pad_id|>"]
+NAMES[6:6] = ["<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"]
+NAMES[10:10] = ["<|python_tag|>"]
+CHAT = "<|im_start|>", "<|im_end|>"
+FILES = {
+    "gpt2": byte_level(["<|endoftext|>"]),
+    "smollm2": byte_level(["<|endoftext|>", *CHAT]),
+    "llama3": begins_with(byte_level(NAMES), NAMES[0]),
+    "llama2": begins_with(sentencepiece(PREPEND, None), "<s>"),
+    "first": begins_with(sentencepiece(None, FIRST), "<s>"),
+}
+CHATML = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are x.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ZEPHYR = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% for m in messages %}"
+    "<|{{ m.role }}|>\n{{ m.content.strip() }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+INST = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content.strip() }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+S = {"bos_token": "<s>", "eos_token": "</s>"}
+TALKERS = {  # kind of tokenizer, tokenizer_config.json
+    "smollm2, ChatML": ("smollm2", {"chat_template": CHATML, "eos_token": "<|im_end|>"}),
+    "llama2, Zephyr": ("llama2", {"chat_template": ZEPHYR, **S}),
+    "first, Zephyr": ("first", {"chat_template": ZEPHYR, **S}),
+    "llama2, INST": ("llama2", {"chat_template": INST, **S}),
+    "ChatML without its tokens": ("gpt2", {"chat_template": CHATML}),
+    "llama3, no template": ("llama3", {}),
+    "first, no template": ("first", S),
+}
 
 
-def merge(symbols, rank):
-    """The neighbours of least rank become one, the leftmost first, until none has a rank."""
-    symbols = list(symbols)
-    while found := [(rank[pair], i) for i, pair in enumerate(zip(symbols, symbols[1:])) if pair in rank]:
-        i = min(found)[1]
-        symbols[i:i + 2] = ["".join(symbols[i:i + 2])]
-    return symbols
+def beside(folder, kind, about=None, **files):
+    """The Tokenizer of a folder with these files."""
+    pytest.importorskip("transformers")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(FILES[kind]), encoding="utf-8")
+    for name, data in {"tokenizer_config": about or {}, **files}.items():
+        (folder / f"{name}.json").write_text(json.dumps(data))
+    return g.load_tokenizer(str(folder))
 
 
-def words_of(data, part, first):
-    """A part of the text, free of added tokens and the first or not, as words: lists of symbols of the vocabulary."""
-    vocab, step = data["model"]["vocab"], data["pre_tokenizer"]
-    if data["model"].get("byte_fallback"):
-        part = part.replace(" ", "▁")
-        wanted = step is None or not part.startswith("▁") and (first or step["prepend_scheme"] == "always")
-        return [[s for c in "▁" * wanted + part for s in ([c] if c in vocab else [f"<0x{b:02X}>" for b in c.encode()])]]
-    parts = [part]
-    for step in step.get("pretokenizers", [step]):
-        pattern = {"Split": lambda: step["pattern"]["Regex"], "Digits": lambda: r"\p{N}", "ByteLevel": lambda: GPT2 if step["use_regex"] else "(?s:.+)"}
-        parts = [new for part in parts for new in regex.split(f"({pattern[step['type']]()})", part) if new]
-    return [[LETTER[b] for b in part.encode() if LETTER[b] in vocab] for part in parts]
+def llama3_file(path, merges=(b"he", b"ll", b"hell", b"hello", b" t", b" the", b"ot", b"12")):
+    """Meta's tokenizer.model with the ids of FILES["llama3"]."""
+    letters = [b for b in range(256) if chr(b).isprintable() and b != 32]
+    letters += [b for b in range(256) if b not in letters]
+    lines = [base64.b64encode(t) for t in [*(bytes([b]) for b in letters), *merges]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(line + b" %d\n" % i for i, line in enumerate(lines)))
+    return str(path)
 
 
-def reference(data, text):
-    """The tokens of `text`, after the begin token."""
-    vocab, rank = data["model"]["vocab"], {tuple(m.split(" ") if isinstance(m, str) else m): i for i, m in enumerate(data["model"]["merges"])}
-    ids, names = [t["id"] for t in data["added_tokens"] if t["content"] in BEGINS], [t for t in data["added_tokens"] if not t["special"]]
-    pattern = "|".join(r"(?<!\w)" * t["single_word"] + r"\s*" * t["lstrip"] + regex.escape(t["content"]) + r"\s*" * t["rstrip"] + r"(?!\w)" * t["single_word"]
-                       for t in sorted(names, key=lambda t: -len(t["content"])))
-    for i, part in enumerate(filter(None, regex.split(f"({pattern or '(?s:.+)'})", text))):
-        token = next((t for t in names if t["content"] in (part, part.strip())), None)
-        for word in [] if token else words_of(data, part, first=i == 0):
-            whole = data["model"].get("ignore_merges") and "".join(word) in vocab
-            ids += [vocab[s] for s in (["".join(word)] if whole else merge(word, rank))]
-        ids += [token["id"]] if token else []
-    return ids
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What is read, and what is refused
-
-FILES, ODD = build_files()
-ALL = {**FILES, **ODD}
+KINDS = ["bytes", "meta", *FILES, *TALKERS]
 
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
-    """load(kind): the encoding generate.py makes of the file, None if it refuses an odd one."""
-    def load(kind):
-        path = tmp_path_factory.mktemp("t") / "tokenizer.json"
-        path.write_text(json.dumps(ALL[kind]), encoding="utf-8")
-        with contextlib.suppress(*[MilError] * (kind in ODD)):
-            return g.load_tokenizer(str(path))
-    return functools.cache(load)
+    """load(kind): the Tokenizer of one of KINDS."""
+    made, folder = {}, tmp_path_factory.mktemp("tokenizers")
+
+    def make(kind):
+        if kind == "bytes":
+            return g.load_tokenizer("bytes")
+        if kind == "meta":
+            return g.load_tokenizer(llama3_file(folder / "meta" / "tokenizer.model"))
+        return beside(folder / kind, *TALKERS.get(kind, (kind, {})))
+
+    def loaded(kind):
+        if kind not in made:
+            made[kind] = make(kind)
+        return made[kind]
+
+    return loaded
 
 
-@pytest.mark.parametrize("kind", ALL)
-def test_hard_texts_become_the_tokens_of_the_slow_encoder(load, kind):
-    for text in FIXED if load(kind) else []:
-        assert g.encode(load(kind), text) == reference(ALL[kind], text), text
+PIECES = [
+    *NAMES[:10],
+    *CHAT,
+    "<|endoftext|>",
+    "</s>",
+    "<s>",
+    "hello",
+    " the",
+    "\n",
+    "  ",
+    "é🙂",
+    "12",
+]
+TEXTS = st.lists(st.sampled_from([*PIECES, "\ud83d", "▁"]) | st.text(max_size=3), max_size=8).map(
+    "".join
+)
+
+# What a text is
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(TEXTS)
+@settings(max_examples=40)
+def test_the_ids_of_a_text_mean_the_text_and_none_is_a_control_token(load, kind, text):
+    tokenizer, shown = load(kind), g.mend(text)
+    if kind.startswith(("llama2", "first")):
+        shown = shown.replace("▁", " ")
+    for begin in (True, False):
+        ids = tokenizer.encode(text, begin)
+        data = b"".join(map(tokenizer.bytes_of, ids)).decode()
+        assert data in ((shown, " " + shown) if begin else (shown,))
+        assert ids[: len(tokenizer.begin)] == tokenizer.begin or not begin
+        assert all(map(tokenizer.bytes_of, ids[len(tokenizer.begin) if begin else 0 :]))
 
 
 @pytest.mark.parametrize("kind", FILES)
 @given(TEXTS)
-def test_any_text_becomes_the_tokens_of_the_slow_encoder(load, kind, text):
-    assert g.encode(load(kind), text) == reference(ALL[kind], text)
+@settings(max_examples=40)
+def test_a_text_has_the_ids_that_transformers_gives_it(load, kind, text):
+    tokenizer, text = load(kind), g.mend(text)
+    assert tokenizer.encode(text) == tokenizer.hf.encode(text, split_special_tokens=True)
 
 
-@pytest.mark.parametrize("kind", ALL)
-def test_the_library_gives_the_same_tokens(load, kind):
-    tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_str(json.dumps(ALL[kind]))
-    tokenizer.encode_special_tokens = True  # as plain text
-    for text in FIXED:
-        want = reference(ALL[kind], "") + tokenizer.encode(text, add_special_tokens=False).ids
-        assert reference(ALL[kind], text) == want and (not load(kind) or g.encode(load(kind), text) == want), text
+def test_metas_file_and_hugging_faces_of_one_model_mean_the_same_text(load):
+    meta, hf = load("meta"), load("llama3")
+    assert meta.same_text(hf) and hf.same_text(meta) and not meta.same_text(load("llama2"))
+    assert (meta.size, meta.begin, meta.stops) == (hf.size, hf.begin, hf.stops)
+    talk = [
+        {"role": "user", "content": " hello <|eot_id|>"},
+        {"role": "assistant", "content": "the"},
+    ]
+    assert meta.conversation(talk) == hf.conversation(talk)
+    named = {name: i - len(meta.encoding._mergeable_ranks) for name, i in hf.hf.get_vocab().items()}
+    assert all(meta.encoding.encode_single_token(name) == named[name] + 264 for name in NAMES)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FILES if "added" not in kind])
+def test_half_a_surrogate_pair_and_a_million_spaces(load):
+    for kind in ("bytes", "meta"):
+        assert load(kind).encode("a\ud83d") == load(kind).encode("a\ufffd")
+    with pytest.raises(MilError, match="500,000 spaces or line ends in a row"):
+        load("meta").encode("begin" + " " * 1_000_000 + "end")
+
+
+def test_a_character_whose_bytes_span_tokens_prints_whole(load):
+    stream = g.TextStream(load("bytes"))
+    assert [stream.feed([b]) for b in "aé€".encode()] == ["a", "", "é", "", "", "€"]
+    assert stream.feed([0xE2, 256]) == "" and stream.finish() == "\ufffd"
+    assert stream.text == "aé€\ufffd" and stream.tokens == [*"aé€".encode(), 0xE2, 256]
+
+
+# What a conversation is
+
+USER, ANSWER = (
+    {"role": "user", "content": "hello\n the"},
+    {"role": "assistant", "content": "12 the"},
+)
+TALK = [USER, ANSWER, {"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TALKERS if "no template" not in kind])
+def test_a_conversation_has_the_ids_of_apply_chat_template(load, kind):
+    for n, reply in ((1, True), (2, False), (3, True)):
+        how = {"add_generation_prompt": reply, "return_dict": False}
+        want = load(kind).hf.apply_chat_template(TALK[:n], **how)
+        assert load(kind).conversation(TALK[:n], reply)[0] == want
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "ChatML without its tokens"])
+def test_the_assistants_words_and_its_end_are_learned_and_nothing_else(load, kind):
+    tokenizer = load(kind)
+    ids, own = tokenizer.conversation([*TALK, ANSWER])
+    said = [i for i, mine in zip(ids, own, strict=True) if mine]
+    assert tokenizer.decode(said).replace(" ", "") == "12the12the"
+    assert said[-1] in tokenizer.stops and sum(i in tokenizer.stops for i in said) == 2
+    assert tokenizer.conversation([*TALK, ANSWER], reply=True)[0][: len(ids)] == ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @given(TEXTS)
-def test_the_tokens_bytes_are_the_text_again_after_the_space_of_sentencepiece(load, kind, text):
-    pieces = "<0x00>" in ALL[kind]["model"]["vocab"]
-    space = " " * (pieces and text != "" and (kind == "llama2" or text[0] not in " ▁"))
-    assert b"".join(g.token_bytes(load(kind), i) for i in g.encode(load(kind), text)) == (space + (text.replace("▁", " ") if pieces else text)).encode()
+@settings(max_examples=40)
+def test_nothing_said_becomes_a_control_token(load, kind, text):
+    def control(talk):
+        ids = load(kind).conversation(talk, reply=True)[0]
+        return [i for i in ids if not load(kind).bytes_of(i)], load(kind).decode(ids)
+
+    (got, shown), (want, _) = control([{**USER, "content": text}, ANSWER, USER]), control(TALK)
+    assert got == want
+    if not kind.startswith(("llama2", "first")):
+        assert g.mend(text).replace(g.MARK, "\ufffd").strip() in shown
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "smollm2", "llama2", "first"])
-def test_every_token_has_the_bytes_it_shows(load, kind):
-    byte = {shown: bytes([b]) for b in range(256) for shown in ([f"<0x{b:02X}>"] if kind in ("llama2", "first") else [LETTER[b]])}
-    for token, i in list(ALL[kind]["model"]["vocab"].items())[3:-1]:  # but the control tokens
-        assert g.token_bytes(load(kind), i) == (byte.get(token) or b"".join(byte.get(c, c.replace("▁", " ").encode()) for c in token))
+def test_plain_conversations_have_headers_and_llama3s_have_metas(load):
+    assert load("bytes").conversation(TALK[:2])[0] == [
+        *b"user:\nhello\n the\nassistant:\n12 the",
+        256,
+        *b"\n",
+    ]
+    plain = load("meta").encoding.encode_ordinary
+    heads = [[264 + 6, *plain(role), 264 + 7, *plain("\n\n")] for role in ("user", "assistant")]
+    user, answer = ([*plain(m["content"]), 264 + 9] for m in (USER, ANSWER))
+    assert load("meta").conversation(TALK[:2])[0] == [264, *heads[0], *user, *heads[1], *answer]
 
 
-@pytest.mark.parametrize("kind", FILES)
-def test_no_text_makes_a_control_token_and_control_tokens_make_no_text_but_other_added_tokens_do(load, kind):
-    for token in ALL[kind]["added_tokens"]:
-        assert (token["id"] in g.encode(load(kind), f"x{token['content']}y")[1:]) != token["special"]
-        assert g.token_bytes(load(kind), token["id"]) == (b"" if token["special"] else token["content"].encode())
-    assert load(kind).n_vocab == 1 + max([*ALL[kind]["model"]["vocab"].values(), *(t["id"] for t in ALL[kind]["added_tokens"])])
+def test_a_template_that_refuses_the_messages_is_one_line(load):
+    with pytest.raises(MilError, match="its chat template: .*no system"):
+        load("llama2, Zephyr").conversation([{"role": "system", "content": "x"}])
 
 
-def test_generation_stops_first_of_all_at_the_token_that_ends_a_document(load):
-    for kind, stops in (("gpt2", "<|endoftext|>"), ("smollm2", "<|endoftext|> <|im_end|>"), ("llama3", "<|end_of_text|> <|eot_id|>"), ("first", "</s>")):
-        assert [t["content"] for i in g.stop_tokens(load(kind)) for t in ALL[kind]["added_tokens"] if t["id"] == i] == stops.split()
+# What the files say
 
 
-@pytest.mark.parametrize("kind", FILES)
-def test_half_a_surrogate_pair_is_the_replacement_character(load, kind):
-    assert g.encode(load(kind), "a\ud83d b\ude42") == g.encode(load(kind), "a\ufffd b\ufffd")
+@pytest.mark.parametrize(
+    "config, files, stops",
+    [
+        ({}, {}, [264, 266]),
+        ({"eos_token": "<|im_end|>"}, {}, [266, 264]),
+        ({}, {"generation_config": {"eos_token_id": [265, 264]}}, [265, 264, 266]),
+        ({}, {"config": {"eos_token_id": 265}}, [265, 264, 266]),
+        ({}, {"config": {"ids": {"eos_token_id": [265]}, "format": "mil"}}, [265, 264, 266]),
+        ({}, {"generation_config": {"eos_token_id": None}, "config": [1]}, [264, 266]),
+    ],
+)
+def test_all_that_the_files_name_ends_a_text(tmp_path, config, files, stops):
+    if files.get("config") != [1]:
+        assert beside(tmp_path, "smollm2", config, **files).stops == stops
+    else:
+        (tmp_path / "config.json").write_text("[1]")
+        assert g.stated_stops(tmp_path) == []
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "smollm2", "llama2", "first"])
-def test_a_long_text_takes_no_squares_of_time(load, kind):
-    began = time.perf_counter()
-    assert all(g.encode(load(kind), unit * 30_000) for unit in ("a", " ", "▁", "é1\n"))
-    assert time.perf_counter() - began < 10
+def test_a_token_that_ends_a_text_is_a_control_token_even_where_the_file_does_not_say_so(tmp_path):
+    pytest.importorskip("transformers")
+    data = json.loads(json.dumps(FILES["smollm2"]))
+    data["added_tokens"][2]["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 266}')
+    tokenizer = g.load_tokenizer(str(tmp_path))
+    assert 266 not in tokenizer.encode("a<|im_end|>") and tokenizer.bytes_of(266) == b""
 
 
-@pytest.mark.parametrize("kind, place, value, found", [
-    *(("gpt2", "", data, "JSON") for data in (b"{", b"", b"\xff\xfe{}", b"[1]", b"3")), ("gpt2", "model", None, "model"), ("gpt2", "model vocab", None, "vocab"),
-    ("gpt2", "model merges", None, "merges"), ("gpt2", "model type", "WordPiece", "WordPiece"), ("llama2", "model type", "Unigram", "Unigram"),
-    ("gpt2", "pre_tokenizer type", "Whitespace", "Whitespace, expected ByteLevel without"), ("smollm2", "pre_tokenizer pretokenizers 0 type", "Punctuation", "Punctuation"),
-    ("gpt2", "pre_tokenizer add_prefix_space", True, "add_prefix_space"), ("llama3", "pre_tokenizer pretokenizers 0 behavior", "Removed", "Removed"),
-    ("gpt2", "normalizer", {"type": "NFC"}, "NFC"), ("llama2", "normalizer normalizers 1 type", "Lowercase", "Lowercase"),
-    ("llama3", "pre_tokenizer pretokenizers 0 pattern Regex", "(oops", r"\(oops"), ("llama3", "model vocab zzz", 999, "zzz"),
-    ("llama2", "model vocab <0x41>", None, "0x41"), ("gpt2", "model merges 249", "zz yy", "zz"), ("gpt2", "model end_of_word_suffix", "</w>", "end_of_word")])
-def test_a_file_of_another_kind_or_damaged_is_refused_in_a_line_that_names_it_and_what_was_found(tmp_path, kind, place, value, found):
-    path = tmp_path / "tokenizer.json"
-    path.write_bytes(value if place == "" else json.dumps(changed(ALL[kind], place, value)).encode())
-    with pytest.raises(MilError, match=found) as e:
-        g.load_tokenizer(str(path))
-    assert str(e.value).count(str(path)) == 1 and len(str(e.value)) < 500
+@pytest.mark.parametrize(
+    "name, data, match",
+    [
+        ("tokenizer.model", b"aGk= 0\nnot base64 1\n", "not lines of `base64 rank`"),
+        (
+            "tokenizer.model",
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "not lines of `base64 rank`",
+        ),
+        ("tokenizer.model", b"aGk= 5\n", "1 ranks are not 0 … 0"),
+        ("tokenizer.model", b"", "lacks some of the 256"),
+        ("tokenizer.json", b"{", "its tokenizer cannot be read"),
+        ("tokenizer.json", b"\xff", "its tokenizer cannot be read"),
+        ("tokenizer.json", b'{"model": {"type": "BPE"}}', "its tokenizer cannot be read"),
+        ("other.json", b"{}", "no tokenizer; expected .*bytes.*gpt2"),
+    ],
+)
+def test_a_damaged_file_is_refused_in_one_line_that_names_it(tmp_path, name, data, match):
+    if name == "tokenizer.json":
+        pytest.importorskip("transformers")
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(MilError, match=match) as e:
+        g.load_tokenizer(str(tmp_path))
+    assert str(tmp_path) in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 600
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What the files beside it say
+def test_what_is_not_installed_or_not_downloaded_is_said(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MilError, match="pip install transformers"):
+        g.load_tokenizer(str(tmp_path))
+
+    def get_encoding(name):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
+    with pytest.raises(MilError, match="tiktoken must download it.*--tokenizer bytes"):
+        g.load_tokenizer("cl100k_base")
 
 
-def beside(folder, kind, config=None, jinja=None, **changes):
-    (folder / "tokenizer.json").write_text(json.dumps({**FILES[kind], **changes}))
-    for name, text in (("tokenizer_config.json", config and json.dumps(config)), ("chat_template.jinja", jinja)):
-        (folder / name).unlink(missing_ok=True)
-        if text:
-            (folder / name).write_text(text)
-    return g.load_tokenizer(str(folder / "tokenizer.json"))
+def tiny(v):
+    sizes = dict(d=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=16, context=32)
+    return build(Config(v=v, **sizes), torch.float32)
 
 
-def test_a_chat_template_is_looked_for_in_both_files_and_by_its_name(tmp_path):
-    several = [{"name": "tool", "template": "<|start_header_id|>"}, {"name": "default", "template": "<|im_start|>"}]
-    for config, jinja, name in ((None, None, "plain"), ({"chat_template": "a <|user|> b"}, None, "zephyr"), ({"chat_template": "x"}, "a <|user|> b", "zephyr"),
-                                ({"chat_template": several}, None, "chatml"), ({"chat_template": "[INST] x"}, None, "plain"), ({"chat_template": None}, None, "plain")):
-        assert g.chat_format(beside(tmp_path, "llama2", config, jinja)) == name
-    assert g.chat_format(beside(tmp_path, "smollm2")) == "chatml" and g.chat_format(beside(tmp_path, "llama3")) == "plain"
+@pytest.mark.parametrize("kind", ["bytes", "meta", "smollm2, ChatML", "llama2, Zephyr"])
+def test_a_tokenizer_travels_with_its_model(load, tmp_path, kind, capsys):
+    source = llama3_file(tmp_path / "tokenizer.model")
+    source = {"bytes": "bytes", "meta": source}.get(kind) or str(load(kind).folder)
+    want = load(kind)
+    g.save_with_tokenizer(tiny(want.size), tmp_path / "m", source)
+    g.save_with_tokenizer(tiny(want.size), tmp_path / "m", g.tokenizer_of(tmp_path / "m"))
+    _, got = g.load_with_tokenizer(tmp_path / "m")
+    assert (got.vocabulary, got.begin, got.stops) == (want.vocabulary, want.begin, want.stops)
+    assert got.conversation(TALK) == want.conversation(TALK) and not capsys.readouterr().err
 
 
-def test_what_begins_and_ends_a_text_is_what_the_files_say(tmp_path):
-    first = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<unk>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}
-    bare = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}]}
-    for post, begin in ((None, [1]), (first, [0]), (bare, []), ({"type": "Sequence", "processors": [{"type": "ByteLevel"}, first]}, [0])):
-        assert g.begin_tokens(beside(tmp_path, "llama2", post_processor=post)) == begin
-    encoding = beside(tmp_path, "llama2", {"add_bos_token": False, "eos_token": {"content": "<unk>"}})
-    assert g.begin_tokens(encoding) == [] and g.encode(encoding, "a") == encoding.encode_ordinary("a") and g.stop_tokens(encoding) == [2, 0]
-    assert g.stop_tokens(beside(tmp_path, "llama2", {"eos_token": "</s>"})) == [2]
+@pytest.mark.parametrize(
+    "v, note", [(250, "from 250 on are never drawn"), (300, "stand for nothing")]
+)
+def test_a_tokenizer_of_another_size_than_the_model_is_noted(tmp_path, capsys, v, note):
+    g.save_with_tokenizer(tiny(v), tmp_path, "bytes")
+    model, tokenizer = g.load_with_tokenizer(tmp_path)
+    assert note in capsys.readouterr().err and tokenizer.bytes_of(299) == b""
+    if v == 250:
+        with pytest.raises(MilError, match="token 255, but the model's vocabulary is 250"):
+            next(g.generate(model, [[255]], 1))
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path):
+    mil.save(tiny(257), tmp_path)
+    with pytest.raises(MilError, match="no tokenizer"):
+        g.load_with_tokenizer(tmp_path)

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiktoken
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE, assert_close, build, run_script
@@ -644,7 +643,7 @@ def test_data_of_a_recipe_are_looked_for_before_any_work_and_named_as_its(tmp_pa
     (["--recipe", "/nowhere", "--replace_steps", "1"], "leave out --keep and --replace_steps"), (["--mixer", "mamba", "--n_kv_heads", "1"], "d_state 16 does not divide the kv width 8"),
     (["--alpha", "0", "--beta", "0"], "nothing would be learned"), (["--warmup", "2"], "--warmup is 2.0"), (["--replace_steps", "9"], "--replace_steps is 9"),
     (["--teacher_lr=-1"], "--teacher_lr is -1"), (["--stage1_lr", "nan"], "--stage1_lr is nan"), (["--n_kv_heads", "3"], "not divisible"),
-    (["--teacher", "/nowhere"], "/nowhere: no checkpoint"), (["--tokenizer", "nonsense"], "neither a file nor a known encoding"), (["--data", "/nowhere"], "no such file"),
+    (["--teacher", "/nowhere"], "/nowhere: no checkpoint"), (["--tokenizer", "nonsense"], "nonsense: no tokenizer; expected"), (["--data", "/nowhere"], "no such file"),
     (["--dtype", "float8"], "--dtype is 'float8'"), (["--device", "abacus"], "--device abacus"), (["--init", "zeros"], "--init is 'zeros'")])
 def test_bad_flags_get_one_clear_line(tmp_path, argv, match):
     with pytest.raises(MilError) as e:
@@ -757,7 +756,7 @@ def test_another_seed_is_another_teacher(tmp_path):
 
 
 def test_bits_per_byte_counts_the_bytes_of_every_token(tmp_path):
-    encoding, model = g.load_tokenizer(str(llama3_file(tmp_path / "t.model"))), tiny_teacher(v=517)
+    encoding, model = g.load_tokenizer(str(llama3_file(tmp_path / "tokenizer.model"))), tiny_teacher(v=517)
     got = evaluated(small_run(tmp_path), model, model, some_tokens(np.full(100, 259, np.uint16)), encoding)   # "hello", five bytes
     assert got["bits_per_byte"] == pytest.approx(got["loss"] / math.log(2) / 5)
 
@@ -798,16 +797,16 @@ def test_a_batch_with_documents_gives_the_loss_and_gradients_of_each_alone(tmp_p
 
 def test_tokens_of_a_large_vocabulary_are_stored_whole(tmp_path):
     (tmp_path / "a.txt").write_text("abc" * 300)
-    encoding = tiktoken.Encoding("large", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={"<|endoftext|>": 100000})
+    encoding = g.Tiktoken(r"(?s:.)", {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 100000})
     assert t.load_corpus(small_settings(tmp_path / "out"), [tmp_path / "a.txt"], encoding, "large").val[-1] == 100000
 
 
 def test_another_tokenizer_is_another_corpus(tmp_path):
     (tmp_path / "a.txt").write_text("hello " * 300)
     s = small_settings(tmp_path / "out", data=[str(tmp_path / "a.txt")])
-    for name in ("bytes", str(llama3_file(tmp_path / "t.model"))):
+    for name in ("bytes", str(llama3_file(tmp_path / "tokenizer.model"))):
         encoding = g.load_tokenizer(name)
-        assert t.load_corpus(s, s.data, encoding, name).train[:20].tolist() == g.encode(encoding, "hello " * 300)[:20]
+        assert t.load_corpus(s, s.data, encoding, name).train[:20].tolist() == encoding.encode("hello " * 300)[:20]
 
 
 @pytest.mark.parametrize("change", [dict(seed=1), dict(batch=3), dict(teacher_steps=3), dict(teacher_lr=1e-4), dict(warmup=0.5), dict(clip=0.5), dict(d_ff=32), dict(schedule="linear")], ids=str)
@@ -827,7 +826,7 @@ def test_only_what_the_assistant_says_and_completions_are_learned():
     encoding, messages = g.load_tokenizer("bytes"), [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}] * 2
     ids = np.array(t.document_tokens(encoding, messages))
     assert bytes(np.where(ids < 0, ~ids, ids)[np.where(ids < 0, ~ids, ids) < 256].astype(np.uint8)) == b"user:\n2+2?\nassistant:\n4\n" * 2
-    assert ids[ids >= 0].tolist() == [*b"4", 256] * 2 and np.where(ids < 0, ~ids, ids).tolist() == g.Conversation(encoding, messages).ids
+    assert ids[ids >= 0].tolist() == [*b"4", 256] * 2 and np.where(ids < 0, ~ids, ids).tolist() == encoding.conversation(messages)[0]
     assert t.document_tokens(encoding, ("ab", "cd")) == [~97, ~98, 99, 100, 256] and t.document_tokens(encoding, "ab") == [97, 98, 256]
 
 
@@ -848,7 +847,7 @@ def test_a_teacher_from_elsewhere_is_distilled_on_conversations_and_its_student_
                       "--stage2_steps", "0", "--eval_sequences", "4", "--device", DEVICE, "--dtype", "float32", "--prompt", "the")
     assert done.returncode == 0 and "of them to be learned" in done.stdout and "stage 2" not in done.stdout, done.stderr + done.stdout
     student, encoding = g.load_with_tokenizer(tmp_path / "o" / "student", DEVICE)
-    assert student.config.mixers == ["mamba2", "attention"] and g.chat_format(encoding) == "chatml" and student.embed_tokens.weight.dtype == torch.float32
+    assert student.config.mixers == ["mamba2", "attention"] and encoding.template == g.load_tokenizer(str(tmp_path / "theirs")).template and student.embed_tokens.weight.dtype == torch.float32
     assert torch.equal(student.embed_tokens.weight.cpu(), teacher.embed_tokens.weight.cpu().float())
 
 
@@ -888,8 +887,8 @@ def test_another_chat_template_is_another_corpus(tmp_path):
     messages = [{"role": "user", "content": "the other"}, {"role": "assistant", "content": "hello"}] * 30
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))
     s = small_settings(tmp_path / "out", data=[str(tmp_path / "a.jsonl")])
-    for template in ("x", "<|user|>"):   # the files' names, sizes and times and the vocabulary stay
-        encoding = beside(tmp_path, "llama2", {"chat_template": template})
+    for mark in "xy":   # the files' names, sizes and times and the vocabulary stay
+        encoding = beside(tmp_path / "t", "llama2", {"chat_template": "{% for m in messages %}" + mark + "{{ m.content }}{% endfor %}"})
         assert t.load_corpus(s, s.data, encoding, "t").train[:40].tolist() == t.document_tokens(encoding, messages)[:40]
 
 
@@ -909,7 +908,7 @@ def test_evaluation_leaves_out_of_every_number_what_is_not_to_be_learned(tmp_pat
 def test_tokens_at_the_limits_of_16_bits_are_stored_whole_and_as_not_to_be_learned(tmp_path, last):
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a\n" * 300, "completion": "b" * 300}) + "\n")
     ranks = {**{bytes([i]): i for i in range(256) if i != 10}, b"\n": last - 1}
-    encoding = tiktoken.Encoding("large", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": last})
+    encoding = g.Tiktoken(r"(?s:.)", ranks, {"<|endoftext|>": last})
     got = t.load_corpus(small_settings(tmp_path / "out"), [tmp_path / "a.jsonl"], encoding, "large")
     assert got.val[-1] == last and got.train[1] == ~(last - 1)
 
