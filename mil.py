@@ -22,13 +22,13 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import functools
 import json
 import math
 import os
 import pickle
 import re
 import secrets
+import shutil
 import sys
 import zipfile
 from dataclasses import dataclass, field
@@ -1032,726 +1032,428 @@ def keep_layers(model, layers):
     return small
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Checkpoints: a folder of ours, or one downloaded. read_config says what is in it, Weights reads its tensors one by one
-# under our names, load puts them in a model. Of ours, renaming config.json into place is the one moment at which a new
-# checkpoint replaces an old one.
+# --------------------------------------------------------------------------------------------------
+# Checkpoints: our folders, Hugging Face's, Meta's, the authors' hybrids, and GGUF files.
+# read_config says what one holds; load reads its tensors one by one, under our names.
+
+HF_KEYS = """v=vocab_size d=hidden_size n_layers=num_hidden_layers n_heads=num_attention_heads
+    n_kv_heads=num_key_value_heads head_dim=head_dim d_ff=intermediate_size tied=tie_word_embeddings
+    context=max_position_embeddings norm_eps=rms_norm_eps attention_bias=attention_bias"""
+TENSORS = {  # theirs=ours, replaced from left to right
+    "mil": "",
+    "hf": "model.= self_attn=mixer mamba=mixer",
+    "meta": """tok_embeddings=embed_tokens output=lm_head attention_norm=input_layernorm
+        attention.wq=mixer.q_proj attention.wk=mixer.k_proj attention.wv=mixer.v_proj
+        attention.wo=mixer.o_proj feed_forward.w1=mlp.gate_proj feed_forward.w2=mlp.down_proj
+        feed_forward.w3=mlp.up_proj ffn_norm=post_attention_layernorm""",
+    "gguf": """blk=layers token_embd=embed_tokens attn_norm=input_layernorm attn_q=mixer.q_proj
+        attn_k=mixer.k_proj attn_v=mixer.v_proj attn_output=mixer.o_proj output_norm=norm
+        output=lm_head ffn_gate=mlp.gate_proj ffn_down=mlp.down_proj ffn_up=mlp.up_proj
+        ffn_norm=post_attention_layernorm""",
+}
+IDS = "bos_token_id", "eos_token_id", "pad_token_id"
+TEXT_FILES = """tokenizer.json tokenizer_config.json chat_template.jinja tokenizer.model vocab.json
+    merges.txt special_tokens_map.json added_tokens.json generation_config.json"""
+
+
+def pairs(table):
+    return [pair.split("=") for pair in table.split()]
+
+
+@contextlib.contextmanager
+def naming(path, failure="cannot be read"):
+    """Turns an error inside into a MilError of one line that begins with `path`."""
+    try:
+        yield
+    except MilError as e:
+        raise MilError(str(e) if str(e).startswith(str(path)) else f"{path}: {e}") from e
+    except Exception as e:  # libraries raise many kinds
+        reason = " ".join(str(getattr(e, "strerror", None) or e).split())[:300]
+        if isinstance(e, ImportError):
+            reason = f"{e.name} is not installed: pip install transformers (for GGUF also gguf)"
+        if isinstance(e, pickle.UnpicklingError):
+            reason = "it is truncated, or holds objects, which could run code"
+        if isinstance(e, KeyError):
+            reason = f"it lacks {reason}"
+        raise MilError(f"{path}: {failure}: {reason}") from e
+
+
+def expect(said, wanted):
+    """Raises MilError if a value in `said` is not the one wanted, or one of a tuple of them."""
+    for key, value in wanted.items():
+        choices = value if isinstance(value, tuple) else (value,)
+        if said.get(key) is not None and said[key] not in choices:
+            raise MilError(f"{key} is {said[key]!r:.99}, expected {' or '.join(map(str, choices))}")
 
 
 def stays_wide(name):
-    """Whether this parameter makes up Δ or A, or is D, and is never kept in less than float32: a decay near 1 does not survive fewer bits."""
+    """Whether a parameter is float32 at least: bf16 would round a decay near 1 to exactly 1."""
     return name.endswith(("A_log", "D", "dt_bias", "dt_proj.bias"))
 
 
 def cast(model, dtype):
-    """Convert to `dtype`, but what makes up Δ and A, and D, to float32 at least."""
+    """Converts the parameters to `dtype`, but those that stay wide to float32 at least."""
     for name, w in model.named_parameters():
         w.data = w.data.to(torch.promote_types(dtype, torch.float32) if stays_wide(name) else dtype)
     return model
 
 
+def make_directory(path):
+    with naming(path, "cannot be made"):
+        Path(path).mkdir(parents=True, exist_ok=True)
+
+
 def write_whole(path, write):
-    """Call write(file) on a temporary neighbour of `path` and rename it into place, so `path` is never half written."""
+    """Calls write(file) on a temporary neighbour of `path`, then renames it into place."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
-        raise MilError(
-            f"{path}: cannot be written (disk full?): {getattr(e, 'strerror', None) or str(e).splitlines()[0]}"
-        ) from e
+        with naming(path, "cannot be written (disk full?)"):
+            with open(temporary, "wb") as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def write_json(path, about):
-    write_whole(path, lambda f: f.write(json.dumps(about, indent=1).encode()))
-
-
-def make_directory(path):
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise MilError(f"{path}: cannot be made: {e.strerror or e}") from e
+        temporary.unlink(missing_ok=True)
 
 
 def save(model, directory, **notes):
-    """Write config.json (with `notes` beside the configuration, e.g. the tokenizer) and the weights to `directory`."""
-    directory = Path(directory)
+    """Writes the weights and config.json, with `notes` (e.g. the tokenizer) beside the configuration.
+    Renaming config.json is the one moment at which a new checkpoint replaces an old one."""
+    directory, name = Path(directory), f"weights-{secrets.token_hex(4)}.pt"
     make_directory(directory)
-    name, path = f"weights-{secrets.token_hex(4)}.pt", directory / "config.json"
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))["weights"]
-    except (OSError, ValueError, KeyError, TypeError):
-        old = None  # nothing, or nothing of ours
-    weights = {
-        k: w.detach().cpu() for k, w in model.named_parameters()
-    }  # a tied head is no parameter of its own
+    weights = {k: w.detach().cpu() for k, w in model.named_parameters()}  # a tied head once
     write_whole(directory / name, lambda f: torch.save(weights, f))
-    try:
-        write_json(
-            path,
-            {**notes, "format": "mil", "config": dataclasses.asdict(model.config), "weights": name},
-        )
-        name = old  # from here on it is the old file that no config.json names
-    finally:
-        if isinstance(name, str) and Path(name).name == name:
-            (directory / name).unlink(missing_ok=True)
+    about = {"format": "mil", "config": dataclasses.asdict(model.config), "weights": name}
+    text = json.dumps(notes | about, indent=1).encode()
+    write_whole(directory / "config.json", lambda f: f.write(text))
+    for old in directory.glob(f"weights-{'[0-9a-f]' * 8}.pt"):
+        if old.name != name:
+            old.unlink(missing_ok=True)
 
 
-class Said(dict):
-    """What a JSON file says; `take` gives a key's value and keeps in mind that it was understood."""
-
-    def __init__(self, path):
-        self.path, self.taken = path, set()
-        try:
-            super().__init__(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as e:
-            refuse_pointer(path)
-            raise MilError(f"{path}: cannot be read as a JSON object: {e}") from e
-
-    def take(self, key, *default, kind=None):
-        """The key's value; the default when it is missing or null. MilError when there is none, or it is not of the default's `kind`."""
-        self.taken.add(key)
-        value, kind = (
-            self.get(key),
-            kind or (type(default[0]) if default and default[0] is not None else object),
-        )
-        if value is None and not default:
-            raise MilError(f"{self.path}: lacks {key}")
-        if value is not None and not isinstance(value, (int, float) if kind is float else kind):
-            wanted = {
-                list: "a list",
-                dict: "an object",
-                int: "a whole number",
-                float: "a number",
-                str: "text",
-                bool: "true or false",
-            }[kind]
-            raise MilError(f"{self.path}: {key} is {value!r:.99}, expected {wanted}")
-        return default[0] if value is None else value
-
-    def expect(self, key, *allowed):
-        """MilError unless the key's value, if it is there, is among these."""
-        if self.take(key, allowed[0]) not in allowed:
-            raise MilError(
-                f"{self.path}: {key} is {self[key]!r}, expected {' or '.join(map(repr, allowed))}"
-            )
-
-    def others(self, harmless=""):
-        """The keys that were not understood, but for those that are null, false or empty."""
-        return sorted(
-            key
-            for key, value in self.items()
-            if key not in self.taken
-            and key not in harmless.split()
-            and value is not None
-            and value is not False
-            and value not in ("", [], {})
-        )
+def read_json(path):
+    with naming(path, "cannot be read as a JSON object"):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def read_config(directory):
-    """What a checkpoint folder says of its model: "config" a Config, "format" (mil, hf, mambainllama or meta), "weights" a list of
-    files, "tokenizer" a name or a file of the folder, "remarks" lines for the reader; and the notes of `save`. MilError when it is
-    no checkpoint."""
-    directory = Path(directory)
-    try:
-        names = os.listdir(directory)
-    except OSError as e:  # not there, a file, a circle of links …
-        hub = (
-            not directory.is_absolute()
-            and len(directory.parts) == 2
-            and not directory.parent.exists()
-            and directory.parts[0] != "out"
-        )
-        hub = (
-            f"; if that is a model at huggingface.co, download it: hf download {directory} --local-dir FOLDER"
-            * hub
-        )
-        raise MilError(
-            f"{directory}: no checkpoint here: {e.strerror}; expected a folder with a config.json or, of Meta's, a params.json{hub}"
-        ) from e
-    if "config.json" not in names and "params.json" not in names:
-        found = "an adapter (LoRA), " * ("adapter_config.json" in names) + "GGUF, " * any(
-            name.endswith(".gguf") for name in names
-        )
-        raise MilError(
-            f"{directory}: no checkpoint here: {found and f'found {found}'}expected a config.json or, of Meta's, a params.json"
-        )
-    if "config.json" not in names:
-        return meta_config(directory, Said(directory / "params.json"))
-    said = Said(directory / "config.json")
-    return (
-        hf_config(directory, said)
-        if "model_type" in said or "architectures" in said
-        else mil_config(said)
+def find_checkpoint(name):
+    """The path of a folder or file that exists; otherwise that to which a model with a name such as
+    owner/model is downloaded from Hugging Face's hub. Raises MilError if there is neither."""
+    path, outer = Path(name), Path(name).parent
+    if os.path.exists(path) or len(path.parts) != 2 or path.is_absolute() or os.path.exists(outer):
+        return path
+    with naming(name, "no checkpoint here, and no download from Hugging Face's hub"):
+        from huggingface_hub import snapshot_download
+
+        for weights in ("model*.safetensors", "pytorch_model*.bin"):
+            wanted = ["*.json", *TEXT_FILES.split(), weights]
+            path = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
+            if any(path.glob(weights)):
+                break
+    return path
+
+
+def read_config(path):
+    """What a checkpoint says of its model, and the notes of `save`: "config" a Config; "format" mil,
+    hf, mambainllama, meta or gguf; "tokenizer" a name (None: it is in the folder); "ids" of the tokens
+    that begin, end and pad; "remarks" to print; "folder"; "weights" the files in it. Raises MilError
+    if it is no checkpoint, or of a model that cannot be computed here."""
+    path = find_checkpoint(path)
+    places = (path, path / "config.json", path / "params.json")
+    file = next((place for place in places if os.path.isfile(place)), None)
+    if file is None:
+        found = ", ".join(sorted(os.listdir(path))[:9]) if path.is_dir() else "nothing"
+        wanted = "expected a folder with config.json or params.json, or a .gguf file"
+        raise MilError(f"{path}: no checkpoint here: {wanted}; found {found}")
+    about = {"tokenizer": None, "ids": {}, "remarks": [], "folder": file.parent}
+    with naming(file):
+        said = {} if file.suffix == ".gguf" else read_json(file)
+        if said.get("format") == "mil":
+            return about | read_mil(said)
+        read = {"params.json": read_meta, "config.json": read_hf}.get(file.name, read_gguf)
+        about |= read(said, file)
+        tensors = open_tensors(about) if about["config"].tied else {}
+        head = read_parts(tensors, "lm_head.weight")
+        if head and not torch.equal(head[0], read_parts(tensors, "embed_tokens.weight")[0]):
+            about["config"].tied = False
+            about["remarks"].append("ties the head, but the files hold one of its own: used")
+    return about | {"remarks": [f"{file}: {remark}" for remark in about["remarks"]]}
+
+
+def read_mil(said):
+    if said.get("tokenizer") in TEXT_FILES.split():
+        said["tokenizer"] = None
+    return said | {"config": Config(**said["config"]), "weights": [Path(said["weights"]).name]}
+
+
+def read_hf(said, file):
+    """Of Hugging Face's config.json, whose spellings and defaults transformers knows."""
+    from transformers import AutoConfig
+
+    expect({"model_type": "missing"} | said, {"model_type": ("llama", "mistral")})
+    expect(said, {"hidden_act": ("silu", "swish"), "mlp_bias": False, "quantization_config": None})
+    for name in said.get("architectures") or []:
+        if not name.endswith("ForCausalLM"):
+            raise MilError(f"the architecture is {name}, expected a …ForCausalLM")
+    theirs = AutoConfig.for_model(**copy.deepcopy(said))
+    sizes = {ours: getattr(theirs, key, False) for ours, key in pairs(HF_KEYS)}
+    rope, keys = (
+        theirs.rope_parameters,
+        {"default": (), "linear": ("factor",), "llama3": ROPE_SCALING},
     )
-
-
-def make_config(path, **entries):
-    try:
-        return Config(**entries)
-    except (MilError, TypeError) as e:
-        raise MilError(f"{path}: {e}") from e
-
-
-def mil_config(about):
-    """Of a folder that `save` wrote."""
-    if (
-        about.get("format") != "mil"
-        or not isinstance(about.get("config"), dict)
-        or not isinstance(about.get("weights"), str)
-    ):
-        raise MilError(
-            f'{about.path}: not a checkpoint: expected "format": "mil", a "config" and "weights", or a "model_type" (Hugging Face\'s)'
-        )
-    unknown = about["config"].keys() - {f.name for f in dataclasses.fields(Config)}
-    if unknown:
-        raise MilError(
-            f"{about.path}: the config has {', '.join(sorted(unknown))}, which this version does not know"
-        )
-    return {
-        "tokenizer": None,
-        **about,
-        "config": make_config(about.path, **about["config"]),
-        "weights": [about["weights"]],
-        "remarks": [],
-    }
-
-
-HARMLESS = """transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id initializer_range
-    attention_dropout pretraining_tp _name_or_path name_or_path _attn_implementation_autoset is_llama_config transformers.js_config"""  # no matter for what is computed here
-IDS = "bos_token_id", "eos_token_id", "pad_token_id"  # passed on when a checkpoint is exported
-
-
-def hf_config(directory, said):
-    """Of a Hugging Face Llama or Mistral; with a mamba_config.json, of one of the released hybrids (repository jxiw/MambaInLlama)."""
-    path, remarks = said.path, []
-    if said.take("model_type") not in ("llama", "mistral"):
-        raise MilError(
-            f"{path}: model_type is {said['model_type']!r}, expected 'llama' or 'mistral'"
-        )
-    for architecture in said.take("architectures", []):
-        if not str(architecture).endswith("ForCausalLM"):
-            raise MilError(f"{path}: the architecture is {architecture}, expected a …ForCausalLM")
-    if said.take("quantization_config", None):
-        raise MilError(
-            f"{path}: quantization_config: the weights are quantised; expected the model in float32, float16 or bfloat16"
-        )
-    said.expect("hidden_act", "silu")
-    said.expect("mlp_bias", False)
-    rope = {
-        **said.take("rope_scaling", {}),
-        **said.take("rope_parameters", {}),
-    }  # rope_parameters: since transformers 5
-    scaling, theta = (
-        rope.pop("rope_type", rope.pop("type", "default")),
-        rope.pop("rope_theta", said.take("rope_theta", 10000.0)),
-    )
-    known = {"default": (), "linear": ("factor",), "llama3": ROPE_SCALING}
-    if scaling not in list(known) or not rope.keys() >= set(known[scaling]):
-        raise MilError(
-            f"{path}: RoPE is scaled by {scaling!r} with {', '.join(rope) or 'nothing'}, expected default, linear (factor) or llama3 ({', '.join(ROPE_SCALING)})"
-        )
-    if rope.keys() - set(known[scaling]):
-        remarks.append(
-            f"{path}: of RoPE's scaling not understood, and left out: {', '.join(sorted(rope.keys() - set(known[scaling])))}"
-        )
-    rope = {key: rope[key] for key in known[scaling]}
-    h, d, context = (
-        said.take("num_attention_heads"),
-        said.take("hidden_size"),
-        said.take("max_position_embeddings", 2048),
-    )
-    window = (
-        said.take("sliding_window", 4096 if "sliding_window" not in said else None, kind=int)
-        if said["model_type"] == "mistral"
-        else None
-    )
-    if window and window < context:
-        remarks.append(
-            f"{path}: attention slides over {window} tokens; that is taken as the context, for up to there it is all the same"
-        )
-    sizes = dict(
-        v=said.take("vocab_size"),
-        d=d,
-        n_layers=said.take("num_hidden_layers"),
-        n_heads=h,
-        n_kv_heads=said.take("num_key_value_heads", h),
-        head_dim=said.take("head_dim", 0),
-        d_ff=said.take("intermediate_size"),
-        context=min(context, window or context),
-        rope_theta=theta,
-        rope_scaling=rope or None,
-        norm_eps=said.take("rms_norm_eps", 1e-6),
-        tied=said.take("tie_word_embeddings", False),
-        attention_bias=said.take("attention_bias", False),
-    )
-    config = make_config(path, **sizes)
-    tokenizer = said.take(
-        "mil_tokenizer",
-        next(
-            (name for name in ("tokenizer.json", "tokenizer.model") if (directory / name).exists()),
-            None,
-        ),
-    )
-    hybrid = directory / "mamba_config.json"
+    expect(rope, {"rope_type": tuple(keys), "partial_rotary_factor": 1})
+    scaling = {key: rope[key] for key in keys[rope["rope_type"]]} or None
+    about = {"format": "hf", "remarks": [], "tokenizer": said.get("mil_tokenizer")}
+    window = getattr(theirs, "sliding_window", None) or sizes["context"]
+    if theirs.model_type == "mistral" and window < sizes["context"]:
+        about["remarks"] = [f"attention slides over {window} tokens: taken as the context"]
+        sizes["context"] = window
+    about["config"] = Config(**sizes, rope_theta=rope["rope_theta"], rope_scaling=scaling)
+    about["ids"] = {key: said[key] for key in said if key in IDS}
+    hybrid, generation = (file.with_name(f"{name}_config.json") for name in ("mamba", "generation"))
     if hybrid.exists():
-        config = hybrid_config(Said(hybrid), sizes, config, remarks)
-    if said.others(HARMLESS):
-        remarks.append(f"{path}: not understood, and left out: {', '.join(said.others(HARMLESS))}")
-    return {
-        "config": config,
-        "format": "mambainllama" if hybrid.exists() else "hf",
-        "weights": hf_files(directory),
-        "tokenizer": tokenizer,
-        "remarks": remarks,
-        "ids": {key: said[key] for key in IDS if key in said},
-        "name": said.get("_name_or_path"),
-    }
+        about |= {"format": "mambainllama", "name": said.get("_name_or_path")}
+        with naming(hybrid):
+            about["config"] = read_hybrid(read_json(hybrid), about["config"])
+    if generation.exists():
+        ends = read_json(generation)
+        about["ids"] |= {key: ends[key] for key in ends if key == "eos_token_id"}
+    paths = list(file.parent.glob("model*.safetensors")) or file.parent.glob("pytorch_model*.bin")
+    return about | {"weights": sorted(path.name for path in paths) or ["model.safetensors"]}
 
 
-def hybrid_config(said, sizes, config, remarks):
-    """The Config of a released hybrid, whose Llama part is `sizes`."""
-    for key, value in dict(
-        d_model=config.d,
-        n_layer=config.n_layers,
-        d_xb=config.n_kv_heads * config.head_dim,
-        d_inner=config.n_heads * config.head_dim,
-        intermediate_size=config.d_ff,
-        vocab_size=config.v,
-        rms_norm_eps=config.norm_eps,
-        hidden_act="silu",
-    ).items():
-        said.expect(key, value)
-    keep, ssm = said.take("attn_layers"), {"expand": 1, **said.take("ssm_cfg", {})}
-    mamba2 = "ngroups" in ssm
-    n = ssm.pop("d_state", 128 if mamba2 else 16)
-    known = {
-        "expand": 1,
-        "repeat_kv_before_conv": not mamba2,
-        **({"ngroups": config.n_heads} if mamba2 else {}),
-    }
-    odd = [
-        f"{key} {value!r}"
-        for key, value in ssm.items()
-        if key != "d_conv" and known.get(key) != value
-    ]
-    if not isinstance(keep, list) or not set(keep) <= set(range(config.n_layers)):
-        raise MilError(
-            f"{said.path}: attn_layers is {keep}, expected a list of some of 0 to {config.n_layers - 1}"
-        )
-    if odd or mamba2 and n != config.head_dim:
-        raise MilError(
-            f"{said.path}: ssm_cfg has {', '.join(odd) or f'd_state {n}'}, expected d_state, d_conv and {known}; in Mamba-2 d_state = head_dim = {config.head_dim}"
-        )
-    if said.others():
-        remarks.append(f"{said.path}: not understood, and left out: {', '.join(said.others())}")
-    mixers = [
-        "attention" if i in keep else "mamba2" if mamba2 else "mamba"
-        for i in range(config.n_layers)
-    ]
-    return make_config(
-        said.path,
-        **sizes,
-        mixers=mixers,
-        d_conv=ssm.get("d_conv", 4),
-        **({} if mamba2 else {"d_state": n}),
+def hybrid_json(c):
+    """The authors' mamba_config.json."""
+    keep = [i for i, mixer in enumerate(c.mixers) if mixer == "attention"]
+    ssm = dict(expand=1, d_conv=c.d_conv, d_state=c.d_state)
+    if "mamba2" in c.mixers:
+        ssm |= dict(ngroups=c.n_heads, d_state=c.head_dim, headdim=c.head_dim)
+    wide, narrow = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    said = dict(d_model=c.d, n_layer=c.n_layers, vocab_size=c.v, d_inner=wide, d_xb=narrow)
+    said |= dict(intermediate_size=c.d_ff, rms_norm_eps=c.norm_eps, hidden_act="silu")
+    return said | dict(attn_layers=keep, ssm_cfg=ssm)
+
+
+def read_hybrid(said, config):
+    """`config` with the mixers of the authors' mamba_config.json. What is not checked shows in the
+    shapes of the weights, or matters only to an untrained layer."""
+    ssm, keep = said.get("ssm_cfg") or {}, said["attn_layers"]
+    mixer, n = ("mamba2", 128) if "ngroups" in ssm else ("mamba", 16)
+    mixers = ["attention" if i in keep else mixer for i in range(config.n_layers)]
+    if mixer == "mamba":
+        config = dataclasses.replace(config, d_state=ssm.get("d_state", n))
+    config = dataclasses.replace(config, mixers=mixers, d_conv=ssm.get("d_conv", 4))
+    wanted = hybrid_json(config) | {"hidden_act": ("silu", "swish")}
+    wanted_ssm = wanted.pop("ssm_cfg") | {"norm_before_gate": False, "dt_limit": [0, math.inf]}
+    wanted_ssm["headdim"] = (config.head_dim, 64)  # without effect: the layer takes d_state
+    wanted_ssm["expand"] = (1, 2)  # without effect: d_inner is given
+    expect(said, wanted)
+    expect({"d_state": n} | ssm, wanted_ssm)
+    return config
+
+
+def read_meta(said, file):
+    """Of Meta's params.json, which leaves out the context, and the factor by which RoPE is scaled: 32
+    in Llama 3.2's 1B and 3B, 8 in what is larger (meta-llama/llama-models, issue 241)."""
+    said = {key: value for key, value in said.items() if value is not None}
+    expect(said, {"quantization_args": None, "lora_args": None})
+    files = sorted(path.name for path in file.parent.glob("consolidated.*.pth"))
+    about = {"format": "meta", "folder": file.parent, "weights": files or ["consolidated.00.pth"]}
+    tensors, d, h = open_tensors(about), said["dim"], said["n_heads"]
+    v, multiple = said.get("vocab_size", -1), said.get("multiple_of", 256)
+    if v == -1:  # Llama 3's embedding is cut by words, Llama 2's by columns
+        rows, columns = read_parts(tensors, "embed_tokens.weight")[0].shape
+        v = rows * len(files) if columns == d else rows
+    d_ff = int(said.get("ffn_dim_multiplier", 1) * int(8 * d / 3))
+    sizes = dict(
+        v=v, d=d, n_layers=said["n_layers"], n_heads=h, n_kv_heads=said.get("n_kv_heads", h)
     )
+    sizes |= dict(d_ff=-(-d_ff // multiple) * multiple, norm_eps=said.get("norm_eps", 1e-5))
+    theta, scaling = float(said.get("rope_theta", 10000)), None
+    context = 8192 if theta >= 500000 else 4096
+    remark = f"says nothing of the context, taken as {context}"
+    if said.get("use_scaled_rope"):
+        scaling = llama3_scaling(said.get("rope_scaling_factor", 8 if d >= 4096 else 32))
+        context, factor = 131072, scaling["factor"]
+        remark = f"says nothing of the context, taken as {context}, nor of RoPE's factor, taken as {factor}"
+    sizes |= dict(context=context, rope_theta=theta, rope_scaling=scaling)
+    config = Config(**sizes, tied="lm_head.weight" not in tensors)
+    return about | {"config": config, "remarks": [remark]}
 
 
-def hf_files(directory):
-    """The files of weights of a Hugging Face folder."""
-    for kind in ("model.safetensors", "pytorch_model.bin"):
-        index = directory / f"{kind}.index.json"
-        if index.exists():
-            files = list(Said(index).take("weight_map", kind=dict).values())
-            for file in files:
-                if (
-                    not isinstance(file, str)
-                    or Path(file).name != file
-                    or not (directory / file).exists()
-                ):
-                    raise MilError(
-                        f"{index}: names {file}, which is not in this folder: is the download complete?"
-                    )
-            if files:
-                return sorted(set(files))
-        if (directory / kind).exists():
-            return [kind]
-    raise MilError(
-        f"{directory}: no weights: expected model.safetensors or pytorch_model.bin, or the index of their shards"
-    )
+def llama3_scaling(factor):
+    return dict(zip(ROPE_SCALING, (factor, 1.0, 4.0, 8192), strict=True))
 
 
-def meta_config(directory, said):
-    """Of Meta's own files. Their params.json leaves out the context, and the factor by which RoPE is scaled: 32 in Llama 3.2's
-    1B and 3B, 8 in what is larger (meta-llama/llama-models, issue 241)."""
-    files = sorted(f.name for f in directory.glob("consolidated.*.pth"))
-    if not files or files != [f"consolidated.{i:02d}.pth" for i in range(len(files))]:
-        raise MilError(
-            f"{directory}: the weights are {', '.join(files) or 'missing'}, expected consolidated.00.pth, or it and all that follow"
-        )
-    tensors = open_tensors(directory / files[0])
-    d, h, v = said.take("dim", kind=int), said.take("n_heads"), said.take("vocab_size", -1)
-    if v == -1 and "tok_embeddings.weight" in tensors:
-        rows, columns = tensors["tok_embeddings.weight"]().shape
-        v = rows * len(files) if columns == d else rows  # cut by words, in Llama 2 by columns
-    d_ff, multiple = (
-        int(said.take("ffn_dim_multiplier", 1.0) * int(8 * d / 3)),
-        said.take("multiple_of", 256),
-    )
-    theta, scaled = said.take("rope_theta", 10000.0), said.take("use_scaled_rope", False)
-    factor = said.take("rope_scaling_factor", 8 if d >= 4096 else 32)
-    context = 131072 if scaled else 8192 if theta >= 500000 else 4096
-    config = make_config(
-        said.path,
-        v=v,
-        d=d,
-        n_layers=said.take("n_layers"),
-        n_heads=h,
-        n_kv_heads=said.take("n_kv_heads", h),
-        context=context,
-        d_ff=-(-d_ff // max(1, multiple)) * multiple,
-        norm_eps=said.take("norm_eps", 1e-5),
-        rope_theta=float(theta),
-        tied="output.weight" not in tensors,
-        rope_scaling=dict(zip(ROPE_SCALING, (factor, 1.0, 4.0, 8192))) if scaled else None,
-    )
-    if said.take("quantization_args", None) or said.take("lora_args", None):
-        raise MilError(
-            f"{said.path}: quantization_args or lora_args: expected the weights in float32, float16 or bfloat16 and whole"
-        )
-    remarks = [
-        f"{said.path}: says nothing of the context, taken as {context}"
-        + f", nor of RoPE's factor, taken as {factor}" * scaled
-    ]
-    if said.others("max_batch_size max_seq_len"):
-        remarks.append(
-            f"{said.path}: not understood, and left out: {', '.join(said.others('max_batch_size max_seq_len'))}"
-        )
-    return {
-        "config": config,
-        "format": "meta",
-        "weights": files,
-        "tokenizer": "tokenizer.model",
-        "remarks": remarks,
-    }
+def read_gguf(said, file):
+    """Of a GGUF file. Its factors for RoPE are those of Llama 3's scaling; the largest is `factor`."""
+    from gguf import GGUFReader
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    about = read_hf(load_gguf_checkpoint(file)["config"], file)
+    about |= {"format": "gguf", "folder": file.parent, "weights": [file.name]}
+    kind = GGUFReader(file).fields.get("llama.rope.scaling.type")
+    expect({"RoPE's scaling": kind and kind.contents()}, {"RoPE's scaling": "none"})
+    factors = read_parts(open_tensors(about), "rope_freqs.weight")
+    if factors:
+        about["config"].rope_scaling = llama3_scaling(factors[0].max().item())
+    return about
 
 
-def safetensors_for(path):
-    """The package, an optional extra."""
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise MilError(
-            f"{path}: to read or write it, install safetensors: pip install safetensors"
-        ) from None
-    return safetensors
+def open_file(path):
+    """The names of a file's tensors, and a function that reads one. The file is mapped into memory; no
+    code in it runs."""
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        file = safe_open(path, "pt")
+        return file.keys(), file.get_tensor
+    if path.suffix == ".gguf":
+        import gguf
+
+        tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+        def read(name):
+            values = gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
+            return torch.from_numpy(values.copy())
+
+        return tensors, read
+    mapped = zipfile.is_zipfile(path)  # what torch < 1.6 wrote is no zip
+    tensors = torch.load(path, "cpu", weights_only=True, mmap=mapped)
+    if not isinstance(tensors, dict):
+        raise MilError(f"holds a {type(tensors).__name__}, expected tensors by their names")
+    return tensors, tensors.get
 
 
-def open_tensors(path):
-    """The tensors of one file, each a function that reads it: {name: read}. The file is mapped into memory, not read; no code in it
-    is run (weights_only)."""
-    try:
-        if path.suffix == ".safetensors":
-            file = safetensors_for(path).safe_open(path, "pt")
-            return {name: functools.partial(file.get_tensor, name) for name in file.keys()}
-        weights = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )  # what torch < 1.6 wrote is no zip
-        if not isinstance(weights, dict):
-            raise MilError(
-                f"{path}: holds a {type(weights).__name__}, expected tensors by their names"
-            )
-        return {name: functools.partial(weights.get, name) for name in weights}
-    except MilError:
-        raise
-    except FileNotFoundError:
-        raise MilError(f"{path}: not found; the checkpoint is incomplete") from None
-    except Exception as e:  # as the damage has it
-        raise refused_file(path, e) from e
+def open_tensors(about):
+    """{our name: [(path, their name, function that reads it), one a shard]} of a checkpoint."""
+    tensors = {}
+    for path in (about["folder"] / name for name in about["weights"]):
+        with naming(path, "not found, truncated or damaged; the checkpoint is incomplete"):
+            names, read = open_file(path)
+            for theirs in names:
+                ours = theirs
+                for old, new in pairs(TENSORS[about["format"].replace("mambainllama", "hf")]):
+                    ours = ours.replace(old, new)
+                if ours in tensors and about["format"] != "meta":
+                    raise MilError(f"holds {theirs}, and so does {tensors[ours][0][0]}")
+                tensors.setdefault(ours, []).append((path, theirs, read))
+    return tensors
 
 
-def refuse_pointer(path):
-    """MilError if the file only says where the real one is."""
-    with contextlib.suppress(OSError), open(path, "rb") as f:
-        if f.read(24) == b"version https://git-lfs.":
-            raise MilError(
-                f"{path}: a pointer of Git LFS and not the file itself: git lfs pull brings it"
-            ) from None
+def read_parts(tensors, name):
+    return [read(theirs) for _, theirs, read in tensors.get(name, [])]
 
 
-def refused_file(path, e):
-    """The MilError for a file of weights that could not be opened."""
-    refuse_pointer(path)
-    if isinstance(e, pickle.UnpicklingError):
-        return MilError(
-            f"{path}: refused: it holds something other than tensors, which could run code"
-        )
-    return MilError(f"{path}: not a whole file of weights: truncated or damaged")
+def read_tensor(about, parts, name, shape, device):
+    """Our tensor `name` from its parts. Of Meta's shards each holds a part along one axis, in which it
+    falls short, or a copy of the whole."""
+    kind = getattr(parts[0], "dtype", "no tensor") if parts else "missing"
+    if kind not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise MilError(f"{name} is {kind}, expected a tensor in float32, float16 or bfloat16")
+    axes = [i for i, n in enumerate(parts[0].shape) if n != shape[i : i + 1].numel()]
+    w = torch.cat([part.to(device) for part in parts], axes[0]) if axes else parts[0].to(device)
+    if w.shape != shape:
+        raise MilError(f"{name} is {tuple(w.shape)}, expected {tuple(shape)}")
+    if about["format"] in ("meta", "gguf") and name.endswith(("q_proj.weight", "k_proj.weight")):
+        half = about["config"].head_dim // 2  # RoPE's pairs (0, 1), (2, 3) … become (i, i + half)
+        return w.unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2)
+    twice = about["format"] == "mambainllama" and name.endswith("dt_proj.bias")
+    return w * 2 if twice else w  # the authors' layer adds it twice
 
 
-META = {
-    "embed_tokens": "tok_embeddings",
-    "lm_head": "output",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mixer.q_proj": "attention.wq",
-    "mixer.k_proj": "attention.wk",
-    "mixer.v_proj": "attention.wv",
-    "mixer.o_proj": "attention.wo",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3",
-}
-
-
-def name_in(format, name, mixers):
-    """What a file of this format calls our tensor `name`."""
-    if format == "mil":
-        return name
-    if format == "meta":
-        return re.sub("|".join(map(re.escape, META)), lambda m: META[m[0]], name)
-    mixer = lambda m: f"{m[1]}.{'self_attn' if mixers[int(m[2])] == 'attention' else 'mamba'}."  # noqa: E731
-    return ("" if name.startswith("lm_head") else "model.") + re.sub(
-        r"(layers\.(\d+))\.mixer\.", mixer, name
-    )
-
-
-class Weights:
-    """The tensors of a checkpoint folder under our names, each read when it is asked for."""
-
-    def __init__(self, directory, about):
-        self.path, self.about, self.tensors, self.taken = Path(directory), about, {}, set()
-        for path in (self.path / file for file in about["weights"]):
-            for name, read in open_tensors(path).items():
-                if name in self.tensors and about["format"] != "meta":
-                    raise MilError(f"{path}: holds {name}, and so does {self.tensors[name][0][0]}")
-                self.tensors.setdefault(name, []).append((path, read))
-
-    def take(self, name, shape):
-        """Our tensor `name`, which has this shape. Of Meta's model-parallel shards each holds a part along one axis, the one in
-        which it falls short, or a copy."""
-        config, theirs = (
-            self.about["config"],
-            name_in(self.about["format"], name, self.about["config"].mixers),
-        )
-        self.taken.add(theirs)
-        path, parts = (
-            self.tensors.get(theirs, [(self.path,)])[0][0],
-            [read() for _, read in self.tensors.get(theirs, [])],
-        )
-        if (
-            not parts
-            or not torch.is_tensor(parts[0])
-            or not parts[0].is_floating_point()
-            or parts[0].element_size() < 2
-        ):
-            found = "missing" if not parts else getattr(parts[0], "dtype", "no tensor")
-            raise MilError(
-                f"{path}: {theirs} is {found}, expected {tuple(shape)} in float32, float16 or bfloat16"
-            )
-        axis = next(
-            (i for i, (part, all_) in enumerate(zip(parts[0].shape, shape)) if part != all_), None
-        )
-        w = parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, axis)
-        if w.shape != shape:
-            shards = f" in {len(parts)} shards" if len(parts) > 1 else ""
-            raise MilError(
-                f"{path}: {theirs} is {tuple(w.shape)}{shards}, expected {tuple(shape)} by the configuration"
-            )
-        if self.about["format"] == "meta" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            w = (
-                w.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-            )  # pairs (0, 1), (2, 3) … to (i, i + head_dim / 2)
-        return (
-            w * 2 if self.about["format"] == "mambainllama" and name.endswith("dt_proj.bias") else w
-        )  # their layer adds it twice
-
-    def check_rest(self):
-        """MilError if there are tensors nobody asked for."""
-        tied = [name_in(self.about["format"], "lm_head.weight", [])] * self.about["config"].tied
-        for name in sorted(self.tensors.keys() - self.taken - set(tied)):
-            if not name.endswith(
-                ("rotary_emb.inv_freq", "rope.freqs")
-            ):  # RoPE's frequencies, which follow from the configuration
-                raise MilError(
-                    f"{self.tensors[name][0][0]}: holds {name}, expected no such tensor by the configuration"
-                )
-
-
-def load(directory, device=None, dtype=None):
-    """The model in the folder `directory`, ours, Hugging Face's, Meta's or the authors' (read_config), in eval mode, on `device` (CPU)
-    and in `dtype` (the file's); what makes up Δ and A is float32 or more. Tensors go to the device one by one. MilError says what does not fit."""
-    about = read_config(directory)
-    weights = Weights(directory, about)
-    model = empty_model(about["config"])
-    for name, w in list(model.named_parameters()):  # of a tied pair, the embedding
-        read = weights.take(name, w.shape)
-        kind = (
-            torch.promote_types(dtype or read.dtype, torch.float32)
-            if stays_wide(name)
-            else dtype or read.dtype
-        )
+def load(path, device=None, dtype=None):
+    """The model of a checkpoint (read_config), in eval mode, on `device` (CPU) and in `dtype` (the
+    file's), but float32 at least for what makes up Δ and A. Tensors go to the device one by one. Raises
+    MilError if one is missing, too many, or not as the configuration says."""
+    about = read_config(path)
+    tensors, model = open_tensors(about), empty_model(about["config"])
+    parameters = dict(model.named_parameters())
+    for name, empty in parameters.items():
+        with naming(tensors[name][0][0] if name in tensors else about["folder"]):
+            parts = read_parts(tensors, name)
+            w = read_tensor(about, parts, name, empty.shape, device or "cpu")
+        kind = dtype or w.dtype
+        kind = torch.promote_types(kind, torch.float32) if stays_wide(name) else kind
         place, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(place), leaf, nn.Parameter(read.to(device or "cpu", kind)))
-    weights.check_rest()
+        setattr(model.get_submodule(place), leaf, nn.Parameter(w.to(kind)))
     model.tie()
+    for name in tensors.keys() - parameters.keys() - {"lm_head.weight", "rope_freqs.weight"}:
+        if not name.endswith(("inv_freq", "rope.freqs")):  # RoPE's frequencies in old files
+            path, theirs, _ = tensors[name][0]
+            raise MilError(f"{path}: holds {theirs}, which the configuration does not have")
     return model.eval()
 
 
 def export(source, target, format, dtype=None):
-    """Write the checkpoint folder `source`, of any format, to the folder `target`: as "mil"; "hf", for a pure Llama; or "mambainllama",
-    the authors' layout, for a hybrid of attention and one kind of Mamba. In `dtype`, or the file's. Tokenizer files go along."""
-    source, target, about = Path(source), Path(target), read_config(source)
-    c, kinds = about["config"], set(about["config"].mixers) - {"attention"}
+    """Writes the checkpoint `source` to a new folder `target`: as "mil"; as "hf", if there is
+    attention alone; as "mambainllama", the authors' layout, if there is one kind of Mamba. In `dtype`
+    (the file's). Tokenizer files go along. Raises MilError, and leaves nothing, if it cannot be done."""
+    about, target = read_config(source), Path(target).absolute()
+    kinds = set(about["config"].mixers) - {"attention"}
     fits = {"mil": True, "hf": not kinds, "mambainllama": kinds in ({"mamba"}, {"mamba2"})}
-    if format not in fits:
-        raise MilError(f"--format is {format}, expected hf, mambainllama or mil")
-    if not fits[format]:
-        raise MilError(
-            f"{source}: holds {', '.join(sorted(set(c.mixers)))}; --format hf is for attention alone, mambainllama for one kind of Mamba, with or without it"
-        )
-    if format != "mil":
-        safetensors_for(target)
-    if target.is_dir() and any(target.iterdir()):
-        raise MilError(f"{target}: is not empty; give a new folder")
-    model = load(source, dtype=dtype)
+    if not fits.get(format):
+        holds = ", ".join(sorted(set(about["config"].mixers)))
+        wanted = "hf is for attention alone, mambainllama for one kind of Mamba"
+        raise MilError(f"{source}: holds {holds}; --format {wanted}")
     make_directory(target)
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "tokenizer.model",
-        "special_tokens_map.json",
-        "generation_config.json",
-    ):
-        if (source / name).exists():
-            data = (source / name).read_bytes()
-            write_whole(target / name, lambda f, data=data: f.write(data))
-    if format == "mil":
-        return save(model, target, tokenizer=about["tokenizer"], ids=about.get("ids", {}))
-    weights = {
-        name_in(format, name, c.mixers): w / 2 if name.endswith("dt_proj.bias") else w
-        for name, w in model.named_parameters()
-    }  # added twice there
-    if kinds and c.tied:
-        weights["lm_head.weight"] = model.lm_head.weight.clone()  # the authors' loader wants one
-    write_safetensors(weights, target)
-    if kinds:
-        ssm = {
-            "expand": 1,
-            "d_conv": c.d_conv,
-            **(
-                {"ngroups": c.n_heads, "d_state": c.head_dim}
-                if kinds == {"mamba2"}
-                else {"d_state": c.d_state}
-            ),
-        }
-        write_json(
-            target / "mamba_config.json",
-            dict(
-                d_model=c.d,
-                ssm_cfg=ssm,
-                rms_norm_eps=c.norm_eps,
-                vocab_size=c.v,
-                d_inner=c.n_heads * c.head_dim,
-                d_xb=c.n_kv_heads * c.head_dim,
-                intermediate_size=c.d_ff,
-                hidden_act="silu",
-                n_layer=c.n_layers,
-                attn_layers=[i for i, mixer in enumerate(c.mixers) if mixer == "attention"],
-            ),
-        )
-    said = dict(
-        _name_or_path=about.get("name")
-        or str(target.resolve()),  # where the authors' loader looks for the Llama around it
-        architectures=["LlamaForCausalLM"],
-        model_type="llama",
-        vocab_size=c.v,
-        hidden_size=c.d,
-        num_hidden_layers=c.n_layers,
-        num_attention_heads=c.n_heads,
-        num_key_value_heads=c.n_kv_heads,
-        head_dim=c.head_dim,
-        intermediate_size=c.d_ff,
-        max_position_embeddings=c.context,
-        rms_norm_eps=c.norm_eps,
-        rope_theta=c.rope_theta,
-        tie_word_embeddings=c.tied,
-        attention_bias=c.attention_bias,
-        hidden_act="silu",
-        torch_dtype=str(model.embed_tokens.weight.dtype).removeprefix("torch."),
-        **{**dict.fromkeys(IDS), **about.get("ids", {})},
-    )
+    if any(target.iterdir()):
+        raise MilError(f"{target}: is not empty; give a new folder")
+    try:
+        with naming(target, "cannot be written (disk full?)"):
+            for name in TEXT_FILES.split():
+                if (about["folder"] / name).exists():
+                    shutil.copyfile(about["folder"] / name, target / name)
+            model = load(source, dtype=dtype)
+            if format == "mil":
+                save(model, target, tokenizer=about["tokenizer"], ids=about["ids"])
+            else:
+                write_hf(model, target, about)
+    except BaseException:
+        shutil.rmtree(target)
+        raise
+
+
+def write_hf(model, folder, about):
+    """Hugging Face's files or, with any Mamba, the authors'. transformers 4 reads them, too."""
+    from huggingface_hub import save_torch_state_dict
+
+    c, weights = model.config, {}
+    for name, w in model.named_parameters():
+        attention = name.startswith("layers") and c.mixers[int(name.split(".")[1])] == "attention"
+        theirs = name.replace("mixer", "self_attn" if attention else "mamba")
+        theirs = theirs if name == "lm_head.weight" else f"model.{theirs}"
+        weights[theirs] = (
+            w.data / 2 if name.endswith("dt_proj.bias") else w.data
+        )  # added twice there
+    said = {theirs: getattr(c, ours) for ours, theirs in pairs(HF_KEYS)}
+    said |= dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu")
+    said |= dict.fromkeys(IDS) | about["ids"] | {"mil_tokenizer": about["tokenizer"]}
+    said |= dict(rope_theta=c.rope_theta, torch_dtype=str(model.norm.weight.dtype)[6:])
     if c.rope_scaling:
-        said["rope_scaling"] = {
-            "rope_type": "llama3" if len(c.rope_scaling) > 1 else "linear",
-            **c.rope_scaling,
-        }
-    if about["tokenizer"] and not (target / about["tokenizer"]).exists():
-        said["mil_tokenizer"] = about["tokenizer"]  # bytes, or one of tiktoken's
-    write_json(target / "config.json", said)
-
-
-def write_safetensors(weights, directory, most=4 * 2**30):
-    """Tensors in files of at most `most` bytes (or one tensor), with Hugging Face's index when there are several."""
-
-    def save_file(shard, f):
-        safetensors = safetensors_for(directory)
-        try:
-            safetensors.torch.save_file(shard, f.name, {"format": "pt"})
-        except safetensors.SafetensorError as e:
-            raise OSError(str(e)) from e
-        os.chmod(f.name, os.fstat(f.fileno()).st_mode)  # it makes a file that only its owner reads
-
-    shards, room = [{}], most
-    for name, w in weights.items():
-        if shards[-1] and w.nbytes > room:
-            shards.append({})
-            room = most
-        shards[-1][name] = w.detach().contiguous()
-        room -= w.nbytes
-    names = (
-        ["model.safetensors"]
-        if len(shards) == 1
-        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    )
-    for name, shard in zip(names, shards):
-        write_whole(directory / name, lambda f, shard=shard: save_file(shard, f))
-    if len(shards) > 1:
-        write_json(
-            directory / "model.safetensors.index.json",
-            {
-                "metadata": {"total_size": sum(w.nbytes for w in weights.values())},
-                "weight_map": {key: name for name, shard in zip(names, shards) for key in shard},
-            },
-        )
+        kind = "llama3" if len(c.rope_scaling) > 1 else "linear"
+        said["rope_scaling"] = {"rope_type": kind, **c.rope_scaling}
+    if set(c.mixers) != {
+        "attention"
+    }:  # their loader wants a head, and looks for a Llama by its name
+        weights["lm_head.weight"] = model.lm_head.weight.data.clone()
+        said["_name_or_path"] = about.get("name") or str(folder)
+        (folder / "mamba_config.json").write_text(json.dumps(hybrid_json(c), indent=1))
+    (folder / "config.json").write_text(json.dumps(said, indent=1))
+    save_torch_state_dict(weights, folder)
+    for file in folder.glob("*.safetensors"):  # which others may not read
+        shutil.copymode(folder / "config.json", file)
 
 
 def main(argv):
     parser = Parser(prog="mil.py", description="Write a checkpoint in another layout.")
     parser.add_argument("command", choices=["export"])
-    parser.add_argument(
-        "source", help="a checkpoint folder: ours, Hugging Face's, Meta's or the authors' hybrids'"
-    )
+    parser.add_argument("source", help="a checkpoint of any kind, or a name such as owner/model")
     parser.add_argument("target", help="the folder to make")
+    parser.add_argument("--format", default="hf", help="hf (Hugging Face's), mambainllama or mil")
     parser.add_argument(
-        "--format",
-        default="hf",
-        help="hf: Hugging Face's, for a pure Llama (default); mambainllama: the authors' layout, for a hybrid; mil: ours",
-    )
-    parser.add_argument(
-        "--dtype",
-        default="",
-        choices=["", "float32", "bfloat16", "float16"],
-        help="of the weights; empty: as they are",
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights"
     )
     s = parser.parse_args(argv)
     for line in read_config(s.source)["remarks"]:
