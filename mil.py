@@ -80,73 +80,37 @@ class Config:
     d_conv: int = 4  # width of the causal convolution
 
     def __post_init__(self):
-        for name in (
-            "v",
-            "d",
-            "n_layers",
-            "n_heads",
-            "n_kv_heads",
-            "head_dim",
-            "d_ff",
-            "context",
-            "d_state",
-            "d_conv",
+        for f in dataclasses.fields(self):
+            value, least = getattr(self, f.name), 0 if f.name == "head_dim" else 1
+            if f.type is int and not (isinstance(value, int) and value >= least):
+                wanted = f"a whole number of at least {least}"
+                raise MilError(f"config: {f.name} is {value!r}, expected {wanted}")
+            if f.type is float and not (isinstance(value, (int, float)) and value > 0):
+                raise MilError(f"config: {f.name} is {value!r}, expected a number above 0")
+        h, g, n = self.n_heads, self.n_kv_heads, self.n_layers
+        self.mixers = list(self.mixers) or ["attention"] * n
+        if not self.head_dim and self.d % h == 0:
+            self.head_dim = self.d // h
+        p, narrow = self.head_dim, g * self.head_dim
+        scaling = {"factor": 1} if self.rope_scaling is None else self.rope_scaling
+        fit = all(isinstance(x, (int, float)) and x > 0 for x in scaling.values())
+        fit = fit and sorted(scaling) in (sorted(ROPE_SCALING), ["factor"])
+        reverse = fit and len(scaling) > 1 and scaling[ROPE_SCALING[1]] >= scaling[ROPE_SCALING[2]]
+        names = f"{', '.join(ROPE_SCALING)} (Llama 3.1's) or factor alone (linear)"
+        odd = [mixer for mixer in self.mixers if mixer not in MIXERS]
+        uncut = "mamba" in self.mixers and narrow % self.d_state  # Mamba's heads, from attention's
+        for wrong, message in (
+            (not p, f"width d {self.d} is not divisible by n_heads {h}; give head_dim"),
+            (p % 2, f"head_dim is {p}, expected an even number: RoPE turns channels in pairs"),
+            (h % g, f"n_heads {h} is not divisible by n_kv_heads {g}"),
+            (len(self.mixers) != n, f"{len(self.mixers)} mixers for {n} layers, expected as many"),
+            (odd, f"a mixer is {', '.join(map(repr, odd))}, expected one of {', '.join(MIXERS)}"),
+            (not fit, f"rope_scaling is {scaling}, expected numbers above 0 for {names}"),
+            (reverse, f"rope_scaling is {scaling}, expected {' below '.join(ROPE_SCALING[1:3])}"),
+            (uncut, f"d_state {self.d_state} does not divide the kv width {narrow}"),
         ):
-            least = 0 if name == "head_dim" else 1
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise MilError(
-                    f"config: {name} is {getattr(self, name)!r}, expected a whole number of at least {least}"
-                )
-        for name in ("rope_theta", "norm_eps"):
-            if not isinstance(getattr(self, name), (int, float)) or not getattr(self, name) > 0:
-                raise MilError(
-                    f"config: {name} is {getattr(self, name)!r}, expected a number above 0"
-                )
-        self.mixers = list(self.mixers) or ["attention"] * self.n_layers
-        if not self.head_dim:
-            if self.d % self.n_heads:
-                raise MilError(
-                    f"config: width d {self.d} is not divisible by n_heads {self.n_heads}; give head_dim"
-                )
-            self.head_dim = self.d // self.n_heads
-        if self.head_dim % 2:
-            raise MilError(
-                f"config: head_dim is {self.head_dim}, but RoPE turns channels in pairs: expected an even number"
-            )
-        if self.n_heads % self.n_kv_heads:
-            raise MilError(
-                f"config: n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}: "
-                f"every kv head serves the same number of query heads"
-            )
-        if len(self.mixers) != self.n_layers:
-            raise MilError(
-                f"config: {len(self.mixers)} mixers for {self.n_layers} layers, expected one per layer"
-            )
-        for i, mixer in enumerate(self.mixers):
-            if mixer not in MIXERS:
-                raise MilError(
-                    f"config: layer {i} has the mixer {mixer!r}, expected one of {', '.join(MIXERS)}"
-                )
-        if self.rope_scaling is not None and (
-            sorted(self.rope_scaling) not in (sorted(ROPE_SCALING), ["factor"])
-            or not all(isinstance(x, (int, float)) and x > 0 for x in self.rope_scaling.values())
-        ):
-            raise MilError(
-                f"config: rope_scaling is {self.rope_scaling}, expected numbers above 0 for {', '.join(ROPE_SCALING)} (Llama 3.1's), "
-                f"or for factor alone (linear)"
-            )
-        if (
-            len(self.rope_scaling or ()) > 1
-            and self.rope_scaling["low_freq_factor"] >= self.rope_scaling["high_freq_factor"]
-        ):
-            raise MilError(
-                f"config: rope_scaling is {self.rope_scaling}, expected its low_freq_factor below its high_freq_factor"
-            )
-        if "mamba" in self.mixers and self.n_kv_heads * self.head_dim % self.d_state:
-            raise MilError(
-                f"config: d_state {self.d_state} does not divide the kv width {self.n_kv_heads * self.head_dim} "
-                f"(n_kv_heads × head_dim), so Mamba's heads cannot be cut from attention's"
-            )
+            if wrong:
+                raise MilError(f"config: {message}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1191,7 +1155,9 @@ def read_hf(said, file):
     """Of Hugging Face's config.json, whose spellings and defaults transformers knows."""
     from transformers import AutoConfig
 
-    expect({"model_type": "missing"} | said, {"model_type": ("llama", "mistral")})
+    if "model_type" not in said:
+        raise MilError('not a checkpoint: expected "format": "mil" or a "model_type"')
+    expect(said, {"model_type": ("llama", "mistral")})
     expect(said, {"hidden_act": ("silu", "swish"), "mlp_bias": False, "quantization_config": None})
     for name in said.get("architectures") or []:
         if not name.endswith("ForCausalLM"):
