@@ -1016,6 +1016,7 @@ TENSORS = {  # theirs=ours, replaced from left to right
         ffn_norm=post_attention_layernorm""",
 }
 IDS = "bos_token_id", "eos_token_id", "pad_token_id"
+ROPE_KEYS = {"default": (), "linear": ("factor",), "llama3": ROPE_SCALING}
 TEXT_FILES = """tokenizer.json tokenizer_config.json chat_template.jinja tokenizer.model vocab.json
     merges.txt special_tokens_map.json added_tokens.json generation_config.json"""
 
@@ -1039,15 +1040,18 @@ def naming(path, failure="cannot be read"):
             reason = "it is truncated, or holds objects, which could run code"
         if isinstance(e, KeyError):
             reason = f"it lacks {reason}"
+        with contextlib.suppress(OSError), open(path, "rb") as f:
+            if f.read(24) == b"version https://git-lfs.":
+                reason = "a pointer of Git LFS, not the file itself; run git lfs pull"
         raise MilError(f"{path}: {failure}: {reason}") from e
 
 
-def expect(said, wanted):
-    """Raises MilError if a value in `said` is not the one wanted, or one of a tuple of them."""
-    for key, value in wanted.items():
-        choices = value if isinstance(value, tuple) else (value,)
-        if said.get(key) is not None and said[key] not in choices:
-            raise MilError(f"{key} is {said[key]!r:.99}, expected {' or '.join(map(str, choices))}")
+def expect(said, **allowed):
+    """Raises MilError if a value in `said` is not one of those allowed for its key."""
+    for key, values in allowed.items():
+        if said.get(key) is not None and said[key] not in values:
+            wanted = " or ".join(map(str, values)) or "none"
+            raise MilError(f"{key} is {said[key]!r:.99}, expected {wanted}")
 
 
 def stays_wide(name):
@@ -1082,8 +1086,8 @@ def write_whole(path, write):
 
 
 def save(model, directory, **notes):
-    """Writes the weights and config.json, with `notes` (e.g. the tokenizer) beside the configuration.
-    Renaming config.json is the one moment at which a new checkpoint replaces an old one."""
+    """Writes the weights and config.json, with `notes` (e.g. the tokenizer) in it. Renaming
+    config.json into place is the one moment at which the new checkpoint replaces an old one."""
     directory, name = Path(directory), f"weights-{secrets.token_hex(4)}.pt"
     make_directory(directory)
     weights = {k: w.detach().cpu() for k, w in model.named_parameters()}  # a tied head once
@@ -1119,22 +1123,24 @@ def find_checkpoint(name):
 
 
 def read_config(path):
-    """What a checkpoint says of its model, and the notes of `save`: "config" a Config; "format" mil,
-    hf, mambainllama, meta or gguf; "tokenizer" a name (None: it is in the folder); "ids" of the tokens
-    that begin, end and pad; "remarks" to print; "folder"; "weights" the files in it. Raises MilError
-    if it is no checkpoint, or of a model that cannot be computed here."""
+    """What a checkpoint says of its model, with the notes of `save`: "config", a Config; "format",
+    mil, hf, mambainllama, meta or gguf; "tokenizer", a name (None: files in "folder"); "ids" of the
+    tokens that begin, end and pad; "remarks" to print; "weights", the files. Raises MilError if
+    there is none, or the model cannot be computed here."""
     path = find_checkpoint(path)
     places = (path, path / "config.json", path / "params.json")
-    file = next((place for place in places if os.path.isfile(place)), None)
-    if file is None:
-        found = ", ".join(sorted(os.listdir(path))[:9]) if path.is_dir() else "nothing"
-        wanted = "expected a folder with config.json or params.json, or a .gguf file"
-        raise MilError(f"{path}: no checkpoint here: {wanted}; found {found}")
+    file = next((place for place in places if place.is_file()), path)
     about = {"tokenizer": None, "ids": {}, "remarks": [], "folder": file.parent}
     with naming(file):
-        said = {} if file.suffix == ".gguf" else read_json(file)
+        if file == path and file.suffix != ".gguf":
+            found = ", ".join(sorted(os.listdir(path))[:9]) if path.is_dir() else "nothing"
+            wanted = "config.json, params.json or a .gguf file"
+            raise MilError(f"no checkpoint here: found {found}, expected {wanted}")
+        said = {} if file == path else read_json(file)
         if said.get("format") == "mil":
-            return about | read_mil(said)
+            given = None if said.get("tokenizer") in TEXT_FILES.split() else said.get("tokenizer")
+            about |= said | {"config": Config(**said["config"]), "tokenizer": given}
+            return about | {"weights": [Path(said["weights"]).name]}
         read = {"params.json": read_meta, "config.json": read_hf}.get(file.name, read_gguf)
         about |= read(said, file)
         tensors = open_tensors(about) if about["config"].tied else {}
@@ -1145,48 +1151,38 @@ def read_config(path):
     return about | {"remarks": [f"{file}: {remark}" for remark in about["remarks"]]}
 
 
-def read_mil(said):
-    if said.get("tokenizer") in TEXT_FILES.split():
-        said["tokenizer"] = None
-    return said | {"config": Config(**said["config"]), "weights": [Path(said["weights"]).name]}
-
-
 def read_hf(said, file):
     """Of Hugging Face's config.json, whose spellings and defaults transformers knows."""
     from transformers import AutoConfig
 
     if "model_type" not in said:
         raise MilError('not a checkpoint: expected "format": "mil" or a "model_type"')
-    expect(said, {"model_type": ("llama", "mistral")})
-    expect(said, {"hidden_act": ("silu", "swish"), "mlp_bias": False, "quantization_config": None})
+    expect(said, model_type=("llama", "mistral"), hidden_act=("silu", "swish"), mlp_bias=(False,))
+    expect(said, quantization_config=())
     for name in said.get("architectures") or []:
         if not name.endswith("ForCausalLM"):
             raise MilError(f"the architecture is {name}, expected a …ForCausalLM")
     theirs = AutoConfig.for_model(**copy.deepcopy(said))
     sizes = {ours: getattr(theirs, key, False) for ours, key in pairs(HF_KEYS)}
-    rope, keys = (
-        theirs.rope_parameters,
-        {"default": (), "linear": ("factor",), "llama3": ROPE_SCALING},
-    )
-    expect(rope, {"rope_type": tuple(keys), "partial_rotary_factor": 1})
-    scaling = {key: rope[key] for key in keys[rope["rope_type"]]} or None
+    rope = theirs.rope_parameters
+    expect(rope, rope_type=tuple(ROPE_KEYS), partial_rotary_factor=(1,))
+    sizes["rope_scaling"] = {key: rope[key] for key in ROPE_KEYS[rope["rope_type"]]} or None
     about = {"format": "hf", "remarks": [], "tokenizer": said.get("mil_tokenizer")}
+    about["ids"] = {key: said[key] for key in said if key in IDS}
     window = getattr(theirs, "sliding_window", None) or sizes["context"]
     if theirs.model_type == "mistral" and window < sizes["context"]:
         about["remarks"] = [f"attention slides over {window} tokens: taken as the context"]
         sizes["context"] = window
-    about["config"] = Config(**sizes, rope_theta=rope["rope_theta"], rope_scaling=scaling)
-    about["ids"] = {key: said[key] for key in said if key in IDS}
-    hybrid, generation = (file.with_name(f"{name}_config.json") for name in ("mamba", "generation"))
+    about["config"] = Config(**sizes, rope_theta=rope["rope_theta"])
+    generation, hybrid = (file.with_name(f"{name}_config.json") for name in ("generation", "mamba"))
+    if generation.exists():
+        about["ids"] |= {k: v for k, v in read_json(generation).items() if k == "eos_token_id"}
     if hybrid.exists():
         about |= {"format": "mambainllama", "name": said.get("_name_or_path")}
         with naming(hybrid):
             about["config"] = read_hybrid(read_json(hybrid), about["config"])
-    if generation.exists():
-        ends = read_json(generation)
-        about["ids"] |= {key: ends[key] for key in ends if key == "eos_token_id"}
-    paths = list(file.parent.glob("model*.safetensors")) or file.parent.glob("pytorch_model*.bin")
-    return about | {"weights": sorted(path.name for path in paths) or ["model.safetensors"]}
+    files = [*file.parent.glob("model*.safetensors")] or file.parent.glob("pytorch_model*.bin")
+    return about | {"weights": sorted(file.name for file in files) or ["model.safetensors"]}
 
 
 def hybrid_json(c):
@@ -1203,88 +1199,75 @@ def hybrid_json(c):
 
 def read_hybrid(said, config):
     """`config` with the mixers of the authors' mamba_config.json. What is not checked shows in the
-    shapes of the weights, or matters only to an untrained layer."""
-    ssm, keep = said.get("ssm_cfg") or {}, said["attn_layers"]
-    mixer, n = ("mamba2", 128) if "ngroups" in ssm else ("mamba", 16)
+    weights' shapes, is overwritten there (headdim by d_state), or is for untrained layers."""
+    ssm = {"d_state": 128 if "ngroups" in said["ssm_cfg"] else 16} | said["ssm_cfg"]
+    mixer = "mamba2" if "ngroups" in ssm else "mamba"
+    n, keep = config.d_state if mixer == "mamba2" else ssm["d_state"], said["attn_layers"]
     mixers = ["attention" if i in keep else mixer for i in range(config.n_layers)]
-    if mixer == "mamba":
-        config = dataclasses.replace(config, d_state=ssm.get("d_state", n))
-    config = dataclasses.replace(config, mixers=mixers, d_conv=ssm.get("d_conv", 4))
-    wanted = hybrid_json(config) | {"hidden_act": ("silu", "swish")}
-    wanted_ssm = wanted.pop("ssm_cfg") | {"norm_before_gate": False, "dt_limit": [0, math.inf]}
-    wanted_ssm["headdim"] = (config.head_dim, 64)  # without effect: the layer takes d_state
-    wanted_ssm["expand"] = (1, 2)  # without effect: d_inner is given
-    expect(said, wanted)
-    expect({"d_state": n} | ssm, wanted_ssm)
+    width = ssm.get("d_conv", 4)
+    config = dataclasses.replace(config, mixers=mixers, d_state=n, d_conv=width)
+    wanted = hybrid_json(config)
+    expect(ssm, d_state=(wanted["ssm_cfg"]["d_state"],), ngroups=(config.n_heads,))
+    expect(ssm, norm_before_gate=(False,), dt_limit=([0, math.inf],))
+    choices = {key: (value,) for key, value in wanted.items() if key != "ssm_cfg"}
+    expect(said, **choices | {"hidden_act": ("silu", "swish")})
     return config
 
 
 def read_meta(said, file):
-    """Of Meta's params.json, which leaves out the context, and the factor by which RoPE is scaled: 32
-    in Llama 3.2's 1B and 3B, 8 in what is larger (meta-llama/llama-models, issue 241)."""
-    said = {key: value for key, value in said.items() if value is not None}
-    expect(said, {"quantization_args": None, "lora_args": None})
+    """Of Meta's params.json, which leaves out the context, and the factor by which RoPE is scaled:
+    32 in Llama 3.2's 1B and 3B, 8 in what is larger (meta-llama/llama-models, issue 241)."""
+    defaults = dict(vocab_size=-1, multiple_of=256, ffn_dim_multiplier=1, norm_eps=1e-5)
+    defaults |= dict(n_kv_heads=said["n_heads"], rope_theta=10000, use_scaled_rope=False)
+    said = defaults | {key: value for key, value in said.items() if value is not None}
+    expect(said, quantization_args=(), lora_args=())
     files = sorted(path.name for path in file.parent.glob("consolidated.*.pth"))
     about = {"format": "meta", "folder": file.parent, "weights": files or ["consolidated.00.pth"]}
-    tensors, d, h = open_tensors(about), said["dim"], said["n_heads"]
-    v, multiple = said.get("vocab_size", -1), said.get("multiple_of", 256)
+    tensors, d, v = open_tensors(about), said["dim"], said["vocab_size"]
     if v == -1:  # Llama 3's embedding is cut by words, Llama 2's by columns
         rows, columns = read_parts(tensors, "embed_tokens.weight")[0].shape
         v = rows * len(files) if columns == d else rows
-    d_ff = int(said.get("ffn_dim_multiplier", 1) * int(8 * d / 3))
-    sizes = dict(
-        v=v, d=d, n_layers=said["n_layers"], n_heads=h, n_kv_heads=said.get("n_kv_heads", h)
-    )
-    sizes |= dict(d_ff=-(-d_ff // multiple) * multiple, norm_eps=said.get("norm_eps", 1e-5))
-    theta, scaling = float(said.get("rope_theta", 10000)), None
-    context = 8192 if theta >= 500000 else 4096
-    remark = f"says nothing of the context, taken as {context}"
-    if said.get("use_scaled_rope"):
-        scaling = llama3_scaling(said.get("rope_scaling_factor", 8 if d >= 4096 else 32))
-        context, factor = 131072, scaling["factor"]
-        remark = f"says nothing of the context, taken as {context}, nor of RoPE's factor, taken as {factor}"
-    sizes |= dict(context=context, rope_theta=theta, rope_scaling=scaling)
-    config = Config(**sizes, tied="lm_head.weight" not in tensors)
-    return about | {"config": config, "remarks": [remark]}
-
-
-def llama3_scaling(factor):
-    return dict(zip(ROPE_SCALING, (factor, 1.0, 4.0, 8192), strict=True))
+    multiple, d_ff = said["multiple_of"], int(said["ffn_dim_multiplier"] * int(8 * d / 3))
+    sizes = {key: said[key] for key in ("n_layers", "n_heads", "n_kv_heads", "norm_eps")}
+    sizes |= dict(v=v, d=d, d_ff=-(-d_ff // multiple) * multiple)
+    sizes["tied"] = "lm_head.weight" not in tensors
+    scaling, context = None, 8192 if said["rope_theta"] >= 500000 else 4096
+    remark = f"does not state the context, taken as {context}"
+    if said["use_scaled_rope"]:
+        factor, context = said.get("rope_scaling_factor", 8 if d >= 4096 else 32), 131072
+        scaling = dict(zip(ROPE_SCALING, (factor, 1.0, 4.0, 8192), strict=True))
+        remark = f"does not state the context, taken as {context}, and RoPE's factor, as {factor}"
+    sizes |= dict(context=context, rope_theta=float(said["rope_theta"]), rope_scaling=scaling)
+    return about | {"config": Config(**sizes), "remarks": [remark]}
 
 
 def read_gguf(said, file):
-    """Of a GGUF file. Its factors for RoPE are those of Llama 3's scaling; the largest is `factor`."""
+    """Of a GGUF file. Its factors for RoPE are of Llama 3's scaling; the largest is `factor`."""
     from gguf import GGUFReader
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     about = read_hf(load_gguf_checkpoint(file)["config"], file)
     about |= {"format": "gguf", "folder": file.parent, "weights": [file.name]}
     kind = GGUFReader(file).fields.get("llama.rope.scaling.type")
-    expect({"RoPE's scaling": kind and kind.contents()}, {"RoPE's scaling": "none"})
-    factors = read_parts(open_tensors(about), "rope_freqs.weight")
-    if factors:
-        about["config"].rope_scaling = llama3_scaling(factors[0].max().item())
+    expect({"rope.scaling.type": kind and kind.contents()}, **{"rope.scaling.type": ("none",)})
+    for factors in read_parts(open_tensors(about), "rope_freqs.weight"):
+        scaling = zip(ROPE_SCALING, (factors.max().item(), 1.0, 4.0, 8192), strict=True)
+        about["config"].rope_scaling = dict(scaling)
     return about
 
 
 def open_file(path):
-    """The names of a file's tensors, and a function that reads one. The file is mapped into memory; no
-    code in it runs."""
+    """The names of a file's tensors, and a function that reads one. No code in a file runs."""
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
         file = safe_open(path, "pt")
         return file.keys(), file.get_tensor
     if path.suffix == ".gguf":
-        import gguf
+        from gguf import GGUFReader, dequantize
 
-        tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-
-        def read(name):
-            values = gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
-            return torch.from_numpy(values.copy())
-
-        return tensors, read
+        tensors = {t.name: (t.data, t.tensor_type) for t in GGUFReader(path).tensors}
+        return tensors, lambda name: torch.from_numpy(dequantize(*tensors[name]).copy())
     mapped = zipfile.is_zipfile(path)  # what torch < 1.6 wrote is no zip
     tensors = torch.load(path, "cpu", weights_only=True, mmap=mapped)
     if not isinstance(tensors, dict):
@@ -1312,50 +1295,50 @@ def read_parts(tensors, name):
     return [read(theirs) for _, theirs, read in tensors.get(name, [])]
 
 
-def read_tensor(about, parts, name, shape, device):
-    """Our tensor `name` from its parts. Of Meta's shards each holds a part along one axis, in which it
-    falls short, or a copy of the whole."""
+def read_tensor(about, tensors, name, shape, device):
+    """Our tensor `name` on the device. Of Meta's shards each holds a part along one axis, in which
+    it falls short, or a copy of the whole."""
+    parts = read_parts(tensors, name)
     kind = getattr(parts[0], "dtype", "no tensor") if parts else "missing"
     if kind not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise MilError(f"{name} is {kind}, expected a tensor in float32, float16 or bfloat16")
-    axes = [i for i, n in enumerate(parts[0].shape) if n != shape[i : i + 1].numel()]
+    axes = [i for i, n in enumerate(parts[0].shape[: len(shape)]) if n != shape[i]]
     w = torch.cat([part.to(device) for part in parts], axes[0]) if axes else parts[0].to(device)
     if w.shape != shape:
         raise MilError(f"{name} is {tuple(w.shape)}, expected {tuple(shape)}")
     if about["format"] in ("meta", "gguf") and name.endswith(("q_proj.weight", "k_proj.weight")):
         half = about["config"].head_dim // 2  # RoPE's pairs (0, 1), (2, 3) … become (i, i + half)
-        return w.unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2)
-    twice = about["format"] == "mambainllama" and name.endswith("dt_proj.bias")
-    return w * 2 if twice else w  # the authors' layer adds it twice
+        w = w.unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2)
+    if about["format"] == "mambainllama" and name.endswith("dt_proj.bias"):
+        w = w * 2  # the authors' layer adds it twice
+    return w
 
 
 def load(path, device=None, dtype=None):
-    """The model of a checkpoint (read_config), in eval mode, on `device` (CPU) and in `dtype` (the
-    file's), but float32 at least for what makes up Δ and A. Tensors go to the device one by one. Raises
+    """The model of a checkpoint (see read_config), in eval mode, on `device` (CPU) and in `dtype`
+    (the file's; float32 at least for what makes up Δ and A). Tensors go there one by one. Raises
     MilError if one is missing, too many, or not as the configuration says."""
     about = read_config(path)
     tensors, model = open_tensors(about), empty_model(about["config"])
-    parameters = dict(model.named_parameters())
-    for name, empty in parameters.items():
+    for name, empty in [*model.named_parameters()]:
         with naming(tensors[name][0][0] if name in tensors else about["folder"]):
-            parts = read_parts(tensors, name)
-            w = read_tensor(about, parts, name, empty.shape, device or "cpu")
+            w = read_tensor(about, tensors, name, empty.shape, device or "cpu")
+        tensors.pop(name)
         kind = dtype or w.dtype
         kind = torch.promote_types(kind, torch.float32) if stays_wide(name) else kind
         place, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(place), leaf, nn.Parameter(w.to(kind)))
     model.tie()
-    for name in tensors.keys() - parameters.keys() - {"lm_head.weight", "rope_freqs.weight"}:
-        if not name.endswith(("inv_freq", "rope.freqs")):  # RoPE's frequencies in old files
-            path, theirs, _ = tensors[name][0]
+    for name, ((path, theirs, _), *_) in tensors.items():  # RoPE's frequencies are in old files
+        if not name.endswith(("inv_freq", "rope.freqs", "rope_freqs.weight", "lm_head.weight")):
             raise MilError(f"{path}: holds {theirs}, which the configuration does not have")
     return model.eval()
 
 
 def export(source, target, format, dtype=None):
     """Writes the checkpoint `source` to a new folder `target`: as "mil"; as "hf", if there is
-    attention alone; as "mambainllama", the authors' layout, if there is one kind of Mamba. In `dtype`
-    (the file's). Tokenizer files go along. Raises MilError, and leaves nothing, if it cannot be done."""
+    attention alone; as "mambainllama", the authors' layout, if there is one kind of Mamba. In
+    `dtype` (the file's). Tokenizer files go along. If that fails, nothing is left."""
     about, target = read_config(source), Path(target).absolute()
     kinds = set(about["config"].mixers) - {"attention"}
     fits = {"mil": True, "hf": not kinds, "mambainllama": kinds in ({"mamba"}, {"mamba2"})}
@@ -1390,9 +1373,8 @@ def write_hf(model, folder, about):
         attention = name.startswith("layers") and c.mixers[int(name.split(".")[1])] == "attention"
         theirs = name.replace("mixer", "self_attn" if attention else "mamba")
         theirs = theirs if name == "lm_head.weight" else f"model.{theirs}"
-        weights[theirs] = (
-            w.data / 2 if name.endswith("dt_proj.bias") else w.data
-        )  # added twice there
+        halved = name.endswith("dt_proj.bias")  # their layer adds it twice
+        weights[theirs] = w.data / 2 if halved else w.data
     said = {theirs: getattr(c, ours) for ours, theirs in pairs(HF_KEYS)}
     said |= dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu")
     said |= dict.fromkeys(IDS) | about["ids"] | {"mil_tokenizer": about["tokenizer"]}
@@ -1400,9 +1382,7 @@ def write_hf(model, folder, about):
     if c.rope_scaling:
         kind = "llama3" if len(c.rope_scaling) > 1 else "linear"
         said["rope_scaling"] = {"rope_type": kind, **c.rope_scaling}
-    if set(c.mixers) != {
-        "attention"
-    }:  # their loader wants a head, and looks for a Llama by its name
+    if set(c.mixers) != {"attention"}:  # their loader wants a head, and a Llama's name
         weights["lm_head.weight"] = model.lm_head.weight.data.clone()
         said["_name_or_path"] = about.get("name") or str(folder)
         (folder / "mamba_config.json").write_text(json.dumps(hybrid_json(c), indent=1))
@@ -1418,9 +1398,8 @@ def main(argv):
     parser.add_argument("source", help="a checkpoint of any kind, or a name such as owner/model")
     parser.add_argument("target", help="the folder to make")
     parser.add_argument("--format", default="hf", help="hf (Hugging Face's), mambainllama or mil")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights"
-    )
+    types = ["float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", choices=types, help="of the weights (the file's)")
     s = parser.parse_args(argv)
     for line in read_config(s.source)["remarks"]:
         print(f"note: {line}", file=sys.stderr)

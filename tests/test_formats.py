@@ -2,6 +2,7 @@
 here a second time, plain and slow."""
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -33,7 +34,7 @@ MIXED = {"mamba": ["mamba", "attention"], "mamba2": ["attention", "mamba2"]}
 
 def llama(family="Llama", **change):
     """A model of transformers, whose every weight matters."""
-    config = getattr(transformers, f"{family}Config")(**LLAMA | change)
+    config = getattr(transformers, f"{family}Config")(**copy.deepcopy(LLAMA | change))
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
