@@ -1108,9 +1108,11 @@ def read_json(path):
 def find_checkpoint(name):
     """The path of a folder or file that exists; otherwise that to which a model with a name such as
     owner/model is downloaded from Hugging Face's hub. Raises MilError if there is neither."""
-    path, outer = Path(name), Path(name).parent
-    if os.path.exists(path) or len(path.parts) != 2 or path.is_absolute() or os.path.exists(outer):
+    path = Path(name)
+    if os.path.exists(path):
         return path
+    if path.is_absolute() or len(path.parts) != 2 or os.path.exists(path.parent):
+        raise MilError(f"{name}: no checkpoint here: no such file or folder")
     with naming(name, "no checkpoint here, and no download from Hugging Face's hub"):
         from huggingface_hub import snapshot_download
 
@@ -1176,7 +1178,8 @@ def read_hf(said, file):
     about["config"] = Config(**sizes, rope_theta=rope["rope_theta"])
     generation, hybrid = (file.with_name(f"{name}_config.json") for name in ("generation", "mamba"))
     if generation.exists():
-        about["ids"] |= {k: v for k, v in read_json(generation).items() if k == "eos_token_id"}
+        ends = read_json(generation).get("eos_token_id")
+        about["ids"] |= {} if ends is None else {"eos_token_id": ends}
     if hybrid.exists():
         about |= {"format": "mambainllama", "name": said.get("_name_or_path")}
         with naming(hybrid):
@@ -1200,8 +1203,9 @@ def hybrid_json(c):
 def read_hybrid(said, config):
     """`config` with the mixers of the authors' mamba_config.json. What is not checked shows in the
     weights' shapes, is overwritten there (headdim by d_state), or is for untrained layers."""
-    ssm = {"d_state": 128 if "ngroups" in said["ssm_cfg"] else 16} | said["ssm_cfg"]
+    ssm = said.get("ssm_cfg") or {}
     mixer = "mamba2" if "ngroups" in ssm else "mamba"
+    ssm = {"d_state": 128 if mixer == "mamba2" else 16} | ssm  # their defaults
     n, keep = config.d_state if mixer == "mamba2" else ssm["d_state"], said["attn_layers"]
     mixers = ["attention" if i in keep else mixer for i in range(config.n_layers)]
     width = ssm.get("d_conv", 4)
@@ -1346,21 +1350,21 @@ def export(source, target, format, dtype=None):
         holds = ", ".join(sorted(set(about["config"].mixers)))
         wanted = "hf is for attention alone, mambainllama for one kind of Mamba"
         raise MilError(f"{source}: holds {holds}; --format {wanted}")
-    make_directory(target)
-    if any(target.iterdir()):
+    if target.is_dir() and any(target.iterdir()):
         raise MilError(f"{target}: is not empty; give a new folder")
+    model = load(source, dtype=dtype)
+    make_directory(target)
     try:
         with naming(target, "cannot be written (disk full?)"):
             for name in TEXT_FILES.split():
                 if (about["folder"] / name).exists():
                     shutil.copyfile(about["folder"] / name, target / name)
-            model = load(source, dtype=dtype)
             if format == "mil":
                 save(model, target, tokenizer=about["tokenizer"], ids=about["ids"])
             else:
                 write_hf(model, target, about)
     except BaseException:
-        shutil.rmtree(target)
+        shutil.rmtree(target, ignore_errors=True)
         raise
 
 
@@ -1378,7 +1382,7 @@ def write_hf(model, folder, about):
     said = {theirs: getattr(c, ours) for ours, theirs in pairs(HF_KEYS)}
     said |= dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu")
     said |= dict.fromkeys(IDS) | about["ids"] | {"mil_tokenizer": about["tokenizer"]}
-    said |= dict(rope_theta=c.rope_theta, torch_dtype=str(model.norm.weight.dtype)[6:])
+    said |= dict(rope_theta=c.rope_theta, torch_dtype=str(model.embed_tokens.weight.dtype)[6:])
     if c.rope_scaling:
         kind = "llama3" if len(c.rope_scaling) > 1 else "linear"
         said["rope_scaling"] = {"rope_type": kind, **c.rope_scaling}
