@@ -1027,11 +1027,14 @@ def pairs(table):
 
 @contextlib.contextmanager
 def naming(path, failure="cannot be read"):
-    """Turns an error inside into a MilError of one line that begins with `path`."""
+    """Turns an error inside into a MilError of one line that begins with `path`, or with the path
+    of another file beside it."""
     try:
         yield
     except MilError as e:
-        raise MilError(str(e) if str(e).startswith(str(path)) else f"{path}: {e}") from e
+        if str(e).startswith((str(path), f"{Path(path).parent}{os.sep}")):
+            raise
+        raise MilError(f"{path}: {e}") from e
     except Exception as e:  # libraries raise many kinds
         reason = " ".join(str(getattr(e, "strerror", None) or e).split())[:300]
         if isinstance(e, ImportError):
@@ -1088,8 +1091,9 @@ def write_whole(path, write):
 def save(model, directory, **notes):
     """Writes the weights and config.json, with `notes` (e.g. the tokenizer) in it. Renaming
     config.json into place is the one moment at which the new checkpoint replaces an old one."""
-    directory, name = Path(directory), f"weights-{secrets.token_hex(4)}.pt"
+    directory = Path(directory)
     make_directory(directory)
+    name = f"weights-{secrets.token_hex(4)}.pt"
     weights = {k: w.detach().cpu() for k, w in model.named_parameters()}  # a tied head once
     write_whole(directory / name, lambda f: torch.save(weights, f))
     about = {"format": "mil", "config": dataclasses.asdict(model.config), "weights": name}
@@ -1206,10 +1210,10 @@ def read_hybrid(said, config):
     ssm = said.get("ssm_cfg") or {}
     mixer = "mamba2" if "ngroups" in ssm else "mamba"
     ssm = {"d_state": 128 if mixer == "mamba2" else 16} | ssm  # their defaults
-    n, keep = config.d_state if mixer == "mamba2" else ssm["d_state"], said["attn_layers"]
-    mixers = ["attention" if i in keep else mixer for i in range(config.n_layers)]
-    width = ssm.get("d_conv", 4)
-    config = dataclasses.replace(config, mixers=mixers, d_state=n, d_conv=width)
+    layers = range(config.n_layers)
+    mixers = ["attention" if i in said["attn_layers"] else mixer for i in layers]
+    n = ssm["d_state"] if mixer == "mamba" else config.d_state
+    config = dataclasses.replace(config, mixers=mixers, d_state=n, d_conv=ssm.get("d_conv", 4))
     wanted = hybrid_json(config)
     expect(ssm, d_state=(wanted["ssm_cfg"]["d_state"],), ngroups=(config.n_heads,))
     expect(ssm, norm_before_gate=(False,), dt_limit=([0, math.inf],))
@@ -1227,18 +1231,21 @@ def read_meta(said, file):
     expect(said, quantization_args=(), lora_args=())
     files = sorted(path.name for path in file.parent.glob("consolidated.*.pth"))
     about = {"format": "meta", "folder": file.parent, "weights": files or ["consolidated.00.pth"]}
-    tensors, d, v = open_tensors(about), said["dim"], said["vocab_size"]
+    tensors = open_tensors(about)
+    d = said["dim"]
+    v = said["vocab_size"]
     if v == -1:  # Llama 3's embedding is cut by words, Llama 2's by columns
         rows, columns = read_parts(tensors, "embed_tokens.weight")[0].shape
         v = rows * len(files) if columns == d else rows
-    multiple, d_ff = said["multiple_of"], int(said["ffn_dim_multiplier"] * int(8 * d / 3))
+    d_ff = math.ceil(int(said["ffn_dim_multiplier"] * int(8 * d / 3)) / said["multiple_of"])
     sizes = {key: said[key] for key in ("n_layers", "n_heads", "n_kv_heads", "norm_eps")}
-    sizes |= dict(v=v, d=d, d_ff=-(-d_ff // multiple) * multiple)
-    sizes["tied"] = "lm_head.weight" not in tensors
-    scaling, context = None, 8192 if said["rope_theta"] >= 500000 else 4096
+    sizes |= dict(v=v, d=d, d_ff=d_ff * said["multiple_of"], tied="lm_head.weight" not in tensors)
+    scaling = None
+    context = 8192 if said["rope_theta"] >= 500000 else 4096
     remark = f"does not state the context, taken as {context}"
     if said["use_scaled_rope"]:
-        factor, context = said.get("rope_scaling_factor", 8 if d >= 4096 else 32), 131072
+        factor = said.get("rope_scaling_factor", 8 if d >= 4096 else 32)
+        context = 131072
         scaling = dict(zip(ROPE_SCALING, (factor, 1.0, 4.0, 8192), strict=True))
         remark = f"does not state the context, taken as {context}, and RoPE's factor, as {factor}"
     sizes |= dict(context=context, rope_theta=float(said["rope_theta"]), rope_scaling=scaling)
@@ -1372,7 +1379,8 @@ def write_hf(model, folder, about):
     """Hugging Face's files or, with any Mamba, the authors'. transformers 4 reads them, too."""
     from huggingface_hub import save_torch_state_dict
 
-    c, weights = model.config, {}
+    c = model.config
+    weights = {}
     for name, w in model.named_parameters():
         attention = name.startswith("layers") and c.mixers[int(name.split(".")[1])] == "attention"
         theirs = name.replace("mixer", "self_attn" if attention else "mamba")
