@@ -1000,6 +1000,7 @@ def keep_layers(model, layers):
 # Checkpoints: our folders, Hugging Face's, Meta's, the authors' hybrids, and GGUF files.
 # read_config says what one holds; load reads its tensors one by one, under our names.
 
+# Keys of config.json, ours=theirs.
 HF_KEYS = """v=vocab_size d=hidden_size n_layers=num_hidden_layers n_heads=num_attention_heads
     n_kv_heads=num_key_value_heads head_dim=head_dim d_ff=intermediate_size tied=tie_word_embeddings
     context=max_position_embeddings norm_eps=rms_norm_eps attention_bias=attention_bias"""
@@ -1022,6 +1023,7 @@ TEXT_FILES = """tokenizer.json tokenizer_config.json chat_template.jinja tokeniz
 
 
 def pairs(table):
+    """The rows of a table written as "a=b c=d"."""
     return [pair.split("=") for pair in table.split()]
 
 
