@@ -19,13 +19,13 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import functools
 import json
 import math
 import os
 import pickle
 import re
 import secrets
+import shutil
 import sys
 import zipfile
 from dataclasses import dataclass, field
@@ -77,73 +77,37 @@ class Config:
     d_conv: int = 4  # width of the causal convolution
 
     def __post_init__(self):
-        for name in (
-            "v",
-            "d",
-            "n_layers",
-            "n_heads",
-            "n_kv_heads",
-            "head_dim",
-            "d_ff",
-            "context",
-            "d_state",
-            "d_conv",
+        for f in dataclasses.fields(self):
+            value, least = getattr(self, f.name), 0 if f.name == "head_dim" else 1
+            if f.type is int and not (isinstance(value, int) and value >= least):
+                wanted = f"a whole number of at least {least}"
+                raise MilError(f"config: {f.name} is {value!r}, expected {wanted}")
+            if f.type is float and not (isinstance(value, (int, float)) and value > 0):
+                raise MilError(f"config: {f.name} is {value!r}, expected a number above 0")
+        h, g, n = self.n_heads, self.n_kv_heads, self.n_layers
+        self.mixers = list(self.mixers) or ["attention"] * n
+        if not self.head_dim and self.d % h == 0:
+            self.head_dim = self.d // h
+        p, narrow = self.head_dim, g * self.head_dim
+        scaling = {"factor": 1} if self.rope_scaling is None else self.rope_scaling
+        fit = all(isinstance(x, (int, float)) and x > 0 for x in scaling.values())
+        fit = fit and sorted(scaling) in (sorted(ROPE_SCALING), ["factor"])
+        reverse = fit and len(scaling) > 1 and scaling[ROPE_SCALING[1]] >= scaling[ROPE_SCALING[2]]
+        names = f"{', '.join(ROPE_SCALING)} (Llama 3.1's) or factor alone (linear)"
+        odd = [mixer for mixer in self.mixers if mixer not in MIXERS]
+        uncut = "mamba" in self.mixers and narrow % self.d_state  # Mamba's heads, from attention's
+        for wrong, message in (
+            (not p, f"width d {self.d} is not divisible by n_heads {h}; give head_dim"),
+            (p % 2, f"head_dim is {p}, expected an even number: RoPE turns channels in pairs"),
+            (h % g, f"n_heads {h} is not divisible by n_kv_heads {g}"),
+            (len(self.mixers) != n, f"{len(self.mixers)} mixers for {n} layers, expected as many"),
+            (odd, f"a mixer is {', '.join(map(repr, odd))}, expected one of {', '.join(MIXERS)}"),
+            (not fit, f"rope_scaling is {scaling}, expected numbers above 0 for {names}"),
+            (reverse, f"rope_scaling is {scaling}, expected {' below '.join(ROPE_SCALING[1:3])}"),
+            (uncut, f"d_state {self.d_state} does not divide the kv width {narrow}"),
         ):
-            least = 0 if name == "head_dim" else 1
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise MilError(
-                    f"config: {name} is {getattr(self, name)!r}, expected a whole number of at least {least}"
-                )
-        for name in ("rope_theta", "norm_eps"):
-            if not isinstance(getattr(self, name), (int, float)) or not getattr(self, name) > 0:
-                raise MilError(
-                    f"config: {name} is {getattr(self, name)!r}, expected a number above 0"
-                )
-        self.mixers = list(self.mixers) or ["attention"] * self.n_layers
-        if not self.head_dim:
-            if self.d % self.n_heads:
-                raise MilError(
-                    f"config: width d {self.d} is not divisible by n_heads {self.n_heads}; give head_dim"
-                )
-            self.head_dim = self.d // self.n_heads
-        if self.head_dim % 2:
-            raise MilError(
-                f"config: head_dim is {self.head_dim}, but RoPE turns channels in pairs: expected an even number"
-            )
-        if self.n_heads % self.n_kv_heads:
-            raise MilError(
-                f"config: n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}: "
-                f"every kv head serves the same number of query heads"
-            )
-        if len(self.mixers) != self.n_layers:
-            raise MilError(
-                f"config: {len(self.mixers)} mixers for {self.n_layers} layers, expected one per layer"
-            )
-        for i, mixer in enumerate(self.mixers):
-            if mixer not in MIXERS:
-                raise MilError(
-                    f"config: layer {i} has the mixer {mixer!r}, expected one of {', '.join(MIXERS)}"
-                )
-        if self.rope_scaling is not None and (
-            sorted(self.rope_scaling) not in (sorted(ROPE_SCALING), ["factor"])
-            or not all(isinstance(x, (int, float)) and x > 0 for x in self.rope_scaling.values())
-        ):
-            raise MilError(
-                f"config: rope_scaling is {self.rope_scaling}, expected numbers above 0 for {', '.join(ROPE_SCALING)} (Llama 3.1's), "
-                f"or for factor alone (linear)"
-            )
-        if (
-            len(self.rope_scaling or ()) > 1
-            and self.rope_scaling["low_freq_factor"] >= self.rope_scaling["high_freq_factor"]
-        ):
-            raise MilError(
-                f"config: rope_scaling is {self.rope_scaling}, expected its low_freq_factor below its high_freq_factor"
-            )
-        if "mamba" in self.mixers and self.n_kv_heads * self.head_dim % self.d_state:
-            raise MilError(
-                f"config: d_state {self.d_state} does not divide the kv width {self.n_kv_heads * self.head_dim} "
-                f"(n_kv_heads × head_dim), so Mamba's heads cannot be cut from attention's"
-            )
+            if wrong:
+                raise MilError(f"config: {message}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -882,727 +846,424 @@ def keep_layers(model, layers):
     return small
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Checkpoints: a folder of ours, or one downloaded. read_config says what is in it, Weights reads its tensors one by one
-# under our names, load puts them in a model. Of ours, renaming config.json into place is the one moment at which a new
-# checkpoint replaces an old one.
+# --------------------------------------------------------------------------------------------------
+# Checkpoints: our folders, Hugging Face's, Meta's, the authors' hybrids, and GGUF files.
+# read_config says what one holds; load reads its tensors one by one, under our names.
+
+# Keys of config.json, ours=theirs.
+HF_KEYS = """v=vocab_size d=hidden_size n_layers=num_hidden_layers n_heads=num_attention_heads
+    n_kv_heads=num_key_value_heads head_dim=head_dim d_ff=intermediate_size tied=tie_word_embeddings
+    context=max_position_embeddings norm_eps=rms_norm_eps attention_bias=attention_bias"""
+TENSORS = {  # theirs=ours, replaced from left to right
+    "mil": "",
+    "hf": "model.= self_attn=mixer mamba=mixer",
+    "meta": """tok_embeddings=embed_tokens output=lm_head attention_norm=input_layernorm
+        attention.wq=mixer.q_proj attention.wk=mixer.k_proj attention.wv=mixer.v_proj
+        attention.wo=mixer.o_proj feed_forward.w1=mlp.gate_proj feed_forward.w2=mlp.down_proj
+        feed_forward.w3=mlp.up_proj ffn_norm=post_attention_layernorm""",
+    "gguf": """blk=layers token_embd=embed_tokens attn_norm=input_layernorm attn_q=mixer.q_proj
+        attn_k=mixer.k_proj attn_v=mixer.v_proj attn_output=mixer.o_proj output_norm=norm
+        output=lm_head ffn_gate=mlp.gate_proj ffn_down=mlp.down_proj ffn_up=mlp.up_proj
+        ffn_norm=post_attention_layernorm""",
+}
+IDS = "bos_token_id", "eos_token_id", "pad_token_id"
+ROPE_KEYS = {"default": (), "linear": ("factor",), "llama3": ROPE_SCALING}
+TEXT_FILES = """tokenizer.json tokenizer_config.json chat_template.jinja tokenizer.model vocab.json
+    merges.txt special_tokens_map.json added_tokens.json generation_config.json"""
+
+
+def pairs(table):
+    """The rows of a table written as "a=b c=d"."""
+    return [pair.split("=") for pair in table.split()]
+
+
+@contextlib.contextmanager
+def naming(path, failure="cannot be read"):
+    """Turns an error inside into a MilError of one line that begins with `path`, or with the path
+    of another file beside it."""
+    try:
+        yield
+    except MilError as e:
+        if str(e).startswith((str(path), f"{Path(path).parent}{os.sep}")):
+            raise
+        raise MilError(f"{path}: {e}") from e
+    except Exception as e:  # libraries raise many kinds
+        reason = " ".join(str(getattr(e, "strerror", None) or e).split())[:300]
+        if isinstance(e, ImportError):
+            reason = f"{e.name} is not installed: pip install transformers (for GGUF also gguf)"
+        if isinstance(e, pickle.UnpicklingError):
+            reason = "it is truncated, or holds objects, which could run code"
+        if isinstance(e, KeyError):
+            reason = f"it lacks {reason}"
+        with contextlib.suppress(OSError), open(path, "rb") as f:
+            if f.read(24) == b"version https://git-lfs.":
+                reason = "a pointer of Git LFS, not the file itself; run git lfs pull"
+        raise MilError(f"{path}: {failure}: {reason}") from e
+
+
+def expect(said, **allowed):
+    """Raises MilError if a value in `said` is not one of those allowed for its key."""
+    for key, values in allowed.items():
+        if said.get(key) is not None and said[key] not in values:
+            wanted = " or ".join(map(str, values)) or "none"
+            raise MilError(f"{key} is {said[key]!r:.99}, expected {wanted}")
 
 
 def stays_wide(name):
-    """Whether this parameter makes up Δ or A, or is D, and is never kept in less than float32: a decay near 1 does not survive fewer bits."""
+    """Whether a parameter is float32 at least: bf16 would round a decay near 1 to exactly 1."""
     return name.endswith(("A_log", "D", "dt_bias", "dt_proj.bias"))
 
 
 def cast(model, dtype):
-    """Convert to `dtype`, but what makes up Δ and A, and D, to float32 at least."""
+    """Converts the parameters to `dtype`, but those that stay wide to float32 at least."""
     for name, w in model.named_parameters():
         w.data = w.data.to(torch.promote_types(dtype, torch.float32) if stays_wide(name) else dtype)
     return model
 
 
+def make_directory(path):
+    with naming(path, "cannot be made"):
+        Path(path).mkdir(parents=True, exist_ok=True)
+
+
 def write_whole(path, write):
-    """Call write(file) on a temporary neighbour of `path` and rename it into place, so `path` is never half written."""
+    """Calls write(file) on a temporary neighbour of `path`, then renames it into place."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
-        raise MilError(
-            f"{path}: cannot be written (disk full?): {getattr(e, 'strerror', None) or str(e).splitlines()[0]}"
-        ) from e
+        with naming(path, "cannot be written (disk full?)"):
+            with open(temporary, "wb") as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def write_json(path, about):
-    write_whole(path, lambda f: f.write(json.dumps(about, indent=1).encode()))
-
-
-def make_directory(path):
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise MilError(f"{path}: cannot be made: {e.strerror or e}") from e
+        temporary.unlink(missing_ok=True)
 
 
 def save(model, directory, **notes):
-    """Write config.json (with `notes` beside the configuration, e.g. the tokenizer) and the weights to `directory`."""
+    """Writes the weights and config.json, with `notes` (e.g. the tokenizer) in it. Renaming
+    config.json into place is the one moment at which the new checkpoint replaces an old one."""
     directory = Path(directory)
     make_directory(directory)
-    name, path = f"weights-{secrets.token_hex(4)}.pt", directory / "config.json"
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))["weights"]
-    except (OSError, ValueError, KeyError, TypeError):
-        old = None  # nothing, or nothing of ours
-    weights = {
-        k: w.detach().cpu() for k, w in model.named_parameters()
-    }  # a tied head is no parameter of its own
+    name = f"weights-{secrets.token_hex(4)}.pt"
+    weights = {k: w.detach().cpu() for k, w in model.named_parameters()}  # a tied head once
     write_whole(directory / name, lambda f: torch.save(weights, f))
-    try:
-        write_json(
-            path,
-            {**notes, "format": "mil", "config": dataclasses.asdict(model.config), "weights": name},
-        )
-        name = old  # from here on it is the old file that no config.json names
-    finally:
-        if isinstance(name, str) and Path(name).name == name:
-            (directory / name).unlink(missing_ok=True)
+    about = {"format": "mil", "config": dataclasses.asdict(model.config), "weights": name}
+    text = json.dumps(notes | about, indent=1).encode()
+    write_whole(directory / "config.json", lambda f: f.write(text))
+    for old in directory.glob(f"weights-{'[0-9a-f]' * 8}.pt"):
+        if old.name != name:
+            old.unlink(missing_ok=True)
 
 
-class Said(dict):
-    """What a JSON file says; `take` gives a key's value and keeps in mind that it was understood."""
-
-    def __init__(self, path):
-        self.path, self.taken = path, set()
-        try:
-            super().__init__(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as e:
-            refuse_pointer(path)
-            raise MilError(f"{path}: cannot be read as a JSON object: {e}") from e
-
-    def take(self, key, *default, kind=None):
-        """The key's value; the default when it is missing or null. MilError when there is none, or it is not of the default's `kind`."""
-        self.taken.add(key)
-        value, kind = (
-            self.get(key),
-            kind or (type(default[0]) if default and default[0] is not None else object),
-        )
-        if value is None and not default:
-            raise MilError(f"{self.path}: lacks {key}")
-        if value is not None and not isinstance(value, (int, float) if kind is float else kind):
-            wanted = {
-                list: "a list",
-                dict: "an object",
-                int: "a whole number",
-                float: "a number",
-                str: "text",
-                bool: "true or false",
-            }[kind]
-            raise MilError(f"{self.path}: {key} is {value!r:.99}, expected {wanted}")
-        return default[0] if value is None else value
-
-    def expect(self, key, *allowed):
-        """MilError unless the key's value, if it is there, is among these."""
-        if self.take(key, allowed[0]) not in allowed:
-            raise MilError(
-                f"{self.path}: {key} is {self[key]!r}, expected {' or '.join(map(repr, allowed))}"
-            )
-
-    def others(self, harmless=""):
-        """The keys that were not understood, but for those that are null, false or empty."""
-        return sorted(
-            key
-            for key, value in self.items()
-            if key not in self.taken
-            and key not in harmless.split()
-            and value is not None
-            and value is not False
-            and value not in ("", [], {})
-        )
+def read_json(path):
+    with naming(path, "cannot be read as a JSON object"):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def read_config(directory):
-    """What a checkpoint folder says of its model: "config" a Config, "format" (mil, hf, mambainllama or meta), "weights" a list of
-    files, "tokenizer" a name or a file of the folder, "remarks" lines for the reader; and the notes of `save`. MilError when it is
-    no checkpoint."""
-    directory = Path(directory)
-    try:
-        names = os.listdir(directory)
-    except OSError as e:  # not there, a file, a circle of links …
-        hub = (
-            not directory.is_absolute()
-            and len(directory.parts) == 2
-            and not directory.parent.exists()
-            and directory.parts[0] != "out"
-        )
-        hub = (
-            f"; if that is a model at huggingface.co, download it: hf download {directory} --local-dir FOLDER"
-            * hub
-        )
-        raise MilError(
-            f"{directory}: no checkpoint here: {e.strerror}; expected a folder with a config.json or, of Meta's, a params.json{hub}"
-        ) from e
-    if "config.json" not in names and "params.json" not in names:
-        found = "an adapter (LoRA), " * ("adapter_config.json" in names) + "GGUF, " * any(
-            name.endswith(".gguf") for name in names
-        )
-        raise MilError(
-            f"{directory}: no checkpoint here: {found and f'found {found}'}expected a config.json or, of Meta's, a params.json"
-        )
-    if "config.json" not in names:
-        return meta_config(directory, Said(directory / "params.json"))
-    said = Said(directory / "config.json")
-    return (
-        hf_config(directory, said)
-        if "model_type" in said or "architectures" in said
-        else mil_config(said)
-    )
+def find_checkpoint(name):
+    """The path of a folder or file that exists; otherwise that to which a model with a name such as
+    owner/model is downloaded from Hugging Face's hub. Raises MilError if there is neither."""
+    path = Path(name)
+    if os.path.exists(path):
+        return path
+    if path.is_absolute() or len(path.parts) != 2 or os.path.exists(path.parent):
+        raise MilError(f"{name}: no checkpoint here: no such file or folder")
+    with naming(name, "no checkpoint here, and no download from Hugging Face's hub"):
+        from huggingface_hub import snapshot_download
+
+        for weights in ("model*.safetensors", "pytorch_model*.bin"):
+            wanted = ["*.json", *TEXT_FILES.split(), weights]
+            path = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
+            if any(path.glob(weights)):
+                break
+    return path
 
 
-def make_config(path, **entries):
-    try:
-        return Config(**entries)
-    except (MilError, TypeError) as e:
-        raise MilError(f"{path}: {e}") from e
+def read_config(path):
+    """What a checkpoint says of its model, with the notes of `save`: "config", a Config; "format",
+    mil, hf, mambainllama, meta or gguf; "tokenizer", a name (None: files in "folder"); "ids" of the
+    tokens that begin, end and pad; "remarks" to print; "weights", the files. Raises MilError if
+    there is none, or the model cannot be computed here."""
+    path = find_checkpoint(path)
+    places = (path, path / "config.json", path / "params.json")
+    file = next((place for place in places if place.is_file()), path)
+    about = {"tokenizer": None, "ids": {}, "remarks": [], "folder": file.parent}
+    with naming(file):
+        if file == path and file.suffix != ".gguf":
+            found = ", ".join(sorted(os.listdir(path))[:9]) if path.is_dir() else "nothing"
+            wanted = "config.json, params.json or a .gguf file"
+            raise MilError(f"no checkpoint here: found {found}, expected {wanted}")
+        said = {} if file == path else read_json(file)
+        if said.get("format") == "mil":
+            given = None if said.get("tokenizer") in TEXT_FILES.split() else said.get("tokenizer")
+            about |= said | {"config": Config(**said["config"]), "tokenizer": given}
+            return about | {"weights": [Path(said["weights"]).name]}
+        read = {"params.json": read_meta, "config.json": read_hf}.get(file.name, read_gguf)
+        about |= read(said, file)
+        tensors = open_tensors(about) if about["config"].tied else {}
+        head = read_parts(tensors, "lm_head.weight")
+        if head and not torch.equal(head[0], read_parts(tensors, "embed_tokens.weight")[0]):
+            about["config"].tied = False
+            about["remarks"].append("ties the head, but the files hold one of its own: used")
+    return about | {"remarks": [f"{file}: {remark}" for remark in about["remarks"]]}
 
 
-def mil_config(about):
-    """Of a folder that `save` wrote."""
-    if (
-        about.get("format") != "mil"
-        or not isinstance(about.get("config"), dict)
-        or not isinstance(about.get("weights"), str)
-    ):
-        raise MilError(
-            f'{about.path}: not a checkpoint: expected "format": "mil", a "config" and "weights", or a "model_type" (Hugging Face\'s)'
-        )
-    unknown = about["config"].keys() - {f.name for f in dataclasses.fields(Config)}
-    if unknown:
-        raise MilError(
-            f"{about.path}: the config has {', '.join(sorted(unknown))}, which this version does not know"
-        )
-    return {
-        "tokenizer": None,
-        **about,
-        "config": make_config(about.path, **about["config"]),
-        "weights": [about["weights"]],
-        "remarks": [],
-    }
+def read_hf(said, file):
+    """Of Hugging Face's config.json, whose spellings and defaults transformers knows."""
+    from transformers import AutoConfig
 
-
-HARMLESS = """transformers_version torch_dtype dtype use_cache bos_token_id eos_token_id pad_token_id initializer_range
-    attention_dropout pretraining_tp _name_or_path name_or_path _attn_implementation_autoset is_llama_config transformers.js_config"""  # no matter for what is computed here
-IDS = "bos_token_id", "eos_token_id", "pad_token_id"  # passed on when a checkpoint is exported
-
-
-def hf_config(directory, said):
-    """Of a Hugging Face Llama or Mistral; with a mamba_config.json, of one of the released hybrids (repository jxiw/MambaInLlama)."""
-    path, remarks = said.path, []
-    if said.take("model_type") not in ("llama", "mistral"):
-        raise MilError(
-            f"{path}: model_type is {said['model_type']!r}, expected 'llama' or 'mistral'"
-        )
-    for architecture in said.take("architectures", []):
-        if not str(architecture).endswith("ForCausalLM"):
-            raise MilError(f"{path}: the architecture is {architecture}, expected a …ForCausalLM")
-    if said.take("quantization_config", None):
-        raise MilError(
-            f"{path}: quantization_config: the weights are quantised; expected the model in float32, float16 or bfloat16"
-        )
-    said.expect("hidden_act", "silu")
-    said.expect("mlp_bias", False)
-    rope = {
-        **said.take("rope_scaling", {}),
-        **said.take("rope_parameters", {}),
-    }  # rope_parameters: since transformers 5
-    scaling, theta = (
-        rope.pop("rope_type", rope.pop("type", "default")),
-        rope.pop("rope_theta", said.take("rope_theta", 10000.0)),
-    )
-    known = {"default": (), "linear": ("factor",), "llama3": ROPE_SCALING}
-    if scaling not in list(known) or not rope.keys() >= set(known[scaling]):
-        raise MilError(
-            f"{path}: RoPE is scaled by {scaling!r} with {', '.join(rope) or 'nothing'}, expected default, linear (factor) or llama3 ({', '.join(ROPE_SCALING)})"
-        )
-    if rope.keys() - set(known[scaling]):
-        remarks.append(
-            f"{path}: of RoPE's scaling not understood, and left out: {', '.join(sorted(rope.keys() - set(known[scaling])))}"
-        )
-    rope = {key: rope[key] for key in known[scaling]}
-    h, d, context = (
-        said.take("num_attention_heads"),
-        said.take("hidden_size"),
-        said.take("max_position_embeddings", 2048),
-    )
-    window = (
-        said.take("sliding_window", 4096 if "sliding_window" not in said else None, kind=int)
-        if said["model_type"] == "mistral"
-        else None
-    )
-    if window and window < context:
-        remarks.append(
-            f"{path}: attention slides over {window} tokens; that is taken as the context, for up to there it is all the same"
-        )
-    sizes = dict(
-        v=said.take("vocab_size"),
-        d=d,
-        n_layers=said.take("num_hidden_layers"),
-        n_heads=h,
-        n_kv_heads=said.take("num_key_value_heads", h),
-        head_dim=said.take("head_dim", 0),
-        d_ff=said.take("intermediate_size"),
-        context=min(context, window or context),
-        rope_theta=theta,
-        rope_scaling=rope or None,
-        norm_eps=said.take("rms_norm_eps", 1e-6),
-        tied=said.take("tie_word_embeddings", False),
-        attention_bias=said.take("attention_bias", False),
-    )
-    config = make_config(path, **sizes)
-    tokenizer = said.take(
-        "mil_tokenizer",
-        next(
-            (name for name in ("tokenizer.json", "tokenizer.model") if (directory / name).exists()),
-            None,
-        ),
-    )
-    hybrid = directory / "mamba_config.json"
+    if "model_type" not in said:
+        raise MilError('not a checkpoint: expected "format": "mil" or a "model_type"')
+    expect(said, model_type=("llama", "mistral"), hidden_act=("silu", "swish"), mlp_bias=(False,))
+    expect(said, quantization_config=())
+    for name in said.get("architectures") or []:
+        if not name.endswith("ForCausalLM"):
+            raise MilError(f"the architecture is {name}, expected a …ForCausalLM")
+    theirs = AutoConfig.for_model(**copy.deepcopy(said))
+    sizes = {ours: getattr(theirs, key, False) for ours, key in pairs(HF_KEYS)}
+    rope = theirs.rope_parameters
+    expect(rope, rope_type=tuple(ROPE_KEYS), partial_rotary_factor=(1,))
+    sizes["rope_scaling"] = {key: rope[key] for key in ROPE_KEYS[rope["rope_type"]]} or None
+    about = {"format": "hf", "remarks": [], "tokenizer": said.get("mil_tokenizer")}
+    about["ids"] = {key: said[key] for key in said if key in IDS}
+    window = getattr(theirs, "sliding_window", None) or sizes["context"]
+    if theirs.model_type == "mistral" and window < sizes["context"]:
+        about["remarks"] = [f"attention slides over {window} tokens: taken as the context"]
+        sizes["context"] = window
+    about["config"] = Config(**sizes, rope_theta=rope["rope_theta"])
+    generation, hybrid = (file.with_name(f"{name}_config.json") for name in ("generation", "mamba"))
+    if generation.exists():
+        ends = read_json(generation).get("eos_token_id")
+        about["ids"] |= {} if ends is None else {"eos_token_id": ends}
     if hybrid.exists():
-        config = hybrid_config(Said(hybrid), sizes, config, remarks)
-    if said.others(HARMLESS):
-        remarks.append(f"{path}: not understood, and left out: {', '.join(said.others(HARMLESS))}")
-    return {
-        "config": config,
-        "format": "mambainllama" if hybrid.exists() else "hf",
-        "weights": hf_files(directory),
-        "tokenizer": tokenizer,
-        "remarks": remarks,
-        "ids": {key: said[key] for key in IDS if key in said},
-        "name": said.get("_name_or_path"),
-    }
+        about |= {"format": "mambainllama", "name": said.get("_name_or_path")}
+        with naming(hybrid):
+            about["config"] = read_hybrid(read_json(hybrid), about["config"])
+    files = [*file.parent.glob("model*.safetensors")] or file.parent.glob("pytorch_model*.bin")
+    return about | {"weights": sorted(file.name for file in files) or ["model.safetensors"]}
 
 
-def hybrid_config(said, sizes, config, remarks):
-    """The Config of a released hybrid, whose Llama part is `sizes`."""
-    for key, value in dict(
-        d_model=config.d,
-        n_layer=config.n_layers,
-        d_xb=config.n_kv_heads * config.head_dim,
-        d_inner=config.n_heads * config.head_dim,
-        intermediate_size=config.d_ff,
-        vocab_size=config.v,
-        rms_norm_eps=config.norm_eps,
-        hidden_act="silu",
-    ).items():
-        said.expect(key, value)
-    keep, ssm = said.take("attn_layers"), {"expand": 1, **said.take("ssm_cfg", {})}
-    mamba2 = "ngroups" in ssm
-    n = ssm.pop("d_state", 128 if mamba2 else 16)
-    known = {
-        "expand": 1,
-        "repeat_kv_before_conv": not mamba2,
-        **({"ngroups": config.n_heads} if mamba2 else {}),
-    }
-    odd = [
-        f"{key} {value!r}"
-        for key, value in ssm.items()
-        if key != "d_conv" and known.get(key) != value
-    ]
-    if not isinstance(keep, list) or not set(keep) <= set(range(config.n_layers)):
-        raise MilError(
-            f"{said.path}: attn_layers is {keep}, expected a list of some of 0 to {config.n_layers - 1}"
-        )
-    if odd or mamba2 and n != config.head_dim:
-        raise MilError(
-            f"{said.path}: ssm_cfg has {', '.join(odd) or f'd_state {n}'}, expected d_state, d_conv and {known}; in Mamba-2 d_state = head_dim = {config.head_dim}"
-        )
-    if said.others():
-        remarks.append(f"{said.path}: not understood, and left out: {', '.join(said.others())}")
-    mixers = [
-        "attention" if i in keep else "mamba2" if mamba2 else "mamba"
-        for i in range(config.n_layers)
-    ]
-    return make_config(
-        said.path,
-        **sizes,
-        mixers=mixers,
-        d_conv=ssm.get("d_conv", 4),
-        **({} if mamba2 else {"d_state": n}),
-    )
+def hybrid_json(c):
+    """The authors' mamba_config.json."""
+    keep = [i for i, mixer in enumerate(c.mixers) if mixer == "attention"]
+    ssm = dict(expand=1, d_conv=c.d_conv, d_state=c.d_state)
+    if "mamba2" in c.mixers:
+        ssm |= dict(ngroups=c.n_heads, d_state=c.head_dim, headdim=c.head_dim)
+    wide, narrow = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    said = dict(d_model=c.d, n_layer=c.n_layers, vocab_size=c.v, d_inner=wide, d_xb=narrow)
+    said |= dict(intermediate_size=c.d_ff, rms_norm_eps=c.norm_eps, hidden_act="silu")
+    return said | dict(attn_layers=keep, ssm_cfg=ssm)
 
 
-def hf_files(directory):
-    """The files of weights of a Hugging Face folder."""
-    for kind in ("model.safetensors", "pytorch_model.bin"):
-        index = directory / f"{kind}.index.json"
-        if index.exists():
-            files = list(Said(index).take("weight_map", kind=dict).values())
-            for file in files:
-                if (
-                    not isinstance(file, str)
-                    or Path(file).name != file
-                    or not (directory / file).exists()
-                ):
-                    raise MilError(
-                        f"{index}: names {file}, which is not in this folder: is the download complete?"
-                    )
-            if files:
-                return sorted(set(files))
-        if (directory / kind).exists():
-            return [kind]
-    raise MilError(
-        f"{directory}: no weights: expected model.safetensors or pytorch_model.bin, or the index of their shards"
-    )
+def read_hybrid(said, config):
+    """`config` with the mixers of the authors' mamba_config.json. What is not checked shows in the
+    weights' shapes, is overwritten there (headdim by d_state), or is for untrained layers."""
+    ssm = said.get("ssm_cfg") or {}
+    mixer = "mamba2" if "ngroups" in ssm else "mamba"
+    ssm = {"d_state": 128 if mixer == "mamba2" else 16} | ssm  # their defaults
+    layers = range(config.n_layers)
+    mixers = ["attention" if i in said["attn_layers"] else mixer for i in layers]
+    n = ssm["d_state"] if mixer == "mamba" else config.d_state
+    config = dataclasses.replace(config, mixers=mixers, d_state=n, d_conv=ssm.get("d_conv", 4))
+    wanted = hybrid_json(config)
+    expect(ssm, d_state=(wanted["ssm_cfg"]["d_state"],), ngroups=(config.n_heads,))
+    expect(ssm, norm_before_gate=(False,), dt_limit=([0, math.inf],))
+    choices = {key: (value,) for key, value in wanted.items() if key != "ssm_cfg"}
+    expect(said, **choices | {"hidden_act": ("silu", "swish")})
+    return config
 
 
-def meta_config(directory, said):
-    """Of Meta's own files. Their params.json leaves out the context, and the factor by which RoPE is scaled: 32 in Llama 3.2's
-    1B and 3B, 8 in what is larger (meta-llama/llama-models, issue 241)."""
-    files = sorted(f.name for f in directory.glob("consolidated.*.pth"))
-    if not files or files != [f"consolidated.{i:02d}.pth" for i in range(len(files))]:
-        raise MilError(
-            f"{directory}: the weights are {', '.join(files) or 'missing'}, expected consolidated.00.pth, or it and all that follow"
-        )
-    tensors = open_tensors(directory / files[0])
-    d, h, v = said.take("dim", kind=int), said.take("n_heads"), said.take("vocab_size", -1)
-    if v == -1 and "tok_embeddings.weight" in tensors:
-        rows, columns = tensors["tok_embeddings.weight"]().shape
-        v = rows * len(files) if columns == d else rows  # cut by words, in Llama 2 by columns
-    d_ff, multiple = (
-        int(said.take("ffn_dim_multiplier", 1.0) * int(8 * d / 3)),
-        said.take("multiple_of", 256),
-    )
-    theta, scaled = said.take("rope_theta", 10000.0), said.take("use_scaled_rope", False)
-    factor = said.take("rope_scaling_factor", 8 if d >= 4096 else 32)
-    context = 131072 if scaled else 8192 if theta >= 500000 else 4096
-    config = make_config(
-        said.path,
-        v=v,
-        d=d,
-        n_layers=said.take("n_layers"),
-        n_heads=h,
-        n_kv_heads=said.take("n_kv_heads", h),
-        context=context,
-        d_ff=-(-d_ff // max(1, multiple)) * multiple,
-        norm_eps=said.take("norm_eps", 1e-5),
-        rope_theta=float(theta),
-        tied="output.weight" not in tensors,
-        rope_scaling=dict(zip(ROPE_SCALING, (factor, 1.0, 4.0, 8192))) if scaled else None,
-    )
-    if said.take("quantization_args", None) or said.take("lora_args", None):
-        raise MilError(
-            f"{said.path}: quantization_args or lora_args: expected the weights in float32, float16 or bfloat16 and whole"
-        )
-    remarks = [
-        f"{said.path}: says nothing of the context, taken as {context}"
-        + f", nor of RoPE's factor, taken as {factor}" * scaled
-    ]
-    if said.others("max_batch_size max_seq_len"):
-        remarks.append(
-            f"{said.path}: not understood, and left out: {', '.join(said.others('max_batch_size max_seq_len'))}"
-        )
-    return {
-        "config": config,
-        "format": "meta",
-        "weights": files,
-        "tokenizer": "tokenizer.model",
-        "remarks": remarks,
-    }
+def read_meta(said, file):
+    """Of Meta's params.json, which leaves out the context, and the factor by which RoPE is scaled:
+    32 in Llama 3.2's 1B and 3B, 8 in what is larger (meta-llama/llama-models, issue 241)."""
+    defaults = dict(vocab_size=-1, multiple_of=256, ffn_dim_multiplier=1, norm_eps=1e-5)
+    defaults |= dict(n_kv_heads=said["n_heads"], rope_theta=10000, use_scaled_rope=False)
+    said = defaults | {key: value for key, value in said.items() if value is not None}
+    expect(said, quantization_args=(), lora_args=())
+    files = sorted(path.name for path in file.parent.glob("consolidated.*.pth"))
+    about = {"format": "meta", "folder": file.parent, "weights": files or ["consolidated.00.pth"]}
+    tensors = open_tensors(about)
+    d = said["dim"]
+    v = said["vocab_size"]
+    if v == -1:  # Llama 3's embedding is cut by words, Llama 2's by columns
+        rows, columns = read_parts(tensors, "embed_tokens.weight")[0].shape
+        v = rows * len(files) if columns == d else rows
+    d_ff = math.ceil(int(said["ffn_dim_multiplier"] * int(8 * d / 3)) / said["multiple_of"])
+    sizes = {key: said[key] for key in ("n_layers", "n_heads", "n_kv_heads", "norm_eps")}
+    sizes |= dict(v=v, d=d, d_ff=d_ff * said["multiple_of"], tied="lm_head.weight" not in tensors)
+    scaling = None
+    context = 8192 if said["rope_theta"] >= 500000 else 4096
+    remark = f"does not state the context, taken as {context}"
+    if said["use_scaled_rope"]:
+        factor = said.get("rope_scaling_factor", 8 if d >= 4096 else 32)
+        context = 131072
+        scaling = dict(zip(ROPE_SCALING, (factor, 1.0, 4.0, 8192), strict=True))
+        remark = f"does not state the context, taken as {context}, and RoPE's factor, as {factor}"
+    sizes |= dict(context=context, rope_theta=float(said["rope_theta"]), rope_scaling=scaling)
+    return about | {"config": Config(**sizes), "remarks": [remark]}
 
 
-def safetensors_for(path):
-    """The package, an optional extra."""
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise MilError(
-            f"{path}: to read or write it, install safetensors: pip install safetensors"
-        ) from None
-    return safetensors
+def read_gguf(said, file):
+    """Of a GGUF file. Its factors for RoPE are of Llama 3's scaling; the largest is `factor`."""
+    from gguf import GGUFReader
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    about = read_hf(load_gguf_checkpoint(file)["config"], file)
+    about |= {"format": "gguf", "folder": file.parent, "weights": [file.name]}
+    kind = GGUFReader(file).fields.get("llama.rope.scaling.type")
+    expect({"rope.scaling.type": kind and kind.contents()}, **{"rope.scaling.type": ("none",)})
+    for factors in read_parts(open_tensors(about), "rope_freqs.weight"):
+        scaling = zip(ROPE_SCALING, (factors.max().item(), 1.0, 4.0, 8192), strict=True)
+        about["config"].rope_scaling = dict(scaling)
+    return about
 
 
-def open_tensors(path):
-    """The tensors of one file, each a function that reads it: {name: read}. The file is mapped into memory, not read; no code in it
-    is run (weights_only)."""
-    try:
-        if path.suffix == ".safetensors":
-            file = safetensors_for(path).safe_open(path, "pt")
-            return {name: functools.partial(file.get_tensor, name) for name in file.keys()}
-        weights = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )  # what torch < 1.6 wrote is no zip
-        if not isinstance(weights, dict):
-            raise MilError(
-                f"{path}: holds a {type(weights).__name__}, expected tensors by their names"
-            )
-        return {name: functools.partial(weights.get, name) for name in weights}
-    except MilError:
-        raise
-    except FileNotFoundError:
-        raise MilError(f"{path}: not found; the checkpoint is incomplete") from None
-    except Exception as e:  # as the damage has it
-        raise refused_file(path, e) from e
+def open_file(path):
+    """The names of a file's tensors, and a function that reads one. No code in a file runs."""
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        file = safe_open(path, "pt")
+        return file.keys(), file.get_tensor
+    if path.suffix == ".gguf":
+        from gguf import GGUFReader, dequantize
+
+        tensors = {t.name: (t.data, t.tensor_type) for t in GGUFReader(path).tensors}
+        return tensors, lambda name: torch.from_numpy(dequantize(*tensors[name]).copy())
+    mapped = zipfile.is_zipfile(path)  # what torch < 1.6 wrote is no zip
+    tensors = torch.load(path, "cpu", weights_only=True, mmap=mapped)
+    if not isinstance(tensors, dict):
+        raise MilError(f"holds a {type(tensors).__name__}, expected tensors by their names")
+    return tensors, tensors.get
 
 
-def refuse_pointer(path):
-    """MilError if the file only says where the real one is."""
-    with contextlib.suppress(OSError), open(path, "rb") as f:
-        if f.read(24) == b"version https://git-lfs.":
-            raise MilError(
-                f"{path}: a pointer of Git LFS and not the file itself: git lfs pull brings it"
-            ) from None
+def open_tensors(about):
+    """{our name: [(path, their name, function that reads it), one a shard]} of a checkpoint."""
+    tensors = {}
+    for path in (about["folder"] / name for name in about["weights"]):
+        with naming(path, "not found, truncated or damaged; the checkpoint is incomplete"):
+            names, read = open_file(path)
+            for theirs in names:
+                ours = theirs
+                for old, new in pairs(TENSORS[about["format"].replace("mambainllama", "hf")]):
+                    ours = ours.replace(old, new)
+                if ours in tensors and about["format"] != "meta":
+                    raise MilError(f"holds {theirs}, and so does {tensors[ours][0][0]}")
+                tensors.setdefault(ours, []).append((path, theirs, read))
+    return tensors
 
 
-def refused_file(path, e):
-    """The MilError for a file of weights that could not be opened."""
-    refuse_pointer(path)
-    if isinstance(e, pickle.UnpicklingError):
-        return MilError(
-            f"{path}: refused: it holds something other than tensors, which could run code"
-        )
-    return MilError(f"{path}: not a whole file of weights: truncated or damaged")
+def read_parts(tensors, name):
+    return [read(theirs) for _, theirs, read in tensors.get(name, [])]
 
 
-META = {
-    "embed_tokens": "tok_embeddings",
-    "lm_head": "output",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mixer.q_proj": "attention.wq",
-    "mixer.k_proj": "attention.wk",
-    "mixer.v_proj": "attention.wv",
-    "mixer.o_proj": "attention.wo",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3",
-}
+def read_tensor(about, tensors, name, shape, device):
+    """Our tensor `name` on the device. Of Meta's shards each holds a part along one axis, in which
+    it falls short, or a copy of the whole."""
+    parts = read_parts(tensors, name)
+    kind = getattr(parts[0], "dtype", "no tensor") if parts else "missing"
+    if kind not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise MilError(f"{name} is {kind}, expected a tensor in float32, float16 or bfloat16")
+    axes = [i for i, n in enumerate(parts[0].shape[: len(shape)]) if n != shape[i]]
+    w = torch.cat([part.to(device) for part in parts], axes[0]) if axes else parts[0].to(device)
+    if w.shape != shape:
+        raise MilError(f"{name} is {tuple(w.shape)}, expected {tuple(shape)}")
+    if about["format"] in ("meta", "gguf") and name.endswith(("q_proj.weight", "k_proj.weight")):
+        half = about["config"].head_dim // 2  # RoPE's pairs (0, 1), (2, 3) … become (i, i + half)
+        w = w.unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2)
+    if about["format"] == "mambainllama" and name.endswith("dt_proj.bias"):
+        w = w * 2  # the authors' layer adds it twice
+    return w
 
 
-def name_in(format, name, mixers):
-    """What a file of this format calls our tensor `name`."""
-    if format == "mil":
-        return name
-    if format == "meta":
-        return re.sub("|".join(map(re.escape, META)), lambda m: META[m[0]], name)
-    mixer = lambda m: f"{m[1]}.{'self_attn' if mixers[int(m[2])] == 'attention' else 'mamba'}."  # noqa: E731
-    return ("" if name.startswith("lm_head") else "model.") + re.sub(
-        r"(layers\.(\d+))\.mixer\.", mixer, name
-    )
-
-
-class Weights:
-    """The tensors of a checkpoint folder under our names, each read when it is asked for."""
-
-    def __init__(self, directory, about):
-        self.path, self.about, self.tensors, self.taken = Path(directory), about, {}, set()
-        for path in (self.path / file for file in about["weights"]):
-            for name, read in open_tensors(path).items():
-                if name in self.tensors and about["format"] != "meta":
-                    raise MilError(f"{path}: holds {name}, and so does {self.tensors[name][0][0]}")
-                self.tensors.setdefault(name, []).append((path, read))
-
-    def take(self, name, shape):
-        """Our tensor `name`, which has this shape. Of Meta's model-parallel shards each holds a part along one axis, the one in
-        which it falls short, or a copy."""
-        config, theirs = (
-            self.about["config"],
-            name_in(self.about["format"], name, self.about["config"].mixers),
-        )
-        self.taken.add(theirs)
-        path, parts = (
-            self.tensors.get(theirs, [(self.path,)])[0][0],
-            [read() for _, read in self.tensors.get(theirs, [])],
-        )
-        if (
-            not parts
-            or not torch.is_tensor(parts[0])
-            or not parts[0].is_floating_point()
-            or parts[0].element_size() < 2
-        ):
-            found = "missing" if not parts else getattr(parts[0], "dtype", "no tensor")
-            raise MilError(
-                f"{path}: {theirs} is {found}, expected {tuple(shape)} in float32, float16 or bfloat16"
-            )
-        axis = next(
-            (i for i, (part, all_) in enumerate(zip(parts[0].shape, shape)) if part != all_), None
-        )
-        w = parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, axis)
-        if w.shape != shape:
-            shards = f" in {len(parts)} shards" if len(parts) > 1 else ""
-            raise MilError(
-                f"{path}: {theirs} is {tuple(w.shape)}{shards}, expected {tuple(shape)} by the configuration"
-            )
-        if self.about["format"] == "meta" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            w = (
-                w.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-            )  # pairs (0, 1), (2, 3) … to (i, i + head_dim / 2)
-        return (
-            w * 2 if self.about["format"] == "mambainllama" and name.endswith("dt_proj.bias") else w
-        )  # their layer adds it twice
-
-    def check_rest(self):
-        """MilError if there are tensors nobody asked for."""
-        tied = [name_in(self.about["format"], "lm_head.weight", [])] * self.about["config"].tied
-        for name in sorted(self.tensors.keys() - self.taken - set(tied)):
-            if not name.endswith(
-                ("rotary_emb.inv_freq", "rope.freqs")
-            ):  # RoPE's frequencies, which follow from the configuration
-                raise MilError(
-                    f"{self.tensors[name][0][0]}: holds {name}, expected no such tensor by the configuration"
-                )
-
-
-def load(directory, device=None, dtype=None):
-    """The model in the folder `directory`, ours, Hugging Face's, Meta's or the authors' (read_config), in eval mode, on `device` (CPU)
-    and in `dtype` (the file's); what makes up Δ and A is float32 or more. Tensors go to the device one by one. MilError says what does not fit."""
-    about = read_config(directory)
-    weights = Weights(directory, about)
-    model = empty_model(about["config"])
-    for name, w in list(model.named_parameters()):  # of a tied pair, the embedding
-        read = weights.take(name, w.shape)
-        kind = (
-            torch.promote_types(dtype or read.dtype, torch.float32)
-            if stays_wide(name)
-            else dtype or read.dtype
-        )
+def load(path, device=None, dtype=None):
+    """The model of a checkpoint (see read_config), in eval mode, on `device` (CPU) and in `dtype`
+    (the file's; float32 at least for what makes up Δ and A). Tensors go there one by one. Raises
+    MilError if one is missing, too many, or not as the configuration says."""
+    about = read_config(path)
+    tensors, model = open_tensors(about), empty_model(about["config"])
+    for name, empty in [*model.named_parameters()]:
+        with naming(tensors[name][0][0] if name in tensors else about["folder"]):
+            w = read_tensor(about, tensors, name, empty.shape, device or "cpu")
+        tensors.pop(name)
+        kind = dtype or w.dtype
+        kind = torch.promote_types(kind, torch.float32) if stays_wide(name) else kind
         place, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(place), leaf, nn.Parameter(read.to(device or "cpu", kind)))
-    weights.check_rest()
+        setattr(model.get_submodule(place), leaf, nn.Parameter(w.to(kind)))
     model.tie()
+    for name, ((path, theirs, _), *_) in tensors.items():  # RoPE's frequencies are in old files
+        if not name.endswith(("inv_freq", "rope.freqs", "rope_freqs.weight", "lm_head.weight")):
+            raise MilError(f"{path}: holds {theirs}, which the configuration does not have")
     return model.eval()
 
 
 def export(source, target, format, dtype=None):
-    """Write the checkpoint folder `source`, of any format, to the folder `target`: as "mil"; "hf", for a pure Llama; or "mambainllama",
-    the authors' layout, for a hybrid of attention and one kind of Mamba. In `dtype`, or the file's. Tokenizer files go along."""
-    source, target, about = Path(source), Path(target), read_config(source)
-    c, kinds = about["config"], set(about["config"].mixers) - {"attention"}
+    """Writes the checkpoint `source` to a new folder `target`: as "mil"; as "hf", if there is
+    attention alone; as "mambainllama", the authors' layout, if there is one kind of Mamba. In
+    `dtype` (the file's). Tokenizer files go along. If that fails, nothing is left."""
+    about, target = read_config(source), Path(target).absolute()
+    kinds = set(about["config"].mixers) - {"attention"}
     fits = {"mil": True, "hf": not kinds, "mambainllama": kinds in ({"mamba"}, {"mamba2"})}
-    if format not in fits:
-        raise MilError(f"--format is {format}, expected hf, mambainllama or mil")
-    if not fits[format]:
-        raise MilError(
-            f"{source}: holds {', '.join(sorted(set(c.mixers)))}; --format hf is for attention alone, mambainllama for one kind of Mamba, with or without it"
-        )
-    if format != "mil":
-        safetensors_for(target)
+    if not fits.get(format):
+        holds = ", ".join(sorted(set(about["config"].mixers)))
+        wanted = "hf is for attention alone, mambainllama for one kind of Mamba"
+        raise MilError(f"{source}: holds {holds}; --format {wanted}")
     if target.is_dir() and any(target.iterdir()):
         raise MilError(f"{target}: is not empty; give a new folder")
     model = load(source, dtype=dtype)
     make_directory(target)
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "tokenizer.model",
-        "special_tokens_map.json",
-        "generation_config.json",
-    ):
-        if (source / name).exists():
-            data = (source / name).read_bytes()
-            write_whole(target / name, lambda f, data=data: f.write(data))
-    if format == "mil":
-        return save(model, target, tokenizer=about["tokenizer"], ids=about.get("ids", {}))
-    weights = {
-        name_in(format, name, c.mixers): w / 2 if name.endswith("dt_proj.bias") else w
-        for name, w in model.named_parameters()
-    }  # added twice there
-    if kinds and c.tied:
-        weights["lm_head.weight"] = model.lm_head.weight.clone()  # the authors' loader wants one
-    write_safetensors(weights, target)
-    if kinds:
-        ssm = {
-            "expand": 1,
-            "d_conv": c.d_conv,
-            **(
-                {"ngroups": c.n_heads, "d_state": c.head_dim}
-                if kinds == {"mamba2"}
-                else {"d_state": c.d_state}
-            ),
-        }
-        write_json(
-            target / "mamba_config.json",
-            dict(
-                d_model=c.d,
-                ssm_cfg=ssm,
-                rms_norm_eps=c.norm_eps,
-                vocab_size=c.v,
-                d_inner=c.n_heads * c.head_dim,
-                d_xb=c.n_kv_heads * c.head_dim,
-                intermediate_size=c.d_ff,
-                hidden_act="silu",
-                n_layer=c.n_layers,
-                attn_layers=[i for i, mixer in enumerate(c.mixers) if mixer == "attention"],
-            ),
-        )
-    said = dict(
-        _name_or_path=about.get("name")
-        or str(target.resolve()),  # where the authors' loader looks for the Llama around it
-        architectures=["LlamaForCausalLM"],
-        model_type="llama",
-        vocab_size=c.v,
-        hidden_size=c.d,
-        num_hidden_layers=c.n_layers,
-        num_attention_heads=c.n_heads,
-        num_key_value_heads=c.n_kv_heads,
-        head_dim=c.head_dim,
-        intermediate_size=c.d_ff,
-        max_position_embeddings=c.context,
-        rms_norm_eps=c.norm_eps,
-        rope_theta=c.rope_theta,
-        tie_word_embeddings=c.tied,
-        attention_bias=c.attention_bias,
-        hidden_act="silu",
-        torch_dtype=str(model.embed_tokens.weight.dtype).removeprefix("torch."),
-        **{**dict.fromkeys(IDS), **about.get("ids", {})},
-    )
+    try:
+        with naming(target, "cannot be written (disk full?)"):
+            for name in TEXT_FILES.split():
+                if (about["folder"] / name).exists():
+                    shutil.copyfile(about["folder"] / name, target / name)
+            if format == "mil":
+                save(model, target, tokenizer=about["tokenizer"], ids=about["ids"])
+            else:
+                write_hf(model, target, about)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+
+
+def write_hf(model, folder, about):
+    """Hugging Face's files or, with any Mamba, the authors'. transformers 4 reads them, too."""
+    from huggingface_hub import save_torch_state_dict
+
+    c = model.config
+    weights = {}
+    for name, w in model.named_parameters():
+        attention = name.startswith("layers") and c.mixers[int(name.split(".")[1])] == "attention"
+        theirs = name.replace("mixer", "self_attn" if attention else "mamba")
+        theirs = theirs if name == "lm_head.weight" else f"model.{theirs}"
+        halved = name.endswith("dt_proj.bias")  # their layer adds it twice
+        weights[theirs] = w.data / 2 if halved else w.data
+    said = {theirs: getattr(c, ours) for ours, theirs in pairs(HF_KEYS)}
+    said |= dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu")
+    said |= dict.fromkeys(IDS) | about["ids"] | {"mil_tokenizer": about["tokenizer"]}
+    said |= dict(rope_theta=c.rope_theta, torch_dtype=str(model.embed_tokens.weight.dtype)[6:])
     if c.rope_scaling:
-        said["rope_scaling"] = {
-            "rope_type": "llama3" if len(c.rope_scaling) > 1 else "linear",
-            **c.rope_scaling,
-        }
-    if about["tokenizer"] and not (target / about["tokenizer"]).exists():
-        said["mil_tokenizer"] = about["tokenizer"]  # bytes, or one of tiktoken's
-    write_json(target / "config.json", said)
-
-
-def write_safetensors(weights, directory, most=4 * 2**30):
-    """Tensors in files of at most `most` bytes (or one tensor), with Hugging Face's index when there are several."""
-
-    def save_file(shard, f):
-        safetensors = safetensors_for(directory)
-        try:
-            safetensors.torch.save_file(shard, f.name, {"format": "pt"})
-        except safetensors.SafetensorError as e:
-            raise OSError(str(e)) from e
-        os.chmod(f.name, os.fstat(f.fileno()).st_mode)  # it makes a file that only its owner reads
-
-    shards, room = [{}], most
-    for name, w in weights.items():
-        if shards[-1] and w.nbytes > room:
-            shards.append({})
-            room = most
-        shards[-1][name] = w.detach().contiguous()
-        room -= w.nbytes
-    names = (
-        ["model.safetensors"]
-        if len(shards) == 1
-        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    )
-    for name, shard in zip(names, shards):
-        write_whole(directory / name, lambda f, shard=shard: save_file(shard, f))
-    if len(shards) > 1:
-        write_json(
-            directory / "model.safetensors.index.json",
-            {
-                "metadata": {"total_size": sum(w.nbytes for w in weights.values())},
-                "weight_map": {key: name for name, shard in zip(names, shards) for key in shard},
-            },
-        )
+        kind = "llama3" if len(c.rope_scaling) > 1 else "linear"
+        said["rope_scaling"] = {"rope_type": kind, **c.rope_scaling}
+    if set(c.mixers) != {"attention"}:  # their loader wants a head, and a Llama's name
+        weights["lm_head.weight"] = model.lm_head.weight.data.clone()
+        said["_name_or_path"] = about.get("name") or str(folder)
+        (folder / "mamba_config.json").write_text(json.dumps(hybrid_json(c), indent=1))
+    (folder / "config.json").write_text(json.dumps(said, indent=1))
+    save_torch_state_dict(weights, folder)
+    for file in folder.glob("*.safetensors"):  # which others may not read
+        shutil.copymode(folder / "config.json", file)
 
 
 def main(argv):
     parser = Parser(prog="mil.py", description="Write a checkpoint in another layout.")
     parser.add_argument("command", choices=["export"])
-    parser.add_argument(
-        "source", help="a checkpoint folder: ours, Hugging Face's, Meta's or the authors' hybrids'"
-    )
+    parser.add_argument("source", help="a checkpoint of any kind, or a name such as owner/model")
     parser.add_argument("target", help="the folder to make")
-    parser.add_argument(
-        "--format",
-        default="hf",
-        help="hf: Hugging Face's, for a pure Llama (default); mambainllama: the authors' layout, for a hybrid; mil: ours",
-    )
-    parser.add_argument(
-        "--dtype",
-        default="",
-        choices=["", "float32", "bfloat16", "float16"],
-        help="of the weights; empty: as they are",
-    )
+    parser.add_argument("--format", default="hf", help="hf (Hugging Face's), mambainllama or mil")
+    types = ["float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", choices=types, help="of the weights (the file's)")
     s = parser.parse_args(argv)
     for line in read_config(s.source)["remarks"]:
         print(f"note: {line}", file=sys.stderr)
