@@ -690,7 +690,7 @@ def folder_of(name):
 def tokenizer_of(directory):
     """What to give load_tokenizer for the checkpoint in `directory`."""
     name = mil.read_config(directory).get("tokenizer")
-    return name if name and is_named(name) else str(directory)
+    return name if name and is_named(name) else str(mil.find_checkpoint(directory))
 
 
 def save_with_tokenizer(model, directory, tokenizer, **notes):

@@ -494,7 +494,8 @@ def identity(files, *more):
 
 def weights_in(place):
     """The files of weights of the checkpoint in a folder."""
-    return [Path(place) / file for file in mil.read_config(place)["weights"]]
+    about = mil.read_config(place)
+    return [about["folder"] / file for file in about["weights"]]
 
 
 def split(documents):
