@@ -67,9 +67,7 @@ class Config:
     context: int = 8192  # longest sequence attention has been trained for
     mixers: list = field(default_factory=list)  # [] : attention everywhere, a Llama
     rope_theta: float = 500000.0
-    rope_scaling: dict | None = (
-        None  # a dict of ROPE_SCALING, Llama 3.1's; or of its "factor" alone: positions divided by it
-    )
+    rope_scaling: dict | None = None  # of ROPE_SCALING, Llama 3.1's; or of factor alone, linear
     attention_bias: bool = False  # whether attention's four projections have biases
     norm_eps: float = 1e-5
     tied: bool = False  # the output head is the embedding
@@ -548,13 +546,14 @@ class Hybrid(nn.Module):
         """
         if (lengths if cache is None else docs) is not None:
             raise MilError("lengths are for a cache, and docs for rows without one; leave them out")
-        states = [None] * len(self.layers)
         if cache is not None:
             cache.open(*tokens.shape, lengths)
-            states = cache.states
         u, angles = self.start(tokens, cache, docs)
-        for layer, state in zip(self.layers, states, strict=True):
-            u = layer(u, angles, state, docs)
+        for i, layer in enumerate(self.layers):
+            if cache is None:
+                u = layer(u, angles, docs=docs)
+            else:  # never compiled
+                u = layer.forward(u, angles, cache.states[i])
         if cache is not None:
             cache.close()
         return self.norm(u)

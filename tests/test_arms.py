@@ -55,13 +55,13 @@ def test_needles_are_counted_for_each_depth(lab):
     lab.unseen = ["a = 1\n" * 500]
     model = SimpleNamespace(hidden=lambda tokens: tokens)
 
-    def logits(tokens):  # finds what stands near the beginning
+    def lm_head(tokens):  # finds what stands near the beginning
         out = []
         for row in model.rows:
             found = re.search(r"# \w\w=(\d{3})", bytes(row).decode())
             out.append([*found[1].encode()] if found.start() < 9 else [0] * 3)
         return torch.nn.functional.one_hot(torch.tensor(out, device=DEVICE), 257)
-    model.logits, model.hidden = logits, lambda tokens: setattr(model, "rows", tokens.tolist()) or tokens
+    model.lm_head, model.hidden = lm_head, lambda tokens: setattr(model, "rows", tokens.tolist()) or tokens
     assert lab.needles(model) == {64: [1, 0, 0]}
 
 
@@ -109,7 +109,7 @@ def test_what_is_written_is_judged_byte_by_byte_after_a_prompt_of_unseen_text(la
 def test_needles_lie_from_the_beginning_to_the_end(lab, monkeypatch):
     seen = []
     monkeypatch.setattr(lab, "haystack", lambda length, depth, dice: seen.append(depth) or [0] * length, raising=False)
-    lab.needles(SimpleNamespace(hidden=lambda tokens: tokens, logits=lambda tokens: torch.zeros(*tokens.shape, 257, device=DEVICE)))
+    lab.needles(SimpleNamespace(hidden=lambda tokens: tokens, lm_head=lambda tokens: torch.zeros(*tokens.shape, 257, device=DEVICE)))
     assert seen == [0, 0, 0.5, 0.5, 1, 1]
 
 

@@ -125,7 +125,7 @@ def test_a_needle_is_found_by_whom_all_digits_are_likeliest_and_only_then(lab):
         def hidden(self, tokens):
             return tokens
 
-        def logits(self, tokens):  # the number is what follows the first "=", in reach of a model that has read all of it
+        def lm_head(self, tokens):  # the number is what follows the first "=", in reach of a model that has read all of it
             out = []
             for row in self.rows:
                 number = re.search(r"# \w\w=(\d{3})", bytes(row).decode())[1]
