@@ -1,7 +1,7 @@
 """The Mamba in the Llama: a stack of layers in which a Mamba can inherit attention's weights.
 
-    attention without softmax   h_t = h_{t-1} + v_t k_tᵀ                        y_t = h_t q_t
-    Mamba                       h_t = exp(Δ_t A) ∘ h_{t-1} + (Δ_t x_t) B_tᵀ     y_t = h_t C_t + D ∘ x_t
+    attention without softmax   h_t = h_{t-1} + v_t k_tᵀ                     y_t = h_t q_t
+    Mamba                       h_t = exp(Δ_t A) ∘ h_{t-1} + (Δ_t x_t) B_tᵀ  y_t = h_t C_t + D ∘ x_t
 
 The two lines differ by a step Δ and a decay A, so a trained attention layer hands its projections
 over (section 2 and Figure 1 of arXiv 2408.15237; `replace_attention` does it):
@@ -23,7 +23,6 @@ import json
 import math
 import os
 import pickle
-import re
 import secrets
 import shutil
 import sys
