@@ -418,23 +418,11 @@ class Decoder:
         return new
 
 
-def generate(
-    model,
-    prompts,
-    max_new_tokens,
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    stop=(),
-    generator=None,
-    draft=None,
-    speculate=4,
-):
-    """Continues each of `prompts`: yields what a new Decoder's `decode` does."""
-    check_sampling(max_new_tokens, temperature, top_k, top_p)
-    size = max(map(len, prompts), default=0) + max_new_tokens
-    how = temperature, top_k, top_p, generator, draft, speculate
-    yield from Decoder(model, len(prompts), size, *how).decode(prompts, max_new_tokens, stop)
+def generate(model, prompts, max_new_tokens, *sampling, stop=(), **more):
+    """Continues each of `prompts` as a new Decoder does. sampling: temperature, top_k, top_p."""
+    size = max(map(len, prompts), default=0) + max(0, max_new_tokens)
+    decoder = Decoder(model, len(prompts), size, *sampling, **more)
+    yield from decoder.decode(prompts, max_new_tokens, stop)
 
 
 # --------------------------------------------------------------------------------------------------

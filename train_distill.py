@@ -1565,7 +1565,7 @@ def table(rows):
 
 def sample(model, encoding, s, device):
     prompt, reply = encoding.encode(s.prompt)[:model.config.context - 1], []
-    for ((token,),) in generate(model, [prompt], 200, 0.7, 0, 0.95, encoding.stops, torch.Generator(device).manual_seed(s.seed)):
+    for ((token,),) in generate(model, [prompt], 200, 0.7, 0, 0.95, stop=encoding.stops, generator=torch.Generator(device).manual_seed(s.seed)):
         reply += [token] if token not in encoding.stops else []
     return s.prompt + encoding.decode(reply)
 
