@@ -136,47 +136,35 @@ def longest_text(model):
     return model.config.context if "attention" in model.config.mixers else math.inf
 
 
-def check_sampling(max_new_tokens, temperature, top_k, top_p, dash=""):
-    for name, value, sound, wanted in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+def check_sampling(max_new_tokens, temperature, top_k, top_p, where=""):
+    mil.refuse(
+        (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}, expected at least 1"),
         # a logit divided by less could overflow
         (
-            "temperature",
-            temperature,
-            temperature == 0 or 1e-20 < temperature < math.inf,
-            "0 or more",
+            temperature != 0 and not 1e-6 <= temperature < math.inf,
+            f"temperature is {temperature}, expected 0 (greedy) or 1e-6 and more",
         ),
-        ("top_k", top_k, top_k >= 0, "0 (no limit) or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "more than 0 and at most 1"),
-    ):
-        if not sound:
-            raise MilError(f"{dash}{name} is {value}, expected {wanted}")
+        (top_k < 0, f"top_k is {top_k}, expected 0 (no limit) or more"),
+        (not 0 < top_p <= 1, f"top_p is {top_p}, expected more than 0 and at most 1"),
+        where=where,
+    )
 
 
 def check_prompts(prompts, v, context, stop=()):
-    """Raises MilError if a prompt cannot be continued, or a stop token is none of v."""
-    if not prompts:
-        raise MilError("no prompts: there is nothing to continue")
-    for token in stop:
-        if not 0 <= token < v:
-            raise MilError(f"stop token {token} is outside the vocabulary of {v}")
-    for i, prompt in enumerate(prompts, 1):
-        if not prompt:
-            raise MilError(f"prompt {i} is empty: there is nothing to continue")
-        if len(prompt) >= context:
-            room = f"expected at most {context - 1}, to leave room for one more"
-            raise MilError(f"prompt {i} has {len(prompt)} tokens, the context is {context}: {room}")
-        for token in prompt:
-            if not 0 <= token < v:
-                raise MilError(f"prompt {i} has token {token}, but the model's vocabulary is {v}")
-
-
-def check_draft(draft, K, v):
-    if draft.config.v != v:
-        told = f"the draft's vocabulary is {draft.config.v}, the model's {v}"
-        raise MilError(f"{told}: they must have the same tokens")
-    if not 1 <= K < kernels.FEW:
-        raise MilError(f"speculate is {K}, expected 1 to {kernels.FEW - 1}")
+    """Raises MilError if a prompt cannot be continued, or a token is not one of v."""
+    room = f"the context is {context}: expected at most {context - 1}, to leave room for one more"
+    mil.refuse(
+        (not prompts, "no prompts: there is nothing to continue"),
+        *((not 0 <= i < v, f"stop token {i} is outside the vocabulary of {v}") for i in stop),
+    )
+    for n, prompt in enumerate(prompts, 1):
+        odd = [i for i in prompt if not 0 <= i < v]
+        mil.refuse(
+            (not prompt, "is empty: there is nothing to continue"),
+            (len(prompt) >= context, f"has {len(prompt)} tokens, {room}"),
+            (odd, f"has token {', '.join(map(str, odd[:3]))}, but the model's vocabulary is {v}"),
+            where=f"prompt {n} ",
+        )
 
 
 class Launched:
@@ -226,7 +214,7 @@ class Rounds:
         self.many = fused and rows > kernels.MANY and not undo
         self.choose = torch.compile(choose) if self.many else choose
 
-    def launch(self, longest, speculative):
+    def run(self, longest, speculative):
         """Begins a round of texts up to `longest`. Returns the result of `extend`, on the CPU, and
         an event after which it is there, or None."""
         if speculative:
@@ -264,7 +252,7 @@ class Rounds:
         model, cache, new = self.models[0], self.caches[0], self.last[:, None]
         if proposed is not None:
             new = torch.cat([new, proposed], dim=1)
-        cache.keep(self.at, longest - 1)
+        cache.keep(self.at, longest - 1)  # a CUDA graph repeats an old `longest`; kernels need none
         logits = model.lm_head(model.hidden(new, cache))
         if proposed is None:
             dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -291,8 +279,8 @@ class Decoder:
     """Continues texts, a batch of `rows` with room for `size` tokens each.
 
     `decode` may be called again with the same texts, longer, and reads only what is new. With a
-    `draft`, another model over the same tokens, a round is speculative: the draft proposes K =
-    `speculate` tokens, the model reads them in one pass, keeps the longest part it agrees with, and
+    `draft`, another model over the same tokens, a round is speculative: the draft proposes K
+    tokens, the model reads them in one pass, keeps the longest part it agrees with, and
     adds one (`verify`). The text has the model's own distribution, whatever the draft. proposed,
     accepted, passes count the draft's tokens, those in the text, and passes of the model, each row
     for itself.
@@ -300,23 +288,18 @@ class Decoder:
 
     @torch.inference_mode()
     def __init__(
-        self,
-        model,
-        rows,
-        size,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        generator=None,
-        draft=None,
-        speculate=4,
+        self, model, rows, size, temperature=1, top_k=0, top_p=1, generator=None, draft=None, K=4
     ):
         check_sampling(1, temperature, top_k, top_p)
         models = [model, draft] if draft else [model]
         self.v, self.context = model.config.v, min(size, *map(longest_text, models))
-        if draft:
-            check_draft(draft, speculate, self.v)
-        self.K = min(speculate, self.context - 1) if draft else 0
+        theirs = models[-1].config.v
+        told = f"the draft's vocabulary is {theirs}, the model's {self.v}"
+        mil.refuse(
+            (theirs != self.v, f"{told}: they must have the same tokens"),
+            (draft and not 1 <= K < kernels.FEW, f"K is {K}, expected 1 to {kernels.FEW - 1}"),
+        )
+        self.K = min(K, self.context - 1) if draft else 0
         how = temperature, top_k, top_p
         self.rounds = Rounds(models, rows, self.context, self.K, how, generator)
         self.texts = [[] for _ in range(rows)]
@@ -341,18 +324,16 @@ class Decoder:
         live, coming = set(range(len(prompts))), None
         ends = [min(len(prompt) + max_new_tokens, self.context) for prompt in prompts]
         while live:
-            out, event = coming or self.launch()
+            torn, self.torn = self.torn, True  # should this round fail
+            out, event = coming or self.round()
             # Of many rows the next round is launched before this one's tokens are looked at.
             more = self.rounds.many and any(ends[i] - len(texts[i]) > 1 for i in live)
-            coming = self.launch() if more else None
+            coming = self.round() if more else None
             if event:
                 event.synchronize()
             new = self.take(out, live, ends, stop)
-            self.torn |= len(live) < len(prompts) or coming is not None
-            ended = [i for i in live if len(texts[i]) == ends[i] or new[i][-1] in stop]
-            if ended:
-                live.difference_update(ended)
-                self.place(ended)
+            self.torn = torn or len(live) < len(prompts) or coming is not None
+            live -= {i for i in live if len(texts[i]) == ends[i] or new[i][-1] in stop}
             yield new
 
     def begin(self, prompts):
@@ -365,8 +346,11 @@ class Decoder:
             for cache in self.rounds.caches:
                 cache.clear()
         self.texts[:] = map(list, prompts)
+        self.torn = True  # should reading them fail
         self.catch_up(0)
-        self.place(range(len(prompts)))
+        self.torn = False
+        ends = [(len(text) - 1, [0, *text][-2], text[-1]) for text in self.texts]
+        self.rounds.ends.copy_(torch.tensor(ends).T)
 
     def catch_up(self, which):
         """The model (0) or the draft (1) reads the texts, but for the last token, or last two."""
@@ -376,19 +360,13 @@ class Decoder:
         self.rounds.read(which, new, held)
         self.held[which] = ends
 
-    def place(self, rows):
-        """Where these rows of the texts end, and a round begins. A finished row stays there."""
-        texts = [self.texts[i] for i in rows]
-        ends = [[len(text) - 1, text[-2] if len(text) > 1 else 0, text[-1]] for text in texts]
-        self.rounds.ends[:, list(rows)] = torch.tensor(ends, device=self.rounds.device).T
-
-    def launch(self):
+    def round(self):
         lengths = list(map(len, self.texts))
         # The draft reads the token before the last, which a text of one token lacks.
         self.speculative = self.K > 0 and min(lengths) > 1
         if self.speculative:
             self.catch_up(1)
-        return self.rounds.launch(max(lengths), self.speculative)
+        return self.rounds.run(max(lengths), self.speculative)
 
     def take(self, out, live, ends, stop):
         """Adds a round's tokens to the texts of the live rows. Returns a tuple per row.
@@ -530,20 +508,15 @@ class Tiktoken(Tokenizer):
 class Transformers(Tokenizer):
     """The tokenizer in a folder, as transformers' AutoTokenizer reads it, and its chat template."""
 
-    def __init__(self, folder):
-        try:
+    def __init__(self, path):
+        folder = folder_of(path)
+        with mil.naming(path, "its tokenizer cannot be read"):
             import transformers
-        except ImportError:
-            hint = "its tokenizer needs transformers: pip install transformers"
-            raise MilError(f"{folder}: {hint}") from None
-        transformers.logging.set_verbosity_error()
-        gguf = [] if any(folder.glob("*token*")) else sorted(folder.glob("*.gguf"))
-        more = {"gguf_file": gguf[0].name} if gguf else {}
-        try:
-            hf = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **more)
+
+            transformers.logging.set_verbosity_error()
+            gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+            hf = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **gguf)
             letters = byte_letters(hf.backend_tokenizer)
-        except Exception as e:  # the library raises anything
-            raise MilError(f"{folder}: its tokenizer cannot be read: {first_line(e)}") from e
         self.folder, self.hf = folder, hf
         stops = [*stated_stops(folder), *([] if hf.eos_token_id is None else [hf.eos_token_id])]
         ends = [token for i, token in hf.added_tokens_decoder.items() if i in stops]
@@ -572,15 +545,9 @@ class Transformers(Tokenizer):
     def write(self, messages, reply):
         if self.template in ("plain", "llama3"):
             return super().write(messages, reply)
-        how = {"tokenize": False, "add_generation_prompt": reply}
-        try:
+        with mil.naming(self.folder, "its chat template"):
+            how = {"tokenize": False, "add_generation_prompt": reply}
             return self.hf.apply_chat_template(messages, **how)
-        except Exception as e:  # as the template has it
-            raise MilError(f"{self.folder}: its chat template: {first_line(e)}") from e
-
-
-def first_line(e):
-    return f"{type(e).__name__}: {e}".splitlines()[0][:300]
 
 
 def mend(text):
@@ -653,32 +620,32 @@ def load_tokenizer(name):
     if name == "bytes":
         return Tiktoken("(?s:.)", {bytes([b]): b for b in range(256)}, {"<|endoftext|>": 256})
     if is_named(name):
-        try:
+        hint = "tiktoken could not download it; pass bytes or a folder, or set TIKTOKEN_CACHE_DIR"
+        with mil.naming(f"tokenizer {name}", hint):
             found = tiktoken.get_encoding(name)
-            return Tiktoken(found._pat_str, found._mergeable_ranks, found._special_tokens)
-        except Exception as e:  # whatever the download raises
-            what = f"tiktoken must download it and could not ({type(e).__name__})"
-            hint = "pass --tokenizer bytes or a folder, or set TIKTOKEN_CACHE_DIR"
-            raise MilError(f"tokenizer {name}: {what}; {hint}") from e
+        return Tiktoken(found._pat_str, found._mergeable_ranks, found._special_tokens)
     folder = folder_of(name)
     meta = folder / "tokenizer.model"
     if not (folder / "tokenizer.json").exists() and meta.exists() and meta.read_bytes().isascii():
         return read_meta(meta)
-    if not any(folder.glob("*token*")) and not any(folder.glob("*.gguf")):
+    if Path(name).suffix != ".gguf" and not any(folder.glob("*token*")):
         names = ", ".join(tiktoken.list_encoding_names())
         wanted = f"a folder with a tokenizer.json or tokenizer.model, bytes, {names}"
         raise MilError(f"{name}: no tokenizer; expected {wanted}")
-    return Transformers(folder)
+    return Transformers(Path(name) if Path(name).suffix == ".gguf" else folder)
 
 
 def folder_of(name):
     return Path(name).parent if Path(name).is_file() else Path(name)
 
 
-def tokenizer_of(directory):
-    """What to give load_tokenizer for the checkpoint in `directory`."""
-    name = mil.read_config(directory).get("tokenizer")
-    return name if name and is_named(name) else str(mil.find_checkpoint(directory))
+def tokenizer_of(directory, about=None):
+    """What to give load_tokenizer for a checkpoint of which mil.read_config says `about`."""
+    about = about or mil.read_config(directory)
+    if about["tokenizer"]:
+        return about["tokenizer"]
+    file = about["weights"][0] if about["format"] == "gguf" else ""
+    return str(about["folder"] / file)
 
 
 def save_with_tokenizer(model, directory, tokenizer, **notes):
@@ -698,9 +665,11 @@ def save_with_tokenizer(model, directory, tokenizer, **notes):
 
 def load_with_tokenizer(directory, device=None, dtype=None):
     """The model in `directory`, a folder or hub name, and its Tokenizer. Prints notes on them."""
-    tokenizer, model = load_tokenizer(tokenizer_of(directory)), mil.load(directory, device, dtype)
+    about = mil.read_config(directory)
+    tokenizer = load_tokenizer(tokenizer_of(directory, about))
+    model = mil.load(directory, device, dtype, about)
     size, v = tokenizer.size, model.config.v
-    notes = list(mil.read_config(directory)["remarks"])
+    notes = list(about["remarks"])
     if size != v:
         what = "stand for nothing" if size < v else "are never drawn, and refused in a prompt"
         sizes = f"the tokenizer has {size} tokens, the model {v}"
@@ -779,7 +748,7 @@ def run_command(main):
         sys.exit(f"error: {e}")
     except torch.OutOfMemoryError as e:
         hint = "fewer or shorter texts, or a smaller model, take less"
-        sys.exit(f"error: the GPU's memory is full ({hint}): {first_line(e)}")
+        sys.exit(f"error: the GPU's memory is full ({hint}): {str(e).splitlines()[0]}")
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
@@ -830,8 +799,7 @@ class Settings:
 
 def check_settings(s):
     check_sampling(s.max_new_tokens, s.temperature, s.top_k, s.top_p, "--")
-    for wrong, what in (
-        (0 < s.temperature < 1e-6, f"temperature is {s.temperature}, expected 0 or from 1e-6 on"),
+    mil.refuse(
         (s.dtype not in ("", *DTYPES), f"dtype is {s.dtype}, expected {', '.join(DTYPES)}"),
         (not 0 <= s.seed < 2**63, f"seed is {s.seed}, expected 0 to 2^63 - 1"),
         (s.speculate < 1, f"speculate is {s.speculate}, expected 1 or more"),
@@ -841,9 +809,8 @@ def check_settings(s):
         (s.system and not s.chat, "system goes with --chat"),
         (s.context and not s.chat, "context goes with --chat"),
         (not s.prompt and not s.chat, "prompt is missing: give a text or -; or --chat"),
-    ):
-        if wrong:
-            raise MilError(f"--{what}")
+        where="--",
+    )
 
 
 def read_prompt(text, number):
@@ -859,9 +826,6 @@ def read_prompt(text, number):
 def load_draft(s, model, tokenizer, device):
     """The model in --draft. Raises MilError unless the same ids mean the same text to both."""
     draft, other = load_with_tokenizer(s.draft, device, DTYPES.get(s.dtype))
-    if draft.config.v != model.config.v:
-        sizes = f"a vocabulary of {draft.config.v}, {s.model} one of {model.config.v}"
-        raise MilError(f"--draft {s.draft} has {sizes}: a draft must speak the same tokens")
     if not tokenizer.same_text(other):
         raise MilError(f"--draft {s.draft}: its tokens differ from those of {s.model}")
     return draft

@@ -42,6 +42,13 @@ class MilError(ValueError):
     """An error to show the user: the file or flag, what was found, what was expected."""
 
 
+def refuse(*cases, where=""):
+    """Raises MilError with the message of the first case (wrong, message) that is wrong."""
+    for wrong, message in cases:
+        if wrong:
+            raise MilError(where + message)
+
+
 class Parser(argparse.ArgumentParser):
     """Raises MilError if a command line is wrong."""
 
@@ -93,7 +100,7 @@ class Config:
         names = f"{', '.join(ROPE_SCALING)} (Llama 3.1's) or factor alone (linear)"
         odd = [mixer for mixer in self.mixers if mixer not in MIXERS]
         uncut = "mamba" in self.mixers and narrow % self.d_state  # Mamba's heads, from attention's
-        for wrong, message in (
+        refuse(
             (not p, f"width d {self.d} is not divisible by n_heads {h}; give head_dim"),
             (p % 2, f"head_dim is {p}, expected an even number: RoPE turns channels in pairs"),
             (h % g, f"n_heads {h} is not divisible by n_kv_heads {g}"),
@@ -102,9 +109,8 @@ class Config:
             (not fit, f"rope_scaling is {scaling}, expected numbers above 0 for {names}"),
             (reverse, f"rope_scaling is {scaling}, expected {' below '.join(ROPE_SCALING[1:3])}"),
             (uncut, f"d_state {self.d_state} does not divide the kv width {narrow}"),
-        ):
-            if wrong:
-                raise MilError(f"config: {message}")
+            where="config: ",
+        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -240,7 +246,7 @@ class Documents:
 #                        the mixer's formula, added to `onto`. u (b, l, d) is normed; angles are
 #                        RoPE's; state is this layer's part of the Cache, None in training; docs are
 #                        Documents, None if every row is one
-#   inherit(attention)   pairs (our tensor, attention's projection) that begin equal
+#   inherit()            the tensors that begin as attention's W_q, W_k, W_v and W_o
 #   new_state(cache)     this layer's part of a Cache
 #   READS                the projections of the input, which `pack` lays side by side
 #
@@ -251,6 +257,7 @@ class Attention(nn.Module):
     """Causal grouped-query attention with RoPE."""
 
     READS = "q_proj", "k_proj", "v_proj"
+    INHERITED = "q_proj", "k_proj", "v_proj", "o_proj"
 
     def __init__(self, config):
         super().__init__()
@@ -319,13 +326,8 @@ class Mamba(nn.Module):
         self.A_log = nn.Parameter(n.log().repeat(wide, 1))
         self.D = nn.Parameter(torch.ones(wide))
 
-    def inherit(self, attention):
-        return [
-            (self.C_proj.weight, attention.q_proj),
-            (self.B_proj.weight, attention.k_proj),
-            (self.in_proj_x.weight, attention.v_proj),
-            (self.out_proj.weight, attention.o_proj),
-        ]
+    def inherit(self):
+        return self.C_proj.weight, self.B_proj.weight, self.in_proj_x.weight, self.out_proj.weight
 
     def heads(self, t):
         """(b, l, h·p) -> (b, l, h, p)."""
@@ -397,16 +399,11 @@ class Mamba2(nn.Module):
         self.A_log = nn.Parameter(torch.empty(h, dtype=torch.float32).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(h))
 
-    def inherit(self, attention):
+    def inherit(self):
         wide, mixed, h = self.sizes
         narrow = (mixed - wide) // 2
         _, x, B, C, _ = self.in_proj.weight.split([wide, narrow, narrow, wide, h])
-        return [
-            (C, attention.q_proj),
-            (B, attention.k_proj),
-            (x, attention.v_proj),
-            (self.out_proj.weight, attention.o_proj),
-        ]
+        return C, B, x, self.out_proj.weight
 
     def forward(self, u, angles, state=None, docs=None, onto=None):
         z, xBC, dt = self.in_proj.parts(u, self.sizes)  # (b, l, h·p) (b, l, 2 g·p + h·p) (b, l, h)
@@ -450,8 +447,8 @@ class NoMixer(nn.Module):
     def __init__(self, config):
         super().__init__()
 
-    def inherit(self, attention):
-        return []
+    def inherit(self):
+        return ()
 
     def forward(self, u, angles, state=None, docs=None, onto=None):
         return torch.zeros_like(u) if onto is None else onto
@@ -543,7 +540,7 @@ class Hybrid(nn.Module):
         padded places are undefined. docs are the Documents of the rows, None if each is one. Raises
         MilError for lengths without a cache and docs with one.
         """
-        if (lengths if cache is None else docs) is not None:
+        if cache is None and lengths is not None or cache is not None and docs is not None:
             raise MilError("lengths are for a cache, and docs for rows without one; leave them out")
         if cache is not None:
             cache.open(*tokens.shape, lengths)
@@ -551,7 +548,7 @@ class Hybrid(nn.Module):
         for i, layer in enumerate(self.layers):
             if cache is None:
                 u = layer(u, angles, docs=docs)
-            else:  # never compiled
+            else:  # forward steps round layer.compile(), which has not seen these kernels
                 u = layer.forward(u, angles, cache.states[i])
         if cache is not None:
             cache.close()
@@ -599,14 +596,14 @@ class Cache:
         everywhere = torch.arange(size, device=self.device)[None]
         self.turns = rope_angles(c, everywhere) if "attention" in c.mixers else ()
         self.states = [layer.mixer.new_state(self) for layer in model.layers]
-        # What the kernels hold in registers, and mixers that they know.
-        self.small = max(c.head_dim, c.d_state) <= 128 and c.n_heads // c.n_kv_heads <= 16
+        # What the kernels hold in registers; a mixer of a fork may lack `replay`.
+        self.fits = max(c.head_dim, c.d_state) <= 128 and c.n_heads // c.n_kv_heads <= 16
         for layer, state in zip(model.layers, self.states, strict=True):
-            self.small &= not isinstance(state, MambaState) or hasattr(layer.mixer, "replay")
+            self.fits &= not isinstance(state, MambaState) or hasattr(layer.mixer, "replay")
 
     def fusable(self, l):
         """Whether a pass of l real tokens a row is made of the kernels for decoding."""
-        return self.small and kernels.few(self.weight, l)
+        return self.fits and kernels.few(self.weight, l)
 
     def open(self, b, l, lengths=None):
         """Begins a pass of l tokens a row, of which lengths (b,) are real (None: all).
@@ -628,7 +625,7 @@ class Cache:
         self.angles = [t[0, 0, self.pos][:, None] for t in self.turns]  # (b, 1, l, p / 2)
 
     def close(self):
-        self.base.copy_(self.to)
+        self.base.copy_(self.to)  # before `at` moves, which `to` may be
         self.at += self.counts
         self.used = self.used + self.new if self.lengths is None else int(self.at.max())
 
@@ -711,7 +708,7 @@ class MambaState:
         return torch.arange(len(at), device=at.device)[:, None], at % self.inputs[0].shape[1]
 
     def extend(self, mixer, written, read):
-        """y (b, l, h, p) of l new tokens by the mixer's `scan`.
+        """y (b, l, h, p) of l new tokens by the mixer's `replay` or `scan`.
 
         `written` (b, l, ...) are the inputs that move the state, `read` the others.
         """
@@ -811,8 +808,8 @@ def replace_attention(model, layers, mixer="mamba2", init="attention", share=Fal
         attention, new = model.layers[i].mixer, CLASSES[mixer](student.config)
         if init == "attention":
             with torch.no_grad():
-                for target, source in new.inherit(attention):
-                    target.copy_(source.weight)
+                for target, name in zip(new.inherit(), Attention.INHERITED, strict=False):
+                    target.copy_(getattr(attention, name).weight)
         weight = attention.q_proj.weight
         student.layers[i].mixer = cast(new, weight.dtype).to(weight.device)
     return student
@@ -989,7 +986,7 @@ def read_config(path):
     about = {"tokenizer": None, "ids": {}, "remarks": [], "folder": file.parent}
     with naming(file):
         if file == path and file.suffix != ".gguf":
-            found = ", ".join(sorted(os.listdir(path))[:9]) if path.is_dir() else "nothing"
+            found = ", ".join(sorted(os.listdir(path))[:9]) if path.is_dir() else "another file"
             wanted = "config.json, params.json or a .gguf file"
             raise MilError(f"no checkpoint here: found {found}, expected {wanted}")
         said = {} if file == path else read_json(file)
@@ -1175,11 +1172,12 @@ def read_tensor(about, tensors, name, shape, device):
     return w
 
 
-def load(path, device=None, dtype=None):
+def load(path, device=None, dtype=None, about=None):
     """The model of a checkpoint (see read_config), in eval mode, on `device` (CPU) and in `dtype`
     (the file's; float32 at least for what makes up Δ and A). Tensors go there one by one. Raises
-    MilError if one is missing, too many, or not as the configuration says."""
-    about = read_config(path)
+    MilError if one is missing, too many, or not as the configuration says. about: what read_config
+    said already."""
+    about = about or read_config(path)
     tensors, model = open_tensors(about), empty_model(about["config"])
     for name, empty in [*model.named_parameters()]:
         with naming(tensors[name][0][0] if name in tensors else about["folder"]):
@@ -1209,7 +1207,7 @@ def export(source, target, format, dtype=None):
         raise MilError(f"{source}: holds {holds}; --format {wanted}")
     if target.is_dir() and any(target.iterdir()):
         raise MilError(f"{target}: is not empty; give a new folder")
-    model = load(source, dtype=dtype)
+    model = load(source, dtype=dtype, about=about)
     make_directory(target)
     try:
         with naming(target, "cannot be written (disk full?)"):
@@ -1259,7 +1257,8 @@ def main(argv):
     parser.add_argument("command", choices=["export"])
     parser.add_argument("source", help="a checkpoint of any kind, or a name such as owner/model")
     parser.add_argument("target", help="the folder to make")
-    parser.add_argument("--format", default="hf", help="hf (Hugging Face's), mambainllama or mil")
+    formats = ["hf", "mambainllama", "mil"]
+    parser.add_argument("--format", default="hf", choices=formats, help="(default hf)")
     types = ["float32", "bfloat16", "float16"]
     parser.add_argument("--dtype", choices=types, help="of the weights (the file's)")
     s = parser.parse_args(argv)

@@ -397,7 +397,7 @@ def exactness():
     while row["tokens"] < (2_000 if "--small" in sys.argv else 30_000):
         target, draft = pairs[n % len(pairs)]
         model = random_model(target, dtype, 2 * n)
-        more = dict(draft=random_model(draft, dtype, 2 * n + 1), speculate=1 + n % 8)
+        more = dict(draft=random_model(draft, dtype, 2 * n + 1), K=1 + n % 8)
         dice, rows = random.Random(n), 1 + n // 8 % 4
         prompts = [dice.choices(range(config.v), k=dice.randint(1, 9)) for _ in range(rows)]
         plain, *_ = follow(generate.generate(model, prompts, 200, 0))
@@ -420,7 +420,7 @@ def speculation(model, encoding, draft):
     for batch, temperature, K in runs:
         texts, passes, speed = [], 0, 0
         for i in range(0, 8, batch):
-            how = dict(draft=draft, speculate=K) if K else {}
+            how = dict(draft=draft, K=K) if K else {}
             how["generator"] = torch.Generator(DEVICE).manual_seed(i)
             rounds = generate.generate(model, prompts[i : i + batch], 128, temperature, **how)
             new, used, _, warm = follow(rounds)

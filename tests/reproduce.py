@@ -838,7 +838,7 @@ def speculation(lab):
 
     def timed(model, temperature, draft=None, K=0):
         """tokens/s from a text's second round on, and of each text tokens a pass and the share kept."""
-        decoder = generate.Decoder(model, 1, size.context, temperature, generator=torch.Generator(lab.device).manual_seed(3), draft=draft, speculate=K)
+        decoder = generate.Decoder(model, 1, size.context, temperature, generator=torch.Generator(lab.device).manual_seed(3), draft=draft, K=K)
         seconds, tokens, per_pass, kept = 0, 0, [], []
         for warm, prompt in enumerate(prompts[:1] + prompts):  # the first twice: kernels are compiled and graphs captured in it
             decoder.passes = decoder.accepted = decoder.proposed = count = first = 0

@@ -532,9 +532,9 @@ def test_speculation_counts_a_texts_own_passes_and_divides_by_plain_decoding_of_
     asked, models = [], []
 
     class Decoder:
-        def __init__(self, model, rows, room, temperature, generator, draft, speculate):
+        def __init__(self, model, rows, room, temperature, generator, draft, K):
             models.append(model)
-            self.sampled, self.draft, self.K, self.texts = temperature > 0, draft, speculate, 0
+            self.sampled, self.draft, self.K, self.texts = temperature > 0, draft, K, 0
 
         def decode(self, prompts, most):
             asked.append(bytes(prompts[0]).decode())

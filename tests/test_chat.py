@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEVICE, build, run_script
-from test_generate import MIXED, whole
+from test_generate import MIXED, llama3_file, scripted, whole
 
 import generate as g
 import mil
@@ -152,3 +152,26 @@ def test_a_closed_or_full_stream_is_one_line(talker, redirection, code, line):
     )
     assert (done.returncode, done.stderr.count("\n")) == (code, 1) and line in done.stderr
     assert not done.stdout
+
+
+def test_a_llama3_reads_the_next_turn_as_its_template_writes_it(tmp_path, monkeypatch):
+    path, seen = str(llama3_file(tmp_path / "tokenizer.model")), []
+    model = build(Config(**{**MIXED, "v": 517}, mixers=["mamba2"] * 4), torch.float32)
+    g.save_with_tokenizer(model, tmp_path / "m", path)
+    monkeypatch.setattr(g, "Decoder", scripted([[[259]], [[270]]], seen))  # hello<|eot_id|>
+    said_to(monkeypatch, "a", "b")
+    chat(str(tmp_path / "m"))
+    talk = [("user", "a"), ("assistant", "hello"), ("user", "b")]
+    talk = [{"role": role, "content": content} for role, content in talk]
+    assert seen[1][-3] == [g.load_tokenizer(path).conversation(talk, reply=True)[0]]
+
+
+def test_a_template_that_rewrites_the_past_is_read_anew(talker, monkeypatch):
+    seen, write = [], g.Tokenizer.write
+    monkeypatch.setattr(
+        g.Tokenizer, "write", lambda self, m, reply: str(len(m)) + write(self, m, reply)
+    )
+    monkeypatch.setattr(g, "Decoder", scripted([[[*b"x"]], [[256]]], seen))
+    said_to(monkeypatch, "a", "b")
+    chat(talker)
+    assert [bytes(prompts[0][:6]) for *_, prompts, _, _ in seen] == [b"1user:", b"3user:"]

@@ -550,3 +550,32 @@ def test_the_command_exports_and_says_in_one_line_what_it_cannot(tmp_path):
     assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and "nowhere" in failed.stderr
     with refused("invalid choice: 'exprot'"):
         mil.main(["exprot", "a", "b"])
+
+
+def test_what_metas_file_leaves_out_is_as_in_llama_2_and_the_mlp_as_in_llama_3(tmp_path):
+    folder = write_meta(tmp_path / "x", llama(num_key_value_heads=4))
+    edit(folder, "params.json", drop=["n_kv_heads", "rope_theta"])
+    config = mil.read_config(folder)["config"]
+    assert (config.n_kv_heads, config.rope_theta) == (4, 10000)
+    edit(folder, "params.json", dim=4096, ffn_dim_multiplier=1.3, multiple_of=1024)
+    assert mil.read_config(folder)["config"].d_ff == 14336  # 8B's
+
+
+def test_a_generation_config_without_an_end_leaves_that_of_config_json(tmp_path):
+    (make(tmp_path / "x") / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert mil.read_config(tmp_path / "x")["ids"]["eos_token_id"] == 2
+
+
+@pytest.mark.parametrize("base, ssm, n", [("mamba", {}, 16), ("mamba2", {"ngroups": 4}, 128)])
+def test_a_hybrid_that_states_no_d_state_has_the_authors_default(tmp_path, base, ssm, n):
+    edit(make(tmp_path / "x", base), "mamba_config.json", ssm_cfg=ssm)
+    with refused(f"d_state (is )?{n}"):
+        mil.read_config(tmp_path / "x")
+
+
+def test_a_tied_hybrid_is_exported_with_a_head(tmp_path):
+    sizes = dict(v=11, d=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24, tied=True)
+    mil.save(build(mil.Config(**sizes, mixers=["mamba2", "attention"]), torch.float32), tmp_path)
+    mil.export(tmp_path, tmp_path / "x", "mambainllama")
+    w = safetensors.load_file(tmp_path / "x" / "model.safetensors")
+    assert torch.equal(w["lm_head.weight"], w["model.embed_tokens.weight"])

@@ -142,7 +142,7 @@ def test_greedy_speculation_writes_what_greedy_decoding_writes(target, draft, K,
     target, draft = (build(dataclasses.replace(c, v=v), seed=seed + i) for i, c in enumerate((target, draft)))
     prompts = [random_tokens(target.config, 1, l, seed + i)[0].tolist() for i, l in enumerate(lengths)]
     want = whole(g.generate(target, prompts, 20, temperature=0, stop=[v - 1]))
-    assert whole(g.generate(target, prompts, 20, temperature=0, stop=[v - 1], draft=draft, speculate=K)) == want
+    assert whole(g.generate(target, prompts, 20, temperature=0, stop=[v - 1], draft=draft, K=K)) == want
 
 
 @pytest.mark.parametrize("mixers", [["attention"] * 4, ["mamba"] * 4, ["mamba2"] * 4, ["attention", "mamba", "mamba2", "none"]], ids="-".join)
@@ -150,13 +150,13 @@ def test_a_draft_that_is_the_target_is_kept_whole_and_one_that_is_wrong_not_at_a
     model = build(Config(**MIXED, mixers=mixers))
     wrong = build(Config(**MIXED, mixers=mixers))
     want = whole(g.generate(model, [[5, 3], [6, 7, 8]], 24, temperature=0))
-    decoder = g.Decoder(model, 2, 40, 0, draft=model, speculate=3)
+    decoder = g.Decoder(model, 2, 40, 0, draft=model, K=3)
     rounds = list(decoder.decode([[5, 3], [6, 7, 8]], 24))
     assert whole(rounds) == want and [len(new) for new in rounds[0]] == [4, 4]
     assert decoder.accepted == decoder.proposed == 3 * decoder.passes == 2 * 3 * 6
     with torch.no_grad():
         wrong.lm_head.weight.neg_()  # likeliest is what was least likely
-    rounds = list(g.generate(model, [[5, 3], [6, 7, 8]], 24, temperature=0, draft=wrong, speculate=3))
+    rounds = list(g.generate(model, [[5, 3], [6, 7, 8]], 24, temperature=0, draft=wrong, K=3))
     assert whole(rounds) == want and len(rounds) == 24
 
 
@@ -219,7 +219,7 @@ def test_speculative_sampling_follows_the_targets_law_through_the_models():
     """Three tokens at K = 1: proposed, added, proposed again after the cursors moved. Each given the tokens before it."""
     target, draft = (build(Config(**{**MIXED, "v": 3}), seed=i) for i in range(2))
     n = 9000
-    rows = whole(g.generate(target, [[1, 2]] * n, 3, 1.3, 0, 0.95, generator=torch.Generator(DEVICE).manual_seed(0), draft=draft, speculate=1))
+    rows = whole(g.generate(target, [[1, 2]] * n, 3, 1.3, 0, 0.95, generator=torch.Generator(DEVICE).manual_seed(0), draft=draft, K=1))
     rows = torch.tensor(rows)
     for before in [(), *[(a,) for a in range(3)], *[(a, b) for a in range(3) for b in range(3)]]:
         seen = rows[(rows[:, :len(before)] == torch.tensor(before)).all(1) if before else slice(None), len(before)]
@@ -237,7 +237,7 @@ def test_the_draft_proposes_what_it_would_itself_write_after_the_text_so_far(con
     target, draft, seen, verify = build(config, seed=seed), build(config, seed=seed + 1), [], g.verify
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(g, "verify", lambda proposed, *args: seen.append(proposed.tolist()) or verify(proposed, *args))
-        rounds = list(g.generate(target, [[1, 0], [2, 0, 1]], 12, 0, draft=draft, speculate=K))
+        rounds = list(g.generate(target, [[1, 0], [2, 0, 1]], 12, 0, draft=draft, K=K))
         patch.undo()
         texts = [[1, 0], [2, 0, 1]]
         for proposed, new in zip(seen, rounds):
@@ -257,7 +257,7 @@ def test_greedy_speculation_on_decodings_kernels_writes_the_plain_text():
     with form("triton"):
         want = whole(g.generate(target, prompts, new, 0, stop=stop))
         for K, proposer in ((3, draft), (2, target))[:2 if DEVICE == "cuda" else 1]:
-            assert whole(g.generate(target, prompts, new, 0, stop=stop, draft=proposer, speculate=K)) == want
+            assert whole(g.generate(target, prompts, new, 0, stop=stop, draft=proposer, K=K)) == want
 
 
 def test_what_a_text_held_is_freed_with_it_and_not_in_the_middle_of_another(monkeypatch):
@@ -266,7 +266,7 @@ def test_what_a_text_held_is_freed_with_it_and_not_in_the_middle_of_another(monk
     monkeypatch.setattr(g, "Launched", lambda *args: made.append(weakref.ref(launched := make(*args))) or launched)
     gc.disable()
     try:
-        list(g.generate(build(Config(**MIXED)), [[1, 2]], 9, 0, draft=build(Config(**MIXED), seed=1), speculate=2))
+        list(g.generate(build(Config(**MIXED)), [[1, 2]], 9, 0, draft=build(Config(**MIXED), seed=1), K=2))
         assert len(made) == 2 and not any(ref() for ref in made)
     finally:
         gc.enable()
@@ -274,7 +274,7 @@ def test_what_a_text_held_is_freed_with_it_and_not_in_the_middle_of_another(monk
 
 def test_rows_of_a_speculative_batch_end_by_their_own_length_and_the_shorter_context():
     model, draft = build(Config(**MIXED)), build(Config(**{**MIXED, "context": 40}), seed=1)
-    rows = whole(g.generate(model, [[1], list(range(37)), [9, 9]], 6, temperature=0, draft=draft, speculate=5))
+    rows = whole(g.generate(model, [[1], list(range(37)), [9, 9]], 6, temperature=0, draft=draft, K=5))
     assert [len(row) for row in rows] == [6, 3, 6]
     with pytest.raises(MilError, match="prompt 1 has 40 tokens, the context is 40"):
         next(g.generate(model, [[1] * 40], 6, draft=draft))
@@ -287,16 +287,16 @@ def test_a_stop_token_inside_a_round_cuts_what_counts_as_accepted():
     model = build(Config(**MIXED))
     text = whole(g.generate(model, [[5, 6]], 8, temperature=0))[0]
     at = next(i for i, token in enumerate(text[1:], 1) if token not in text[:i] and i % 4 < 3)
-    decoder = g.Decoder(model, 1, 10, 0, draft=model, speculate=3)
+    decoder = g.Decoder(model, 1, 10, 0, draft=model, K=3)
     got = whole(decoder.decode([[5, 6]], 8, [text[at]]))[0]
     assert got == text[:at + 1] and decoder.accepted == at // 4 * 3 + at % 4 + 1 < decoder.proposed
 
 
-@pytest.mark.parametrize("K, draft, match", [(-1, {}, "speculate is -1, expected 1 to 15"), (16, {}, "speculate is 16, expected 1 to 15"),
+@pytest.mark.parametrize("K, draft, match", [(-1, {}, "K is -1, expected 1 to 15"), (16, {}, "K is 16, expected 1 to 15"),
                                              (2, {"v": 300}, "the draft's vocabulary is 300, the model's 257")])
 def test_speculation_that_cannot_work_is_refused(K, draft, match):
     with pytest.raises(MilError, match=match):
-        next(g.generate(build(Config(**MIXED)), [[1]], 5, draft=build(Config(**{**MIXED, **draft})), speculate=K))
+        next(g.generate(build(Config(**MIXED)), [[1]], 5, draft=build(Config(**{**MIXED, **draft})), K=K))
 
 
 def test_a_stop_token_outside_the_vocabulary_is_refused():
@@ -311,8 +311,8 @@ def test_nan_logits_end_in_one_clear_line_and_a_drafts_are_merely_rejected(tempe
     with torch.no_grad():
         broken.norm.weight[0] = torch.nan
     with pytest.raises(MilError, match="prompt 1: the model's logits are NaN after 2 tokens"):
-        list(g.generate(broken, [[1, 2]], 5, temperature, draft=model if speculative else None, speculate=2))
-    got = whole(g.generate(model, [[1, 2]], 9, temperature, draft=broken, speculate=2))
+        list(g.generate(broken, [[1, 2]], 5, temperature, draft=model if speculative else None, K=2))
+    got = whole(g.generate(model, [[1, 2]], 9, temperature, draft=broken, K=2))
     assert len(got[0]) == 9 and (temperature > 0 or got == whole(g.generate(model, [[1, 2]], 9, 0)))
 
 
@@ -326,7 +326,7 @@ def test_settings_that_make_no_law_are_refused(setting, match):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_draft_may_be_of_another_type(dtype):
     model, draft = build(Config(**MIXED)), build(Config(**MIXED), dtype, seed=1)
-    assert whole(g.generate(model, [[1], [2, 3]], 12, 0, draft=draft, speculate=3)) == whole(g.generate(model, [[1], [2, 3]], 12, 0))
+    assert whole(g.generate(model, [[1], [2, 3]], 12, 0, draft=draft, K=3)) == whole(g.generate(model, [[1], [2, 3]], 12, 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -461,7 +461,7 @@ def test_a_draft_must_speak_the_targets_tokens(student, tmp_path):
     g.save_with_tokenizer(build(Config(**{**MIXED, "v": 600}), torch.float32), tmp_path / "target", "bytes")
     g.save_with_tokenizer(build(Config(**{**MIXED, "v": 600}), torch.float32), tmp_path / "other", str(llama3_file(tmp_path / "tokenizer.model")))
     (tmp_path / "none").mkdir()
-    for model, draft, match in ((student, "large", "has a vocabulary of 300, .* one of 257: a draft must speak the same tokens"),
+    for model, draft, match in ((student, "large", "draft's vocabulary is 300, the model's 257"),
                                 (tmp_path / "target", "other", "other: its tokens differ from those of"),
                                 (student, "none", "no checkpoint here")):
         with pytest.raises(MilError, match=match):
@@ -470,7 +470,7 @@ def test_a_draft_must_speak_the_targets_tokens(student, tmp_path):
 
 @pytest.mark.parametrize("argv, match", [(["--speculate", "2"], "--speculate needs a --draft"),
                                          (["--speculate", "-1", "--draft", "d"], "--speculate is -1, expected 1 or more"),
-                                         (["--speculate", "60", "--draft", "self"], "speculate is 60, expected 1 to 15")])
+                                         (["--speculate", "60", "--draft", "self"], "K is 60, expected 1 to 15")])
 def test_a_number_of_proposals_that_cannot_be_is_refused(student, argv, match):
     with pytest.raises(MilError, match=match):
         g.main(["--model", student, "--prompt", "a", "--device", DEVICE, *[student if a == "self" else a for a in argv]])
@@ -531,7 +531,7 @@ def counting(models, monkeypatch):
 @given(configs(), st.data(), st.sampled_from([None, 1, 3]), st.booleans())
 @settings(max_examples=8)
 def test_a_decoder_goes_on_with_longer_texts_as_if_it_had_read_them_anew(config, data, K, cut):
-    model, drafts = build(config), {} if K is None else dict(draft=build(data.draw(configs()), seed=1), speculate=K)
+    model, drafts = build(config), {} if K is None else dict(draft=build(data.draw(configs()), seed=1), K=K)
     ids = lambda least, most: data.draw(st.lists(st.integers(0, config.v - 1), min_size=least, max_size=most))  # noqa: E731
     texts, decoder = [ids(1, 6) for _ in range(2)], g.Decoder(model, 2, 60, 0, **drafts)
     for _ in range(2):
@@ -552,7 +552,7 @@ def test_a_decoder_goes_on_with_longer_texts_as_if_it_had_read_them_anew(config,
 @pytest.mark.parametrize("speculate", [None, 3])
 def test_a_turn_reads_only_what_is_new(speculate, monkeypatch):
     model = build(Config(**MIXED, mixers=["attention", "mamba", "mamba2", "none"]))
-    drafts = {} if speculate is None else dict(draft=build(Config(**MIXED), seed=1), speculate=speculate)
+    drafts = {} if speculate is None else dict(draft=build(Config(**MIXED), seed=1), K=speculate)
     decoder, text = g.Decoder(model, 1, 48, 0, **drafts), list(range(20))
     text += sum(whole(decoder.decode([text], 4)), []) + [5, 6, 7]
     read = counting([m for m in (model, drafts.get("draft")) if m], monkeypatch)
@@ -595,3 +595,46 @@ def test_a_cleared_cache_is_a_new_one(mixer):
     with torch.inference_mode():
         decoder.rounds.caches[0].clear()
         assert_close(model.hidden(tokens, decoder.rounds.caches[0]), model.hidden(tokens, mil.Cache(model, 1, 40)), 1e-12)
+
+
+@pytest.mark.parametrize("mixer", ["mamba2", "attention"])
+def test_after_a_round_that_failed_the_same_prompt_gives_the_same_text(mixer, monkeypatch):
+    model = build(Config(**{**MIXED, "mixers": [mixer] * 4}))
+    want, decoder = whole(g.generate(model, [[5, 6, 7]], 6, 0)), g.Decoder(model, 1, 20, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "take", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            whole(decoder.decode([[5, 6, 7]], 6))
+    assert whole(decoder.decode([[5, 6, 7]], 6)) == want
+
+
+def test_a_coin_of_zero_keeps_no_token_outside_the_distribution(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda shape, **how: torch.zeros(shape))
+    q, p = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
+    count, extra = g.verify(torch.tensor([[0]]), q, p)
+    assert count.tolist() == [0] and extra.tolist() == [1]
+
+
+def test_rows_of_unequal_length_go_on_together():
+    model, texts = build(Config(**MIXED)), [[7], [*range(20)]]
+    decoder = g.Decoder(model, 2, 48, 0)
+    got = whole(decoder.decode(texts, 3))
+    texts = [[*text, *new, 9] for text, new in zip(texts, got, strict=True)]
+    assert whole(decoder.decode(texts, 7)) == whole(g.generate(model, texts, 7, 0))
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+def test_a_draft_forgets_another_text(mixer):
+    """A draft that is the model: what it holds wrongly shows in what is kept, not in the text."""
+    model = build(Config(**MIXED, mixers=[mixer] * 4))
+    decoder = g.Decoder(model, 2, 48, 0, draft=model, K=3)
+    for texts in ([[*range(20)], [*range(30, 52)]], [[5, 3], [6, 7, 8]]):
+        whole(decoder.decode(texts, 12))
+        assert decoder.accepted == decoder.proposed
+
+
+def test_a_conversation_has_the_drafts_room(student_with_draft, monkeypatch, capsys):
+    model, draft = student_with_draft
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x" * 10 + b"\n")))
+    g.main(["--model", model, "--draft", draft, "--chat", "--device", DEVICE])
+    assert "no room: 0 of 24 tokens are taken, this takes 28" in capsys.readouterr().err

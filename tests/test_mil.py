@@ -649,3 +649,30 @@ def test_a_cleared_cache_is_a_new_one(undo):
         cache.clear()
         assert_close(model(tokens, cache), model(tokens), 1e-10)
     assert cache.at.tolist() == [4] and cache.base.tolist() == [0 if undo else 4]
+
+
+def test_padding_takes_no_room_in_a_cache():
+    model = build(Config(**SMALL))
+    cache = Cache(model, 2, 8)
+    with torch.no_grad():
+        for counts in ([1, 3], [2, 0], [2, 5]):
+            model(random_tokens(model.config, 2, 5), cache, counts)
+            assert cache.used == cache.at.max()
+    assert cache.at.tolist() == [5, 8]
+
+
+def test_a_bias_is_added_in_the_type_of_the_activations():
+    layer = mil.Linear(4, 6).to(DEVICE)
+    x = torch.randn(2, 3, 4, dtype=torch.bfloat16, device=DEVICE)
+    assert layer(x).dtype == torch.bfloat16
+
+
+def test_attentions_biases_are_added_in_decoding():
+    config = Config(**{**WIDE, "n_layers": 1, "mixers": ["attention"]}, attention_bias=True)
+    model, tokens = mil.pack(build(config, torch.float32)), random_tokens(config, 2, 7)
+    cache = Cache(model, 2, 7)
+    with torch.no_grad(), form("triton"):
+        got = torch.cat([model(part, cache) for part in tokens.split([4, 3], dim=1)], dim=1)
+        assert cache.fused
+    with torch.no_grad(), form("torch"):
+        assert_close(got, model(tokens), 1e-4)

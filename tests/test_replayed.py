@@ -49,7 +49,7 @@ def test_heads_that_kernels_cannot_hold_are_decoded_without_them(mixers, heads, 
     with torch.device("meta"):
         model = mil.Hybrid(mil.Config(v=7, d=8, n_layers=len(mixers), n_kv_heads=1, d_ff=8, mixers=mixers, **heads))
     model.embed_tokens.to_empty(device="cpu")
-    assert mil.Cache(model, 1, 2).small is small
+    assert mil.Cache(model, 1, 2).fits is small
 
 
 def test_a_model_without_mixers_is_none_of_the_authors_hybrids(tmp_path):
