@@ -802,7 +802,10 @@ def check_settings(s):
     mil.refuse(
         (s.dtype not in ("", *DTYPES), f"dtype is {s.dtype}, expected {', '.join(DTYPES)}"),
         (not 0 <= s.seed < 2**63, f"seed is {s.seed}, expected 0 to 2^63 - 1"),
-        (s.speculate < 1, f"speculate is {s.speculate}, expected 1 or more"),
+        (
+            not 1 <= s.speculate < kernels.FEW,
+            f"speculate is {s.speculate}, expected 1 to {kernels.FEW - 1}",
+        ),
         (s.speculate != 4 and not s.draft, "speculate needs a --draft: the model that proposes"),
         (s.context != 0 and s.context < 2, f"context is {s.context}, expected at least 2"),
         (s.chat and s.prompt, "chat reads what you say from the terminal: leave --prompt out"),

@@ -469,8 +469,8 @@ def test_a_draft_must_speak_the_targets_tokens(student, tmp_path):
 
 
 @pytest.mark.parametrize("argv, match", [(["--speculate", "2"], "--speculate needs a --draft"),
-                                         (["--speculate", "-1", "--draft", "d"], "--speculate is -1, expected 1 or more"),
-                                         (["--speculate", "60", "--draft", "self"], "K is 60, expected 1 to 15")])
+                                         (["--speculate", "-1", "--draft", "d"], "--speculate is -1, expected 1 to 15"),
+                                         (["--speculate", "60", "--draft", "self"], "--speculate is 60, expected 1 to 15")])
 def test_a_number_of_proposals_that_cannot_be_is_refused(student, argv, match):
     with pytest.raises(MilError, match=match):
         g.main(["--model", student, "--prompt", "a", "--device", DEVICE, *[student if a == "self" else a for a in argv]])
