@@ -578,10 +578,10 @@ class Cache:
         attention        k v k v k v k v k v k v    | k v k v k v    a key and a value a token
         Mamba            h ─────────────────────────┘ x x x x x x    one state, and inputs after it
 
-    With undo=True the last pass (of at most FEW tokens a row) can be taken back, whole or in part,
-    with no copy of a state (section 4 and Algorithm 2 of the paper): its inputs are `pending`. The
-    next pass first takes those that `keep` left into the state, then reads its own tokens from
-    there. Otherwise, and in a longer pass, all tokens go into the state at once.
+    With undo=True the last pass (of at most FEW tokens a row, without padding) can be taken back,
+    whole or in part, with no copy of a state (section 4 and Algorithm 2 of the paper): its inputs
+    are `pending`. The next pass first takes those that `keep` left into the state, then reads its
+    own tokens from there. Otherwise, and in other passes, all tokens go into the state at once.
 
     Per row, at (b,) is the number of tokens read, base (b,) of those in the states. On a GPU a pass
     of a few tokens is made of kernels which read both where they lie (`fused`), so that it can be
@@ -619,7 +619,7 @@ class Cache:
         self.new, self.fused = l, lengths is None and self.fusable(l)
         self.lengths = lengths if lengths is None else torch.as_tensor(lengths, device=self.device)
         self.counts = l if lengths is None else self.lengths
-        self.direct = not self.undo or l > kernels.FEW
+        self.direct = not self.undo or l > kernels.FEW or lengths is not None
         self.to = self.at + self.counts if self.direct else self.at
         self.pos = self.at[:, None] + torch.arange(l, device=self.device)
         self.angles = [t[0, 0, self.pos][:, None] for t in self.turns]  # (b, 1, l, p / 2)

@@ -189,20 +189,21 @@ def test_a_stack_with_a_cache_equals_the_stack_without_for_any_split(config, pie
 @given(configs(), st.integers(1, 3), UNDO, st.data())
 @settings(max_examples=80)
 def test_each_row_of_a_cache_is_as_if_alone_whatever_it_reads_and_keeps(config, rows, undo, data):
-    """Rows read their own numbers of tokens, padded on the right, and keep as many as they like."""
+    """Rows read their own numbers of tokens, padded on the right, or all as many and keep some."""
     model, cache = build(config), Cache(build(config), rows, 120, undo)
     texts = [torch.empty(0, dtype=torch.long, device=DEVICE) for _ in range(rows)]
     for i in range(data.draw(st.integers(1, 6))):
         l = data.draw(st.sampled_from([1, 2, 5, kernels.FEW, kernels.FEW + 3]))
-        counts = [data.draw(st.integers(0, l)) for _ in range(rows)]
+        padded = data.draw(st.booleans())
+        counts = [data.draw(st.integers(0, l)) if padded else l for _ in range(rows)]
         new = random_tokens(config, rows, l, i)
         with torch.no_grad():
-            got = model(new, cache, counts)
+            got = model(new, cache, counts if padded else None)
             texts = [torch.cat([text, row[:n]]) for text, row, n in zip(texts, new, counts)]
             for row, text, n in zip(got, texts, counts):
                 if n:
                     assert_close(row[:n], model(text[None])[0, -n:], 1e-8)
-        if undo and l <= kernels.FEW:
+        if undo and l <= kernels.FEW and not padded:
             kept = [len(text) - data.draw(st.integers(0, n)) for text, n in zip(texts, counts)]
             cache.keep(kept)
             texts = [text[:n] for text, n in zip(texts, kept)]
