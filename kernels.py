@@ -1099,15 +1099,16 @@ def norm_kernel(p_x, p_w, p_y, eps, k: constexpr, BK: constexpr):
     o = tl.arange(0, BK)
     o_x = tl.program_id(0).to(tl.int64) * k + o
     b_x = read(p_x + o_x, o < k)
-    b_y = b_x * tl.rsqrt(tl.sum(b_x * b_x, axis=0) / k + eps) * read(p_w + o, o < k)
+    b_w = read(p_w + o, o < k)
+    b_y = b_x * tl.rsqrt(tl.sum(b_x * b_x, axis=0) / k + eps) * b_w
     tl.store(p_y + o_x, b_y, mask=o < k)
 
 
-# y = x Wᵀ, with a gate V, y = silu(x Vᵀ) ∘ x Wᵀ, or with u added. x (rows, k), W and V (n, k). A
-# program makes BN columns for M ≤ 64 rows (tokens).
+# y = x Wᵀ; with a gate V, y = silu(x Vᵀ) ∘ x Wᵀ. x (rows, k), W and V (n, k). A program makes BN
+# columns for M ≤ 64 rows (tokens).
 @jit(do_not_specialize=["rows"])
 def linear_kernel(
-    p_x, s_x: constexpr, p_w, p_gate, p_onto, p_y, rows, n: constexpr, k: constexpr,
+    p_x, s_x: constexpr, p_w, p_gate, p_y, rows, n: constexpr, k: constexpr,
     M: constexpr, BN: constexpr, BK: constexpr,
 ):  # fmt: skip
     o_m = (tl.program_id(0) * M + tl.arange(0, M)[None, :]).to(tl.int64)
@@ -1128,8 +1129,6 @@ def linear_kernel(
     m_y = (o_m < rows) & (o_n < n)
     if p_gate is not None:
         b_y *= silu(b_gate)
-    if p_onto is not None:
-        b_y += read(p_onto + o_m * n + o_n, m_y)
     tl.store(p_y + o_m * n + o_n, b_y, mask=m_y)
 
 
@@ -1148,12 +1147,10 @@ def rms_norm(x, weight, eps):
     return y
 
 
-def linear(x, weight, gate=None, onto=None):
-    """x Wᵀ of x (b, l, k), W (n, k); gated, silu(x Vᵀ) ∘ x Wᵀ; or x Wᵀ + onto, may be in place."""
+def linear(x, weight, gate=None):
+    """x Wᵀ of x (b, l, k), W (n, k); with a gate V, silu(x Vᵀ) ∘ x Wᵀ."""
     (b, l, k), n = x.shape, weight.shape[0]
     if b > MANY:
-        if onto is not None:
-            return onto.flatten(0, 1).addmm_(x.flatten(0, 1), weight.T).view_as(onto)
         y = F.linear(x, weight)
         return y if gate is None else F.silu(F.linear(x, gate)) * y
     x = (x if x.stride(2) == 1 else x.contiguous()).reshape(b * l, k)
@@ -1162,7 +1159,7 @@ def linear(x, weight, gate=None, onto=None):
     sizes = dict(LINEAR[gated], n=n, k=k, M=M)
     stage = (sizes["BN"] * (1 + gated) + M) * sizes["BK"] * x.element_size()
     sizes["num_stages"] = in_flight(x, 4, stage)
-    tensors = [None if t is None else t.contiguous() for t in (weight, gate, onto)]
+    tensors = [None if t is None else t.contiguous() for t in (weight, gate)]
     y, grid = x.new_empty(b, l, n), (-(-(b * l) // M), -(-n // sizes["BN"]))
     launch(linear_kernel, grid, x, x.stride(0), *tensors, y, b * l, **sizes)
     return y
@@ -1385,6 +1382,8 @@ def replay_kernel(
     b_A = -tl.exp(b_A.to(tl.float32)) * LOG2E
     b_D = read(p_D + o_d, m_p)
     b_bias = read(p_bias + o_d, m_p)
+    if p_norm is not None:
+        b_norm = read(p_norm + i_h * p + o_p, m_p)
     p_mixed += i_b * SIZE * c
     p_dt += i_b * l * s_dt
     p_logdt += i_b * SIZE * s_logdt
@@ -1393,6 +1392,8 @@ def replay_kernel(
     for t in range(base, at + l):
         o_t = t + 0 * o_p
         i_log = t & (SIZE - 1)
+        o_y = i_b * l + t - at
+        b_z = read(p_z + o_y * s_z + i_h * p + o_p, m_p & (o_t >= at))
         b_x = read(p_mixed + (t - base) * c + o_x, m_p)
         b_dt = replay_read(p_logdt, s_logdt, p_dt, s_dt, o_t, o_d, m_p, at, SIZE)
         tl.store(p_logdt + i_log * s_logdt + o_d, b_dt, mask=m_p & (o_t >= at))
@@ -1409,12 +1410,11 @@ def replay_kernel(
         if t + 1 == to:
             tl.store(p_h, b_h, mask=m_p & m_n)
         if t >= at:
-            o_y = i_b * l + t - at
             b_y = tl.sum(tl.sum(b_h * b_C, axis=1, keep_dims=True), axis=2, keep_dims=True)
-            b_y = (b_y + b_D * b_x) * silu(read(p_z + o_y * s_z + i_h * p + o_p, m_p))
+            b_y = (b_y + b_D * b_x) * silu(b_z)
             if p_norm is not None:
                 b_y *= tl.rsqrt(tl.sum(b_y * b_y, axis=0, keep_dims=True) / p + eps)
-                b_y *= read(p_norm + i_h * p + o_p, m_p)
+                b_y *= b_norm
             tl.store(p_y + (o_y * h + i_h) * p + o_p, b_y, mask=m_p)
 
 

@@ -126,18 +126,17 @@ def decoding(x, *weights):
 
 
 class Linear(nn.Linear):
-    """x Wᵀ + bias in x's type, added to `onto` if that is given."""
+    """x Wᵀ + bias in x's type."""
 
-    def forward(self, x, onto=None):
-        y = self.product(x, onto)
+    def forward(self, x):
+        y = self.product(x)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
-    def product(self, x, onto=None):
+    def product(self, x):
         """x Wᵀ without the bias."""
         if decoding(x, self.weight):
-            return kernels.linear(x, self.weight, onto=onto)
-        y = F.linear(x, self.weight.to(x.dtype))
-        return y if onto is None else onto + y
+            return kernels.linear(x, self.weight)
+        return F.linear(x, self.weight.to(x.dtype))
 
     def parts(self, x, sizes):
         """x Wᵀ, split along its last axis."""
@@ -242,13 +241,13 @@ class Documents:
 # --------------------------------------------------------------------------------------------------
 # Mixers: what moves information between tokens.
 #
-#   forward(u, angles, state, docs, onto)
-#                        the mixer's formula, added to `onto`. u (b, l, d) is normed; angles are
-#                        RoPE's; state is this layer's part of the Cache, None in training; docs are
-#                        Documents, None if every row is one
-#   inherit()            the tensors that begin as attention's W_q, W_k, W_v and W_o
-#   new_state(cache)     this layer's part of a Cache
-#   READS                the projections of the input, which `pack` lays side by side
+#   forward(u, angles, state, docs)
+#                     the mixer's formula. u (b, l, d) is normed; angles are RoPE's; state is this
+#                     layer's part of the Cache, None in training; docs are Documents, None if every
+#                     row is one
+#   inherit()         the tensors that begin as attention's W_q, W_k, W_v and W_o
+#   new_state(cache)  this layer's part of a Cache
+#   READS             the projections of the input, which `pack` lays side by side
 #
 # Mamba and Mamba2 also have `scan`, in PyTorch or by a kernel, and `replay`, its form in decoding.
 
@@ -268,7 +267,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.d, narrow, bias=bias)
         self.o_proj = Linear(wide, config.d, bias=bias)
 
-    def forward(self, u, angles, state=None, docs=None, onto=None):
+    def forward(self, u, angles, state=None, docs=None):
         qkv = project(
             u,
             self.q_proj,  # (b, l, h·p)
@@ -282,7 +281,7 @@ class Attention(nn.Module):
             y = docs.attend(rotate(q, angles), rotate(k, angles), v)
         else:
             y = sdpa(rotate(q, angles), rotate(k, angles), v)
-        return self.o_proj(y.flatten(2), onto)
+        return self.o_proj(y.flatten(2))
 
     def new_state(self, cache):
         return AttentionState(cache, self.config, self.q_proj.weight.dtype)
@@ -333,7 +332,7 @@ class Mamba(nn.Module):
         """(b, l, h·p) -> (b, l, h, p)."""
         return t.unflatten(-1, (-1, self.config.d_state))
 
-    def forward(self, u, angles, state=None, docs=None, onto=None):
+    def forward(self, u, angles, state=None, docs=None):
         x, z, B, C, dt = project(
             u,
             self.in_proj_x,  # (b, l, g·p)
@@ -348,7 +347,7 @@ class Mamba(nn.Module):
             y, _, _ = self.scan(x, dt, B, C, z, docs=docs)
         else:
             y = state.extend(self, (x, dt, B), (C, z))
-        return self.out_proj(y.flatten(2), onto)
+        return self.out_proj(y.flatten(2))
 
     def scan(self, x, dt, B, C, z, window=None, h0=None, lengths=None, docs=None):
         """The convolution and the scan, of which lengths (b,) tokens of each row are real.
@@ -405,13 +404,13 @@ class Mamba2(nn.Module):
         _, x, B, C, _ = self.in_proj.weight.split([wide, narrow, narrow, wide, h])
         return C, B, x, self.out_proj.weight
 
-    def forward(self, u, angles, state=None, docs=None, onto=None):
+    def forward(self, u, angles, state=None, docs=None):
         z, xBC, dt = self.in_proj.parts(u, self.sizes)  # (b, l, h·p) (b, l, 2 g·p + h·p) (b, l, h)
         if state is None:
             y, _, _ = self.scan(xBC, dt, z, docs=docs)
         else:
             y = state.extend(self, (xBC, dt), (z,))
-        return self.out_proj(y.flatten(2), onto)
+        return self.out_proj(y.flatten(2))
 
     def scan(self, xBC, dt, z, window=None, h0=None, lengths=None, docs=None):
         """As Mamba's; gate and norm included."""
@@ -450,8 +449,8 @@ class NoMixer(nn.Module):
     def inherit(self):
         return ()
 
-    def forward(self, u, angles, state=None, docs=None, onto=None):
-        return torch.zeros_like(u) if onto is None else onto
+    def forward(self, u, angles, state=None, docs=None):
+        return torch.zeros_like(u)
 
     def new_state(self, cache):
         return None
@@ -474,16 +473,16 @@ class MLP(nn.Module):
         self.up_proj = Linear(config.d, config.d_ff, bias=False)
         self.down_proj = Linear(config.d_ff, config.d, bias=False)
 
-    def forward(self, u, onto=None):
+    def forward(self, u):
         if decoding(u, self.up_proj.weight):
             inside = kernels.linear(u, self.up_proj.weight, gate=self.gate_proj.weight)
         else:
             inside = F.silu(self.gate_proj(u)) * self.up_proj(u)
-        return self.down_proj(inside, onto)
+        return self.down_proj(inside)
 
 
 class Block(nn.Module):
-    """A Llama layer, whatever its mixer: u + mixer(norm(u)), then u + mlp(norm(u))."""
+    """A Llama layer, whatever its mixer."""
 
     def __init__(self, config, mixer):
         super().__init__()
@@ -493,8 +492,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, u, angles, state=None, docs=None):
-        u = self.mixer(self.input_layernorm(u), angles, state, docs, onto=u)
-        return self.mlp(self.post_attention_layernorm(u), onto=u)
+        u = u + self.mixer(self.input_layernorm(u), angles, state, docs)
+        return u + self.mlp(self.post_attention_layernorm(u))
 
 
 class Hybrid(nn.Module):
