@@ -1445,6 +1445,6 @@ def replay(x, dt, B, C, z, log, state, places, weight, bias, A_log, dt_bias, D, 
     sizes = dict(c=c, h=h, group=group, p=p, n=n, BP=BP, BN=BN, NB=min(BN, 32))
     tensors = *strided(dt, B, C, z, log_dt, *(log_B or [None])), mixed, state, at, base, to
     tensors += A_log, dt_bias, D, norm, y
-    sizes["num_warps"] = max(1, BP * BN // 2048)
+    sizes["num_warps"] = max(2, BP * BN // 1024)
     launch(replay_kernel, (b * h,), *tensors, l, size, eps, **sizes)
     return y
