@@ -128,24 +128,15 @@ def decoding(x, *weights):
 class Linear(nn.Linear):
     """x Wᵀ + bias in x's type."""
 
-    def forward(self, x):
-        y = self.product(x)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
-
-    def product(self, x):
-        """x Wᵀ without the bias."""
+    def forward(self, x, biased=True):
         if decoding(x, self.weight):
-            return kernels.linear(x, self.weight)
-        return F.linear(x, self.weight.to(x.dtype))
-
-    def parts(self, x, sizes):
-        """x Wᵀ, split along its last axis."""
-        if decoding(x, self.weight):
-            return kernels.linear(x, self.weight).split(sizes, dim=-1)
-        weight, pad = self.weight.to(x.dtype), -sum(sizes) % 8 if x.is_cuda else 0
-        if pad:  # a GPU's fast kernels want rows that begin at multiples of 16 bytes
-            weight = F.pad(weight, (0, 0, 0, pad))
-        return F.linear(x, weight).split([*sizes, pad], dim=-1)[:-1]
+            y = kernels.linear(x, self.weight)
+        else:
+            weight, n = self.weight.to(x.dtype), self.out_features
+            if x.is_cuda and n % 8:  # a GPU's fast kernels want rows of a multiple of 16 bytes
+                weight = F.pad(weight, (0, 0, 0, -n % 8))
+            y = F.linear(x, weight)[..., :n]
+        return y + self.bias.to(x.dtype) if biased and self.bias is not None else y
 
 
 def project(u, *parts):
@@ -341,7 +332,7 @@ class Mamba(nn.Module):
             self.C_proj,  # (b, l, h·n)
             self.dt_proj_down,  # (b, l, rank)
         )
-        dt = self.dt_proj.product(dt)  # (b, l, h·p); the scan adds its bias
+        dt = self.dt_proj(dt, biased=False)  # (b, l, h·p); the scan adds its bias
         x, dt, B, C, z = (self.heads(t) for t in (x, dt, B, C, z))  # (b, l, heads, p or n)
         if state is None:
             y, _, _ = self.scan(x, dt, B, C, z, docs=docs)
@@ -405,7 +396,8 @@ class Mamba2(nn.Module):
         return C, B, x, self.out_proj.weight
 
     def forward(self, u, angles, state=None, docs=None):
-        z, xBC, dt = self.in_proj.parts(u, self.sizes)  # (b, l, h·p) (b, l, 2 g·p + h·p) (b, l, h)
+        # (b, l, h·p) (b, l, 2 g·p + h·p) (b, l, h)
+        z, xBC, dt = self.in_proj(u).split(self.sizes, dim=-1)
         if state is None:
             y, _, _ = self.scan(xBC, dt, z, docs=docs)
         else:
@@ -789,13 +781,10 @@ def replace_attention(model, layers, mixer="mamba2", init="attention", share=Fal
         raise MilError(f"replace_attention: init {init!r}, expected attention or random")
     mixers, layers = list(model.config.mixers), list(layers)
     for i in layers:
-        if not 0 <= i < len(mixers):
-            last = len(mixers) - 1
-            told = f"layer {i} is out of range, the model has layers 0 to {last}"
-            raise MilError(f"replace_attention: {told}")
-        if mixers[i] != "attention":
-            told = f"layer {i} holds {mixers[i]}, not attention"
-            raise MilError(f"replace_attention: {told}: it is already replaced or listed twice")
+        found = mixers[i] if 0 <= i < len(mixers) else "nothing"
+        if found != "attention":
+            told = f"layer {i} holds {found}, expected attention in {len(mixers)} layers from 0 on"
+            raise MilError(f"replace_attention: {told}, none listed twice")
         mixers[i] = mixer
     dataclasses.replace(model.config, mixers=mixers)  # checks the new heads
     # deepcopy takes what is in `kept` for copied already: shared tensors, and those that leave
