@@ -449,12 +449,13 @@ def trained(name, config, train, mixer, batch, length, packed, budget):
     for i in mil.interleaved_layers(config.n_layers, 0.5):
         mixers[i] = mixer
     state = train_distill.State(step=970)  # of 1,000 steps, of which the loop logs each tenth
-    stage = train_distill.Stage(train=train, steps=1000, lr=1e-5, name=name, mixers=mixers)
+    stage = train_distill.Stage(trains=train, steps=1000, lr=1e-5, name=name, mixers=mixers)
     stage.schedule = "constant"
-    models = train_distill.assemble(run, base, base, stage, 1, {})
+    pair = train_distill.assemble(run, base, base, stage, 1, {})
 
     def batches(step):
         """Random tokens, as train_distill.training_batches gives them, others in each step."""
+        begins.append(time.perf_counter())
         dice, at = torch.Generator().manual_seed(step), torch.arange(length)
         x, y = torch.randint(config.v, (2, batch, length), generator=dice)
         begins = (at == 0) | (torch.rand(x.shape, generator=dice) < packed / 300)
@@ -463,21 +464,18 @@ def trained(name, config, train, mixer, batch, length, packed, budget):
         return [train_distill.to_device(x, y, pos, run.device, TYPE)], int((y >= 0).sum())
 
     begins, journal = [], io.StringIO()
-    models.register_forward_pre_hook(lambda *_: begins.append(time.perf_counter()))
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    train_distill.fit(run, state, stage, models, batches, journal, "")
+    train_distill.fit(run, state, stage, pair, batches, journal, "")
     first, *_, last = map(json.loads, journal.getvalue().splitlines())
     speed = 20 * batch * length / (last["seconds"] - first["seconds"])
-    student = dataclasses.replace(config, mixers=mixers)
-    mfu = speed * train_distill.flops(config, student, stage, length) / ceilings()[1]
-    row = {"tokens/s": speed, "peak, GiB": last["memory"] / 2**30, "MFU": mfu, "loss": last["loss"]}
+    row = {"tokens/s": speed, "peak, GiB": last["memory"] / 2**30, "loss": last["loss"]}
     row["first step, s"] = begins[1] - begins[0]
     return {**row, "graphs": counters["stats"]["unique_graphs"]}
 
 
 def training(rows):
-    """11. training, tokens/s from the tenth step on; MFU takes a row for one document
+    """11. training, tokens/s from the tenth step on
     The first step is mostly compilation, less where an earlier row left compiled code on disk."""
     for row in rows:
         try:

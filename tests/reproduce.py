@@ -197,7 +197,7 @@ class Lab:
         raw = [text for text in (td.read_text(file, False) for file in files) if text.strip()]
         self.raw, self.unseen = td.split(raw)
         sample = with_notes("\n" * 999, size.teacher_context, random.Random(0))  # other notes, another file
-        noted = self.out / f"noted-{td.identity(files, sample)}.jsonl"
+        noted = self.out / f"noted-{td.digest(files, sample)}.jsonl"
         if not noted.exists():
             dice = random.Random(0)
             mil.make_directory(self.out)
@@ -208,13 +208,12 @@ class Lab:
         train, begins = whole.begins
         few = len(begins) // 4  # of the unseen texts so many choose the rates; the others are what is measured on
         at, self.unseen = int(begins[few]), self.unseen[few:]
-        self.sweep_corpus = dataclasses.replace(whole, val=whole.val[:at], begins=[train, begins[:few]])
-        self.corpus = dataclasses.replace(whole, val=whole.val[at:], begins=[train, begins[few:] - at])
-        self.source = td.Source(self.run, self.out / "teacher")
+        self.sweep_corpus = whole._replace(val=whole.val[:at], begins=[train, begins[:few]])
+        self.corpus = whole._replace(val=whole.val[at:], begins=[train, begins[few:] - at])
 
-    @property
+    @functools.cached_property
     def teacher(self):
-        model = self.source.read()[0]
+        model, _ = td.read_models(self.run, self.out / "teacher")
         model.compute = self.kind
         return model
 
@@ -241,10 +240,10 @@ class Lab:
         if (old.get("config"), old.get("recipe")) != (config, recipe):
             base = mil.load(begun, self.device)
             base.config.context = size.teacher_context
-            stage = td.Stage(train="all", beta=0, steps=size.long_steps, lr=self.s.teacher_lr / 3, name="teacher, long texts", mixers=base.config.mixers)
+            stage = td.Stage(trains="all", beta=0, steps=size.long_steps, lr=self.s.teacher_lr / 3, name="teacher, long texts", mixers=base.config.mixers)
             models = td.assemble(long, None, base, stage, 0, {})
             td.fit(long, td.State(), stage, models, td.training_batches(long, self.corpus, [self.s.seed, 1]), io.StringIO(), "No teacher was saved")
-            td.save_student(long, models, place, "bytes", torch.float32, recipe=recipe)
+            td.save_student(long, models.student, place, "bytes", torch.float32, recipe=recipe)
 
     def decoding(self, model):
         """The model as decoding has it: of one type, not shared."""
@@ -465,18 +464,18 @@ def train_student(lab, arm, seed, rate, sweep, rows):
     for i, replaced in enumerate(arm.path):
         mixers = [arm.mixer if k in replaced else "attention" for k in range(size.n_layers)]
         new = len(replaced) - (len(arm.path[i - 1]) if i else 0)
-        stage = td.Stage(train=arm.train, steps=new * size.layer_steps + (arm.longer and i == last) * size.stage2_steps, lr=rate, name=f"stage 1.{i + 1}", mixers=mixers)
+        stage = td.Stage(trains=arm.train, steps=new * size.layer_steps + (arm.longer and i == last) * size.stage2_steps, lr=rate, name=f"stage 1.{i + 1}", mixers=mixers)
         if stage.steps:
             models, trained = train(stage, i, trained)
         if i in at(arm.report) and not sweep or i == last and sweep:
             measure(models, "1", replaced, False)
         if i in at(arm.then) and not sweep:
             before = tokens
-            second = dataclasses.replace(stage, train="all", steps=size.stage2_steps, lr=size.stage2_rate, name=f"stage 2 after 1.{i + 1}")
+            second = dataclasses.replace(stage, trains="all", steps=size.stage2_steps, lr=size.stage2_rate, name=f"stage 2 after 1.{i + 1}")
             models, full = train(second, 50 + i, trained)
             measure(models, "1 + 2", replaced, arm.judge)
             if seed == 0 and arm.judge:
-                td.save_student(run, models, lab.out / "models" / f"{arm.name}-{len(replaced)}", "bytes", torch.float32)
+                td.save_student(run, models.student, lab.out / "models" / f"{arm.name}-{len(replaced)}", "bytes", torch.float32)
             if i in at(arm.prefer):
                 pairs = json.loads((lab.out / "pairs.json").read_text())
                 held, learned = ([pair for number, *pair in pairs if (number % 4 == 0) == out] for out in (True, False))  # by file
@@ -496,13 +495,13 @@ def make_draft(lab, name):
     (mixer, count), n = DRAFTS[name], lab.size.n_layers
     layers = [round(i * (n - 1) / (count - 1)) for i in range(count)]
     run, base = lab.run, mil.keep_layers(lab.teacher, layers)
-    stage = td.Stage(train="all", steps=lab.size.draft_steps, lr=1e-3, name=name, mixers=[mixer] * count)
+    stage = td.Stage(trains="all", steps=lab.size.draft_steps, lr=1e-3, name=name, mixers=[mixer] * count)
     models = td.assemble(run, lab.teacher, base, stage, 1, {})
     try:
         td.fit(run, td.State(), stage, models, td.training_batches(run, lab.corpus, [7, 0]), io.StringIO(), "No draft was saved")
     except MilError as e:
         return [dict(arm=f"draft, {name}", seed=0, rate=stage.lr, diverged=str(e))]
-    td.save_student(run, models, lab.out / "models" / name, "bytes", torch.float32)
+    td.save_student(run, models.student, lab.out / "models" / name, "bytes", torch.float32)
     return [dict(arm=f"draft, {name}", stages="draft", seed=0, **td.evaluate(run, models, lab.corpus, lab.encoding)[1])]
 
 
@@ -980,7 +979,7 @@ def main(argv):
     teacher = {}
     if set(tables) - {"cost"}:
         lab.make_teacher()
-        models = td.prepare(lab.run, td.Models(None, lab.teacher))
+        models = td.prepare(lab.run, td.Pair(None, lab.teacher))
         teacher = {"context": size.context, "teacher_context": size.teacher_context, "samples": size.samples, **td.evaluate(lab.run, models, lab.corpus, lab.encoding)[0],
                    **lab.writing(lab.teacher), **lab.long_texts(lab.teacher, size.teacher_context)}
         parameters, within = sum(w.numel() for w in lab.teacher.parameters()), [k for k in teacher["needles"] if k <= size.teacher_context][-1]

@@ -67,9 +67,9 @@ class Steps:
     def __init__(self, o, shape, stage, count, out, resume=False, sharded=False):
         self.out, self.said = Path(out), Path(out) / "said"
         self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "recipe.json").write_text(json.dumps([dict(keep=0.5, train=TRAINS[stage], steps=2 * o.steps, lr=RATES[shape])]))
+        (self.out / "recipe.json").write_text(json.dumps([dict(keep=0.5, trains=TRAINS[stage], steps=2 * o.steps, lr=RATES[shape])]))
         flags = dict(teacher=teacher(Path(o.out) / shape, SHAPES[shape]), recipe=self.out / "recipe.json", out=self.out, context=SHAPES[shape].context, batch=o.rows * max(o.processes),
-                     accumulate=max(o.processes) // count, eval_sequences=max(o.processes), shard=o.shard, save_minutes=1e6, device=device_of(shape)[0])
+                     accumulate=max(o.processes) // count, eval_sequences=max(o.processes), save_minutes=1e6, device=device_of(shape)[0])
         script = [str(Path(td.__file__)), *(word for k, v in flags.items() for word in (f"--{k}", str(v))), "--data", str(Path(os.__file__).parent / TEXT)]
         many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "--"] * (count > 1 or sharded)
         with open(self.said, "w") as said:
@@ -178,7 +178,6 @@ def main(argv):
     parser.add_argument("--processes", nargs="+", type=int, default=sorted({n for n in (1, 2, 4, 8, most) if most % n == 0}), help="how many, of each row (%(default)s)")
     parser.add_argument("--rows", type=int, default=4, help="sequences a process at once (%(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="how many; the run is then broken off (%(default)s)")
-    parser.add_argument("--shard", default="trained", choices=td.CHOICES["shard"], help="as train_distill.py's (%(default)s)")
     parser.add_argument("--out", default="out/scaling", help="for the teachers, which stay, the runs and scaling.json, of the last call (%(default)s)")
     o = parser.parse_args(argv)
     o.processes = sorted({*o.processes})

@@ -37,7 +37,7 @@ def lab(tmp_path):
     td.complete(lab.s, lab.device)
     lab.run = td.Run(lab.s, lab.device)
     model = build(mil.Config(v=257, d=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=24, context=64), torch.float32)
-    lab.source = SimpleNamespace(read=lambda: (model, model))
+    lab.teacher = model
     tokens = np.random.default_rng(0).integers(0, 257, 2000).astype(np.int16)
     lab.corpus = lab.sweep_corpus = td.Corpus(tokens, tokens, [np.arange(0, 2000, 300)] * 2, "", "")
     text = lambda who: ["".join(f"def {who}_{i}({'x' * i}):\n    return {i}\n" for i in range(9))]  # noqa: E731
@@ -256,7 +256,7 @@ def test_an_arm_that_replaces_nothing_has_stage_2_alone(lab, fits):
 
 
 def test_rates_are_chosen_on_text_that_nothing_else_is_measured_on(lab, fits, monkeypatch):
-    seen, lab.sweep_corpus = [], dataclasses.replace(lab.corpus)
+    seen, lab.sweep_corpus = [], lab.corpus._replace()
     monkeypatch.setattr(td, "evaluate", lambda run, models, corpus, encoding: seen.append(corpus) or ({"perplexity": 2.0}, {"perplexity": 3.0, "kl": 0.5}))
     for sweep in (True, False):
         r.learn(lab, STEPWISE, 0, 1e-3, sweep)
@@ -316,7 +316,7 @@ def test_what_is_judged_is_the_student_and_what_is_kept_the_first_ones_after_sta
     for name in ("writing", "needles", "by_length"):
         monkeypatch.setattr(lab, name, lambda model, trained=0, name=name: {name: model.config.mixers} if name == "writing" else [*model.config.mixers, *[trained] * bool(trained)], raising=False)
     saved, student = [], [["mamba2", "attention"], ["mamba2", "mamba2"]]
-    monkeypatch.setattr(td, "save_student", lambda run, models, place, *_: saved.append((place.name, {k: w.detach().clone() for k, w in models.student.named_parameters()})))
+    monkeypatch.setattr(td, "save_student", lambda run, student, place, *_: saved.append((place.name, {k: w.detach().clone() for k, w in student.named_parameters()})))
     for seed in (0, 1):
         rows = r.learn(lab, dataclasses.replace(STEPWISE, report=(), prefer=(1,), judge=True), seed, 1e-3, False)
         assert [(row["writing"], row["needles"], row["by_length"]) for row in rows] == [(m,) * 3 for m in (student[0], student[1], student[1])]
@@ -328,7 +328,7 @@ def test_what_is_judged_is_the_student_and_what_is_kept_the_first_ones_after_sta
 
 
 def test_a_drafts_figures_are_its_own_on_the_text_of_all(lab, fits, monkeypatch):
-    lab.size.n_layers, lab.sweep_corpus = 2, dataclasses.replace(lab.corpus)
+    lab.size.n_layers, lab.sweep_corpus = 2, lab.corpus._replace()
     monkeypatch.setattr(td, "evaluate", lambda run, models, corpus, encoding: ({"kl": 0.0}, {"kl": 0.5 if corpus is lab.corpus else 9.0}))
     monkeypatch.setattr(td, "save_student", lambda *_: None)
     assert r.make_draft(lab, "mamba2, 2 layers")[0]["kl"] == 0.5
@@ -338,10 +338,10 @@ def test_a_drafts_figures_are_its_own_on_the_text_of_all(lab, fits, monkeypatch)
 def test_a_draft_has_the_teachers_first_and_last_layer_and_those_between_evenly(lab, fits, monkeypatch, name, layers):
     kept, lab.size.n_layers = [], 8
     monkeypatch.setattr(mil, "keep_layers", lambda teacher, some: kept.append(some) or teacher)
-    monkeypatch.setattr(td, "assemble", lambda run, teacher, base, stage, *_: kept.append(stage.mixers) or td.Models(teacher, base))
+    monkeypatch.setattr(td, "assemble", lambda run, teacher, base, stage, *_: kept.append(stage.mixers) or td.Pair(teacher, base))
     monkeypatch.setattr(td, "save_student", lambda *_: None)
     row, = r.make_draft(lab, name)
-    assert kept == [layers, [name.split(",")[0]] * len(layers)] and row["stages"] == "draft" and fits[name].stage.train == "all"
+    assert kept == [layers, [name.split(",")[0]] * len(layers)] and row["stages"] == "draft" and fits[name].stage.trains == "all"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -624,7 +624,7 @@ def hollow(tmp_path, monkeypatch):
             self.size, self.out, self.run, self.corpus, self.sweep_corpus, self.encoding, self.teacher, self.teacher_tokens = size, tmp_path, None, "measured", "sweep", None, torch.nn.Linear(1, 1), 1
             self.make_teacher, self.writing = lambda: None, lambda model: {k: 1.0 for k in TEACHER}
             self.long_texts = lambda model, trained: seen.append(trained) or dict(needles={128: [1.0, 1.0], 256: [0.0, 0.0]}, by_length={128: 1.0, 256: 1.0})
-    for owner, name, value in ((r, "Lab", Lab), (r, "all_arms", lambda *_: ([], [])), (td, "prepare", lambda run, models: models), (td, "Models", lambda *two: two), (r.pictures, "draw", lambda *_: None),
+    for owner, name, value in ((r, "Lab", Lab), (r, "all_arms", lambda *_: ([], [])), (td, "prepare", lambda run, models: models), (td, "Pair", lambda *two: two), (r.pictures, "draw", lambda *_: None),
                                (td, "evaluate", lambda run, models, corpus, encoding: seen.append(corpus) or ({"perplexity": 3.0}, {"perplexity": 9.0}))):
         monkeypatch.setattr(owner, name, value)
     return seen, old

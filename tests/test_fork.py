@@ -59,10 +59,9 @@ def test_the_mixer_of_the_readme_takes_attentions_weights_and_is_distilled(gla, 
 def test_the_loss_of_the_readme_is_a_stages(monkeypatch, tmp_path):
     space = dict(vars(t))
     exec(textwrap.dedent(CODE["def match"]), space)
-    monkeypatch.setattr(t.Models, "match", space["match"], raising=False)
-    monkeypatch.setitem(t.CHOICES, "loss", (*t.CHOICES["loss"], "match"))
+    monkeypatch.setitem(t.LOSSES, "match", space["match"])
     (tmp_path / "text.txt").write_text("".join(f"line {i} of some text\n" for i in range(400)))
-    (tmp_path / "recipe.json").write_text(json.dumps([{"keep": 0.5, "loss": "match", "steps": 10, "lr": 3e-3}, {"train": "all", "alpha": 0, "steps": 4}]))
+    (tmp_path / "recipe.json").write_text(json.dumps([{"keep": 0.5, "loss": "match", "steps": 10, "lr": 3e-3}, {"trains": "all", "alpha": 0, "steps": 4}]))
     sizes = "--n_layers 2 --d 32 --n_heads 2 --n_kv_heads 2 --d_ff 32 --context 16 --batch 2 --teacher_steps 4 --eval_sequences 2"
     t.main(["--out", str(tmp_path / "o"), "--data", str(tmp_path / "text.txt"), *sizes.split(), "--recipe", str(tmp_path / "recipe.json"), "--device", DEVICE])
     log = [json.loads(line) for line in (tmp_path / "o" / "log.jsonl").read_text().splitlines() if "1.1" in line]

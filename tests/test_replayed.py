@@ -16,22 +16,11 @@ CPU = torch.device("cpu")
 
 
 def test_a_stage_of_a_recipe_that_trains_mlps_is_one_of_stage_1(tmp_path):
-    (tmp_path / "r.json").write_text(json.dumps([{"keep": 0.5, "train": "mlps"}, {"train": "all"}]))
+    (tmp_path / "r.json").write_text(json.dumps([{"keep": 0.5, "trains": "mlps"}, {"trains": "all"}]))
     s = td.Settings(stage1_steps=100, stage2_steps=10, stage1_lr=0.5, stage2_lr=0.25, recipe=str(tmp_path / "r.json"))
     first, second = td.plan(s, mil.Config(n_layers=4))
-    assert (first.name, first.steps, first.lr, first.train) == ("stage 1.1, 2 of 4 layers replaced", 100, 0.5, "mlps")
+    assert (first.name, first.steps, first.lr, first.trains) == ("stage 1.1, 2 of 4 layers replaced", 100, 0.5, "mlps")
     assert (second.name, second.steps, second.lr) == ("stage 2, all parameters", 10, 0.25)
-
-
-@pytest.mark.parametrize("record, named, refused", [
-    ({"instruction": "a", "output": "b"}, True, True), ({"messages": []}, False, True), ({"instruction": "a", "output": "b"}, False, False)])
-def test_a_list_of_records_in_a_json_is_refused_if_it_was_named_and_in_a_folder_if_they_are_conversations(tmp_path, record, named, refused):
-    (tmp_path / "a.json").write_text(json.dumps([record]))
-    if refused:
-        with pytest.raises(mil.MilError, match="a list in one piece"):
-            td.read_documents(tmp_path / "a.json", named)
-    else:
-        assert td.read_documents(tmp_path / "a.json", named) == [json.dumps([record])]
 
 
 def test_attention_is_no_choice_of_what_replaces_attention():

@@ -250,8 +250,8 @@ def test_a_claim_holds_beyond_the_errors_only():
 
 
 def test_a_stage_may_train_mlps_as_well():
-    stage = td.Stage(train="mlps", mixers=["mamba2", "attention"])
-    names = {name for name, _ in build(mil.Config(v=17, d=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=8, mixers=stage.mixers)).named_parameters() if stage.trains(name)}
+    stage = td.Stage(trains="mlps", mixers=["mamba2", "attention"])
+    names = {name for name, _ in build(mil.Config(v=17, d=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=8, mixers=stage.mixers)).named_parameters() if stage.learns(name)}
     assert {name.split(".")[1] for name in names if ".mlp." in name} == {"0", "1"} and {name.split(".")[1] for name in names if ".mixer." in name} == {"0"}
     assert not any("norm" in name.split(".")[2] or name.startswith(("embed", "norm", "lm_head")) for name in names)
 

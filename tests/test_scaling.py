@@ -89,14 +89,14 @@ def test_the_commands_of_the_rows_take_the_same_batch_and_say_how_it_is_sharded(
     argv = []
     monkeypatch.setattr(scaling, "teacher", lambda place, config: place)
     monkeypatch.setattr(scaling.subprocess, "Popen", lambda words, **_: argv.append(" ".join(map(str, words))))
-    o = SimpleNamespace(processes=[1, 2, 4], rows=3, steps=40, out=tmp_path, shard="grads")
+    o = SimpleNamespace(processes=[1, 2, 4], rows=3, steps=40, out=tmp_path)
     for count, more in ((1, {}), (1, dict(sharded=True)), (2, {}), (4, dict(resume=True))):
         scaling.Steps(o, "toy", 2, count, tmp_path / "o", **more)
     for words, (count, accumulate) in zip(argv, ((0, 4), (1, 4), (2, 2), (4, 1))):
-        assert f" --accumulate {accumulate} " in words and " --batch 12 " in words and " --shard grads " in words and "train_distill.py " in words
+        assert f" --accumulate {accumulate} " in words and " --batch 12 " in words and "train_distill.py " in words
         assert (f" -m torch.distributed.run --standalone --nproc_per_node {count} -- " in words) == (count > 0) == ("torch.distributed" in words)
         assert words.endswith(" --resume") == (count == 4)
-    assert json.loads((tmp_path / "o" / "recipe.json").read_text())[0]["train"] == "all"
+    assert json.loads((tmp_path / "o" / "recipe.json").read_text())[0]["trains"] == "all"
 
 
 @pytest.mark.parametrize("said, ended, why", [("data: x\nerror: the GPU's memory is full\nTraceback\n", 1, "error: the GPU's memory is full"), ("killed\n", 1, "ended before step 3; .*said has"),
@@ -117,7 +117,7 @@ def test_what_was_started_does_not_outlive_the_measurement(monkeypatch, tmp_path
     monkeypatch.setattr(scaling.sys, "executable", tmp_path / "torchrun")
     (tmp_path / "torchrun").write_text(f"#!{python}\nimport subprocess\nsubprocess.run([{python!r}, '-c', {worker!r}], start_new_session=True)\n")
     (tmp_path / "torchrun").chmod(0o755)
-    o = SimpleNamespace(steps=12, out=tmp_path, rows=1, processes=[1], shard="trained")
+    o = SimpleNamespace(steps=12, out=tmp_path, rows=1, processes=[1])
     with pytest.raises(KeyboardInterrupt), scaling.Steps(o, "toy", 1, 1, tmp_path / "o"):
         while not pid.exists() or not pid.read_text():
             time.sleep(0.05)

@@ -60,13 +60,13 @@ def test_the_job_learns_writes_its_table_and_shows_a_sample(job):
     for row in results["rows"]:
         assert row["perplexity"] == pytest.approx(math.exp(row["loss"])) and f"{row['loss']:.4f}" in printed
         assert row["bits_per_byte"] == pytest.approx(row["loss"] / math.log(2), rel=0.01)  # a token is a byte but for ends of text
-    assert "teacher" in printed and "│ student\ndef " in printed and "peak memory" in printed and results["seconds"] > 0
+    assert "teacher" in printed and "--- student\ndef " in printed and "peak memory" in printed and results["seconds"] > 0
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert list(dict.fromkeys(record["stage"] for record in log)) == ["teacher", *names[2:]] and "ETA" in printed
     assert all(record["loss"] == pytest.approx(record["ce"] + record["kl"] * (record["stage"] != "teacher"), rel=1e-5) for record in log)
     first, *_, final = [record["loss"] for record in log if record["stage"] == "teacher"]
     assert final < first and log[-1]["step"] == 10 and not (out / "checkpoints").exists()
-    announced = printed[:printed.index("time: at half of this device's")].splitlines()
+    announced = printed[:printed.index("data: ")].splitlines()
     assert [line[:38].strip() for line in announced] == ["", "teacher", *names[2:]]
     assert [line[38:].split()[0] for line in announced[1:]] == ["4", "3", "2", "2"] and "compiling" not in printed
 
@@ -159,7 +159,7 @@ def random_batches(run, l=16, v=257):
     """Parts of a step as train_distill's loaders make them, of random tokens."""
     def batch(step):
         x, y = torch.randint(v, (2, run.s.batch, l), generator=torch.Generator().manual_seed(step))
-        return [t.to_device(x[mine], y[mine], torch.arange(l).expand(x[mine].shape), run.device) for mine in t.shares(run, run.s.batch)], y.numel()
+        return [t.to_device(x[mine], y[mine], torch.arange(l).expand(x[mine].shape), run.device) for mine in t.parts_of(run, run.s.batch)], y.numel()
     return batch
 
 
@@ -181,7 +181,7 @@ def test_stage_1_trains_the_mixers_only_stage_2_everything_and_the_teacher_stays
     run, teacher, trained = small_run(tmp_path), tiny_teacher(), {}
     teachers = {k: w.clone() for k, w in teacher.state_dict().items()}
     for train in ("mixers", "all"):
-        stage = t.Stage(train=train, mixers=HALF, steps=3, lr=1e-2)
+        stage = t.Stage(trains=train, mixers=HALF, steps=3, lr=1e-2)
         pair = t.assemble(run, teacher, teacher, stage, 1, trained)
         before = {k: w.clone() for k, w in pair.student.state_dict().items()}
         assert all(torch.equal(w.cpu(), before[k].cpu()) for k, w in trained.items()) and len(trained) == (0 if train == "mixers" else 16)
@@ -191,7 +191,7 @@ def test_stage_1_trains_the_mixers_only_stage_2_everything_and_the_teacher_stays
         for k, w in pair.student.state_dict().items():
             assert torch.equal(w, before[k]) != (train == "all" or k.startswith(("layers.0.mixer", "layers.2.mixer"))), k
         assert all(w.grad is None for w in pair.student.parameters())
-        trained = {k: w.detach().cpu() for k, w in pair.student.named_parameters() if stage.trains(k)}
+        trained = {k: w.detach().cpu() for k, w in pair.student.named_parameters() if stage.learns(k)}
     assert all(torch.equal(w, teachers[k]) for k, w in teacher.state_dict().items())
 
 
@@ -383,7 +383,7 @@ def test_parts_and_their_number_change_nothing_but_rounding(tmp_path):
     steps = []
     for accumulate in (1, 2):
         run, teacher = small_run(tmp_path, accumulate=accumulate), tiny_teacher()
-        stage = t.Stage(train="all", mixers=HALF, steps=3, lr=1e-2)
+        stage = t.Stage(trains="all", mixers=HALF, steps=3, lr=1e-2)
         pair = t.assemble(run, teacher, teacher, stage, 1, {})
         _, log = fitted(run, pair, stage, random_batches(run))
         steps.append((log, dict(pair.student.named_parameters())))
@@ -436,7 +436,7 @@ def test_a_whole_run_compiles_each_kind_of_layer_a_handful_of_times(tmp_path, mo
 def test_what_fills_up_a_batch_of_an_evaluation_counts_nothing(tmp_path, monkeypatch):
     run, encoding = small_run(tmp_path), g.load_tokenizer("bytes")
     corpus = some_tokens(np.random.default_rng(0).integers(0, 256, 16 * 3 + 1))  # three windows
-    models = t.Models(tiny_teacher(1), tiny_teacher(2))
+    models = t.Pair(tiny_teacher(1), tiny_teacher(2))
     pairs = [([~1, 2, 3], [~1, 4]), ([~5, 6], [~5, 7, 8]), ([~1, 9], [~1, 8])]
     stage, found = t.Stage(loss="dpo", beta=1.0), []
     for compiled, batch, sizes in ((False, 2, {1, 2}), (True, 2, {2}), (True, 8, {8})):
@@ -470,11 +470,11 @@ def test_layers_are_replaced_in_steps_spread_evenly_at_every_step():
     assert replaced(plans(32)) == [list(range(0, 32, 4)), list(range(0, 32, 2)), list(range(0, 32, 2))]
     assert [len(r) for r in replaced(plans(32, keep=0))] == [8, 16, 24, 28, 32, 32]       # the paper's 25, 50, 75, 87.5, 100 %
     assert [len(r) for r in replaced(plans(4, keep=0))] == [1, 2, 3, 4, 4]                # of which some are one in a small model
-    for n, keep, steps in ((32, 0.0, 4), (12, 0.25, 3), (7, 0.5, 2), (5, 0.0, 5), (9, 0.4, 0)):
-        *grown, last = replaced(plans(n, keep=keep, replace_steps=steps))
-        assert grown[-1] == last == mil.interleaved_layers(n, keep) and all(set(a) < set(b) for a, b in zip([[], *grown], grown)) and len(grown) == (steps or len(grown))
+    for n, keep in ((32, 0.0), (12, 0.25), (7, 0.5), (5, 0.0), (9, 0.4)):
+        *grown, last = replaced(plans(n, keep=keep))
+        assert grown[-1] == last == mil.interleaved_layers(n, keep) and all(set(a) < set(b) for a, b in zip([[], *grown], grown))
     stages = plans(32, keep=0.25)
-    assert [stage.steps for stage in stages] == [33, 33, 34, 10] and [stage.train for stage in stages] == ["mixers"] * 3 + ["all"]
+    assert [stage.steps for stage in stages] == [33, 33, 34, 10] and [stage.trains for stage in stages] == ["mixers"] * 3 + ["all"]
     assert [stage.name for stage in stages] == [f"stage 1.{i + 1}, {k} of 32 layers replaced" for i, k in enumerate((8, 16, 24))] + ["stage 2, all parameters"]
 
 
@@ -484,13 +484,13 @@ def recipe(tmp_path, *stages):
 
 
 def test_a_recipe_is_a_list_of_stages_and_the_command_line_says_the_rest(tmp_path):
-    stages = plans(4, recipe=recipe(tmp_path, {"replace": [3], "mixer": "mamba", "steps": 7, "beta": 0}, {"keep": 0.25, "lr": 1, "reverse": True}, {"train": "all", "alpha": 0},
+    stages = plans(4, recipe=recipe(tmp_path, {"replace": [3], "mixer": "mamba", "steps": 7, "beta": 0}, {"keep": 0.25, "lr": 1, "reverse": True}, {"trains": "all", "alpha": 0},
                                     {"loss": "dpo", "data": ["p.jsonl"], "name": "taste"}), stage1_lr=0.5, stage2_lr=0.25, stage3_steps=5, beta=0.125, warmup=0.75, dpo_beta=3.0)
     assert [stage.mixers for stage in stages] == [["attention"] * 3 + ["mamba"], ["mamba2", "mamba2", "attention", "mamba"]] + [["mamba2", "mamba2", "attention", "mamba"]] * 2
-    assert [(stage.train, stage.steps, stage.lr, stage.alpha, stage.beta, stage.reverse) for stage in stages] == [
+    assert [(stage.trains, stage.steps, stage.lr, stage.alpha, stage.beta, stage.reverse) for stage in stages] == [
         ("mixers", 7, 0.5, 1.0, 0, False), ("mixers", 100, 1, 1.0, 0.125, True), ("all", 10, 0.25, 0, 0.125, False), ("all", 5, 1e-5, 1.0, 3.0, False)]
     assert stages[-1].name == "taste" and {stage.warmup for stage in stages} == {0.75}
-    assert [stage.trains("layers.3.mixer.D") for stage in stages] == [True] * 4 and [stage.trains("layers.2.mixer.q_proj.weight") for stage in stages] == [False, False, True, True]
+    assert [stage.learns("layers.3.mixer.D") for stage in stages] == [True] * 4 and [stage.learns("layers.2.mixer.q_proj.weight") for stage in stages] == [False, False, True, True]
 
 
 @pytest.mark.parametrize("stages, match", [
@@ -498,8 +498,8 @@ def test_a_recipe_is_a_list_of_stages_and_the_command_line_says_the_rest(tmp_pat
     ([{"keep": 0.1}], "stage 1: keep 0.1 of 4 layers would keep none of them; expected 0, or 0.25"), ([{"replace": [4]}], "replaces layer 4; the model has layers 0 to 3"),
     ([{"keep": 0.5, "replace": [1]}], "keep and replace: expected one of them"), ([{"keep": 0.5, "alpha": 0, "beta": 0}], "stage 1: alpha is 0, and so is beta: nothing would be learned"),
     ([{"stpes": 3}], "stage 1 has 'stpes', expected some of keep, replace.*did you mean steps"), ([{"steps": "3"}], "stage 1: steps is '3', expected int"),
-    ([{"reverse": 1}], "reverse is 1, expected bool"), ([{"replace": ["a"]}], "expected a list of int"), ([{"train": "mixers"}], "trains the mixers, and there is none to train"),
-    ([{"train": "some"}], "train is 'some', expected one of mixers, mlps, all"), ([{"keep": 0.5, "steps": 0}], "steps is 0"), ([{"loss": "dpo"}], "has the loss dpo and no data"),
+    ([{"reverse": 1}], "reverse is 1, expected bool"), ([{"replace": ["a"]}], "expected a list of int"), ([{"trains": "mixers"}], "trains the mixers, and there is none to train"),
+    ([{"trains": "some"}], "trains is 'some', expected one of mixers, mlps, all"), ([{"keep": 0.5, "steps": 0}], "steps is 0"), ([{"loss": "dpo"}], "has the loss dpo and no data"),
     ([{"keep": 2}], "keep is 2"), ([{"keep": 0.5, "lr": -1}], "lr is -1, expected 0 or more"), ([{"keep": 0.5, "temperature": 0}], "temperature is 0, expected more than 0"), ([], "expected a list of stages"), ([3], "expected a list of stages"),
     ([{"keep": 0.5, "warmup": 2}], "warmup is 2, expected 0 to 1"), ([{"keep": -0.5}], "keep is -0.5"), ([{"keep": 0.25}, {"keep": 0.5}], "keep is 0.5, but the stages before leave only 1 of 4"),
     ([{"keep": 0.5, "lr": math.nan}], "lr is nan"), ([{"keep": 0.5, "mixer": "none"}], "there is none to train"), ([{"keep": 0.5, "lr": math.inf}], "lr is inf"), ([{"schedule": "up"}], "schedule is 'up'")])
@@ -530,7 +530,7 @@ def test_a_recipe_that_is_no_json_is_refused(tmp_path):
 def test_a_recipe_is_followed(job, text, tmp_path):
     out, _ = job
     t.main(["--out", str(tmp_path / "o"), "--teacher", str(out / "teacher"), "--data", str(text), "--batch", "4", "--eval_sequences", "4", "--device", DEVICE, "--context", "64", "--recipe",
-            recipe(tmp_path, {"replace": [1], "mixer": "mamba", "steps": 3}, {"keep": 0.5, "steps": 2}, {"train": "all", "steps": 2, "reverse": True, "schedule": "constant"})])
+            recipe(tmp_path, {"replace": [1], "mixer": "mamba", "steps": 3}, {"keep": 0.5, "steps": 2}, {"trains": "all", "steps": 2, "reverse": True, "schedule": "constant"})])
     assert mil.load(tmp_path / "o" / "student").config.mixers == ["mamba2", "mamba", "attention", "attention"]
     assert [json.loads(line)["step"] for line in (tmp_path / "o" / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 1, 2, 1, 2]
 
@@ -610,7 +610,7 @@ def test_missing_data_is_said(tmp_path):
     (tmp_path / "notes" / "out").mkdir(parents=True)
     (tmp_path / "notes" / "a.txt").write_text("text")
     for out in (tmp_path, tmp_path / "notes"):
-        with pytest.raises(MilError, match="^--data .*notes: lies in --out .*, whose files are not read; give another --out$"):
+        with pytest.raises(MilError, match="^--data .*notes: lies in --out .*, which is not read; give another --out$"):
             t.find_files([tmp_path / "notes"], out)
     assert t.find_files([tmp_path / "notes"], tmp_path / "notes" / "out") == [tmp_path / "notes" / "a.txt"]
 
@@ -633,15 +633,15 @@ def test_data_of_a_recipe_are_looked_for_before_any_work_and_named_as_its(tmp_pa
     (["--n_layers", "1"], "keep 0.5 of 1 layers would keep none; expected 0: there is one layer"),
     (["--mixer", "rwkv"], "--mixer is 'rwkv', expected one of mamba"), (["--batch", "x"], "invalid int value"), (["--batch=-2"], "--batch is -2"),
     (["--clip", "0"], "--clip is 0.0"), (["--seed=-1"], "--seed is -1"), (["--prompt", ""], "--prompt is ''"), (["--d", "36"], "multiple of twice --n_heads"),
-    (["--stage1_steps", "1"], "one for each of 2"), (["--accumulate", "3"], "--batch is 8, expected a multiple of 3: 1 process × --accumulate 3"), (["--stage3_steps", "3"], "without --pairs it means nothing"),
-    (["--answers", "3"], "--answers is 3, without --pseudo_labels"), (["--context", "1"], "--context is 1"),
+    (["--stage1_steps", "1"], "one for each of 2"), (["--accumulate", "3"], "--batch is 8, expected a multiple of 3: 1 process × --accumulate 3"), (["--stage3_steps", "3"], "--stage3_steps is for --pairs; give both or neither"),
+    (["--answers", "3"], "--answers is for --pseudo_labels; give both or neither"), (["--context", "1"], "--context is 1"),
     (["--memory_budget", "1.5"], "--memory_budget is 1.5, expected more than 0, at most 1"), (["--memory_budget", "0"], "expected more than 0"),
     (["--memory_budget", "0.5", "--device", "cpu"], "--memory_budget is 0.5, but layers are not compiled on a CPU"),
     (["--memory_budget", "0.5", "--no-compile"], "--memory_budget is 0.5, but layers are not compiled with --no-compile"), (["--schedule", "up"], "--schedule is 'up'"), (["--answer_tokens", "64"], "--answer_tokens is 64"),
     (["--keep", "0.1"], "keep 0.1 of 4 layers would keep none"), (["--temperature", "0"], "--temperature is 0"), (["--pairs", "/nowhere"], "/nowhere: no such file"),
     (["--batch", "7", "--pairs", "x"], "expected a multiple of 2"), (["--init_from", "/nowhere"], "/nowhere: no checkpoint"), (["--recipe", "/nowhere"], "--recipe /nowhere"), (["--recipe", "/nowhere", "--keep", "0.3"], "leave out --keep"),
-    (["--recipe", "/nowhere", "--replace_steps", "1"], "leave out --keep and --replace_steps"), (["--mixer", "mamba", "--n_kv_heads", "1"], "d_state 16 does not divide the kv width 8"),
-    (["--alpha", "0", "--beta", "0"], "nothing would be learned"), (["--warmup", "2"], "--warmup is 2.0"), (["--replace_steps", "9"], "--replace_steps is 9"),
+    (["--mixer", "mamba", "--n_kv_heads", "1"], "d_state 16 does not divide the kv width 8"),
+    (["--alpha", "0", "--beta", "0"], "nothing would be learned"), (["--warmup", "2"], "--warmup is 2.0"),
     (["--teacher_lr=-1"], "--teacher_lr is -1"), (["--stage1_lr", "nan"], "--stage1_lr is nan"), (["--n_kv_heads", "3"], "not divisible"),
     (["--teacher", "/nowhere"], "/nowhere: no checkpoint"), (["--tokenizer", "nonsense"], "nonsense: no tokenizer; expected"), (["--data", "/nowhere"], "no such file"),
     (["--dtype", "float8"], "--dtype is 'float8'"), (["--device", "abacus"], "--device abacus"), (["--init", "zeros"], "--init is 'zeros'")])
@@ -670,9 +670,9 @@ def test_help_gives_every_flag_a_line():
 
 def test_weights_loss_and_gradients_are_float32_under_bfloat16(tmp_path):
     run, teacher = small_run(tmp_path, dtype="bfloat16"), tiny_teacher().bfloat16()
-    pair = t.assemble(run, teacher, teacher, t.Stage(train="all", mixers=HALF), 1, {})
+    pair = t.assemble(run, teacher, teacher, t.Stage(trains="all", mixers=HALF), 1, {})
     (batch,), count = random_batches(run)(0)
-    loss, _ = pair(batch, t.Stage(), 1 / count)
+    loss, _ = t.distill(pair, batch, t.Stage(), 1 / count)
     loss.backward()
     assert loss.dtype == torch.float32 and pair.student.start(batch.x)[0].dtype == torch.bfloat16 and teacher.lm_head.weight.dtype == torch.bfloat16
     assert all(w.dtype == torch.float32 and w.grad is not None and w.grad.isfinite().all() for w in pair.student.parameters())
@@ -680,14 +680,14 @@ def test_weights_loss_and_gradients_are_float32_under_bfloat16(tmp_path):
 
 def evaluated(run, student, teacher, corpus, encoding="bytes"):
     """The student's row of a table."""
-    return t.evaluate(run, t.Models(teacher, student), corpus, g.load_tokenizer(encoding) if isinstance(encoding, str) else encoding)[1]
+    return t.evaluate(run, t.Pair(teacher, student), corpus, g.load_tokenizer(encoding) if isinstance(encoding, str) else encoding)[1]
 
 
 def test_evaluation_is_on_validation_text_by_hand(tmp_path):
     run = small_run(tmp_path)
     val = np.random.default_rng(0).integers(0, 256, 16 * 4 + 1).astype(np.uint16)   # exactly its four windows
     student, teacher = tiny_teacher(1), tiny_teacher(2)
-    row, got = t.evaluate(run, t.Models(teacher, student), some_tokens(val), g.load_tokenizer("bytes"))
+    row, got = t.evaluate(run, t.Pair(teacher, student), some_tokens(val), g.load_tokenizer("bytes"))
     x = torch.from_numpy(val.astype(np.int64)).to(DEVICE)
     with torch.no_grad():
         q, p = (m(x[:-1].view(4, 16)).flatten(0, 1).log_softmax(-1) for m in (student, teacher))
@@ -707,7 +707,7 @@ def test_the_rate_warms_up_and_falls_as_asked_and_gradients_are_clipped(tmp_path
             norms.append(torch.cat([w.grad.flatten() for w in group["params"]]).norm().item())
             super().step()
     monkeypatch.setattr(torch.optim, "AdamW", Spy)
-    run, stage = small_run(tmp_path, clip=1e-3), t.Stage(train="all", mixers=HALF, beta=0, steps=10, lr=0.5, warmup=0.2, schedule=schedule)
+    run, stage = small_run(tmp_path, clip=1e-3), t.Stage(trains="all", mixers=HALF, beta=0, steps=10, lr=0.5, warmup=0.2, schedule=schedule)
     _, log = fitted(run, t.assemble(run, None, tiny_teacher(), stage, 1, {}), stage, random_batches(run))
     assert rates == pytest.approx([0.25, 0.5] + [0.5 * share for share in after]) and [record["lr"] for record in log] == rates
     assert max(norms) == pytest.approx(1e-3, rel=1e-2) and min(record["gradient"] for record in log) > 1e-2
@@ -733,9 +733,8 @@ def test_distilling_goes_on_stage_by_stage_with_the_users_flags_and_leaves_the_t
         learned.update({i: copy.deepcopy(pair.student.layers[i].mixer.state_dict()) for i, mixer in enumerate(stage.mixers) if mixer == run.s.mixer})
 
     monkeypatch.setattr(t, "fit", spy)
-    monkeypatch.setattr(mil, "replace_attention", lambda m, layers, mixer, init="attention", **k: (layers and inits.add(init)) or replace(m, layers, mixer, init, **k))
-    source = SimpleNamespace(read=lambda: (teacher, teacher), place=tmp_path)
-    t.distill(run, t.State(stage=1), t.plan(run.s, teacher.config), source, lambda *_, **__: data, g.load_tokenizer("bytes"), "bytes", io.StringIO())
+    monkeypatch.setattr(mil, "replace_attention", lambda m, layers, mixer="mamba2", init="attention", **k: (layers and inits.add(init)) or replace(m, layers, mixer, init, **k))
+    t.run_stages(run, t.State(stage=1), t.plan(run.s, teacher.config), (teacher, teacher), lambda *_, **__: data, g.load_tokenizer("bytes"), "bytes", io.StringIO())
     assert fits == [(2, 0.01, 0.5, 0.25), (2, 0.01, 0.5, 0.25), (3, 0.02, 0.5, 0.25)] and inits == {"random"}
     assert all(torch.equal(w, before[k]) for k, w in teacher.state_dict().items())
     saved = mil.load(tmp_path / "student").state_dict()
@@ -786,7 +785,7 @@ def test_a_batch_with_documents_gives_the_loss_and_gradients_of_each_alone(tmp_p
     losses = []
     for rows in ([batch], [t.to_device(batch.x[:, a:b].cpu(), batch.y[:, a:b].cpu(), torch.arange(b - a)[None], run.device) for a, b in ((0, 5), (5, 6), (6, 12))]):
         student.zero_grad()
-        loss = sum(t.Models(teacher, student)(row, t.Stage(temperature=2.0), 1 / 10)[0] for row in rows if (row.y >= 0).any())
+        loss = sum(t.distill(t.Pair(teacher, student), row, t.Stage(temperature=2.0), 1 / 10)[0] for row in rows if (row.y >= 0).any())
         loss.backward()
         losses.append((loss.detach(), [w.grad.clone() for w in student.parameters()]))
     (a, da), (b, db) = losses
@@ -851,28 +850,29 @@ def test_a_teacher_from_elsewhere_is_distilled_on_conversations_and_its_student_
     assert torch.equal(student.embed_tokens.weight.cpu(), teacher.embed_tokens.weight.cpu().float())
 
 
-def test_the_time_said_beforehand_is_that_of_all_processes_together(monkeypatch, capsys):
-    config = Config(v=100, d=16, n_layers=4, n_heads=2, n_kv_heads=1, d_ff=20, mixers=HALF)
-    monkeypatch.setattr(t, "device_flops", lambda run: 1e6)
-    said = []
-    for size in (1, 4):
-        s = t.Settings(teacher="ready", batch=4, context=16, dtype="float32")
-        t.announce(
-            t.Run(s, torch.device("cpu"), 0, size),
-            [t.Stage(mixers=HALF, steps=100)],
-            config,
-            config,
-        )
-        line = capsys.readouterr().out.splitlines()[1]
-        minutes, seconds = map(int, line.split()[-1].split(":"))
-        said.append(60 * minutes + seconds)
-    assert 0 < said[0] == pytest.approx(4 * said[1], abs=4)
+def test_records_are_known_by_what_they_hold_in_files_of_any_spelling(tmp_path):
+    """One a line or, in a .json, a list in one piece; content may come in parts."""
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    records = [{"messages": [{"role": "user", "content": parts}]}, {"text": "t"}]
+    want, lines = [[{"role": "user", "content": "ab"}], "t"], "\n".join(map(json.dumps, records))
+    contents = {"a.JSONL": lines, "b.ndjson": lines, "c.Json": lines, "d.json": json.dumps(records)}
+    for name, text in contents.items():
+        (tmp_path / name).write_text(text)
+        assert t.read_documents(tmp_path / name, False) == want == t.read_documents(tmp_path / name, True)
+    for text in ('{"a": 1}', "[1, 2]", '[{"a": 1}]'):  # a text like any other, if it lies in a folder
+        (tmp_path / "e.json").write_text(text)
+        assert t.read_documents(tmp_path / "e.json", False) == [text]
+    with pytest.raises(MilError, match="e.json: record 1 has a; expected text, messages"):
+        t.read_documents(tmp_path / "e.json", True)
 
 
-def test_a_list_of_conversations_in_one_piece_is_refused(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps([{"messages": [{"role": "user", "content": "y"}]}]))
-    with pytest.raises(MilError, match="a.json: a list in one piece; expected one record a line"):
-        t.read_documents(tmp_path / "a.json", True)
+def test_a_second_run_in_the_same_folder_at_the_same_time_is_refused(tmp_path):
+    run = t.Run(t.Settings(out=str(tmp_path / "o")), torch.device("cpu"))
+    with t.alone(run):
+        with pytest.raises(MilError, match="--out .*o: another run is writing here"), t.alone(run):
+            pass
+    with t.alone(run):
+        pass
 
 
 def test_a_role_nobody_knows_and_messages_beside_text(tmp_path):
