@@ -72,29 +72,27 @@ def distribution(logits, temperature=1.0, top_k=0, top_p=1.0):
     return probs
 
 
-def draw(probs, generator=None):
-    """A token (...) from each distribution (..., v); -1 where it holds a NaN."""
-    return first_to_ring(probs, waiting_times(probs, probs.dtype, generator))
+def draw(probs, generator=None, times=None):
+    """A token (...) from each distribution (..., v); -1 where it holds a NaN.
 
-
-def waiting_times(like, dtype, generator):
-    """Times, shaped like `like`, that clocks of rate 1 take to ring."""
-    times = torch.empty_like(like, dtype=dtype).exponential_(generator=generator)
-    return times if times.is_cuda else times.clamp_(min=torch.finfo(dtype).tiny)  # > 0 on a GPU
-
-
-def first_to_ring(probs, times):
-    """The first of clocks of the rates `probs` to ring, which is a draw from them.
-
-    torch.multinomial does the same, but waits for the GPU.
+    Of clocks that ring at the rates `probs`, the first one's token: clocks of rate 1 take `times`
+    to ring. torch.multinomial does the same, but waits for the GPU.
     """
+    times = waiting_times(probs, generator) if times is None else times
     first, tokens = (probs / times).max(-1)
     return torch.where(first > 0, tokens, -1)
 
 
+def waiting_times(like, generator):
+    """Random times, shaped like `like`, that clocks of rate 1 take to ring; float32 at least."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    times = torch.empty_like(like, dtype=dtype).exponential_(generator=generator)
+    return times if times.is_cuda else times.clamp_(min=torch.finfo(dtype).tiny)  # > 0 on a GPU
+
+
 def choose(logits, times, how):
     """A token (...) from the distribution of logits (..., v); one piece, to be compiled."""
-    return first_to_ring(distribution(logits, *how), times)
+    return draw(distribution(logits, *how), times=times)
 
 
 def acceptance(p, q, tokens):
@@ -136,25 +134,23 @@ def longest_text(model):
     return model.config.context if "attention" in model.config.mixers else math.inf
 
 
-def check_sampling(max_new_tokens, temperature, top_k, top_p, where=""):
+def check_sampling(max_new_tokens=1, temperature=1, top_k=0, top_p=1, where=""):
+    overflows = temperature != 0 and not 1e-6 <= temperature < math.inf  # logits / temperature
     mil.refuse(
         (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}, expected at least 1"),
-        # a logit divided by less could overflow
-        (
-            temperature != 0 and not 1e-6 <= temperature < math.inf,
-            f"temperature is {temperature}, expected 0 (greedy) or 1e-6 and more",
-        ),
+        (overflows, f"temperature is {temperature}, expected 0 (greedy) or 1e-6 and more"),
         (top_k < 0, f"top_k is {top_k}, expected 0 (no limit) or more"),
         (not 0 < top_p <= 1, f"top_p is {top_p}, expected more than 0 and at most 1"),
         where=where,
     )
 
 
-def check_prompts(prompts, v, context, stop=()):
+def check_prompts(prompts, rows, v, context, stop):
     """Raises MilError if a prompt cannot be continued, or a token is not one of v."""
     room = f"the context is {context}: expected at most {context - 1}, to leave room for one more"
     mil.refuse(
         (not prompts, "no prompts: there is nothing to continue"),
+        (len(prompts) != rows, f"{len(prompts)} prompts for a decoder of {rows} rows"),
         *((not 0 <= i < v, f"stop token {i} is outside the vocabulary of {v}") for i in stop),
     )
     for n, prompt in enumerate(prompts, 1):
@@ -167,36 +163,8 @@ def check_prompts(prompts, v, context, stop=()):
         )
 
 
-class Launched:
-    """Calls of one function of tensors that stay in place; on a GPU one launch of a CUDA graph.
-
-    The first call runs the function, which compiles its kernels, the second captures it. Nothing
-    here refers to the function's owner: a graph that the garbage collector frees late would break
-    the capture of another.
-    """
-
-    def __init__(self, device, generator):
-        self.device, self.generator, self.calls, self.graph = device, generator, 0, None
-
-    def __call__(self, f, *args):
-        self.calls += 1
-        if self.device is None or self.calls == 1:
-            return f(*args)
-        with torch.cuda.device(self.device):
-            if self.graph is None:
-                self.graph = torch.cuda.CUDAGraph()
-                if self.generator:
-                    self.graph.register_generator_state(self.generator)
-                stream = torch.cuda.Stream()
-                # other threads may go on
-                with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                    self.out = f(*args)
-            self.graph.replay()
-        return self.out
-
-
 class Rounds:
-    """The tensors of decoding: models with their caches, and where the text of each row ends.
+    """The tensors of decoding: models with their caches, and where the text of each row stands.
 
     A round appends 1 to K + 1 tokens to each row. Without a draft K is 0.
     """
@@ -207,22 +175,21 @@ class Rounds:
         undo = len(models) > 1
         self.caches = [mil.Cache(model, rows, context + K, undo) for model in models]
         self.device = self.caches[0].device
-        self.ends = torch.zeros(3, rows, dtype=torch.long, device=self.device)
-        self.at, self.before, self.last = self.ends  # the last token's place, the two last tokens
+        self.cursor = torch.zeros(3, rows, dtype=torch.long, device=self.device)
+        self.at, self.before, self.last = self.cursor  # the last token's place, the two last tokens
         fused = self.device.type == "cuda" and all(c.fusable(K + 1) for c in self.caches)
-        self.halves = [Launched(self.device if fused else None, generator) for _ in models]
+        self.halves = [Graph(self.device if fused else None, generator) for _ in models]
         self.many = fused and rows > kernels.MANY and not undo
         self.choose = torch.compile(choose) if self.many else choose
 
     def run(self, longest, speculative):
         """Begins a round of texts up to `longest`. Returns the result of `extend`, on the CPU, and
         an event after which it is there, or None."""
-        if speculative:
-            out = self.halves[0](self.extend, longest, *self.halves[1](self.propose, longest))
-        elif len(self.models) == 2:
+        if self.K and not speculative:
             out = self.extend(longest)  # once; no graph is made of it
         else:
-            out = self.halves[0](self.extend, longest)
+            proposal = self.halves[1](self.propose, longest) if speculative else ()
+            out = self.halves[0](self.extend, longest, *proposal)
         out, event = out.to("cpu", non_blocking=True), None
         if self.device.type == "cuda":
             event = torch.cuda.Event()
@@ -255,8 +222,7 @@ class Rounds:
         cache.keep(self.at, longest - 1)  # a CUDA graph repeats an old `longest`; kernels need none
         logits = model.lm_head(model.hidden(new, cache))
         if proposed is None:
-            dtype = torch.promote_types(logits.dtype, torch.float32)
-            times = waiting_times(logits[:, 0], dtype, self.generator)
+            times = waiting_times(logits[:, 0], self.generator)
             count, extra = torch.zeros_like(self.last), self.choose(logits[:, 0], times, self.how)
         else:
             count, extra = verify(proposed, q, distribution(logits, *self.how), self.generator)
@@ -264,15 +230,6 @@ class Rounds:
         self.at.copy_((self.at + count + 1).clamp(max=self.context - 1))
         self.last.copy_(extra.clamp(min=0))
         return torch.cat([count[:, None], new[:, 1:], extra[:, None]], dim=1)
-
-    def read(self, which, new, held):
-        """The model (0) or the draft (1), which holds `held` tokens a row, reads `new`, lists."""
-        counts = list(map(len, new))
-        if max(counts):
-            cache = self.caches[which]
-            cache.keep(torch.tensor(held), max(held))
-            padded = [tokens + [0] * (max(counts) - len(tokens)) for tokens in new]
-            self.models[which].hidden(torch.tensor(padded, device=self.device), cache, counts)
 
 
 class Decoder:
@@ -299,9 +256,9 @@ class Decoder:
             (theirs != self.v, f"{told}: they must have the same tokens"),
             (draft and not 1 <= K < kernels.FEW, f"K is {K}, expected 1 to {kernels.FEW - 1}"),
         )
-        self.K = min(K, self.context - 1) if draft else 0
+        K = min(K, self.context - 1) if draft else 0
         how = temperature, top_k, top_p
-        self.rounds = Rounds(models, rows, self.context, self.K, how, generator)
+        self.rounds = Rounds(models, rows, self.context, K, how, generator)
         self.texts = [[] for _ in range(rows)]
         self.held = [[0] * rows for _ in models]  # how much of each text a cache holds
         self.torn = False  # whether a cache may hold other tokens than these
@@ -315,25 +272,24 @@ class Decoder:
         max_new_tokens; it yields () from then on. The generator ends with the last row. Raises
         MilError if a prompt or setting cannot work, and if logits are NaN.
         """
-        check_sampling(max_new_tokens, 1, 0, 1)
-        check_prompts(prompts, self.v, self.context, stop)
-        if len(prompts) != len(self.texts):
-            raise MilError(f"{len(prompts)} prompts for a decoder of {len(self.texts)} rows")
+        check_sampling(max_new_tokens)
+        check_prompts(prompts, len(self.texts), self.v, self.context, stop)
         self.begin(prompts)
-        texts, stop = self.texts, {*stop, -1}
-        live, coming = set(range(len(prompts))), None
-        ends = [min(len(prompt) + max_new_tokens, self.context) for prompt in prompts]
+        stop = {*stop, -1}
+        limits = [min(len(prompt) + max_new_tokens, self.context) for prompt in prompts]
+        live = set(range(len(prompts)))
+        coming = None
         while live:
             torn, self.torn = self.torn, True  # should this round fail
             out, event = coming or self.round()
             # Of many rows the next round is launched before this one's tokens are looked at.
-            more = self.rounds.many and any(ends[i] - len(texts[i]) > 1 for i in live)
+            more = self.rounds.many and any(limits[i] - len(self.texts[i]) > 1 for i in live)
             coming = self.round() if more else None
             if event:
                 event.synchronize()
-            new = self.take(out, live, ends, stop)
+            new = self.take(out, live, limits, stop)
             self.torn = torn or len(live) < len(prompts) or coming is not None
-            live -= {i for i in live if len(texts[i]) == ends[i] or new[i][-1] in stop}
+            live -= {i for i in live if len(self.texts[i]) == limits[i] or new[i][-1] in stop}
             yield new
 
     def begin(self, prompts):
@@ -342,33 +298,39 @@ class Decoder:
             for n, text, prompt in zip(held, self.texts, prompts, strict=True):
                 self.torn |= text[:n] != prompt[:n] or n > max(0, len(prompt) - 1 - which)
         if self.torn:
-            self.held, self.torn = [[0] * len(prompts) for _ in self.held], False
+            self.held = [[0] * len(prompts) for _ in self.held]
             for cache in self.rounds.caches:
                 cache.clear()
-        self.texts[:] = map(list, prompts)
+        self.texts = [list(prompt) for prompt in prompts]
         self.torn = True  # should reading them fail
         self.catch_up(0)
         self.torn = False
-        ends = [(len(text) - 1, [0, *text][-2], text[-1]) for text in self.texts]
-        self.rounds.ends.copy_(torch.tensor(ends).T)
+        cursor = [(len(text) - 1, [0, *text][-2], text[-1]) for text in self.texts]
+        self.rounds.cursor.copy_(torch.tensor(cursor).T)
 
     def catch_up(self, which):
         """The model (0) or the draft (1) reads the texts, but for the last token, or last two."""
-        held = self.held[which]
-        ends = [max(n, len(text) - 1 - which) for n, text in zip(held, self.texts, strict=True)]
-        new = [text[a:b] for text, a, b in zip(self.texts, held, ends, strict=True)]
-        self.rounds.read(which, new, held)
-        self.held[which] = ends
+        held, cache = self.held[which], self.rounds.caches[which]
+        goals = [max(n, len(text) - 1 - which) for n, text in zip(held, self.texts, strict=True)]
+        new = [text[n:goal] for n, goal, text in zip(held, goals, self.texts, strict=True)]
+        counts = [len(tokens) for tokens in new]
+        most = max(counts)
+        if most:
+            cache.keep(torch.tensor(held), max(held))
+            padded = [tokens + [0] * (most - len(tokens)) for tokens in new]
+            padded = torch.tensor(padded, device=cache.device)
+            self.rounds.models[which].hidden(padded, cache, counts)
+        self.held[which] = goals
 
     def round(self):
         lengths = list(map(len, self.texts))
         # The draft reads the token before the last, which a text of one token lacks.
-        self.speculative = self.K > 0 and min(lengths) > 1
-        if self.speculative:
+        speculative = self.rounds.K > 0 and min(lengths) > 1
+        if speculative:
             self.catch_up(1)
-        return self.rounds.run(max(lengths), self.speculative)
+        return self.rounds.run(max(lengths), speculative)
 
-    def take(self, out, live, ends, stop):
+    def take(self, out, live, limits, stop):
         """Adds a round's tokens to the texts of the live rows. Returns a tuple per row.
 
         Tuples, since the garbage collector does not track them: with lists, 1,024 a round, it
@@ -379,7 +341,7 @@ class Decoder:
         for i in live:
             text, n = self.texts[i], counts[i]
             tokens = (*[column[i] for column in columns[:n]], columns[-1][i])
-            tokens = tokens[: ends[i] - len(text)]
+            tokens = tokens[: limits[i] - len(text)]
             if not stop.isdisjoint(tokens):
                 last = next(j for j, token in enumerate(tokens) if token in stop)
                 tokens = tokens[: last + 1]
@@ -391,9 +353,38 @@ class Decoder:
             self.accepted += min(n, len(tokens))
         self.passes += len(live)
         self.proposed += len(live) * (len(columns) - 1)
-        for which in range(1 + self.speculative):
+        for which in range(min(2, len(columns))):  # the draft reads what it proposes
             self.held[which] = [len(text) - 1 - which for text in self.texts]
         return new
+
+
+class Graph:
+    """Calls of one function of tensors that stay in place; on a GPU one launch of a CUDA graph.
+
+    The first call runs the function, which compiles its kernels, the second captures it. Nothing
+    here refers to the function's owner: a graph that the garbage collector frees late would break
+    the capture of another.
+    """
+
+    def __init__(self, device, generator):
+        self.device, self.generator = device, generator
+        self.calls, self.graph = 0, None
+
+    def __call__(self, f, *args):
+        self.calls += 1
+        if self.device is None or self.calls == 1:
+            return f(*args)
+        with torch.cuda.device(self.device):
+            if self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                if self.generator:
+                    self.graph.register_generator_state(self.generator)
+                stream = torch.cuda.Stream()
+                # other threads may go on
+                with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                    self.out = f(*args)
+            self.graph.replay()
+        return self.out
 
 
 def generate(model, prompts, max_new_tokens, *sampling, stop=(), **more):

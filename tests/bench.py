@@ -314,7 +314,7 @@ def step_ms(model, cache, l):
         cache.keep(at, used)
         return model(tokens, cache)
 
-    launched = generate.Launched(cache.device if CUDA and cache.fusable(l) else None, None)
+    launched = generate.Graph(cache.device if CUDA and cache.fusable(l) else None, None)
     launched(read)  # compiles
     launched(read)  # captures
     return wall_ms(lambda: launched(read))
