@@ -25,7 +25,6 @@ import contextlib
 import dataclasses
 import difflib
 import itertools
-import json
 import math
 import os
 import re
@@ -129,9 +128,9 @@ def verify(proposed, q, p, generator=None):
 # Decoding
 
 
-def longest_text(model):
-    """How many tokens the model can read and write: the context, if there is attention."""
-    return model.config.context if "attention" in model.config.mixers else math.inf
+def longest_text(*models):
+    """How many tokens all the models can read and write: the context, where there is attention."""
+    return min(m.config.context if "attention" in m.config.mixers else math.inf for m in models)
 
 
 def check_sampling(max_new_tokens=1, temperature=1, top_k=0, top_p=1, where=""):
@@ -181,20 +180,20 @@ class Rounds:
         self.halves = [Graph(self.device if fused else None, generator) for _ in models]
         self.many = fused and rows > kernels.MANY and not undo
         self.choose = torch.compile(choose) if self.many else choose
+        self.held = [[0] * rows for _ in models]  # how much of each text a cache holds
 
-    def run(self, longest, speculative):
-        """Begins a round of texts up to `longest`. Returns the result of `extend`, on the CPU, and
-        an event after which it is there, or None."""
-        if self.K and not speculative:
-            out = self.extend(longest)  # once; no graph is made of it
-        else:
-            proposal = self.halves[1](self.propose, longest) if speculative else ()
-            out = self.halves[0](self.extend, longest, *proposal)
-        out, event = out.to("cpu", non_blocking=True), None
-        if self.device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self.device))
-        return out, event
+    def catch_up(self, which, texts):
+        """The model (0) or the draft (1) reads the texts, but for the last token, or last two."""
+        held, cache = self.held[which], self.caches[which]
+        new = [text[n : -1 - which] for n, text in zip(held, texts, strict=True)]
+        counts = [len(tokens) for tokens in new]
+        most = max(counts)
+        if most:
+            cache.keep(torch.tensor(held), max(held))
+            padded = [tokens + [0] * (most - len(tokens)) for tokens in new]
+            padded = torch.tensor(padded, device=self.device)
+            self.models[which].hidden(padded, cache, counts)
+        self.held[which] = [len(text) - 1 - which for text in texts]
 
     def propose(self, longest):
         """K tokens of the draft and what they are drawn from: (b, K), (b, K, v).
@@ -249,7 +248,7 @@ class Decoder:
     ):
         check_sampling(1, temperature, top_k, top_p)
         models = [model, draft] if draft else [model]
-        self.v, self.context = model.config.v, min(size, *map(longest_text, models))
+        self.v, self.context = model.config.v, min(size, longest_text(*models))
         theirs = models[-1].config.v
         told = f"the draft's vocabulary is {theirs}, the model's {self.v}"
         mil.refuse(
@@ -260,7 +259,6 @@ class Decoder:
         how = temperature, top_k, top_p
         self.rounds = Rounds(models, rows, self.context, K, how, generator)
         self.texts = [[] for _ in range(rows)]
-        self.held = [[0] * rows for _ in models]  # how much of each text a cache holds
         self.torn = False  # whether a cache may hold other tokens than these
         self.proposed = self.accepted = self.passes = 0
 
@@ -280,7 +278,7 @@ class Decoder:
         live = set(range(len(prompts)))
         coming = None
         while live:
-            torn, self.torn = self.torn, True  # should this round fail
+            self.torn = True  # should this round fail
             out, event = coming or self.round()
             # Of many rows the next round is launched before this one's tokens are looked at.
             more = self.rounds.many and any(limits[i] - len(self.texts[i]) > 1 for i in live)
@@ -288,47 +286,44 @@ class Decoder:
             if event:
                 event.synchronize()
             new = self.take(out, live, limits, stop)
-            self.torn = torn or len(live) < len(prompts) or coming is not None
+            self.torn = len(live) < len(prompts) or coming is not None
             live -= {i for i in live if len(self.texts[i]) == limits[i] or new[i][-1] in stop}
             yield new
 
     def begin(self, prompts):
         """Takes the prompts for texts; forgets what the caches hold if they are others."""
-        for which, held in enumerate(self.held):
+        rounds = self.rounds
+        for which, held in enumerate(rounds.held):
             for n, text, prompt in zip(held, self.texts, prompts, strict=True):
                 self.torn |= text[:n] != prompt[:n] or n > max(0, len(prompt) - 1 - which)
         if self.torn:
-            self.held = [[0] * len(prompts) for _ in self.held]
-            for cache in self.rounds.caches:
+            rounds.held = [[0] * len(prompts) for _ in rounds.held]
+            for cache in rounds.caches:
                 cache.clear()
         self.texts = [list(prompt) for prompt in prompts]
-        self.torn = True  # should reading them fail
-        self.catch_up(0)
-        self.torn = False
+        self.torn = True  # until a round has ended well
+        rounds.catch_up(0, self.texts)
         cursor = [(len(text) - 1, [0, *text][-2], text[-1]) for text in self.texts]
-        self.rounds.cursor.copy_(torch.tensor(cursor).T)
-
-    def catch_up(self, which):
-        """The model (0) or the draft (1) reads the texts, but for the last token, or last two."""
-        held, cache = self.held[which], self.rounds.caches[which]
-        goals = [max(n, len(text) - 1 - which) for n, text in zip(held, self.texts, strict=True)]
-        new = [text[n:goal] for n, goal, text in zip(held, goals, self.texts, strict=True)]
-        counts = [len(tokens) for tokens in new]
-        most = max(counts)
-        if most:
-            cache.keep(torch.tensor(held), max(held))
-            padded = [tokens + [0] * (most - len(tokens)) for tokens in new]
-            padded = torch.tensor(padded, device=cache.device)
-            self.rounds.models[which].hidden(padded, cache, counts)
-        self.held[which] = goals
+        rounds.cursor.copy_(torch.tensor(cursor).T)
 
     def round(self):
-        lengths = list(map(len, self.texts))
-        # The draft reads the token before the last, which a text of one token lacks.
-        speculative = self.rounds.K > 0 and min(lengths) > 1
-        if speculative:
-            self.catch_up(1)
-        return self.rounds.run(max(lengths), speculative)
+        """Begins a round. Returns the result of `Rounds.extend`, on the CPU, and an event after
+        which it is there, or None."""
+        rounds, lengths = self.rounds, [len(text) for text in self.texts]
+        longest = max(lengths)
+        if rounds.K == 0:
+            out = rounds.halves[0](rounds.extend, longest)
+        elif min(lengths) == 1:  # the draft reads the last two tokens; once, no graph is made of it
+            out = rounds.extend(longest)
+        else:
+            rounds.catch_up(1, self.texts)
+            proposal = rounds.halves[1](rounds.propose, longest)
+            out = rounds.halves[0](rounds.extend, longest, *proposal)
+        out, event = out.to("cpu", non_blocking=True), None
+        if rounds.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(rounds.device))
+        return out, event
 
     def take(self, out, live, limits, stop):
         """Adds a round's tokens to the texts of the live rows. Returns a tuple per row.
@@ -354,7 +349,7 @@ class Decoder:
         self.passes += len(live)
         self.proposed += len(live) * (len(columns) - 1)
         for which in range(min(2, len(columns))):  # the draft reads what it proposes
-            self.held[which] = [len(text) - 1 - which for text in self.texts]
+            self.rounds.held[which] = [len(text) - 1 - which for text in self.texts]
         return new
 
 
@@ -397,7 +392,6 @@ def generate(model, prompts, max_new_tokens, *sampling, stop=(), **more):
 # --------------------------------------------------------------------------------------------------
 # Tokenizers and conversations
 
-FILES = "*token*", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"
 ENDS = "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>", "</s>"
 MARK = "\ufdd0"  # a noncharacter; stands inside a control token's name where a user wrote it
 PATTERN = (  # how Llama 3 splits text into words
@@ -480,9 +474,9 @@ class Tokenizer:
 class Tiktoken(Tokenizer):
     """A tiktoken encoding: bytes, tiktoken's own, and Meta's tokenizer.model."""
 
-    def __init__(self, pattern, ranks, control):
+    def __init__(self, pattern, ranks, control, folder=None):
         how = {"pat_str": pattern, "mergeable_ranks": ranks, "special_tokens": control}
-        self.encoding = tiktoken.Encoding("mil", **how)
+        self.encoding, self.folder = tiktoken.Encoding("mil", **how), folder
         vocabulary = [b""] * self.encoding.n_vocab
         for data, i in ranks.items():
             vocabulary[i] = data
@@ -499,15 +493,18 @@ class Tiktoken(Tokenizer):
 class Transformers(Tokenizer):
     """The tokenizer in a folder, as transformers' AutoTokenizer reads it, and its chat template."""
 
-    def __init__(self, path):
-        folder = folder_of(path)
-        with mil.naming(path, "its tokenizer cannot be read"):
+    def __init__(self, folder, file=""):
+        """file: the name of a GGUF file, if the tokenizer is in one."""
+        with mil.naming(folder / file, "its tokenizer cannot be read"):
             import transformers
+            from transformers.convert_slow_tokenizer import bytes_to_unicode
 
             transformers.logging.set_verbosity_error()
-            gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+            gguf = {"gguf_file": file} if file else {}
             hf = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **gguf)
-            letters = byte_letters(hf.backend_tokenizer)
+            decoder = hf.backend_tokenizer.decoder
+            byte_level = decoder is not None and b"ByteLevel" in decoder.__getstate__()
+            letters = {c: bytes([b]) for b, c in bytes_to_unicode().items()} if byte_level else {}
         self.folder, self.hf = folder, hf
         stops = [*stated_stops(folder), *([] if hf.eos_token_id is None else [hf.eos_token_id])]
         ends = [token for i, token in hf.added_tokens_decoder.items() if i in stops]
@@ -551,16 +548,8 @@ def shared(a, b):
     return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))))
 
 
-def byte_letters(tokenizer):
-    """The letter that stands for each byte in a byte-level vocabulary; {} for sentencepiece."""
-    if tokenizer.decoder is None or b"ByteLevel" not in tokenizer.decoder.__getstate__():
-        return {}
-    rest = itertools.count(256)
-    shown = [b != 32 and chr(b).isprintable() for b in range(256)]
-    return {chr(b if shown[b] else next(rest)): bytes([b]) for b in range(256)}
-
-
 def token_bytes(token, letters):
+    """The bytes of a token: `letters` of a byte-level vocabulary, or as sentencepiece writes it."""
     if letters:
         return b"".join(letters.get(c, c.encode()) for c in token)
     byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
@@ -571,9 +560,9 @@ def stated_stops(folder):
     """The ids that end a text, by generation_config.json and config.json (ours: under "ids")."""
     stops = []
     for name in ("generation_config.json", "config.json"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            about = json.loads((folder / name).read_text(encoding="utf-8"))
-            found = (about.get("ids") or about).get("eos_token_id")
+        with contextlib.suppress(MilError, AttributeError):
+            said = mil.read_json(folder / name)
+            found = (said.get("ids") or said).get("eos_token_id")
             stops += found if isinstance(found, list) else [found]
     return [i for i in stops if isinstance(i, int)]
 
@@ -595,63 +584,56 @@ def read_meta(path):
     rest = [f"reserved_special_token_{i}" for i in range(248)]
     names = ["begin_of_text", "end_of_text", *rest[:2], "finetune_right_pad_id", rest[2]]
     names += ["start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag", *rest[3:]]
-    return Tiktoken(PATTERN, ranks, {f"<|{name}|>": n + i for i, name in enumerate(names)})
+    control = {f"<|{name}|>": n + i for i, name in enumerate(names)}
+    return Tiktoken(PATTERN, ranks, control, path.parent)
 
 
-def is_named(tokenizer):
-    """Whether this names a tokenizer rather than a path."""
-    return tokenizer == "bytes" or tokenizer in tiktoken.list_encoding_names()
-
-
-def load_tokenizer(name):
+def load_tokenizer(source):
     """The Tokenizer of a name ("bytes", or one of tiktoken's), or of a folder or a file in it.
 
     Raises MilError if there is none or it cannot be read.
     """
-    if name == "bytes":
+    names = tiktoken.list_encoding_names()
+    if source == "bytes":
         return Tiktoken("(?s:.)", {bytes([b]): b for b in range(256)}, {"<|endoftext|>": 256})
-    if is_named(name):
+    if source in names:
         hint = "tiktoken could not download it; pass bytes or a folder, or set TIKTOKEN_CACHE_DIR"
-        with mil.naming(f"tokenizer {name}", hint):
-            found = tiktoken.get_encoding(name)
+        with mil.naming(f"tokenizer {source}", hint):
+            found = tiktoken.get_encoding(source)
         return Tiktoken(found._pat_str, found._mergeable_ranks, found._special_tokens)
-    folder = folder_of(name)
+    path = Path(source)
+    if path.suffix == ".gguf":
+        return Transformers(path.parent, path.name)
+    folder = path.parent if path.is_file() else path
     meta = folder / "tokenizer.model"
     if not (folder / "tokenizer.json").exists() and meta.exists() and meta.read_bytes().isascii():
         return read_meta(meta)
-    if Path(name).suffix != ".gguf" and not any(folder.glob("*token*")):
-        names = ", ".join(tiktoken.list_encoding_names())
-        wanted = f"a folder with a tokenizer.json or tokenizer.model, bytes, {names}"
-        raise MilError(f"{name}: no tokenizer; expected {wanted}")
-    return Transformers(Path(name) if Path(name).suffix == ".gguf" else folder)
-
-
-def folder_of(name):
-    return Path(name).parent if Path(name).is_file() else Path(name)
+    if not any(folder.glob("*token*")):
+        wanted = f"a folder with a tokenizer.json or tokenizer.model, bytes, {', '.join(names)}"
+        raise MilError(f"{source}: no tokenizer; expected {wanted}")
+    return Transformers(folder)
 
 
 def tokenizer_of(directory, about=None):
     """What to give load_tokenizer for a checkpoint of which mil.read_config says `about`."""
     about = about or mil.read_config(directory)
-    if about["tokenizer"]:
-        return about["tokenizer"]
     file = about["weights"][0] if about["format"] == "gguf" else ""
-    return str(about["folder"] / file)
+    return about["tokenizer"] or str(about["folder"] / file)
 
 
-def save_with_tokenizer(model, directory, tokenizer, **notes):
-    """mil.save, and the tokenizer that load_tokenizer knows by this name or path: name or files."""
-    read, named = load_tokenizer(tokenizer), is_named(tokenizer)
+def save_with_tokenizer(model, directory, source, **notes):
+    """mil.save, and the tokenizer that load_tokenizer knows by `source`: its name or its files."""
+    tokenizer, directory = load_tokenizer(source), Path(directory)
     mil.make_directory(directory)
-    files = [] if named else [f for name in FILES for f in folder_of(tokenizer).glob(name)]
-    for file in filter(Path.is_file, files):
-        data = file.read_bytes()
-        mil.write_whole(Path(directory) / file.name, lambda f, data=data: f.write(data))
-    if isinstance(read, Transformers) and not (Path(directory) / "tokenizer.json").exists():
-        read.hf.save_pretrained(directory)
-    ids = {"bos_token_id": (read.begin or [None])[0], "eos_token_id": read.stops or None}
-    notes = {"tokenizer": tokenizer if named else None, "ids": ids, **notes}
-    mil.save(model, directory, **notes)
+    for name in mil.TEXT_FILES.split() if tokenizer.folder else ():
+        if (tokenizer.folder / name).is_file():
+            data = (tokenizer.folder / name).read_bytes()
+            mil.write_whole(directory / name, lambda f, data=data: f.write(data))
+    if isinstance(tokenizer, Transformers) and not (directory / "tokenizer.json").exists():
+        tokenizer.hf.save_pretrained(directory)
+    ids = {"bos_token_id": (tokenizer.begin or [None])[0], "eos_token_id": tokenizer.stops or None}
+    name = None if tokenizer.folder else source
+    mil.save(model, directory, tokenizer=name, ids=ids, **notes)
 
 
 def load_with_tokenizer(directory, device=None, dtype=None):
