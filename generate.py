@@ -30,7 +30,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -658,8 +657,8 @@ class TextStream:
     """Tokens in, text out. A character that spans tokens appears with its last byte."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
-        self.tokens, self.text = [], ""
+        self.tokenizer, self.tokens, self.text = tokenizer, [], ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, tokens, final=False):
         """The text that these tokens add."""
@@ -736,10 +735,8 @@ def pick_device(name):
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError(f"expected cpu or cuda, not {device.type}")
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=device).device  # with its number
         if device.type == "cuda":
-            index = torch.cuda.current_device() if device.index is None else device.index
-            device = torch.device("cuda", index)
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as e:
         raise MilError(f"--device {name}: not usable here: {str(e).splitlines()[0]}") from e
@@ -772,13 +769,11 @@ class Settings:
 
 def check_settings(s):
     check_sampling(s.max_new_tokens, s.temperature, s.top_k, s.top_p, "--")
+    most = kernels.FEW - 1
     mil.refuse(
         (s.dtype not in ("", *DTYPES), f"dtype is {s.dtype}, expected {', '.join(DTYPES)}"),
         (not 0 <= s.seed < 2**63, f"seed is {s.seed}, expected 0 to 2^63 - 1"),
-        (
-            not 1 <= s.speculate < kernels.FEW,
-            f"speculate is {s.speculate}, expected 1 to {kernels.FEW - 1}",
-        ),
+        (not 1 <= s.speculate <= most, f"speculate is {s.speculate}, expected 1 to {most}"),
         (s.speculate != 4 and not s.draft, "speculate needs a --draft: the model that proposes"),
         (s.context != 0 and s.context < 2, f"context is {s.context}, expected at least 2"),
         (s.chat and s.prompt, "chat reads what you say from the terminal: leave --prompt out"),
@@ -799,7 +794,7 @@ def read_prompt(text, number):
     return text
 
 
-def load_draft(s, model, tokenizer, device):
+def load_draft(s, tokenizer, device):
     """The model in --draft. Raises MilError unless the same ids mean the same text to both."""
     draft, other = load_with_tokenizer(s.draft, device, DTYPES.get(s.dtype))
     if not tokenizer.same_text(other):
@@ -807,19 +802,11 @@ def load_draft(s, model, tokenizer, device):
     return draft
 
 
-def new_decoder(s, model, draft, rows, size):
-    generator = torch.Generator(model.lm_head.weight.device).manual_seed(s.seed)
-    how = (s.temperature, s.top_k, s.top_p, generator)
-    return Decoder(model, rows, size, *how, draft, s.speculate if draft else 0)
-
-
 class Chat:
     """Lines in, replies out. The decoder keeps its cache: a turn reads only what is new."""
 
-    def __init__(self, s, model, tokenizer, draft):
-        self.room = int(min(s.context or 8192, longest_text(model), longest_text(draft or model)))
-        self.s, self.tokenizer = s, tokenizer
-        self.decoder = new_decoder(s, model, draft, 1, self.room)
+    def __init__(self, s, tokenizer, decoder, room):
+        self.s, self.tokenizer, self.decoder, self.room = s, tokenizer, decoder, room
         self.reset()
 
     def reset(self):
@@ -853,9 +840,9 @@ class Chat:
     def turn(self, messages):
         asked, _ = self.tokenizer.conversation(messages, reply=True)
         ids, n = asked, len(self.asked)
-        ends = [i for i in range(n, len(asked)) if asked[i] in self.tokenizer.stops]
-        if n and ends and asked[:n] == self.asked:  # otherwise all is read anew
-            ids = self.ids + asked[ends[0] :]
+        if n and asked[:n] == self.asked:  # the template goes on; after the reply's end it is new
+            ends = [i for i in range(n, len(asked)) if asked[i] in self.tokenizer.stops]
+            ids = self.ids + asked[ends[0] :] if ends else asked
         if len(ids) >= self.room:
             taken = f"{len(self.ids)} of {self.room} tokens are taken"
             more = f"this takes {len(ids) - len(self.ids)}"
@@ -866,25 +853,24 @@ class Chat:
 
     def reply(self, ids):
         """Prints a reply. Returns its ids without the stop, and its text."""
-        stream, interrupted = TextStream(self.tokenizer), threading.Event()
+        stream, stops, interrupts = TextStream(self.tokenizer), self.tokenizer.stops, []
         began = time.perf_counter()
-        before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+        before = signal.signal(signal.SIGINT, lambda *signal: interrupts.append(signal))
         try:  # Ctrl-C stops between two passes: within one the cache is half written
-            for (new,) in self.decoder.decode([ids], self.s.max_new_tokens, self.tokenizer.stops):
+            for (new,) in self.decoder.decode([ids], self.s.max_new_tokens, stops):
                 print(stream.feed(new), end="", flush=True)
-                if interrupted.is_set():
+                if interrupts:
                     break
         finally:
             signal.signal(signal.SIGINT, before)
-        seconds, count = time.perf_counter() - began, len(stream.tokens)
-        said = [token for token in stream.tokens if token not in self.tokenizer.stops]
+        count, speed = len(stream.tokens), len(stream.tokens) / (time.perf_counter() - began)
+        said = [token for token in stream.tokens if token not in stops]
         taken, why = len(ids) + len(said), ""
-        if len(said) == count and not interrupted.is_set():
-            full = taken >= self.room
-            why = ", cut for want of room" if full else ", cut at --max_new_tokens"
-        print(stream.finish() + (" …" if why or interrupted.is_set() else ""), flush=True)
-        told = f"{count} tokens{why}, {count / seconds:.1f} tokens/s"
-        print(f"({told}; {taken} of {self.room} taken)", file=sys.stderr)
+        if len(said) == count and not interrupts:
+            why = ", cut for want of room" if taken >= self.room else ", cut at --max_new_tokens"
+        print(stream.finish() + (" …" if len(said) == count else ""), flush=True)
+        told = f"{count} tokens{why}, {speed:.1f} tokens/s; {taken} of {self.room} taken"
+        print(f"({told})", file=sys.stderr)
         return said, stream.text
 
 
@@ -896,13 +882,16 @@ def main(argv):
         hint = "python train_distill.py makes it; or give --model"
         raise MilError(f"{s.model}: not there yet: {hint}")
     model, tokenizer = load_with_tokenizer(s.model, device, DTYPES.get(s.dtype))
-    draft = load_draft(s, model, tokenizer, device) if s.draft else None
-    if s.chat:
-        return Chat(s, model, tokenizer, draft).run()
-    texts = [read_prompt(text, i + 1) for i, text in enumerate(s.prompt)]
+    draft = load_draft(s, tokenizer, device) if s.draft else None
+    texts = [read_prompt(text, i) for i, text in enumerate(s.prompt, 1)]
     prompts = [tokenizer.encode(text) for text in texts]
-    size = max(map(len, prompts)) + s.max_new_tokens
-    decoder = new_decoder(s, model, draft, len(texts), size)
+    context = longest_text(model, draft or model)
+    size = s.context or 8192 if s.chat else max(map(len, prompts)) + s.max_new_tokens
+    generator = torch.Generator(device).manual_seed(s.seed)
+    how = s.temperature, s.top_k, s.top_p, generator
+    decoder = Decoder(model, len(texts) or 1, size, *how, draft, s.speculate if draft else 0)
+    if s.chat:
+        return Chat(s, tokenizer, decoder, min(size, context)).run()
     streams, began = [TextStream(tokenizer) for _ in texts], time.perf_counter()
     for rows in decoder.decode(prompts, s.max_new_tokens, tokenizer.stops):
         first = not streams[0].tokens  # only now is it sure that the prompt can be continued
@@ -919,7 +908,6 @@ def main(argv):
         kept = decoder.accepted / max(1, decoder.proposed)
         line += f", {kept:.0%} of the draft's tokens kept"
         line += f", {count / decoder.passes:.2f} tokens a pass of the model (K = {s.speculate})"
-    context = min(longest_text(model), longest_text(draft or model))
     lengths = [len(p) + len(stream.tokens) for p, stream in zip(prompts, streams, strict=True)]
     if max(lengths) >= context:
         line += f", up to the context of {context}"
