@@ -31,7 +31,6 @@ import re
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import tiktoken
@@ -234,11 +233,9 @@ class Decoder:
     """Continues texts, a batch of `rows` with room for `size` tokens each.
 
     `decode` may be called again with the same texts, longer, and reads only what is new. With a
-    `draft`, another model over the same tokens, a round is speculative: the draft proposes K
-    tokens, the model reads them in one pass, keeps the longest part it agrees with, and
-    adds one (`verify`). The text has the model's own distribution, whatever the draft. proposed,
-    accepted, passes count the draft's tokens, those in the text, and passes of the model, each row
-    for itself.
+    `draft`, another model over the same tokens, rounds are speculative; whatever the draft, the
+    text has the model's own distribution. proposed, accepted, passes count the draft's tokens,
+    those in the text, and passes of the model, each row for itself.
     """
 
     @torch.inference_mode()
@@ -294,7 +291,7 @@ class Decoder:
         rounds = self.rounds
         for which, held in enumerate(rounds.held):
             for n, text, prompt in zip(held, self.texts, prompts, strict=True):
-                self.torn |= text[:n] != prompt[:n] or n > max(0, len(prompt) - 1 - which)
+                self.torn |= text[:n] != prompt[: -1 - which][:n]
         if self.torn:
             rounds.held = [[0] * len(prompts) for _ in rounds.held]
             for cache in rounds.caches:
@@ -405,6 +402,7 @@ class Tokenizer:
     vocabulary: list of the bytes each id stands for, b"" for control tokens and unused ids.
     begin: list of the ids in front of every text. stops: list of the ids that end a text or a turn.
     template: how conversations are written: "plain", "llama3", or the text of a chat template.
+    folder: where its files are; None if it has a name instead.
     """
 
     def __init__(self, vocabulary, control, begin, stops=(), template=""):
@@ -417,7 +415,7 @@ class Tokenizer:
         self.opening = "".join(names[i] for i in begin)
         self.closing = names.get(self.stops[0], "") if self.stops else ""
         texts = "|".join(sorted(map(re.escape, control), key=len, reverse=True))
-        self.control = re.compile(f"(?=(?:{texts or '(?!)'}))(.)", re.DOTALL)  # their first letters
+        self.initials = re.compile(f"(?=(?:{texts or '(?!)'}))(.)", re.DOTALL)  # of its names
 
     def bytes_of(self, token):
         return self.vocabulary[token] if token < self.size else b""
@@ -432,7 +430,7 @@ class Tokenizer:
 
     def encode(self, text, begin=True):
         """Ids of a text, after `begin` or as one that continues another, without control tokens."""
-        ids = self.tokens(mend(text), control=False, first=begin)
+        ids = self.tokens(mend(text), plain=True, first=begin)
         return self.begin + ids if begin else ids
 
     def conversation(self, messages, reply=False):
@@ -442,22 +440,22 @@ class Tokenizer:
         says becomes a control token. Raises MilError if the chat template refuses the messages.
         """
         messages = [{key: self.hide(m[key]) for key in ("role", "content")} for m in messages]
-        ids = self.read(messages, reply)
+        ids = self.render(messages, reply)
         own = [False] * len(ids)
         for i, message in enumerate(messages):
             if message["role"] == "assistant" and i > 0:
-                begin = shared(ids, self.read(messages[:i], reply=True))
-                end = shared(ids, self.read(messages[: i + 1], reply=False))
+                begin = shared(ids, self.render(messages[:i], reply=True))
+                end = shared(ids, self.render(messages[: i + 1], reply=False))
                 last = [j + 1 for j in range(begin, end) if ids[j] in self.stops][-1:] or [end]
                 own[begin : last[0]] = [True] * (last[0] - begin)
         return ids, own
 
     def hide(self, text):
-        return self.control.sub(rf"\1{MARK}", mend(text).replace(MARK, "\ufffd"))
+        return self.initials.sub(rf"\1{MARK}", mend(text).replace(MARK, "\ufffd"))
 
-    def read(self, messages, reply):
+    def render(self, messages, reply):
         parts = self.write(messages, reply).split(MARK)
-        return [i for n, part in enumerate(parts) for i in self.tokens(part, True, first=n == 0)]
+        return [i for n, part in enumerate(parts) for i in self.tokens(part, False, first=n == 0)]
 
     def write(self, messages, reply):
         """The text of a conversation, with its control tokens."""
@@ -482,10 +480,10 @@ class Tiktoken(Tokenizer):
         begin = [i for text, i in control.items() if text == "<|begin_of_text|>"]
         super().__init__(vocabulary, control, begin)
 
-    def tokens(self, text, control, first):
+    def tokens(self, text, plain, first):
         if re.search(r"(?<!\s)\s{500000}", text):  # from about 700,000 on tiktoken 0.14 panics
             raise MilError("a text with 500,000 spaces or line ends in a row cannot be tokenised")
-        allowed = "all" if control else set()
+        allowed = set() if plain else "all"
         return self.encoding.encode(text, allowed_special=allowed, disallowed_special=())
 
 
@@ -506,10 +504,10 @@ class Transformers(Tokenizer):
             letters = {c: bytes([b]) for b, c in bytes_to_unicode().items()} if byte_level else {}
         self.folder, self.hf = folder, hf
         stops = [*stated_stops(folder), *([] if hf.eos_token_id is None else [hf.eos_token_id])]
-        ends = [token for i, token in hf.added_tokens_decoder.items() if i in stops]
-        for token in ends:
+        last = [token for i, token in hf.added_tokens_decoder.items() if i in stops]
+        for token in last:
             token.special = True
-        hf.add_tokens(ends, special_tokens=True)  # so that no text becomes one
+        hf.add_tokens(last, special_tokens=True)  # so that no text becomes one
         added, vocab = hf.added_tokens_decoder, hf.get_vocab()
         control = {token.content: i for i, token in added.items() if token.special}
         vocabulary = [b""] * (max(vocab.values()) + 1)
@@ -524,9 +522,9 @@ class Transformers(Tokenizer):
         self.lead = "" if self.decode(bare) == "a" else "\n"
         self.skip = len(hf.encode(self.lead, add_special_tokens=False))
 
-    def tokens(self, text, control, first):
+    def tokens(self, text, plain, first):
         lead, skip = ("", 0) if first else (self.lead, self.skip)
-        how = {"add_special_tokens": False, "split_special_tokens": not control}
+        how = {"add_special_tokens": False, "split_special_tokens": plain}
         return self.hf.encode(lead + text, **how)[skip:]
 
     def write(self, messages, reply):
@@ -631,8 +629,7 @@ def save_with_tokenizer(model, directory, source, **notes):
     if isinstance(tokenizer, Transformers) and not (directory / "tokenizer.json").exists():
         tokenizer.hf.save_pretrained(directory)
     ids = {"bos_token_id": (tokenizer.begin or [None])[0], "eos_token_id": tokenizer.stops or None}
-    name = None if tokenizer.folder else source
-    mil.save(model, directory, tokenizer=name, ids=ids, **notes)
+    mil.save(model, directory, tokenizer=None if tokenizer.folder else source, ids=ids, **notes)
 
 
 def load_with_tokenizer(directory, device=None, dtype=None):
@@ -749,7 +746,7 @@ def pick_device(name):
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
-@dataclass
+@dataclasses.dataclass
 class Settings:
     model: str = flag("out/student", "folder of a checkpoint, or a name at huggingface.co")
     draft: str = flag("", "a smaller model over the same tokens: the same distribution, faster")
@@ -879,8 +876,7 @@ def main(argv):
     check_settings(s)
     device = pick_device(s.device)
     if s.model == Settings.model and not os.path.exists(s.model):
-        hint = "python train_distill.py makes it; or give --model"
-        raise MilError(f"{s.model}: not there yet: {hint}")
+        raise MilError(f"{s.model}: not there yet: train_distill.py makes it; or give --model")
     model, tokenizer = load_with_tokenizer(s.model, device, DTYPES.get(s.dtype))
     draft = load_draft(s, tokenizer, device) if s.draft else None
     texts = [read_prompt(text, i) for i, text in enumerate(s.prompt, 1)]
