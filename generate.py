@@ -126,40 +126,6 @@ def verify(proposed, q, p, generator=None):
 # Decoding
 
 
-def longest_text(*models):
-    """How many tokens all the models can read and write: the context, where there is attention."""
-    return min(m.config.context if "attention" in m.config.mixers else math.inf for m in models)
-
-
-def check_sampling(max_new_tokens=1, temperature=1, top_k=0, top_p=1, where=""):
-    overflows = temperature != 0 and not 1e-6 <= temperature < math.inf  # logits / temperature
-    mil.refuse(
-        (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}, expected at least 1"),
-        (overflows, f"temperature is {temperature}, expected 0 (greedy) or 1e-6 and more"),
-        (top_k < 0, f"top_k is {top_k}, expected 0 (no limit) or more"),
-        (not 0 < top_p <= 1, f"top_p is {top_p}, expected more than 0 and at most 1"),
-        where=where,
-    )
-
-
-def check_prompts(prompts, rows, v, context, stop):
-    """Raises MilError if a prompt cannot be continued, or a token is not one of v."""
-    room = f"the context is {context}: expected at most {context - 1}, to leave room for one more"
-    mil.refuse(
-        (not prompts, "no prompts: there is nothing to continue"),
-        (len(prompts) != rows, f"{len(prompts)} prompts for a decoder of {rows} rows"),
-        *((not 0 <= i < v, f"stop token {i} is outside the vocabulary of {v}") for i in stop),
-    )
-    for n, prompt in enumerate(prompts, 1):
-        odd = [i for i in prompt if not 0 <= i < v]
-        mil.refuse(
-            (not prompt, "is empty: there is nothing to continue"),
-            (len(prompt) >= context, f"has {len(prompt)} tokens, {room}"),
-            (odd, f"has token {', '.join(map(str, odd[:3]))}, but the model's vocabulary is {v}"),
-            where=f"prompt {n} ",
-        )
-
-
 class Rounds:
     """The tensors of decoding: models with their caches, and where the text of each row stands.
 
@@ -180,18 +146,24 @@ class Rounds:
         self.choose = torch.compile(choose) if self.many else choose
         self.held = [[0] * rows for _ in models]  # how much of each text a cache holds
 
-    def catch_up(self, which, texts):
-        """The model (0) or the draft (1) reads the texts, but for the last token, or last two."""
-        held, cache = self.held[which], self.caches[which]
-        new = [text[n : -1 - which] for n, text in zip(held, texts, strict=True)]
-        counts = [len(tokens) for tokens in new]
-        most = max(counts)
-        if most:
-            cache.keep(torch.tensor(held), max(held))
-            padded = [tokens + [0] * (most - len(tokens)) for tokens in new]
-            padded = torch.tensor(padded, device=self.device)
-            self.models[which].hidden(padded, cache, counts)
-        self.held[which] = [len(text) - 1 - which for text in texts]
+    def launch(self, texts):
+        """Begins a round of these texts. Returns the result of `extend`, on the CPU, and an event
+        after which it is there, or None."""
+        lengths = [len(text) for text in texts]
+        longest = max(lengths)
+        if self.K == 0:
+            out = self.halves[0](self.extend, longest)
+        elif min(lengths) == 1:  # the draft reads the last two tokens; once, no graph is made of it
+            out = self.extend(longest)
+        else:
+            self.catch_up(1, texts)
+            proposal = self.halves[1](self.propose, longest)
+            out = self.halves[0](self.extend, longest, *proposal)
+        out, event = out.to("cpu", non_blocking=True), None
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.device))
+        return out, event
 
     def propose(self, longest):
         """K tokens of the draft and what they are drawn from: (b, K), (b, K, v).
@@ -227,6 +199,19 @@ class Rounds:
         self.at.copy_((self.at + count + 1).clamp(max=self.context - 1))
         self.last.copy_(extra.clamp(min=0))
         return torch.cat([count[:, None], new[:, 1:], extra[:, None]], dim=1)
+
+    def catch_up(self, which, texts):
+        """The model (0) or the draft (1) reads the texts, but for the last token, or last two."""
+        held, cache = self.held[which], self.caches[which]
+        new = [text[n : -1 - which] for n, text in zip(held, texts, strict=True)]
+        counts = [len(tokens) for tokens in new]
+        most = max(counts)
+        if most:
+            cache.keep(torch.tensor(held), max(held))
+            padded = [tokens + [0] * (most - len(tokens)) for tokens in new]
+            padded = torch.tensor(padded, device=self.device)
+            self.models[which].hidden(padded, cache, counts)
+        self.held[which] = [len(text) - 1 - which for text in texts]
 
 
 class Decoder:
@@ -275,10 +260,10 @@ class Decoder:
         coming = None
         while live:
             self.torn = True  # should this round fail
-            out, event = coming or self.round()
+            out, event = coming or self.rounds.launch(self.texts)
             # Of many rows the next round is launched before this one's tokens are looked at.
             more = self.rounds.many and any(limits[i] - len(self.texts[i]) > 1 for i in live)
-            coming = self.round() if more else None
+            coming = self.rounds.launch(self.texts) if more else None
             if event:
                 event.synchronize()
             new = self.take(out, live, limits, stop)
@@ -301,25 +286,6 @@ class Decoder:
         rounds.catch_up(0, self.texts)
         cursor = [(len(text) - 1, [0, *text][-2], text[-1]) for text in self.texts]
         rounds.cursor.copy_(torch.tensor(cursor).T)
-
-    def round(self):
-        """Begins a round. Returns the result of `Rounds.extend`, on the CPU, and an event after
-        which it is there, or None."""
-        rounds, lengths = self.rounds, [len(text) for text in self.texts]
-        longest = max(lengths)
-        if rounds.K == 0:
-            out = rounds.halves[0](rounds.extend, longest)
-        elif min(lengths) == 1:  # the draft reads the last two tokens; once, no graph is made of it
-            out = rounds.extend(longest)
-        else:
-            rounds.catch_up(1, self.texts)
-            proposal = rounds.halves[1](rounds.propose, longest)
-            out = rounds.halves[0](rounds.extend, longest, *proposal)
-        out, event = out.to("cpu", non_blocking=True), None
-        if rounds.device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(rounds.device))
-        return out, event
 
     def take(self, out, live, limits, stop):
         """Adds a round's tokens to the texts of the live rows. Returns a tuple per row.
@@ -385,6 +351,40 @@ def generate(model, prompts, max_new_tokens, *sampling, stop=(), **more):
     yield from decoder.decode(prompts, max_new_tokens, stop)
 
 
+def longest_text(*models):
+    """How many tokens all the models can read and write: the context, where there is attention."""
+    return min(m.config.context if "attention" in m.config.mixers else math.inf for m in models)
+
+
+def check_sampling(max_new_tokens=1, temperature=1, top_k=0, top_p=1, where=""):
+    overflows = temperature != 0 and not 1e-6 <= temperature < math.inf  # logits / temperature
+    mil.refuse(
+        (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}, expected at least 1"),
+        (overflows, f"temperature is {temperature}, expected 0 (greedy) or 1e-6 and more"),
+        (top_k < 0, f"top_k is {top_k}, expected 0 (no limit) or more"),
+        (not 0 < top_p <= 1, f"top_p is {top_p}, expected more than 0 and at most 1"),
+        where=where,
+    )
+
+
+def check_prompts(prompts, rows, v, context, stop):
+    """Raises MilError if a prompt cannot be continued, or a token is not one of v."""
+    room = f"the context is {context}: expected at most {context - 1}, to leave room for one more"
+    mil.refuse(
+        (not prompts, "no prompts: there is nothing to continue"),
+        (len(prompts) != rows, f"{len(prompts)} prompts for a decoder of {rows} rows"),
+        *((not 0 <= i < v, f"stop token {i} is outside the vocabulary of {v}") for i in stop),
+    )
+    for n, prompt in enumerate(prompts, 1):
+        odd = [i for i in prompt if not 0 <= i < v]
+        mil.refuse(
+            (not prompt, "is empty: there is nothing to continue"),
+            (len(prompt) >= context, f"has {len(prompt)} tokens, {room}"),
+            (odd, f"has token {', '.join(map(str, odd[:3]))}, but the model's vocabulary is {v}"),
+            where=f"prompt {n} ",
+        )
+
+
 # --------------------------------------------------------------------------------------------------
 # Tokenizers and conversations
 
@@ -415,7 +415,7 @@ class Tokenizer:
         self.opening = "".join(names[i] for i in begin)
         self.closing = names.get(self.stops[0], "") if self.stops else ""
         texts = "|".join(sorted(map(re.escape, control), key=len, reverse=True))
-        self.initials = re.compile(f"(?=(?:{texts or '(?!)'}))(.)", re.DOTALL)  # of its names
+        self.initials = re.compile(f"(?=(?:{texts or '(?!)'}))(.)", re.DOTALL)  # where one begins
 
     def bytes_of(self, token):
         return self.vocabulary[token] if token < self.size else b""
@@ -430,7 +430,7 @@ class Tokenizer:
 
     def encode(self, text, begin=True):
         """Ids of a text, after `begin` or as one that continues another, without control tokens."""
-        ids = self.tokens(mend(text), plain=True, first=begin)
+        ids = self.tokens(mend(text), literal=True, first=begin)
         return self.begin + ids if begin else ids
 
     def conversation(self, messages, reply=False):
@@ -480,10 +480,10 @@ class Tiktoken(Tokenizer):
         begin = [i for text, i in control.items() if text == "<|begin_of_text|>"]
         super().__init__(vocabulary, control, begin)
 
-    def tokens(self, text, plain, first):
+    def tokens(self, text, literal, first):
         if re.search(r"(?<!\s)\s{500000}", text):  # from about 700,000 on tiktoken 0.14 panics
             raise MilError("a text with 500,000 spaces or line ends in a row cannot be tokenised")
-        allowed = set() if plain else "all"
+        allowed = set() if literal else "all"
         return self.encoding.encode(text, allowed_special=allowed, disallowed_special=())
 
 
@@ -522,9 +522,9 @@ class Transformers(Tokenizer):
         self.lead = "" if self.decode(bare) == "a" else "\n"
         self.skip = len(hf.encode(self.lead, add_special_tokens=False))
 
-    def tokens(self, text, plain, first):
+    def tokens(self, text, literal, first):
         lead, skip = ("", 0) if first else (self.lead, self.skip)
-        how = {"add_special_tokens": False, "split_special_tokens": plain}
+        how = {"add_special_tokens": False, "split_special_tokens": literal}
         return self.hf.encode(lead + text, **how)[skip:]
 
     def write(self, messages, reply):
@@ -850,9 +850,9 @@ class Chat:
 
     def reply(self, ids):
         """Prints a reply. Returns its ids without the stop, and its text."""
-        stream, stops, interrupts = TextStream(self.tokenizer), self.tokenizer.stops, []
-        began = time.perf_counter()
-        before = signal.signal(signal.SIGINT, lambda *signal: interrupts.append(signal))
+        stream, stops = TextStream(self.tokenizer), self.tokenizer.stops
+        interrupts, began = [], time.perf_counter()
+        before = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
         try:  # Ctrl-C stops between two passes: within one the cache is half written
             for (new,) in self.decoder.decode([ids], self.s.max_new_tokens, stops):
                 print(stream.feed(new), end="", flush=True)
