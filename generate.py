@@ -25,15 +25,12 @@ import contextlib
 import dataclasses
 import difflib
 import itertools
-import json
 import math
 import os
 import re
 import signal
 import sys
-import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import tiktoken
@@ -72,29 +69,27 @@ def distribution(logits, temperature=1.0, top_k=0, top_p=1.0):
     return probs
 
 
-def draw(probs, generator=None):
-    """A token (...) from each distribution (..., v); -1 where it holds a NaN."""
-    return first_to_ring(probs, waiting_times(probs, probs.dtype, generator))
+def draw(probs, generator=None, times=None):
+    """A token (...) from each distribution (..., v); -1 where it holds a NaN.
 
-
-def waiting_times(like, dtype, generator):
-    """Times, shaped like `like`, that clocks of rate 1 take to ring."""
-    times = torch.empty_like(like, dtype=dtype).exponential_(generator=generator)
-    return times if times.is_cuda else times.clamp_(min=torch.finfo(dtype).tiny)  # > 0 on a GPU
-
-
-def first_to_ring(probs, times):
-    """The first of clocks of the rates `probs` to ring, which is a draw from them.
-
-    torch.multinomial does the same, but waits for the GPU.
+    Of clocks that ring at the rates `probs`, the first one's token: clocks of rate 1 take `times`
+    to ring. torch.multinomial does the same, but waits for the GPU.
     """
+    times = waiting_times(probs, generator) if times is None else times
     first, tokens = (probs / times).max(-1)
     return torch.where(first > 0, tokens, -1)
 
 
+def waiting_times(like, generator):
+    """Random times, shaped like `like`, that clocks of rate 1 take to ring; float32 at least."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    times = torch.empty_like(like, dtype=dtype).exponential_(generator=generator)
+    return times if times.is_cuda else times.clamp_(min=torch.finfo(dtype).tiny)  # > 0 on a GPU
+
+
 def choose(logits, times, how):
     """A token (...) from the distribution of logits (..., v); one piece, to be compiled."""
-    return first_to_ring(distribution(logits, *how), times)
+    return draw(distribution(logits, *how), times=times)
 
 
 def acceptance(p, q, tokens):
@@ -131,72 +126,8 @@ def verify(proposed, q, p, generator=None):
 # Decoding
 
 
-def longest_text(model):
-    """How many tokens the model can read and write: the context, if there is attention."""
-    return model.config.context if "attention" in model.config.mixers else math.inf
-
-
-def check_sampling(max_new_tokens, temperature, top_k, top_p, where=""):
-    mil.refuse(
-        (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}, expected at least 1"),
-        # a logit divided by less could overflow
-        (
-            temperature != 0 and not 1e-6 <= temperature < math.inf,
-            f"temperature is {temperature}, expected 0 (greedy) or 1e-6 and more",
-        ),
-        (top_k < 0, f"top_k is {top_k}, expected 0 (no limit) or more"),
-        (not 0 < top_p <= 1, f"top_p is {top_p}, expected more than 0 and at most 1"),
-        where=where,
-    )
-
-
-def check_prompts(prompts, v, context, stop=()):
-    """Raises MilError if a prompt cannot be continued, or a token is not one of v."""
-    room = f"the context is {context}: expected at most {context - 1}, to leave room for one more"
-    mil.refuse(
-        (not prompts, "no prompts: there is nothing to continue"),
-        *((not 0 <= i < v, f"stop token {i} is outside the vocabulary of {v}") for i in stop),
-    )
-    for n, prompt in enumerate(prompts, 1):
-        odd = [i for i in prompt if not 0 <= i < v]
-        mil.refuse(
-            (not prompt, "is empty: there is nothing to continue"),
-            (len(prompt) >= context, f"has {len(prompt)} tokens, {room}"),
-            (odd, f"has token {', '.join(map(str, odd[:3]))}, but the model's vocabulary is {v}"),
-            where=f"prompt {n} ",
-        )
-
-
-class Launched:
-    """Calls of one function of tensors that stay in place; on a GPU one launch of a CUDA graph.
-
-    The first call runs the function, which compiles its kernels, the second captures it. Nothing
-    here refers to the function's owner: a graph that the garbage collector frees late would break
-    the capture of another.
-    """
-
-    def __init__(self, device, generator):
-        self.device, self.generator, self.calls, self.graph = device, generator, 0, None
-
-    def __call__(self, f, *args):
-        self.calls += 1
-        if self.device is None or self.calls == 1:
-            return f(*args)
-        with torch.cuda.device(self.device):
-            if self.graph is None:
-                self.graph = torch.cuda.CUDAGraph()
-                if self.generator:
-                    self.graph.register_generator_state(self.generator)
-                stream = torch.cuda.Stream()
-                # other threads may go on
-                with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                    self.out = f(*args)
-            self.graph.replay()
-        return self.out
-
-
 class Rounds:
-    """The tensors of decoding: models with their caches, and where the text of each row ends.
+    """The tensors of decoding: models with their caches, and where the text of each row stands.
 
     A round appends 1 to K + 1 tokens to each row. Without a draft K is 0.
     """
@@ -207,22 +138,27 @@ class Rounds:
         undo = len(models) > 1
         self.caches = [mil.Cache(model, rows, context + K, undo) for model in models]
         self.device = self.caches[0].device
-        self.ends = torch.zeros(3, rows, dtype=torch.long, device=self.device)
-        self.at, self.before, self.last = self.ends  # the last token's place, the two last tokens
+        self.cursor = torch.zeros(3, rows, dtype=torch.long, device=self.device)
+        self.at, self.before, self.last = self.cursor  # the last token's place, the two last tokens
         fused = self.device.type == "cuda" and all(c.fusable(K + 1) for c in self.caches)
-        self.halves = [Launched(self.device if fused else None, generator) for _ in models]
+        self.halves = [Graph(self.device if fused else None, generator) for _ in models]
         self.many = fused and rows > kernels.MANY and not undo
         self.choose = torch.compile(choose) if self.many else choose
+        self.held = [[0] * rows for _ in models]  # how much of each text a cache holds
 
-    def run(self, longest, speculative):
-        """Begins a round of texts up to `longest`. Returns the result of `extend`, on the CPU, and
-        an event after which it is there, or None."""
-        if speculative:
-            out = self.halves[0](self.extend, longest, *self.halves[1](self.propose, longest))
-        elif len(self.models) == 2:
-            out = self.extend(longest)  # once; no graph is made of it
-        else:
+    def launch(self, texts):
+        """Begins a round of these texts. Returns the result of `extend`, on the CPU, and an event
+        after which it is there, or None."""
+        lengths = [len(text) for text in texts]
+        longest = max(lengths)
+        if self.K == 0:
             out = self.halves[0](self.extend, longest)
+        elif min(lengths) == 1:  # the draft reads the last two tokens; once, no graph is made of it
+            out = self.extend(longest)
+        else:
+            self.catch_up(1, texts)
+            proposal = self.halves[1](self.propose, longest)
+            out = self.halves[0](self.extend, longest, *proposal)
         out, event = out.to("cpu", non_blocking=True), None
         if self.device.type == "cuda":
             event = torch.cuda.Event()
@@ -255,8 +191,7 @@ class Rounds:
         cache.keep(self.at, longest - 1)  # a CUDA graph repeats an old `longest`; kernels need none
         logits = model.lm_head(model.hidden(new, cache))
         if proposed is None:
-            dtype = torch.promote_types(logits.dtype, torch.float32)
-            times = waiting_times(logits[:, 0], dtype, self.generator)
+            times = waiting_times(logits[:, 0], self.generator)
             count, extra = torch.zeros_like(self.last), self.choose(logits[:, 0], times, self.how)
         else:
             count, extra = verify(proposed, q, distribution(logits, *self.how), self.generator)
@@ -265,25 +200,27 @@ class Rounds:
         self.last.copy_(extra.clamp(min=0))
         return torch.cat([count[:, None], new[:, 1:], extra[:, None]], dim=1)
 
-    def read(self, which, new, held):
-        """The model (0) or the draft (1), which holds `held` tokens a row, reads `new`, lists."""
-        counts = list(map(len, new))
-        if max(counts):
-            cache = self.caches[which]
+    def catch_up(self, which, texts):
+        """The model (0) or the draft (1) reads the texts, but for the last token, or last two."""
+        held, cache = self.held[which], self.caches[which]
+        new = [text[n : -1 - which] for n, text in zip(held, texts, strict=True)]
+        counts = [len(tokens) for tokens in new]
+        most = max(counts)
+        if most:
             cache.keep(torch.tensor(held), max(held))
-            padded = [tokens + [0] * (max(counts) - len(tokens)) for tokens in new]
-            self.models[which].hidden(torch.tensor(padded, device=self.device), cache, counts)
+            padded = [tokens + [0] * (most - len(tokens)) for tokens in new]
+            padded = torch.tensor(padded, device=self.device)
+            self.models[which].hidden(padded, cache, counts)
+        self.held[which] = [len(text) - 1 - which for text in texts]
 
 
 class Decoder:
     """Continues texts, a batch of `rows` with room for `size` tokens each.
 
     `decode` may be called again with the same texts, longer, and reads only what is new. With a
-    `draft`, another model over the same tokens, a round is speculative: the draft proposes K
-    tokens, the model reads them in one pass, keeps the longest part it agrees with, and
-    adds one (`verify`). The text has the model's own distribution, whatever the draft. proposed,
-    accepted, passes count the draft's tokens, those in the text, and passes of the model, each row
-    for itself.
+    `draft`, another model over the same tokens, rounds are speculative; whatever the draft, the
+    text has the model's own distribution. proposed, accepted, passes count the draft's tokens,
+    those in the text, and passes of the model, each row for itself.
     """
 
     @torch.inference_mode()
@@ -292,18 +229,17 @@ class Decoder:
     ):
         check_sampling(1, temperature, top_k, top_p)
         models = [model, draft] if draft else [model]
-        self.v, self.context = model.config.v, min(size, *map(longest_text, models))
+        self.v, self.context = model.config.v, min(size, longest_text(*models))
         theirs = models[-1].config.v
         told = f"the draft's vocabulary is {theirs}, the model's {self.v}"
         mil.refuse(
             (theirs != self.v, f"{told}: they must have the same tokens"),
             (draft and not 1 <= K < kernels.FEW, f"K is {K}, expected 1 to {kernels.FEW - 1}"),
         )
-        self.K = min(K, self.context - 1) if draft else 0
+        K = min(K, self.context - 1) if draft else 0
         how = temperature, top_k, top_p
-        self.rounds = Rounds(models, rows, self.context, self.K, how, generator)
+        self.rounds = Rounds(models, rows, self.context, K, how, generator)
         self.texts = [[] for _ in range(rows)]
-        self.held = [[0] * rows for _ in models]  # how much of each text a cache holds
         self.torn = False  # whether a cache may hold other tokens than these
         self.proposed = self.accepted = self.passes = 0
 
@@ -315,60 +251,43 @@ class Decoder:
         max_new_tokens; it yields () from then on. The generator ends with the last row. Raises
         MilError if a prompt or setting cannot work, and if logits are NaN.
         """
-        check_sampling(max_new_tokens, 1, 0, 1)
-        check_prompts(prompts, self.v, self.context, stop)
-        if len(prompts) != len(self.texts):
-            raise MilError(f"{len(prompts)} prompts for a decoder of {len(self.texts)} rows")
+        check_sampling(max_new_tokens)
+        check_prompts(prompts, len(self.texts), self.v, self.context, stop)
         self.begin(prompts)
-        texts, stop = self.texts, {*stop, -1}
-        live, coming = set(range(len(prompts))), None
-        ends = [min(len(prompt) + max_new_tokens, self.context) for prompt in prompts]
+        stop = {*stop, -1}
+        limits = [min(len(prompt) + max_new_tokens, self.context) for prompt in prompts]
+        live = set(range(len(prompts)))
+        coming = None
         while live:
-            torn, self.torn = self.torn, True  # should this round fail
-            out, event = coming or self.round()
+            self.torn = True  # should this round fail
+            out, event = coming or self.rounds.launch(self.texts)
             # Of many rows the next round is launched before this one's tokens are looked at.
-            more = self.rounds.many and any(ends[i] - len(texts[i]) > 1 for i in live)
-            coming = self.round() if more else None
+            more = self.rounds.many and any(limits[i] - len(self.texts[i]) > 1 for i in live)
+            coming = self.rounds.launch(self.texts) if more else None
             if event:
                 event.synchronize()
-            new = self.take(out, live, ends, stop)
-            self.torn = torn or len(live) < len(prompts) or coming is not None
-            live -= {i for i in live if len(texts[i]) == ends[i] or new[i][-1] in stop}
+            new = self.take(out, live, limits, stop)
+            self.torn = len(live) < len(prompts) or coming is not None
+            live -= {i for i in live if len(self.texts[i]) == limits[i] or new[i][-1] in stop}
             yield new
 
     def begin(self, prompts):
         """Takes the prompts for texts; forgets what the caches hold if they are others."""
-        for which, held in enumerate(self.held):
+        rounds = self.rounds
+        for which, held in enumerate(rounds.held):
             for n, text, prompt in zip(held, self.texts, prompts, strict=True):
-                self.torn |= text[:n] != prompt[:n] or n > max(0, len(prompt) - 1 - which)
+                self.torn |= text[:n] != prompt[: -1 - which][:n]
         if self.torn:
-            self.held, self.torn = [[0] * len(prompts) for _ in self.held], False
-            for cache in self.rounds.caches:
+            rounds.held = [[0] * len(prompts) for _ in rounds.held]
+            for cache in rounds.caches:
                 cache.clear()
-        self.texts[:] = map(list, prompts)
-        self.torn = True  # should reading them fail
-        self.catch_up(0)
-        self.torn = False
-        ends = [(len(text) - 1, [0, *text][-2], text[-1]) for text in self.texts]
-        self.rounds.ends.copy_(torch.tensor(ends).T)
+        self.texts = [list(prompt) for prompt in prompts]
+        self.torn = True  # until a round has ended well
+        rounds.catch_up(0, self.texts)
+        cursor = [(len(text) - 1, [0, *text][-2], text[-1]) for text in self.texts]
+        rounds.cursor.copy_(torch.tensor(cursor).T)
 
-    def catch_up(self, which):
-        """The model (0) or the draft (1) reads the texts, but for the last token, or last two."""
-        held = self.held[which]
-        ends = [max(n, len(text) - 1 - which) for n, text in zip(held, self.texts, strict=True)]
-        new = [text[a:b] for text, a, b in zip(self.texts, held, ends, strict=True)]
-        self.rounds.read(which, new, held)
-        self.held[which] = ends
-
-    def round(self):
-        lengths = list(map(len, self.texts))
-        # The draft reads the token before the last, which a text of one token lacks.
-        self.speculative = self.K > 0 and min(lengths) > 1
-        if self.speculative:
-            self.catch_up(1)
-        return self.rounds.run(max(lengths), self.speculative)
-
-    def take(self, out, live, ends, stop):
+    def take(self, out, live, limits, stop):
         """Adds a round's tokens to the texts of the live rows. Returns a tuple per row.
 
         Tuples, since the garbage collector does not track them: with lists, 1,024 a round, it
@@ -379,7 +298,7 @@ class Decoder:
         for i in live:
             text, n = self.texts[i], counts[i]
             tokens = (*[column[i] for column in columns[:n]], columns[-1][i])
-            tokens = tokens[: ends[i] - len(text)]
+            tokens = tokens[: limits[i] - len(text)]
             if not stop.isdisjoint(tokens):
                 last = next(j for j, token in enumerate(tokens) if token in stop)
                 tokens = tokens[: last + 1]
@@ -391,9 +310,38 @@ class Decoder:
             self.accepted += min(n, len(tokens))
         self.passes += len(live)
         self.proposed += len(live) * (len(columns) - 1)
-        for which in range(1 + self.speculative):
-            self.held[which] = [len(text) - 1 - which for text in self.texts]
+        for which in range(min(2, len(columns))):  # the draft reads what it proposes
+            self.rounds.held[which] = [len(text) - 1 - which for text in self.texts]
         return new
+
+
+class Graph:
+    """Calls of one function of tensors that stay in place; on a GPU one launch of a CUDA graph.
+
+    The first call runs the function, which compiles its kernels, the second captures it. Nothing
+    here refers to the function's owner: a graph that the garbage collector frees late would break
+    the capture of another.
+    """
+
+    def __init__(self, device, generator):
+        self.device, self.generator = device, generator
+        self.calls, self.graph = 0, None
+
+    def __call__(self, f, *args):
+        self.calls += 1
+        if self.device is None or self.calls == 1:
+            return f(*args)
+        with torch.cuda.device(self.device):
+            if self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                if self.generator:
+                    self.graph.register_generator_state(self.generator)
+                stream = torch.cuda.Stream()
+                # other threads may go on
+                with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                    self.out = f(*args)
+            self.graph.replay()
+        return self.out
 
 
 def generate(model, prompts, max_new_tokens, *sampling, stop=(), **more):
@@ -403,10 +351,43 @@ def generate(model, prompts, max_new_tokens, *sampling, stop=(), **more):
     yield from decoder.decode(prompts, max_new_tokens, stop)
 
 
+def longest_text(*models):
+    """How many tokens all the models can read and write: the context, where there is attention."""
+    return min(m.config.context if "attention" in m.config.mixers else math.inf for m in models)
+
+
+def check_sampling(max_new_tokens=1, temperature=1, top_k=0, top_p=1, where=""):
+    overflows = temperature != 0 and not 1e-6 <= temperature < math.inf  # logits / temperature
+    mil.refuse(
+        (max_new_tokens < 1, f"max_new_tokens is {max_new_tokens}, expected at least 1"),
+        (overflows, f"temperature is {temperature}, expected 0 (greedy) or 1e-6 and more"),
+        (top_k < 0, f"top_k is {top_k}, expected 0 (no limit) or more"),
+        (not 0 < top_p <= 1, f"top_p is {top_p}, expected more than 0 and at most 1"),
+        where=where,
+    )
+
+
+def check_prompts(prompts, rows, v, context, stop):
+    """Raises MilError if a prompt cannot be continued, or a token is not one of v."""
+    room = f"the context is {context}: expected at most {context - 1}, to leave room for one more"
+    mil.refuse(
+        (not prompts, "no prompts: there is nothing to continue"),
+        (len(prompts) != rows, f"{len(prompts)} prompts for a decoder of {rows} rows"),
+        *((not 0 <= i < v, f"stop token {i} is outside the vocabulary of {v}") for i in stop),
+    )
+    for n, prompt in enumerate(prompts, 1):
+        odd = [i for i in prompt if not 0 <= i < v]
+        mil.refuse(
+            (not prompt, "is empty: there is nothing to continue"),
+            (len(prompt) >= context, f"has {len(prompt)} tokens, {room}"),
+            (odd, f"has token {', '.join(map(str, odd[:3]))}, but the model's vocabulary is {v}"),
+            where=f"prompt {n} ",
+        )
+
+
 # --------------------------------------------------------------------------------------------------
 # Tokenizers and conversations
 
-FILES = "*token*", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"
 ENDS = "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>", "</s>"
 MARK = "\ufdd0"  # a noncharacter; stands inside a control token's name where a user wrote it
 PATTERN = (  # how Llama 3 splits text into words
@@ -421,6 +402,7 @@ class Tokenizer:
     vocabulary: list of the bytes each id stands for, b"" for control tokens and unused ids.
     begin: list of the ids in front of every text. stops: list of the ids that end a text or a turn.
     template: how conversations are written: "plain", "llama3", or the text of a chat template.
+    folder: where its files are; None if it has a name instead.
     """
 
     def __init__(self, vocabulary, control, begin, stops=(), template=""):
@@ -433,7 +415,7 @@ class Tokenizer:
         self.opening = "".join(names[i] for i in begin)
         self.closing = names.get(self.stops[0], "") if self.stops else ""
         texts = "|".join(sorted(map(re.escape, control), key=len, reverse=True))
-        self.control = re.compile(f"(?=(?:{texts or '(?!)'}))(.)", re.DOTALL)  # their first letters
+        self.initials = re.compile(f"(?=(?:{texts or '(?!)'}))(.)", re.DOTALL)  # where one begins
 
     def bytes_of(self, token):
         return self.vocabulary[token] if token < self.size else b""
@@ -448,7 +430,7 @@ class Tokenizer:
 
     def encode(self, text, begin=True):
         """Ids of a text, after `begin` or as one that continues another, without control tokens."""
-        ids = self.tokens(mend(text), control=False, first=begin)
+        ids = self.tokens(mend(text), literal=True, first=begin)
         return self.begin + ids if begin else ids
 
     def conversation(self, messages, reply=False):
@@ -458,22 +440,22 @@ class Tokenizer:
         says becomes a control token. Raises MilError if the chat template refuses the messages.
         """
         messages = [{key: self.hide(m[key]) for key in ("role", "content")} for m in messages]
-        ids = self.read(messages, reply)
+        ids = self.render(messages, reply)
         own = [False] * len(ids)
         for i, message in enumerate(messages):
             if message["role"] == "assistant" and i > 0:
-                begin = shared(ids, self.read(messages[:i], reply=True))
-                end = shared(ids, self.read(messages[: i + 1], reply=False))
+                begin = shared(ids, self.render(messages[:i], reply=True))
+                end = shared(ids, self.render(messages[: i + 1], reply=False))
                 last = [j + 1 for j in range(begin, end) if ids[j] in self.stops][-1:] or [end]
                 own[begin : last[0]] = [True] * (last[0] - begin)
         return ids, own
 
     def hide(self, text):
-        return self.control.sub(rf"\1{MARK}", mend(text).replace(MARK, "\ufffd"))
+        return self.initials.sub(rf"\1{MARK}", mend(text).replace(MARK, "\ufffd"))
 
-    def read(self, messages, reply):
+    def render(self, messages, reply):
         parts = self.write(messages, reply).split(MARK)
-        return [i for n, part in enumerate(parts) for i in self.tokens(part, True, first=n == 0)]
+        return [i for n, part in enumerate(parts) for i in self.tokens(part, False, first=n == 0)]
 
     def write(self, messages, reply):
         """The text of a conversation, with its control tokens."""
@@ -489,40 +471,43 @@ class Tokenizer:
 class Tiktoken(Tokenizer):
     """A tiktoken encoding: bytes, tiktoken's own, and Meta's tokenizer.model."""
 
-    def __init__(self, pattern, ranks, control):
+    def __init__(self, pattern, ranks, control, folder=None):
         how = {"pat_str": pattern, "mergeable_ranks": ranks, "special_tokens": control}
-        self.encoding = tiktoken.Encoding("mil", **how)
+        self.encoding, self.folder = tiktoken.Encoding("mil", **how), folder
         vocabulary = [b""] * self.encoding.n_vocab
         for data, i in ranks.items():
             vocabulary[i] = data
         begin = [i for text, i in control.items() if text == "<|begin_of_text|>"]
         super().__init__(vocabulary, control, begin)
 
-    def tokens(self, text, control, first):
+    def tokens(self, text, literal, first):
         if re.search(r"(?<!\s)\s{500000}", text):  # from about 700,000 on tiktoken 0.14 panics
             raise MilError("a text with 500,000 spaces or line ends in a row cannot be tokenised")
-        allowed = "all" if control else set()
+        allowed = set() if literal else "all"
         return self.encoding.encode(text, allowed_special=allowed, disallowed_special=())
 
 
 class Transformers(Tokenizer):
     """The tokenizer in a folder, as transformers' AutoTokenizer reads it, and its chat template."""
 
-    def __init__(self, path):
-        folder = folder_of(path)
-        with mil.naming(path, "its tokenizer cannot be read"):
+    def __init__(self, folder, file=""):
+        """file: the name of a GGUF file, if the tokenizer is in one."""
+        with mil.naming(folder / file, "its tokenizer cannot be read"):
             import transformers
+            from transformers.convert_slow_tokenizer import bytes_to_unicode
 
             transformers.logging.set_verbosity_error()
-            gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+            gguf = {"gguf_file": file} if file else {}
             hf = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **gguf)
-            letters = byte_letters(hf.backend_tokenizer)
+            decoder = hf.backend_tokenizer.decoder
+            byte_level = decoder is not None and b"ByteLevel" in decoder.__getstate__()
+            letters = {c: bytes([b]) for b, c in bytes_to_unicode().items()} if byte_level else {}
         self.folder, self.hf = folder, hf
         stops = [*stated_stops(folder), *([] if hf.eos_token_id is None else [hf.eos_token_id])]
-        ends = [token for i, token in hf.added_tokens_decoder.items() if i in stops]
-        for token in ends:
+        last = [token for i, token in hf.added_tokens_decoder.items() if i in stops]
+        for token in last:
             token.special = True
-        hf.add_tokens(ends, special_tokens=True)  # so that no text becomes one
+        hf.add_tokens(last, special_tokens=True)  # so that no text becomes one
         added, vocab = hf.added_tokens_decoder, hf.get_vocab()
         control = {token.content: i for i, token in added.items() if token.special}
         vocabulary = [b""] * (max(vocab.values()) + 1)
@@ -537,9 +522,9 @@ class Transformers(Tokenizer):
         self.lead = "" if self.decode(bare) == "a" else "\n"
         self.skip = len(hf.encode(self.lead, add_special_tokens=False))
 
-    def tokens(self, text, control, first):
+    def tokens(self, text, literal, first):
         lead, skip = ("", 0) if first else (self.lead, self.skip)
-        how = {"add_special_tokens": False, "split_special_tokens": not control}
+        how = {"add_special_tokens": False, "split_special_tokens": literal}
         return self.hf.encode(lead + text, **how)[skip:]
 
     def write(self, messages, reply):
@@ -560,16 +545,8 @@ def shared(a, b):
     return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))))
 
 
-def byte_letters(tokenizer):
-    """The letter that stands for each byte in a byte-level vocabulary; {} for sentencepiece."""
-    if tokenizer.decoder is None or b"ByteLevel" not in tokenizer.decoder.__getstate__():
-        return {}
-    rest = itertools.count(256)
-    shown = [b != 32 and chr(b).isprintable() for b in range(256)]
-    return {chr(b if shown[b] else next(rest)): bytes([b]) for b in range(256)}
-
-
 def token_bytes(token, letters):
+    """The bytes of a token: `letters` of a byte-level vocabulary, or as sentencepiece writes it."""
     if letters:
         return b"".join(letters.get(c, c.encode()) for c in token)
     byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
@@ -580,9 +557,9 @@ def stated_stops(folder):
     """The ids that end a text, by generation_config.json and config.json (ours: under "ids")."""
     stops = []
     for name in ("generation_config.json", "config.json"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            about = json.loads((folder / name).read_text(encoding="utf-8"))
-            found = (about.get("ids") or about).get("eos_token_id")
+        with contextlib.suppress(MilError, AttributeError):
+            said = mil.read_json(folder / name)
+            found = (said.get("ids") or said).get("eos_token_id")
             stops += found if isinstance(found, list) else [found]
     return [i for i in stops if isinstance(i, int)]
 
@@ -604,63 +581,55 @@ def read_meta(path):
     rest = [f"reserved_special_token_{i}" for i in range(248)]
     names = ["begin_of_text", "end_of_text", *rest[:2], "finetune_right_pad_id", rest[2]]
     names += ["start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag", *rest[3:]]
-    return Tiktoken(PATTERN, ranks, {f"<|{name}|>": n + i for i, name in enumerate(names)})
+    control = {f"<|{name}|>": n + i for i, name in enumerate(names)}
+    return Tiktoken(PATTERN, ranks, control, path.parent)
 
 
-def is_named(tokenizer):
-    """Whether this names a tokenizer rather than a path."""
-    return tokenizer == "bytes" or tokenizer in tiktoken.list_encoding_names()
-
-
-def load_tokenizer(name):
+def load_tokenizer(source):
     """The Tokenizer of a name ("bytes", or one of tiktoken's), or of a folder or a file in it.
 
     Raises MilError if there is none or it cannot be read.
     """
-    if name == "bytes":
+    names = tiktoken.list_encoding_names()
+    if source == "bytes":
         return Tiktoken("(?s:.)", {bytes([b]): b for b in range(256)}, {"<|endoftext|>": 256})
-    if is_named(name):
+    if source in names:
         hint = "tiktoken could not download it; pass bytes or a folder, or set TIKTOKEN_CACHE_DIR"
-        with mil.naming(f"tokenizer {name}", hint):
-            found = tiktoken.get_encoding(name)
+        with mil.naming(f"tokenizer {source}", hint):
+            found = tiktoken.get_encoding(source)
         return Tiktoken(found._pat_str, found._mergeable_ranks, found._special_tokens)
-    folder = folder_of(name)
+    path = Path(source)
+    if path.suffix == ".gguf":
+        return Transformers(path.parent, path.name)
+    folder = path.parent if path.is_file() else path
     meta = folder / "tokenizer.model"
     if not (folder / "tokenizer.json").exists() and meta.exists() and meta.read_bytes().isascii():
         return read_meta(meta)
-    if Path(name).suffix != ".gguf" and not any(folder.glob("*token*")):
-        names = ", ".join(tiktoken.list_encoding_names())
-        wanted = f"a folder with a tokenizer.json or tokenizer.model, bytes, {names}"
-        raise MilError(f"{name}: no tokenizer; expected {wanted}")
-    return Transformers(Path(name) if Path(name).suffix == ".gguf" else folder)
-
-
-def folder_of(name):
-    return Path(name).parent if Path(name).is_file() else Path(name)
+    if not any(folder.glob("*token*")):
+        wanted = f"a folder with a tokenizer.json or tokenizer.model, bytes, {', '.join(names)}"
+        raise MilError(f"{source}: no tokenizer; expected {wanted}")
+    return Transformers(folder)
 
 
 def tokenizer_of(directory, about=None):
     """What to give load_tokenizer for a checkpoint of which mil.read_config says `about`."""
     about = about or mil.read_config(directory)
-    if about["tokenizer"]:
-        return about["tokenizer"]
     file = about["weights"][0] if about["format"] == "gguf" else ""
-    return str(about["folder"] / file)
+    return about["tokenizer"] or str(about["folder"] / file)
 
 
-def save_with_tokenizer(model, directory, tokenizer, **notes):
-    """mil.save, and the tokenizer that load_tokenizer knows by this name or path: name or files."""
-    read, named = load_tokenizer(tokenizer), is_named(tokenizer)
+def save_with_tokenizer(model, directory, source, **notes):
+    """mil.save, and the tokenizer that load_tokenizer knows by `source`: its name or its files."""
+    tokenizer, directory = load_tokenizer(source), Path(directory)
     mil.make_directory(directory)
-    files = [] if named else [f for name in FILES for f in folder_of(tokenizer).glob(name)]
-    for file in filter(Path.is_file, files):
-        data = file.read_bytes()
-        mil.write_whole(Path(directory) / file.name, lambda f, data=data: f.write(data))
-    if isinstance(read, Transformers) and not (Path(directory) / "tokenizer.json").exists():
-        read.hf.save_pretrained(directory)
-    ids = {"bos_token_id": (read.begin or [None])[0], "eos_token_id": read.stops or None}
-    notes = {"tokenizer": tokenizer if named else None, "ids": ids, **notes}
-    mil.save(model, directory, **notes)
+    for name in mil.TEXT_FILES.split() if tokenizer.folder else ():
+        if (tokenizer.folder / name).is_file():
+            data = (tokenizer.folder / name).read_bytes()
+            mil.write_whole(directory / name, lambda f, data=data: f.write(data))
+    if isinstance(tokenizer, Transformers) and not (directory / "tokenizer.json").exists():
+        tokenizer.hf.save_pretrained(directory)
+    ids = {"bos_token_id": (tokenizer.begin or [None])[0], "eos_token_id": tokenizer.stops or None}
+    mil.save(model, directory, tokenizer=None if tokenizer.folder else source, ids=ids, **notes)
 
 
 def load_with_tokenizer(directory, device=None, dtype=None):
@@ -685,8 +654,8 @@ class TextStream:
     """Tokens in, text out. A character that spans tokens appears with its last byte."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
-        self.tokens, self.text = [], ""
+        self.tokenizer, self.tokens, self.text = tokenizer, [], ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, tokens, final=False):
         """The text that these tokens add."""
@@ -763,10 +732,8 @@ def pick_device(name):
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError(f"expected cpu or cuda, not {device.type}")
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=device).device  # with its number
         if device.type == "cuda":
-            index = torch.cuda.current_device() if device.index is None else device.index
-            device = torch.device("cuda", index)
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as e:
         raise MilError(f"--device {name}: not usable here: {str(e).splitlines()[0]}") from e
@@ -779,7 +746,7 @@ def pick_device(name):
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
-@dataclass
+@dataclasses.dataclass
 class Settings:
     model: str = flag("out/student", "folder of a checkpoint, or a name at huggingface.co")
     draft: str = flag("", "a smaller model over the same tokens: the same distribution, faster")
@@ -799,13 +766,11 @@ class Settings:
 
 def check_settings(s):
     check_sampling(s.max_new_tokens, s.temperature, s.top_k, s.top_p, "--")
+    most = kernels.FEW - 1
     mil.refuse(
         (s.dtype not in ("", *DTYPES), f"dtype is {s.dtype}, expected {', '.join(DTYPES)}"),
         (not 0 <= s.seed < 2**63, f"seed is {s.seed}, expected 0 to 2^63 - 1"),
-        (
-            not 1 <= s.speculate < kernels.FEW,
-            f"speculate is {s.speculate}, expected 1 to {kernels.FEW - 1}",
-        ),
+        (not 1 <= s.speculate <= most, f"speculate is {s.speculate}, expected 1 to {most}"),
         (s.speculate != 4 and not s.draft, "speculate needs a --draft: the model that proposes"),
         (s.context != 0 and s.context < 2, f"context is {s.context}, expected at least 2"),
         (s.chat and s.prompt, "chat reads what you say from the terminal: leave --prompt out"),
@@ -826,7 +791,7 @@ def read_prompt(text, number):
     return text
 
 
-def load_draft(s, model, tokenizer, device):
+def load_draft(s, tokenizer, device):
     """The model in --draft. Raises MilError unless the same ids mean the same text to both."""
     draft, other = load_with_tokenizer(s.draft, device, DTYPES.get(s.dtype))
     if not tokenizer.same_text(other):
@@ -834,19 +799,11 @@ def load_draft(s, model, tokenizer, device):
     return draft
 
 
-def new_decoder(s, model, draft, rows, size):
-    generator = torch.Generator(model.lm_head.weight.device).manual_seed(s.seed)
-    how = (s.temperature, s.top_k, s.top_p, generator)
-    return Decoder(model, rows, size, *how, draft, s.speculate if draft else 0)
-
-
 class Chat:
     """Lines in, replies out. The decoder keeps its cache: a turn reads only what is new."""
 
-    def __init__(self, s, model, tokenizer, draft):
-        self.room = int(min(s.context or 8192, longest_text(model), longest_text(draft or model)))
-        self.s, self.tokenizer = s, tokenizer
-        self.decoder = new_decoder(s, model, draft, 1, self.room)
+    def __init__(self, s, tokenizer, decoder, room):
+        self.s, self.tokenizer, self.decoder, self.room = s, tokenizer, decoder, room
         self.reset()
 
     def reset(self):
@@ -880,9 +837,9 @@ class Chat:
     def turn(self, messages):
         asked, _ = self.tokenizer.conversation(messages, reply=True)
         ids, n = asked, len(self.asked)
-        ends = [i for i in range(n, len(asked)) if asked[i] in self.tokenizer.stops]
-        if n and ends and asked[:n] == self.asked:  # otherwise all is read anew
-            ids = self.ids + asked[ends[0] :]
+        if n and asked[:n] == self.asked:  # the template goes on; after the reply's end it is new
+            ends = [i for i in range(n, len(asked)) if asked[i] in self.tokenizer.stops]
+            ids = self.ids + asked[ends[0] :] if ends else asked
         if len(ids) >= self.room:
             taken = f"{len(self.ids)} of {self.room} tokens are taken"
             more = f"this takes {len(ids) - len(self.ids)}"
@@ -893,25 +850,24 @@ class Chat:
 
     def reply(self, ids):
         """Prints a reply. Returns its ids without the stop, and its text."""
-        stream, interrupted = TextStream(self.tokenizer), threading.Event()
-        began = time.perf_counter()
-        before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+        stream, stops = TextStream(self.tokenizer), self.tokenizer.stops
+        interrupts, began = [], time.perf_counter()
+        before = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
         try:  # Ctrl-C stops between two passes: within one the cache is half written
-            for (new,) in self.decoder.decode([ids], self.s.max_new_tokens, self.tokenizer.stops):
+            for (new,) in self.decoder.decode([ids], self.s.max_new_tokens, stops):
                 print(stream.feed(new), end="", flush=True)
-                if interrupted.is_set():
+                if interrupts:
                     break
         finally:
             signal.signal(signal.SIGINT, before)
-        seconds, count = time.perf_counter() - began, len(stream.tokens)
-        said = [token for token in stream.tokens if token not in self.tokenizer.stops]
+        count, speed = len(stream.tokens), len(stream.tokens) / (time.perf_counter() - began)
+        said = [token for token in stream.tokens if token not in stops]
         taken, why = len(ids) + len(said), ""
-        if len(said) == count and not interrupted.is_set():
-            full = taken >= self.room
-            why = ", cut for want of room" if full else ", cut at --max_new_tokens"
-        print(stream.finish() + (" …" if why or interrupted.is_set() else ""), flush=True)
-        told = f"{count} tokens{why}, {count / seconds:.1f} tokens/s"
-        print(f"({told}; {taken} of {self.room} taken)", file=sys.stderr)
+        if len(said) == count and not interrupts:
+            why = ", cut for want of room" if taken >= self.room else ", cut at --max_new_tokens"
+        print(stream.finish() + (" …" if len(said) == count else ""), flush=True)
+        told = f"{count} tokens{why}, {speed:.1f} tokens/s; {taken} of {self.room} taken"
+        print(f"({told})", file=sys.stderr)
         return said, stream.text
 
 
@@ -920,16 +876,18 @@ def main(argv):
     check_settings(s)
     device = pick_device(s.device)
     if s.model == Settings.model and not os.path.exists(s.model):
-        hint = "python train_distill.py makes it; or give --model"
-        raise MilError(f"{s.model}: not there yet: {hint}")
+        raise MilError(f"{s.model}: not there yet: train_distill.py makes it; or give --model")
     model, tokenizer = load_with_tokenizer(s.model, device, DTYPES.get(s.dtype))
-    draft = load_draft(s, model, tokenizer, device) if s.draft else None
-    if s.chat:
-        return Chat(s, model, tokenizer, draft).run()
-    texts = [read_prompt(text, i + 1) for i, text in enumerate(s.prompt)]
+    draft = load_draft(s, tokenizer, device) if s.draft else None
+    texts = [read_prompt(text, i) for i, text in enumerate(s.prompt, 1)]
     prompts = [tokenizer.encode(text) for text in texts]
-    size = max(map(len, prompts)) + s.max_new_tokens
-    decoder = new_decoder(s, model, draft, len(texts), size)
+    context = longest_text(model, draft or model)
+    size = s.context or 8192 if s.chat else max(map(len, prompts)) + s.max_new_tokens
+    generator = torch.Generator(device).manual_seed(s.seed)
+    how = s.temperature, s.top_k, s.top_p, generator
+    decoder = Decoder(model, len(texts) or 1, size, *how, draft, s.speculate if draft else 0)
+    if s.chat:
+        return Chat(s, tokenizer, decoder, min(size, context)).run()
     streams, began = [TextStream(tokenizer) for _ in texts], time.perf_counter()
     for rows in decoder.decode(prompts, s.max_new_tokens, tokenizer.stops):
         first = not streams[0].tokens  # only now is it sure that the prompt can be continued
@@ -946,7 +904,6 @@ def main(argv):
         kept = decoder.accepted / max(1, decoder.proposed)
         line += f", {kept:.0%} of the draft's tokens kept"
         line += f", {count / decoder.passes:.2f} tokens a pass of the model (K = {s.speculate})"
-    context = min(longest_text(model), longest_text(draft or model))
     lengths = [len(p) + len(stream.tokens) for p, stream in zip(prompts, streams, strict=True)]
     if max(lengths) >= context:
         line += f", up to the context of {context}"

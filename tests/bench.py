@@ -314,7 +314,7 @@ def step_ms(model, cache, l):
         cache.keep(at, used)
         return model(tokens, cache)
 
-    launched = generate.Launched(cache.device if CUDA and cache.fusable(l) else None, None)
+    launched = generate.Graph(cache.device if CUDA and cache.fusable(l) else None, None)
     launched(read)  # compiles
     launched(read)  # captures
     return wall_ms(lambda: launched(read))
@@ -500,7 +500,7 @@ def main(argv):
         tables = {training: [[row for row in TRAINING if all(word in row[0] for word in words)]]}
     elif what == "decode" and len(words) == 2 and not tables:
         model, encoding = generate.load_with_tokenizer(words[0], DEVICE, TYPE)
-        draft = generate.load_draft(generate.Settings(*words), model, encoding, DEVICE)
+        draft = generate.load_draft(generate.Settings(*words), encoding, DEVICE)
         tables = {f: [] for f in TABLES[what]}
         tables[speculation] = model, encoding, mil.pack(mil.cast(draft, TYPE))
     if not tables:

@@ -262,8 +262,8 @@ def test_greedy_speculation_on_decodings_kernels_writes_the_plain_text():
 
 def test_what_a_text_held_is_freed_with_it_and_not_in_the_middle_of_another(monkeypatch):
     """A CUDA graph freed by the garbage collector while another is captured breaks the capture."""
-    made, make = [], g.Launched
-    monkeypatch.setattr(g, "Launched", lambda *args: made.append(weakref.ref(launched := make(*args))) or launched)
+    made, make = [], g.Graph
+    monkeypatch.setattr(g, "Graph", lambda *args: made.append(weakref.ref(graph := make(*args))) or graph)
     gc.disable()
     try:
         list(g.generate(build(Config(**MIXED)), [[1, 2]], 9, 0, draft=build(Config(**MIXED), seed=1), K=2))
