@@ -455,7 +455,7 @@ def trained(name, config, train, mixer, batch, length, packed, budget):
 
     def batches(step):
         """Random tokens, as train_distill.training_batches gives them, others in each step."""
-        begins.append(time.perf_counter())
+        times.append(time.perf_counter())
         dice, at = torch.Generator().manual_seed(step), torch.arange(length)
         x, y = torch.randint(config.v, (2, batch, length), generator=dice)
         begins = (at == 0) | (torch.rand(x.shape, generator=dice) < packed / 300)
@@ -463,14 +463,14 @@ def trained(name, config, train, mixer, batch, length, packed, budget):
         y[:, :-1][begins[:, 1:]] = -100  # nothing is learned from one document to the next
         return [train_distill.to_device(x, y, pos, run.device, TYPE)], int((y >= 0).sum())
 
-    begins, journal = [], io.StringIO()
+    times, journal = [], io.StringIO()
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     train_distill.fit(run, state, stage, pair, batches, journal, "")
     first, *_, last = map(json.loads, journal.getvalue().splitlines())
     speed = 20 * batch * length / (last["seconds"] - first["seconds"])
     row = {"tokens/s": speed, "peak, GiB": last["memory"] / 2**30, "loss": last["loss"]}
-    row["first step, s"] = begins[1] - begins[0]
+    row["first step, s"] = times[1] - times[0]
     return {**row, "graphs": counters["stats"]["unique_graphs"]}
 
 

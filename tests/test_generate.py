@@ -1,4 +1,5 @@
 """Tokenizers, the law a token is drawn from, decoding, and the command line."""
+
 import base64
 import dataclasses
 import gc
@@ -23,11 +24,15 @@ MIXED = dict(v=257, d=16, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=24, context=
 @pytest.fixture
 def student(tmp_path):
     """A small checkpoint with every mixer, whose tokenizer is "bytes"."""
-    mil.save(build(Config(**MIXED, mixers=["attention", "mamba", "mamba2", "none"]), torch.float32), tmp_path / "m", tokenizer="bytes")
+    mil.save(
+        build(Config(**MIXED, mixers=["attention", "mamba", "mamba2", "none"]), torch.float32),
+        tmp_path / "m",
+        tokenizer="bytes",
+    )
     return str(tmp_path / "m")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizers
 
 
@@ -44,18 +49,27 @@ def llama3_file(path, merges=(b"he", b"ll", b"hell", b"hello", b" w")):
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The law a token is drawn from
 
 
-@given(st.lists(st.integers(-8, 8).map(lambda i: i / 4), min_size=2, max_size=12), st.floats(0.1, 3), st.integers(0, 14), st.floats(0.05, 1))
+@given(
+    st.lists(st.integers(-8, 8).map(lambda i: i / 4), min_size=2, max_size=12),
+    st.floats(0.1, 3),
+    st.integers(0, 14),
+    st.floats(0.05, 1),
+)
 def test_the_law_is_softmax_cut_to_top_k_then_top_p(logits, temperature, top_k, top_p):
-    law = g.distribution(torch.tensor(logits, dtype=torch.float64), temperature, top_k, top_p).tolist()
+    law = g.distribution(
+        torch.tensor(logits, dtype=torch.float64), temperature, top_k, top_p
+    ).tolist()
     weights = [torch.tensor(x / temperature, dtype=torch.float64).exp().item() for x in logits]
     if top_k and top_k < len(logits):
         weights = [w if w >= sorted(weights)[-top_k] else 0.0 for w in weights]
     share = [w / sum(weights) for w in weights]
-    mass_before = {s: sum(sorted(share, reverse=True)[:sorted(share, reverse=True).index(s)]) for s in share}
+    mass_before = {
+        s: sum(sorted(share, reverse=True)[: sorted(share, reverse=True).index(s)]) for s in share
+    }
     if any(abs(m - top_p) < 1e-9 for m in mass_before.values()):
         return  # on the edge rounding decides
     kept = [s if mass_before[s] < top_p or top_p == 1 else 0.0 for s in share]
@@ -67,16 +81,32 @@ def test_the_law_is_softmax_cut_to_top_k_then_top_p(logits, temperature, top_k, 
 def test_sampling_follows_the_law():
     """Chi-square over 4,000 first tokens of one prompt; 50 % expected below the median, 1e-6 above the limit used."""
     model = build(Config(**{**MIXED, "v": 8}), torch.float32)
-    (draws,) = list(g.generate(model, [[1, 2, 3]] * 4000, 1, 1.5, 6, 0.9, generator=torch.Generator(DEVICE).manual_seed(0)))
+    (draws,) = list(
+        g.generate(
+            model,
+            [[1, 2, 3]] * 4000,
+            1,
+            1.5,
+            6,
+            0.9,
+            generator=torch.Generator(DEVICE).manual_seed(0),
+        )
+    )
     with torch.no_grad():
-        law = g.distribution(model(torch.tensor([[1, 2, 3]], device=DEVICE))[0, -1], 1.5, 6, 0.9).double().cpu()
+        law = (
+            g.distribution(model(torch.tensor([[1, 2, 3]], device=DEVICE))[0, -1], 1.5, 6, 0.9)
+            .double()
+            .cpu()
+        )
     count = torch.bincount(torch.tensor(draws)[:, 0], minlength=8).double()
     assert not count[law == 0].any()
     law, count = law[law > 0], count[law > 0]
-    assert len(law) > 2 and ((count - 4000 * law).square() / (4000 * law)).sum() < 40  # at most 7 degrees of freedom: p = 1e-6
+    assert (
+        len(law) > 2 and ((count - 4000 * law).square() / (4000 * law)).sum() < 40
+    )  # at most 7 degrees of freedom: p = 1e-6
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Decoding
 
 
@@ -96,7 +126,11 @@ def test_greedy_decoding_with_the_cache_is_greedy_decoding_without(config, seed)
         ids = ids + [token]
 
 
-@pytest.mark.parametrize("mixers", [["attention"] * 4, ["mamba"] * 4, ["mamba2"] * 4, ["attention", "mamba", "mamba2", "none"]], ids="-".join)
+@pytest.mark.parametrize(
+    "mixers",
+    [["attention"] * 4, ["mamba"] * 4, ["mamba2"] * 4, ["attention", "mamba", "mamba2", "none"]],
+    ids="-".join,
+)
 def test_prompts_of_unequal_length_in_a_batch_give_each_what_it_gives_alone(mixers):
     model = build(Config(**MIXED, mixers=mixers), torch.float32)
     prompts = [[7], list(range(40, 60)), [3, 1, 4, 1, 5], [200] * 11]
@@ -109,43 +143,77 @@ def test_a_row_ends_at_its_own_stop_token_or_at_the_context_and_the_others_go_on
     prompts = [[7], [3, 1, 4]]
     free = whole(g.generate(model, prompts, 12, temperature=0))
     stop = free[0][4]
-    for before, after in zip(free, whole(g.generate(model, prompts, 12, temperature=0, stop=[stop]))):
-        assert after == before[:before.index(stop) + 1 if stop in before else 12]
-    assert len(list(g.generate(model, [list(range(45))], 12, temperature=0))) == 3  # a context of 48
+    for before, after in zip(
+        free, whole(g.generate(model, prompts, 12, temperature=0, stop=[stop]))
+    ):
+        assert after == before[: before.index(stop) + 1 if stop in before else 12]
+    assert (
+        len(list(g.generate(model, [list(range(45))], 12, temperature=0))) == 3
+    )  # a context of 48
     assert len(list(g.generate(model, [[1]], 5, temperature=0))) == 5
-    endless = build(Config(**MIXED, mixers=["mamba2"] * 4), torch.float32)  # without attention there is no context to fill
+    endless = build(
+        Config(**MIXED, mixers=["mamba2"] * 4), torch.float32
+    )  # without attention there is no context to fill
     assert len(list(g.generate(endless, [list(range(45))], 12, temperature=0))) == 12
 
 
 def test_the_same_seed_gives_the_same_sample():
     model = build(Config(**MIXED), torch.float32)
-    draw = lambda seed: list(g.generate(model, [[1], [2, 3]], 20, 1.0, generator=torch.Generator(DEVICE).manual_seed(seed)))  # noqa: E731
+    draw = lambda seed: list(
+        g.generate(
+            model, [[1], [2, 3]], 20, 1.0, generator=torch.Generator(DEVICE).manual_seed(seed)
+        )
+    )  # noqa: E731
     assert draw(1) == draw(1) and draw(1) != draw(2)
 
 
-@pytest.mark.parametrize("prompt, match", [([], "prompt 1 is empty"), ([1] * 48, "prompt 1 has 48 tokens, the context is 48"),
-                                           ([300], "token 300, but the model's vocabulary is 257"), ([5, -1], "has token -1")])
+@pytest.mark.parametrize(
+    "prompt, match",
+    [
+        ([], "prompt 1 is empty"),
+        ([1] * 48, "prompt 1 has 48 tokens, the context is 48"),
+        ([300], "token 300, but the model's vocabulary is 257"),
+        ([5, -1], "has token -1"),
+    ],
+)
 def test_prompts_that_cannot_be_continued_are_refused(prompt, match):
     with pytest.raises(MilError, match=match):
         next(g.generate(build(Config(**MIXED)), [prompt], 5))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Speculative decoding
 
 
-@given(configs(), configs(), st.integers(1, 8), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 1000))
+@given(
+    configs(),
+    configs(),
+    st.integers(1, 8),
+    st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    st.integers(0, 1000),
+)
 @settings(max_examples=25)
 def test_greedy_speculation_writes_what_greedy_decoding_writes(target, draft, K, lengths, seed):
     """In float64, token for token, for any two stacks, with few tokens so that some proposals are kept and some are not."""
     v = 7
-    target, draft = (build(dataclasses.replace(c, v=v), seed=seed + i) for i, c in enumerate((target, draft)))
-    prompts = [random_tokens(target.config, 1, l, seed + i)[0].tolist() for i, l in enumerate(lengths)]
+    target, draft = (
+        build(dataclasses.replace(c, v=v), seed=seed + i) for i, c in enumerate((target, draft))
+    )
+    prompts = [
+        random_tokens(target.config, 1, l, seed + i)[0].tolist() for i, l in enumerate(lengths)
+    ]
     want = whole(g.generate(target, prompts, 20, temperature=0, stop=[v - 1]))
-    assert whole(g.generate(target, prompts, 20, temperature=0, stop=[v - 1], draft=draft, K=K)) == want
+    assert (
+        whole(g.generate(target, prompts, 20, temperature=0, stop=[v - 1], draft=draft, K=K))
+        == want
+    )
 
 
-@pytest.mark.parametrize("mixers", [["attention"] * 4, ["mamba"] * 4, ["mamba2"] * 4, ["attention", "mamba", "mamba2", "none"]], ids="-".join)
+@pytest.mark.parametrize(
+    "mixers",
+    [["attention"] * 4, ["mamba"] * 4, ["mamba2"] * 4, ["attention", "mamba", "mamba2", "none"]],
+    ids="-".join,
+)
 def test_a_draft_that_is_the_target_is_kept_whole_and_one_that_is_wrong_not_at_all(mixers):
     model = build(Config(**MIXED, mixers=mixers))
     wrong = build(Config(**MIXED, mixers=mixers))
@@ -162,7 +230,10 @@ def test_a_draft_that_is_the_target_is_kept_whole_and_one_that_is_wrong_not_at_a
 
 def laws(seed, *shape):
     """Random laws (..., 5), each with top-k and top-p applied, so with zeros."""
-    logits = torch.randn(*shape, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 2
+    logits = (
+        torch.randn(*shape, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        * 2
+    )
     return g.distribution(logits, 0.8, 4, 0.9)
 
 
@@ -181,6 +252,7 @@ def test_by_enumeration_the_text_of_a_round_has_the_targets_law(K, seed):
             for token, p in enumerate(law("p", prefix).tolist()):
                 if p:
                     put(out, (*prefix, token), chance * p)
+
     put(want, (), 1.0)
 
     def propose(prefix, chance):
@@ -190,13 +262,17 @@ def test_by_enumeration_the_text_of_a_round_has_the_targets_law(K, seed):
                     propose((*prefix, token), chance * q)
             return
         for count in range(K + 1):  # kept before the first rejection
-            p, q = law("p", prefix[:count]), law("q", prefix[:count]) if count < K else torch.zeros(5, dtype=torch.float64)
+            p, q = (
+                law("p", prefix[:count]),
+                law("q", prefix[:count]) if count < K else torch.zeros(5, dtype=torch.float64),
+            )
             keep = g.acceptance(p, q, torch.tensor(prefix[count])).item() if count < K else 0.0
             if keep < 1:
                 for token, r in enumerate(g.residual(p, q).tolist()):
                     if r:
                         put(got, (*prefix[:count], token), chance * (1 - keep) * r)
             chance *= keep
+
     propose((), 1.0)
     assert want.keys() >= {k for k, c in got.items() if c > 1e-13}
     assert all(abs(got.get(k, 0.0) - c) < 1e-12 for k, c in want.items())
@@ -209,24 +285,47 @@ def test_the_sampler_keeps_and_replaces_with_the_enumerated_probabilities():
     proposed = g.draw(q.expand(n, 2, 5), generator)
     count, extra = g.verify(proposed, q.expand(n, 2, 5), p.expand(n, 3, 5), generator)
     first = torch.where(count > 0, proposed[:, 0], extra)
-    second = torch.where(count > 1, proposed[:, 1], extra)[count > 0]  # given that the first was kept
+    second = torch.where(count > 1, proposed[:, 1], extra)[
+        count > 0
+    ]  # given that the first was kept
     for tokens, law in ((first, p[0]), (second, p[1]), (extra[count == 2], p[2])):
         seen, law = torch.bincount(tokens, minlength=5).double(), law * len(tokens)
-        assert not seen[law == 0].any() and ((seen - law).square() / law)[law > 0].sum() < 35  # 4 degrees of freedom: p < 1e-6
+        assert (
+            not seen[law == 0].any() and ((seen - law).square() / law)[law > 0].sum() < 35
+        )  # 4 degrees of freedom: p < 1e-6
 
 
 def test_speculative_sampling_follows_the_targets_law_through_the_models():
     """Three tokens at K = 1: proposed, added, proposed again after the cursors moved. Each given the tokens before it."""
     target, draft = (build(Config(**{**MIXED, "v": 3}), seed=i) for i in range(2))
     n = 9000
-    rows = whole(g.generate(target, [[1, 2]] * n, 3, 1.3, 0, 0.95, generator=torch.Generator(DEVICE).manual_seed(0), draft=draft, K=1))
+    rows = whole(
+        g.generate(
+            target,
+            [[1, 2]] * n,
+            3,
+            1.3,
+            0,
+            0.95,
+            generator=torch.Generator(DEVICE).manual_seed(0),
+            draft=draft,
+            K=1,
+        )
+    )
     rows = torch.tensor(rows)
     for before in [(), *[(a,) for a in range(3)], *[(a, b) for a in range(3) for b in range(3)]]:
-        seen = rows[(rows[:, :len(before)] == torch.tensor(before)).all(1) if before else slice(None), len(before)]
+        seen = rows[
+            (rows[:, : len(before)] == torch.tensor(before)).all(1) if before else slice(None),
+            len(before),
+        ]
         with torch.no_grad():
-            want = g.distribution(target(torch.tensor([[1, 2, *before]], device=DEVICE))[0, -1], 1.3, 0, 0.95).cpu() * len(seen)
+            want = g.distribution(
+                target(torch.tensor([[1, 2, *before]], device=DEVICE))[0, -1], 1.3, 0, 0.95
+            ).cpu() * len(seen)
         have = torch.bincount(seen, minlength=3).double()
-        assert not have[want == 0].any() and ((have - want).square() / want)[want > 0].sum() < 30, before  # 2 degrees of freedom: p < 1e-6
+        assert not have[want == 0].any() and ((have - want).square() / want)[want > 0].sum() < 30, (
+            before
+        )  # 2 degrees of freedom: p < 1e-6
 
 
 @given(configs(), st.integers(1, 5), st.integers(0, 1000))
@@ -234,9 +333,18 @@ def test_speculative_sampling_follows_the_targets_law_through_the_models():
 def test_the_draft_proposes_what_it_would_itself_write_after_the_text_so_far(config, K, seed):
     """Also after proposals that were rejected, which its cache must forget, and after all were kept, the last of which it has not read."""
     config = dataclasses.replace(config, v=3)
-    target, draft, seen, verify = build(config, seed=seed), build(config, seed=seed + 1), [], g.verify
+    target, draft, seen, verify = (
+        build(config, seed=seed),
+        build(config, seed=seed + 1),
+        [],
+        g.verify,
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(g, "verify", lambda proposed, *args: seen.append(proposed.tolist()) or verify(proposed, *args))
+        patch.setattr(
+            g,
+            "verify",
+            lambda proposed, *args: seen.append(proposed.tolist()) or verify(proposed, *args),
+        )
         rounds = list(g.generate(target, [[1, 0], [2, 0, 1]], 12, 0, draft=draft, K=K))
         patch.undo()
         texts = [[1, 0], [2, 0, 1]]
@@ -250,23 +358,42 @@ def test_the_draft_proposes_what_it_would_itself_write_after_the_text_so_far(con
 def test_greedy_speculation_on_decodings_kernels_writes_the_plain_text():
     """In bf16 and in CUDA graphs where there is CUDA."""
     mixers = ["attention", "mamba2", "mamba"] if DEVICE == "cuda" else ["attention", "mamba2"]
-    config = Config(v=60, d=24, n_layers=len(mixers), n_heads=2, n_kv_heads=1, head_dim=20, d_ff=28, d_state=20, context=40, mixers=mixers)
+    config = Config(
+        v=60,
+        d=24,
+        n_layers=len(mixers),
+        n_heads=2,
+        n_kv_heads=1,
+        head_dim=20,
+        d_ff=28,
+        d_state=20,
+        context=40,
+        mixers=mixers,
+    )
     kind = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     target, draft = (build(config, kind, seed=i) for i in range(2))
     prompts, stop, new = [[1, 2, 3, 4], [7]], [9], 40 if DEVICE == "cuda" else 5
     with form("triton"):
         want = whole(g.generate(target, prompts, new, 0, stop=stop))
-        for K, proposer in ((3, draft), (2, target))[:2 if DEVICE == "cuda" else 1]:
-            assert whole(g.generate(target, prompts, new, 0, stop=stop, draft=proposer, K=K)) == want
+        for K, proposer in ((3, draft), (2, target))[: 2 if DEVICE == "cuda" else 1]:
+            assert (
+                whole(g.generate(target, prompts, new, 0, stop=stop, draft=proposer, K=K)) == want
+            )
 
 
 def test_what_a_text_held_is_freed_with_it_and_not_in_the_middle_of_another(monkeypatch):
     """A CUDA graph freed by the garbage collector while another is captured breaks the capture."""
     made, make = [], g.Graph
-    monkeypatch.setattr(g, "Graph", lambda *args: made.append(weakref.ref(graph := make(*args))) or graph)
+    monkeypatch.setattr(
+        g, "Graph", lambda *args: made.append(weakref.ref(graph := make(*args))) or graph
+    )
     gc.disable()
     try:
-        list(g.generate(build(Config(**MIXED)), [[1, 2]], 9, 0, draft=build(Config(**MIXED), seed=1), K=2))
+        list(
+            g.generate(
+                build(Config(**MIXED)), [[1, 2]], 9, 0, draft=build(Config(**MIXED), seed=1), K=2
+            )
+        )
         assert len(made) == 2 and not any(ref() for ref in made)
     finally:
         gc.enable()
@@ -274,13 +401,17 @@ def test_what_a_text_held_is_freed_with_it_and_not_in_the_middle_of_another(monk
 
 def test_rows_of_a_speculative_batch_end_by_their_own_length_and_the_shorter_context():
     model, draft = build(Config(**MIXED)), build(Config(**{**MIXED, "context": 40}), seed=1)
-    rows = whole(g.generate(model, [[1], list(range(37)), [9, 9]], 6, temperature=0, draft=draft, K=5))
+    rows = whole(
+        g.generate(model, [[1], list(range(37)), [9, 9]], 6, temperature=0, draft=draft, K=5)
+    )
     assert [len(row) for row in rows] == [6, 3, 6]
     with pytest.raises(MilError, match="prompt 1 has 40 tokens, the context is 40"):
         next(g.generate(model, [[1] * 40], 6, draft=draft))
     for context in (2, 3, 5):  # less than the K that would be chosen
         model = build(Config(**{**MIXED, "context": context}))
-        assert whole(g.generate(model, [[1]], 9, 0, draft=build(Config(**MIXED), seed=1))) == whole(g.generate(model, [[1]], 9, 0))
+        assert whole(g.generate(model, [[1]], 9, 0, draft=build(Config(**MIXED), seed=1))) == whole(
+            g.generate(model, [[1]], 9, 0)
+        )
 
 
 def test_a_stop_token_inside_a_round_cuts_what_counts_as_accepted():
@@ -289,14 +420,24 @@ def test_a_stop_token_inside_a_round_cuts_what_counts_as_accepted():
     at = next(i for i, token in enumerate(text[1:], 1) if token not in text[:i] and i % 4 < 3)
     decoder = g.Decoder(model, 1, 10, 0, draft=model, K=3)
     got = whole(decoder.decode([[5, 6]], 8, [text[at]]))[0]
-    assert got == text[:at + 1] and decoder.accepted == at // 4 * 3 + at % 4 + 1 < decoder.proposed
+    assert got == text[: at + 1] and decoder.accepted == at // 4 * 3 + at % 4 + 1 < decoder.proposed
 
 
-@pytest.mark.parametrize("K, draft, match", [(-1, {}, "K is -1, expected 1 to 15"), (16, {}, "K is 16, expected 1 to 15"),
-                                             (2, {"v": 300}, "the draft's vocabulary is 300, the model's 257")])
+@pytest.mark.parametrize(
+    "K, draft, match",
+    [
+        (-1, {}, "K is -1, expected 1 to 15"),
+        (16, {}, "K is 16, expected 1 to 15"),
+        (2, {"v": 300}, "the draft's vocabulary is 300, the model's 257"),
+    ],
+)
 def test_speculation_that_cannot_work_is_refused(K, draft, match):
     with pytest.raises(MilError, match=match):
-        next(g.generate(build(Config(**MIXED)), [[1]], 5, draft=build(Config(**{**MIXED, **draft})), K=K))
+        next(
+            g.generate(
+                build(Config(**MIXED)), [[1]], 5, draft=build(Config(**{**MIXED, **draft})), K=K
+            )
+        )
 
 
 def test_a_stop_token_outside_the_vocabulary_is_refused():
@@ -306,18 +447,29 @@ def test_a_stop_token_outside_the_vocabulary_is_refused():
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 @pytest.mark.parametrize("speculative", [False, True])
-def test_nan_logits_end_in_one_clear_line_and_a_drafts_are_merely_rejected(temperature, speculative):
+def test_nan_logits_end_in_one_clear_line_and_a_drafts_are_merely_rejected(
+    temperature, speculative
+):
     model, broken = build(Config(**MIXED)), build(Config(**MIXED))
     with torch.no_grad():
         broken.norm.weight[0] = torch.nan
     with pytest.raises(MilError, match="prompt 1: the model's logits are NaN after 2 tokens"):
-        list(g.generate(broken, [[1, 2]], 5, temperature, draft=model if speculative else None, K=2))
+        list(
+            g.generate(broken, [[1, 2]], 5, temperature, draft=model if speculative else None, K=2)
+        )
     got = whole(g.generate(model, [[1, 2]], 9, temperature, draft=broken, K=2))
     assert len(got[0]) == 9 and (temperature > 0 or got == whole(g.generate(model, [[1, 2]], 9, 0)))
 
 
-@pytest.mark.parametrize("setting, match", [(dict(temperature=-1), "temperature is -1, expected 0"), (dict(top_p=0), "top_p is 0, expected more than 0"),
-                                            (dict(top_k=-1), "top_k is -1"), (dict(max_new_tokens=0), "max_new_tokens is 0, expected at least 1")])
+@pytest.mark.parametrize(
+    "setting, match",
+    [
+        (dict(temperature=-1), "temperature is -1, expected 0"),
+        (dict(top_p=0), "top_p is 0, expected more than 0"),
+        (dict(top_k=-1), "top_k is -1"),
+        (dict(max_new_tokens=0), "max_new_tokens is 0, expected at least 1"),
+    ],
+)
 def test_settings_that_make_no_law_are_refused(setting, match):
     with pytest.raises(MilError, match=match):
         next(g.generate(build(Config(**MIXED)), [[1]], **{"max_new_tokens": 5, **setting}))
@@ -326,40 +478,114 @@ def test_settings_that_make_no_law_are_refused(setting, match):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_draft_may_be_of_another_type(dtype):
     model, draft = build(Config(**MIXED)), build(Config(**MIXED), dtype, seed=1)
-    assert whole(g.generate(model, [[1], [2, 3]], 12, 0, draft=draft, K=3)) == whole(g.generate(model, [[1], [2, 3]], 12, 0))
+    assert whole(g.generate(model, [[1], [2, 3]], 12, 0, draft=draft, K=3)) == whole(
+        g.generate(model, [[1], [2, 3]], 12, 0)
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command
 
 
 def test_the_command_streams_a_prompt_and_closes_with_its_speed(student):
-    done = run_script("generate.py", "--model", student, "--prompt", "def ", "--max_new_tokens", 8, "--temperature", 0, "--device", DEVICE)
-    assert done.returncode == 0 and done.stdout.startswith("def ") and " tokens in " in done.stderr and "tokens/s" in done.stderr
-    assert run_script("generate.py", f"--model={student}", "--prompt=-", "--max_new_tokens=8", "--temperature=0", "--device", DEVICE, stdin="def ").stdout == done.stdout
+    done = run_script(
+        "generate.py",
+        "--model",
+        student,
+        "--prompt",
+        "def ",
+        "--max_new_tokens",
+        8,
+        "--temperature",
+        0,
+        "--device",
+        DEVICE,
+    )
+    assert (
+        done.returncode == 0
+        and done.stdout.startswith("def ")
+        and " tokens in " in done.stderr
+        and "tokens/s" in done.stderr
+    )
+    assert (
+        run_script(
+            "generate.py",
+            f"--model={student}",
+            "--prompt=-",
+            "--max_new_tokens=8",
+            "--temperature=0",
+            "--device",
+            DEVICE,
+            stdin="def ",
+        ).stdout
+        == done.stdout
+    )
 
 
 def test_several_prompts_print_each_under_its_number(student):
-    done = run_script("generate.py", "--model", student, "--prompt", "a", "--prompt", "bcd", "--max_new_tokens", 4, "--temperature", 0)
-    assert done.returncode == 0 and "=== 1 of 2\na" in done.stdout and "=== 2 of 2\nbcd" in done.stdout
+    done = run_script(
+        "generate.py",
+        "--model",
+        student,
+        "--prompt",
+        "a",
+        "--prompt",
+        "bcd",
+        "--max_new_tokens",
+        4,
+        "--temperature",
+        0,
+    )
+    assert (
+        done.returncode == 0 and "=== 1 of 2\na" in done.stdout and "=== 2 of 2\nbcd" in done.stdout
+    )
 
 
-@pytest.mark.parametrize("argv, match", [
-    (["--temprature", "1"], "unknown flag --temprature; did you mean --temperature?"), (["--temperature", "hot"], "invalid float value: 'hot'"),
-    (["--temperature=-1"], "--temperature is -1.0, expected 0"), (["--temperature=nan"], "--temperature is nan"), (["--top_p", "0"], "--top_p is 0.0"),
-    (["--top_p", "1.5"], "--top_p is 1.5"), (["--top_k=-2"], "--top_k is -2"), (["--seed=-1"], "--seed is -1"), (["--device", "meta"], "expected cpu or cuda"), (["--max_new_tokens", "0"], "--max_new_tokens is 0"),
-    (["--dtype", "int8"], "--dtype is int8"), (["--prompt", ""], "prompt 1 is empty"), (["--device", "abacus"], "--device abacus: not usable"),
-    (["--prompt", "x" * 60], "prompt 1 has 60 tokens, the context is 48"), (["--model", "/nowhere"], "/nowhere: no checkpoint here"), (["stray", "--prompt", "a"], "unexpected argument stray")])
+@pytest.mark.parametrize(
+    "argv, match",
+    [
+        (["--temprature", "1"], "unknown flag --temprature; did you mean --temperature?"),
+        (["--temperature", "hot"], "invalid float value: 'hot'"),
+        (["--temperature=-1"], "--temperature is -1.0, expected 0"),
+        (["--temperature=nan"], "--temperature is nan"),
+        (["--top_p", "0"], "--top_p is 0.0"),
+        (["--top_p", "1.5"], "--top_p is 1.5"),
+        (["--top_k=-2"], "--top_k is -2"),
+        (["--seed=-1"], "--seed is -1"),
+        (["--device", "meta"], "expected cpu or cuda"),
+        (["--max_new_tokens", "0"], "--max_new_tokens is 0"),
+        (["--dtype", "int8"], "--dtype is int8"),
+        (["--prompt", ""], "prompt 1 is empty"),
+        (["--device", "abacus"], "--device abacus: not usable"),
+        (["--prompt", "x" * 60], "prompt 1 has 60 tokens, the context is 48"),
+        (["--model", "/nowhere"], "/nowhere: no checkpoint here"),
+        (["stray", "--prompt", "a"], "unexpected argument stray"),
+    ],
+)
 def test_bad_flags_get_one_clear_line(student, argv, match, capsys):
     with pytest.raises(MilError) as e:
-        g.main(["--model", student, "--device", "cpu", *([] if "--prompt" in argv else ["--prompt", "a"]), *argv])
+        g.main(
+            [
+                "--model",
+                student,
+                "--device",
+                "cpu",
+                *([] if "--prompt" in argv else ["--prompt", "a"]),
+                *argv,
+            ]
+        )
     assert match in str(e.value) and "\n" not in str(e.value)
 
 
 def test_a_bad_command_exits_with_one_line_and_no_traceback(student):
     for argv in (["--model", "/nowhere", "--prompt", "a"], ["--model", student], ["--nonsense"]):
         done = run_script("generate.py", *argv)
-        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
+        assert (
+            done.returncode == 1
+            and done.stderr.startswith("error: ")
+            and done.stderr.count("\n") == 1
+            and not done.stdout
+        )
 
 
 def test_help_names_every_flag_and_its_reason():
@@ -382,6 +608,7 @@ def test_a_tokenizer_file_travels_with_the_model_and_a_name_stays_a_name(tmp_pat
 
 def scripted(rows, seen=None):
     """A Decoder that yields these rows and adds to `seen` what it was given."""
+
     class Scripted:
         def __init__(self, *args):
             self.args = args
@@ -390,14 +617,35 @@ def scripted(rows, seen=None):
             if seen is not None:
                 seen.append((*self.args, *args))
             yield from rows
+
     return Scripted
 
 
 def test_every_sampling_flag_reaches_the_sampler(student, monkeypatch):
     seen = []
     monkeypatch.setattr(g, "Decoder", scripted([], seen))
-    g.main(["--model", student, "--prompt", "a", "--max_new_tokens", "9", "--temperature", "0.7", "--top_k", "3", "--top_p", "0.5",
-            "--seed", "5", "--dtype", "bfloat16", "--device", DEVICE])
+    g.main(
+        [
+            "--model",
+            student,
+            "--prompt",
+            "a",
+            "--max_new_tokens",
+            "9",
+            "--temperature",
+            "0.7",
+            "--top_k",
+            "3",
+            "--top_p",
+            "0.5",
+            "--seed",
+            "5",
+            "--dtype",
+            "bfloat16",
+            "--device",
+            DEVICE,
+        ]
+    )
     ((model, rows, size, *numbers, generator, draft, speculate, prompts, most, stop),) = seen
     assert (draft, speculate, rows, size, most) == (None, 0, 1, 10, 9)
     assert (prompts, numbers, stop) == ([[97]], [0.7, 3, 0.5], [256])
@@ -406,7 +654,9 @@ def test_every_sampling_flag_reaches_the_sampler(student, monkeypatch):
 
 def test_a_checkpoint_brings_its_llama3_tokenizer_and_all_its_stops(tmp_path, monkeypatch):
     path, seen = llama3_file(tmp_path / "tokenizer.model"), []
-    g.save_with_tokenizer(build(Config(**{**MIXED, "v": 517}), torch.float32), tmp_path / "m", str(path))
+    g.save_with_tokenizer(
+        build(Config(**{**MIXED, "v": 517}), torch.float32), tmp_path / "m", str(path)
+    )
     path.unlink()
     monkeypatch.setattr(g, "Decoder", scripted([], seen))
     g.main(["--model", str(tmp_path / "m"), "--prompt", "hello", "--device", DEVICE])
@@ -414,7 +664,13 @@ def test_a_checkpoint_brings_its_llama3_tokenizer_and_all_its_stops(tmp_path, mo
 
 
 def test_what_is_printed_is_each_rows_own_bytes_without_its_stop(student, monkeypatch, capsys):
-    rows = [[[0xC3], [0xE2]], [[0xA9], [0x82]], [[0x21], [0xAC]], [[256], [0xC3]], [[], [256]]]   # "é!" and "€" and half a character
+    rows = [
+        [[0xC3], [0xE2]],
+        [[0xA9], [0x82]],
+        [[0x21], [0xAC]],
+        [[256], [0xC3]],
+        [[], [256]],
+    ]  # "é!" and "€" and half a character
     monkeypatch.setattr(g, "Decoder", scripted(rows))
     g.main(["--model", student, "--prompt", "a", "--prompt", "b", "--device", DEVICE])
     assert capsys.readouterr().out == "=== 1 of 2\naé!\n=== 2 of 2\nb€\ufffd\n"
@@ -424,14 +680,18 @@ def test_what_is_printed_is_each_rows_own_bytes_without_its_stop(student, monkey
 
 
 def test_the_llama3_pattern_cuts_digits_in_threes(tmp_path):
-    encoding = g.load_tokenizer(str(llama3_file(tmp_path / "tokenizer.model", (b"12", b"123", b"1234", b"45"))))
+    encoding = g.load_tokenizer(
+        str(llama3_file(tmp_path / "tokenizer.model", (b"12", b"123", b"1234", b"45")))
+    )
     assert [encoding.bytes_of(i) for i in encoding.encode("12345")[1:]] == [b"123", b"45"]
 
 
 def test_the_law_of_bf16_logits_is_computed_in_float32():
     logits = torch.randn(3, 50).bfloat16()
     law = g.distribution(logits, 0.7, 20, 0.9)
-    assert law.dtype == torch.float32 and torch.equal(law, g.distribution(logits.float(), 0.7, 20, 0.9))
+    assert law.dtype == torch.float32 and torch.equal(
+        law, g.distribution(logits.float(), 0.7, 20, 0.9)
+    )
 
 
 def test_a_clock_that_rings_at_once_draws_no_token_outside_the_law(monkeypatch):
@@ -441,48 +701,110 @@ def test_a_clock_that_rings_at_once_draws_no_token_outside_the_law(monkeypatch):
 
 def test_each_piece_is_flushed_as_it_is_drawn(student, monkeypatch):
     out, seen = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), []
+
     def tokens():
         for c in b"xyz":
             seen.append(out.buffer.getvalue())
             yield [[c]]
+
     monkeypatch.setattr(g, "Decoder", scripted(tokens()))
     monkeypatch.setattr(sys, "stdout", out)
     g.main(["--model", student, "--prompt", "a", "--device", DEVICE])
-    assert seen == [b"", b"ax", b"axy"]  # the prompt itself once it is sure that it can be continued
+    assert seen == [
+        b"",
+        b"ax",
+        b"axy",
+    ]  # the prompt itself once it is sure that it can be continued
 
 
 def test_the_context_ends_each_row_by_its_own_length():
-    rows = whole(g.generate(build(Config(**MIXED), torch.float32), [[1], list(range(45))], 12, temperature=0))
+    rows = whole(
+        g.generate(build(Config(**MIXED), torch.float32), [[1], list(range(45))], 12, temperature=0)
+    )
     assert [len(row) for row in rows] == [12, 3]
 
 
 def test_a_draft_must_speak_the_targets_tokens(student, tmp_path):
-    g.save_with_tokenizer(build(Config(**{**MIXED, "v": 300}), torch.float32), tmp_path / "large", "bytes")
-    g.save_with_tokenizer(build(Config(**{**MIXED, "v": 600}), torch.float32), tmp_path / "target", "bytes")
-    g.save_with_tokenizer(build(Config(**{**MIXED, "v": 600}), torch.float32), tmp_path / "other", str(llama3_file(tmp_path / "tokenizer.model")))
+    g.save_with_tokenizer(
+        build(Config(**{**MIXED, "v": 300}), torch.float32), tmp_path / "large", "bytes"
+    )
+    g.save_with_tokenizer(
+        build(Config(**{**MIXED, "v": 600}), torch.float32), tmp_path / "target", "bytes"
+    )
+    g.save_with_tokenizer(
+        build(Config(**{**MIXED, "v": 600}), torch.float32),
+        tmp_path / "other",
+        str(llama3_file(tmp_path / "tokenizer.model")),
+    )
     (tmp_path / "none").mkdir()
-    for model, draft, match in ((student, "large", "draft's vocabulary is 300, the model's 257"),
-                                (tmp_path / "target", "other", "other: its tokens differ from those of"),
-                                (student, "none", "no checkpoint here")):
+    for model, draft, match in (
+        (student, "large", "draft's vocabulary is 300, the model's 257"),
+        (tmp_path / "target", "other", "other: its tokens differ from those of"),
+        (student, "none", "no checkpoint here"),
+    ):
         with pytest.raises(MilError, match=match):
-            g.main(["--model", str(model), "--draft", str(tmp_path / draft), "--prompt", "a", "--device", DEVICE])
+            g.main(
+                [
+                    "--model",
+                    str(model),
+                    "--draft",
+                    str(tmp_path / draft),
+                    "--prompt",
+                    "a",
+                    "--device",
+                    DEVICE,
+                ]
+            )
 
 
-@pytest.mark.parametrize("argv, match", [(["--speculate", "2"], "--speculate needs a --draft"),
-                                         (["--speculate", "-1", "--draft", "d"], "--speculate is -1, expected 1 to 15"),
-                                         (["--speculate", "60", "--draft", "self"], "--speculate is 60, expected 1 to 15")])
+@pytest.mark.parametrize(
+    "argv, match",
+    [
+        (["--speculate", "2"], "--speculate needs a --draft"),
+        (["--speculate", "-1", "--draft", "d"], "--speculate is -1, expected 1 to 15"),
+        (["--speculate", "60", "--draft", "self"], "--speculate is 60, expected 1 to 15"),
+    ],
+)
 def test_a_number_of_proposals_that_cannot_be_is_refused(student, argv, match):
     with pytest.raises(MilError, match=match):
-        g.main(["--model", student, "--prompt", "a", "--device", DEVICE, *[student if a == "self" else a for a in argv]])
+        g.main(
+            [
+                "--model",
+                student,
+                "--prompt",
+                "a",
+                "--device",
+                DEVICE,
+                *[student if a == "self" else a for a in argv],
+            ]
+        )
 
 
-def test_the_command_prints_the_same_greedy_text_with_a_draft_and_says_what_was_kept(student, capsys):
-    argv = ["--model", student, "--prompt", "ab", "--prompt", "cd", "--temperature", "0", "--max_new_tokens", "20", "--device", DEVICE]
+def test_the_command_prints_the_same_greedy_text_with_a_draft_and_says_what_was_kept(
+    student, capsys
+):
+    argv = [
+        "--model",
+        student,
+        "--prompt",
+        "ab",
+        "--prompt",
+        "cd",
+        "--temperature",
+        "0",
+        "--max_new_tokens",
+        "20",
+        "--device",
+        DEVICE,
+    ]
     g.main(argv)
     plain = capsys.readouterr()
     g.main([*argv, "--draft", student, "--speculate", "4"])
     fast = capsys.readouterr()
-    assert fast.out == plain.out and "100% of the draft's tokens kept, 5.00 tokens a pass of the model (K = 4)" in fast.err
+    assert (
+        fast.out == plain.out
+        and "100% of the draft's tokens kept, 5.00 tokens a pass of the model (K = 4)" in fast.err
+    )
     assert "kept" not in plain.err
 
 
@@ -490,13 +812,28 @@ def test_the_command_prints_the_same_greedy_text_with_a_draft_and_says_what_was_
 def student_with_draft(tmp_path):
     """A model, and a draft that reads half as much."""
     for name, context in (("m", 48), ("d", 24)):
-        mil.save(build(Config(**{**MIXED, "context": context}), torch.float32), tmp_path / name, tokenizer="bytes")
+        mil.save(
+            build(Config(**{**MIXED, "context": context}), torch.float32),
+            tmp_path / name,
+            tokenizer="bytes",
+        )
     return str(tmp_path / "m"), str(tmp_path / "d")
 
 
 def test_a_text_that_fills_the_drafts_context_says_so(student_with_draft, capsys):
     model, draft = student_with_draft
-    argv = ["--model", model, "--prompt", "ab", "--temperature", "0", "--max_new_tokens", "40", "--device", DEVICE]
+    argv = [
+        "--model",
+        model,
+        "--prompt",
+        "ab",
+        "--temperature",
+        "0",
+        "--max_new_tokens",
+        "40",
+        "--device",
+        DEVICE,
+    ]
     g.main([*argv, "--draft", draft])
     assert ", up to the context of 24" in capsys.readouterr().err
 
@@ -505,13 +842,23 @@ def test_what_is_beside_a_tokenizer_file_travels_with_it(tmp_path):
     (tmp_path / "t").mkdir()
     for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         (tmp_path / "t" / name).write_text("{}")
-    g.save_with_tokenizer(build(Config(**{**MIXED, "v": 520}), torch.float32), tmp_path / "m", str(llama3_file(tmp_path / "t" / "tokenizer.model")))
-    assert {"tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= {path.name for path in (tmp_path / "m").iterdir()}
+    g.save_with_tokenizer(
+        build(Config(**{**MIXED, "v": 520}), torch.float32),
+        tmp_path / "m",
+        str(llama3_file(tmp_path / "t" / "tokenizer.model")),
+    )
+    assert {
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    } <= {path.name for path in (tmp_path / "m").iterdir()}
 
 
 def test_a_command_stopped_by_ctrl_c_ends_with_130_and_one_word(capsys):
     def stop(argv):
         raise KeyboardInterrupt
+
     with pytest.raises(SystemExit) as e:
         g.run_command(stop)
     assert e.value.code == 130 and capsys.readouterr().err == "\nstopped\n"
@@ -521,9 +868,11 @@ def counting(models, monkeypatch):
     """How many tokens each of the models reads from here on."""
     read = [0] * len(models)
     for i, model in enumerate(models):
+
         def hidden(tokens, cache=None, lengths=None, i=i, whole=model.hidden):
             read[i] += tokens.shape[1]
             return whole(tokens, cache, lengths)
+
         monkeypatch.setattr(model, "hidden", hidden)
     return read
 
@@ -531,21 +880,29 @@ def counting(models, monkeypatch):
 @given(configs(), st.data(), st.sampled_from([None, 1, 3]), st.booleans())
 @settings(max_examples=8)
 def test_a_decoder_goes_on_with_longer_texts_as_if_it_had_read_them_anew(config, data, K, cut):
-    model, drafts = build(config), {} if K is None else dict(draft=build(data.draw(configs()), seed=1), K=K)
-    ids = lambda least, most: data.draw(st.lists(st.integers(0, config.v - 1), min_size=least, max_size=most))  # noqa: E731
+    model, drafts = (
+        build(config),
+        {} if K is None else dict(draft=build(data.draw(configs()), seed=1), K=K),
+    )
+    ids = lambda least, most: data.draw(
+        st.lists(st.integers(0, config.v - 1), min_size=least, max_size=most)
+    )  # noqa: E731
     texts, decoder = [ids(1, 6) for _ in range(2)], g.Decoder(model, 2, 60, 0, **drafts)
     for _ in range(2):
-        want, rounds = whole(g.generate(model, texts, 7, 0, stop=[3])), decoder.decode(texts, 7, [3])
+        want, rounds = (
+            whole(g.generate(model, texts, 7, 0, stop=[3])),
+            decoder.decode(texts, 7, [3]),
+        )
         got = [[], []]
         for i, row in enumerate(rounds):
             got = [[*a, *b] for a, b in zip(got, row)]
             if cut and i == 2:  # somebody has heard enough
                 rounds.close()
-        assert all(a == b[:len(a)] for a, b in zip(got, want)) and (cut or got == want)
+        assert all(a == b[: len(a)] for a, b in zip(got, want)) and (cut or got == want)
         texts = [text + new + ids(1, 4) for text, new in zip(texts, got)]
     anew = [ids(1, 6) for _ in range(2)]
     assert whole(decoder.decode(anew, 7)) == whole(g.generate(model, anew, 7, 0))
-    again = [text[:len(text) - 1] or text for text in anew]  # shorter than what was read
+    again = [text[: len(text) - 1] or text for text in anew]  # shorter than what was read
     assert whole(decoder.decode(again, 7)) == whole(g.generate(model, again, 7, 0))
 
 
@@ -557,7 +914,11 @@ def test_a_turn_reads_only_what_is_new(speculate, monkeypatch):
     text += sum(whole(decoder.decode([text], 4)), []) + [5, 6, 7]
     read = counting([m for m in (model, drafts.get("draft")) if m], monkeypatch)
     rounds = sum(1 for _ in decoder.decode([text], 1))
-    assert rounds == 1 and read[0] == 3 + 1 + (speculate or 0) and (not drafts or read[1] == 3 + 2 + 3 + 4)  # new, last, proposed; the draft reads two and what it proposed
+    assert (
+        rounds == 1
+        and read[0] == 3 + 1 + (speculate or 0)
+        and (not drafts or read[1] == 3 + 2 + 3 + 4)
+    )  # new, last, proposed; the draft reads two and what it proposed
 
 
 def test_a_decoder_compiles_nothing_twice():
@@ -590,11 +951,15 @@ def test_a_row_that_finished_before_another_is_read_anew():
 def test_a_cleared_cache_is_a_new_one(mixer):
     model = build(Config(**MIXED, mixers=[mixer] * 4))
     decoder = g.Decoder(model, 1, 40, 0)
-    whole(decoder.decode([[7, 1, 2, 3, 9, 8]], 33))   # the ring of inputs is full
+    whole(decoder.decode([[7, 1, 2, 3, 9, 8]], 33))  # the ring of inputs is full
     tokens = torch.tensor([[4, 5]], device=decoder.rounds.caches[0].device)
     with torch.inference_mode():
         decoder.rounds.caches[0].clear()
-        assert_close(model.hidden(tokens, decoder.rounds.caches[0]), model.hidden(tokens, mil.Cache(model, 1, 40)), 1e-12)
+        assert_close(
+            model.hidden(tokens, decoder.rounds.caches[0]),
+            model.hidden(tokens, mil.Cache(model, 1, 40)),
+            1e-12,
+        )
 
 
 @pytest.mark.parametrize("mixer", ["mamba2", "attention"])
