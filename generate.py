@@ -681,20 +681,24 @@ def flag(default, help, **parse):
     return dataclasses.field(default=default, metadata=about)
 
 
-def parse_flags(settings, argv, description):
+def parse_flags(settings, argv, description, groups=()):
     """An instance of the dataclass `settings` from `--name value` or `--name=value`.
 
-    Raises MilError for an unknown flag (naming the nearest known one) or a value of the wrong type.
+    groups: {a flag's name: the title, in --help, of the group that begins with it}. Raises MilError
+    for an unknown flag (naming the nearest known one) or a value of the wrong type.
     """
     style = argparse.RawDescriptionHelpFormatter
     parser = mil.Parser(description=description, allow_abbrev=False, formatter_class=style)
+    group = parser
     for f in dataclasses.fields(settings):
+        if f.name in groups:
+            group = parser.add_argument_group(groups[f.name])
         help = f.metadata["help"].replace("%", "%%")
         if f.default not in ("", dataclasses.MISSING) and "default" not in help:
             help += f" (default {f.default})"
         kind = {} if f.type in (list, bool) else {"type": f.type, "metavar": f.type.__name__}
         more = {"help": help, "default": argparse.SUPPRESS, **kind, **f.metadata["parse"]}
-        parser.add_argument("--" + f.name, **more)
+        group.add_argument("--" + f.name, **more)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]

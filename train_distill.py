@@ -97,7 +97,6 @@ def paths(help):
 
 @dataclass
 class Settings:
-    # what is read and written
     out: str = flag("out", "folder for teacher/, student/, checkpoints/, log.jsonl, results.json")
     data: list = paths(
         "text files, folders, or .jsonl of text, messages, or prompt and completion; empty: the "
@@ -112,7 +111,6 @@ class Settings:
     )
     answers: int = flag(0, "with --pseudo_labels: how many answers; 0: one for each prompt")
     answer_tokens: int = flag(0, "the longest answer (default: three quarters of --context)")
-    # the teacher
     teacher: str = flag("", "a checkpoint; empty: train one, or use that in --out again")
     n_layers: int = sized("n_layers", "the new teacher's layers")
     d: int = sized("d", "its width")
@@ -122,7 +120,6 @@ class Settings:
     rope_theta: float = flag(10000.0, "its base of RoPE's frequencies")
     teacher_steps: int = sized("teacher_steps", "its training steps")
     teacher_lr: float = flag(3e-3, "its peak learning rate")
-    # the student and its stages
     mixer: str = flag("mamba2", "what replaces attention: mamba, mamba2, or none (an ablation)")
     keep: float = flag(0.5, "share of attention layers that stay")
     init: str = flag("attention", "new mixers inherit W_q, W_k, W_v, W_o; or random")
@@ -134,9 +131,11 @@ class Settings:
     stage1_steps: int = sized("stage1_steps", "steps of stage 1, in all")
     stage2_steps: int = sized("stage2_steps", "steps of stage 2; 0: none", unset=-1)
     stage3_steps: int = flag(0, "steps of stage 3; 0: every pair once")
-    stage1_lr: float = flag(0.0, "peak learning rate of stage 1 (default: by size, see below)")
-    stage2_lr: float = flag(0.0, "of stage 2. By size: the paper's for 8B, 8e-5 and 2e-5, times")
-    stage3_lr: float = flag(1e-5, "of stage 3; stages 1 and 2: √(8e9 / parameters), 3e-3 at most")
+    stage1_lr: float = flag(
+        0.0, "peak learning rate of stage 1 (default: 8e-5 · √(8e9 / parameters), at most 3e-3)"
+    )
+    stage2_lr: float = flag(0.0, "of stage 2 (default: 2e-5 · √(8e9 / parameters), at most 1e-3)")
+    stage3_lr: float = flag(1e-5, "of stage 3 (paper: 5e-7)")
     alpha: float = flag(1.0, "α, the weight of the cross-entropy")
     beta: float = flag(1.0, "β, the weight of the KL (paper: 0.1)")
     dpo_beta: float = flag(0.1, "β of the preferences (paper: 0.01 to 0.1)")
@@ -144,7 +143,6 @@ class Settings:
     reverse: bool = flag(
         False, "KL(student ‖ teacher) in place of KL(teacher ‖ student)", action="store_true"
     )
-    # training
     context: int = sized("context", "tokens in a sequence; the longest text attention can read")
     batch: int = sized("batch", "sequences in a step, over all processes")
     accumulate: int = flag(1, "parts that a step's batch is cut into: less memory, the same result")
@@ -153,7 +151,6 @@ class Settings:
     clip: float = flag(1.0, "largest gradient norm (paper: 0.1)")
     eval_sequences: int = sized("eval_sequences", "validation sequences in an evaluation")
     seed: int = flag(0, "of initial values and of the order of the data")
-    # the machine
     device: str = flag("", "cpu, cuda, cuda:1 …; empty: cuda if there is one")
     dtype: str = flag("", "of the arithmetic, bfloat16 or float32 (default: bfloat16 on cuda)")
     compile: bool = flag(
@@ -170,6 +167,13 @@ class Settings:
     prompt: str = flag("def ", "for the sample at the end")
 
 
+GROUPS = {  # in --help, by the first flag of each
+    "out": "files",
+    "teacher": "the teacher",
+    "mixer": "the student and its stages",
+    "context": "training",
+    "device": "the machine",
+}
 # Flags that may change when a run is resumed.
 FREE = """out device resume save_minutes keep_checkpoints compile memory_budget prompt accumulate
     recipe"""
@@ -223,10 +227,7 @@ def chosen_layers(s):
 
 
 def complete(s, device, teacher=None):
-    """Sets what was left to the device or the teacher, whose Config is given if it is ready.
-
-    Raises MilError if a flag is wrong, or does not go with another.
-    """
+    """Sets what was left to the device, or to the teacher, whose Config is given if it is ready."""
     defaults = dict(PRESETS[device.type])
     if teacher is not None:
         for name in SIZES:
@@ -246,6 +247,11 @@ def complete(s, device, teacher=None):
     s.dtype = s.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     s.answer_tokens = s.answer_tokens or max(1, s.context * 3 // 4)
     check(s, "--")
+    check_flags(s, device, teacher)
+
+
+def check_flags(s, device, teacher):
+    """Raises MilError if flags do not go together, or with the teacher's Config, if it is ready."""
     longest = s.context - 1
     uncompiled = s.memory_budget < 1 and not (s.compile and device.type == "cuda")
     why = "on a CPU" if s.compile else "with --no-compile"
@@ -1884,34 +1890,8 @@ def sample(model, encoding, s, device):
     return s.prompt + ("\n" if encoding.template != "plain" else "") + encoding.decode(reply)
 
 
-def plot(log, path):
-    """Draws the loss of every stage in log.jsonl, if matplotlib is installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    records = [json.loads(line) for line in log.read_text("utf-8").split("\n")[:-1]]
-    names = list(dict.fromkeys(record["stage"] for record in records))
-    size = dict(figsize=(4 * len(names), 3), squeeze=False, layout="constrained")
-    figure, axes = pyplot.subplots(1, len(names), **size)
-    for name, axis in zip(names, axes[0], strict=True):
-        mine = [record for record in records if record["stage"] == name]
-        steps = [record["step"] for record in mine]
-        for key in ("loss", "ce", "kl", "margin"):
-            if any(record.get(key) for record in mine):
-                axis.plot(steps, [record[key] for record in mine], label=key)
-        axis.set(title=name, xlabel="step")
-        axis.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return True
-
-
 def finish(run, state, config, place, encoding, corpus, seconds):
-    """The report: the table, results.json, loss.png, a sample of both models; checkpoints go."""
+    """The report: the table, results.json, a sample of both models; checkpoints go."""
     s, device, rows, out = run.s, run.device, state.rows, Path(run.s.out)
     machine = f"{os.cpu_count()} CPU cores, {platform.machine()}"
     if device.type == "cuda":
@@ -1928,7 +1908,6 @@ def finish(run, state, config, place, encoding, corpus, seconds):
     results |= {"teacher_parameters": count, "settings": vars(s), "made_from": state.settings}
     text = json.dumps(results, indent=1).encode()
     mil.write_whole(out / "results.json", lambda f: f.write(text))
-    figure = plot(out / "log.jsonl", out / "loss.png")
     for name, path in (("teacher", place), ("student", out / "student")):
         model = mil.load(path, device, run.dtype)
         show(f"\n--- {name}\n{sample(model, encoding, s, device)}")
@@ -1938,7 +1917,7 @@ def finish(run, state, config, place, encoding, corpus, seconds):
     flags = f"--model {out}/student"
     if s.student_layers and s.teacher:
         flags = f"--model {s.teacher} --draft {out}/student"
-    show(f"\nstudent: {out}/student   table: {out}/results.json" + f"   {out}/loss.png" * figure)
+    show(f"\nstudent: {out}/student   table: {out}/results.json   losses: {out}/log.jsonl")
     show(f"try: python generate.py {flags} {more}")
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
@@ -1984,7 +1963,7 @@ def work(run, began):
 
 
 def main(argv):
-    s, began = parse_flags(Settings, argv, __doc__), time.perf_counter()
+    s, began = parse_flags(Settings, argv, __doc__, GROUPS), time.perf_counter()
     run = begin(s)
     try:
         work(run, began)

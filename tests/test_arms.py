@@ -1313,7 +1313,10 @@ def hollow(tmp_path, monkeypatch):
                 self.teacher,
                 self.teacher_tokens,
             ) = size, tmp_path, None, "measured", "sweep", None, torch.nn.Linear(1, 1), 1
-            self.make_teacher, self.writing = lambda: None, lambda model: dict.fromkeys(TEACHER, 1.0)
+            self.make_teacher, self.writing = (
+                lambda: None,
+                lambda model: dict.fromkeys(TEACHER, 1.0),
+            )
             self.long_texts = lambda model, trained: (
                 seen.append(trained)
                 or dict(needles={128: [1.0, 1.0], 256: [0.0, 0.0]}, by_length={128: 1.0, 256: 1.0})

@@ -123,7 +123,7 @@ def test_the_loss_of_the_readme_is_a_stages(monkeypatch, tmp_path):
 
 def test_the_records_of_the_readme_become_conversations():
     space = {}
-    exec("def read(record):\n" + CODE["Alpaca"], space)
+    exec("def read(record):\n" + textwrap.indent(CODE["Alpaca"], "    "), space)
     assert space["read"]({"instruction": "Add.", "input": "2, 3", "output": "5"}) == [
         {"role": "user", "content": "Add.\n\n2, 3"},
         {"role": "assistant", "content": "5"},

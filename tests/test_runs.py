@@ -1194,21 +1194,6 @@ def test_a_full_memory_is_said_with_what_takes_less(data, tmp_path, monkeypatch)
     assert "\n" not in str(e.value)
 
 
-def test_the_losses_become_a_figure(tmp_path):
-    pytest.importorskip("matplotlib")
-    (tmp_path / "log.jsonl").write_text(
-        "".join(
-            json.dumps({"stage": name, "step": i, "loss": 1 / i, "ce": 1.0, "kl": 0.0}) + "\n"
-            for name in "ab"
-            for i in (1, 2)
-        )
-    )
-    assert (
-        t.plot(tmp_path / "log.jsonl", tmp_path / "loss.png")
-        and (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
-    )
-
-
 def test_a_recipe_may_train_on_preferences_alone(data, tmp_path):
     pairs = data[data.index("--pairs") + 1]
     stages = recipe(

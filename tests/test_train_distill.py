@@ -1737,7 +1737,6 @@ def test_the_end_of_a_run_says_how_long_it_took_and_a_command_to_try_with_a_smal
     }
     for owner, name, value in (
         (t, "sample", lambda *_: "x"),
-        (t, "plot", lambda *_: False),
         (mil, "load", lambda *_: None),
     ):
         monkeypatch.setattr(owner, name, value)
