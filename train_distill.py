@@ -72,7 +72,7 @@ from generate import (
     save_with_tokenizer,
     tokenizer_of,
 )
-from mil import MilError
+from mil import MilError, read_json
 
 # --------------------------------------------------------------------------------------------------
 # Settings. A size left at 0 depends on the device: minutes on two CPU cores, or on one GPU.
@@ -266,11 +266,11 @@ def check_flags(s, device, teacher):
         ),
         (
             s.stage3_steps and not (s.pairs or s.recipe),
-            "stage3_steps is for --pairs; give both or neither",
+            "stage3_steps needs --pairs",
         ),
         (
             s.answers and not s.pseudo_labels,
-            "answers is for --pseudo_labels; give both or neither",
+            "answers needs --pseudo_labels",
         ),
         (
             not 1 <= s.answer_tokens < s.context,
@@ -424,7 +424,7 @@ def layers_to_replace(stage, mixers, final):
     mil.refuse(
         (
             count == n and stage.keep > 0,
-            f"keep {stage.keep:g} of {n} layers would keep none of them; expected 0, or {1 / n:g}",
+            f"keep {stage.keep:g} of {n} layers would keep none; expected 0, or {1 / n:g} and more",
         ),
         (
             count < len(done),
@@ -593,23 +593,22 @@ def records_of(file, text):
 
 def read_documents(file, named):
     """The documents of a file: its records if it has any, otherwise its text."""
-    text = read_text(file, named)
-    with refused(f"--data {file}: "):
-        kind = file.suffix.lower()
-        records = records_of(file, text) if kind in (".jsonl", ".ndjson") else []
-        if kind == ".json":
-            with contextlib.suppress(MilError):  # it is a text like any other
-                records = records_of(file, text)
-            if not named and not any(document_of(record) for _, record in records):
-                records = []
-        documents = []
-        for where, record in records:
+    text, kind = read_text(file, named), file.suffix.lower()
+    if kind not in (".json", ".jsonl", ".ndjson"):
+        return [text] * bool(text.strip())
+    documents = []
+    try:
+        for where, record in records_of(file, text):
             with refused(f"{where} "):
                 documents.append(document_of(record))
                 if documents[-1] is None:
                     wanted = "text, messages (of role and content), or prompt and completion"
                     raise MilError(f"has {', '.join(record) or 'no keys'}; expected {wanted}")
-    return documents or [text] * bool(text.strip() and not records)
+    except MilError as e:
+        if named or kind != ".json":
+            raise MilError(f"--data {file}: {e}") from None
+        return [text]  # JSON of another kind
+    return documents
 
 
 def document_tokens(encoding, document):
@@ -806,14 +805,15 @@ def load_pairs(s, paths, encoding):
     them. All pairs of a prompt are in one part."""
     pairs, flag = {}, "--recipe: pairs" if s.recipe and paths != s.pairs else "--pairs"
     for file in map(Path, paths):
+        if not file.is_file():
+            raise MilError(f"{flag} {file}: no such file")
+        text = read_text(file, True, flag)
         with refused(f"{flag} {file}: "):
-            if not file.is_file():
-                raise MilError("no such file")
-            for where, record in records_of(file, read_text(file, True, flag)):
+            for where, record in records_of(file, text):
                 with refused(f"{where} "):
                     asked, talks = conversations(record)
-                ids = [cut(document_tokens(encoding, talk), s.context + 1) for talk in talks]
-                pairs.setdefault(asked, []).append(tuple(ids))
+                ids = [last_answer(document_tokens(encoding, talk)) for talk in talks]
+                pairs.setdefault(asked, []).append(tuple(cut(i, s.context + 1) for i in ids))
     parts = split(list(pairs.values())) or ((), ())
     train, held = ([pair for group in part for pair in group] for part in parts)
     if not held or len(train) < s.batch // 2:
@@ -825,18 +825,28 @@ def load_pairs(s, paths, encoding):
 def conversations(record):
     """A pair's prompt, and its chosen and rejected conversation. Each may be text or messages."""
     asked, *answers = (record.get(key) for key in ("prompt", "chosen", "rejected"))
+    if isinstance(asked, str):
+        asked = [{"role": "user", "content": asked}]
     talks = []
     for answer in answers:
-        said = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-        first = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-        whole = isinstance(said, list) and said and said[0].get("role") != "assistant"
-        good = isinstance(said, list) and (whole or isinstance(first, list))
-        talks.append(plain_messages(said if whole else first + said) if good else None)
-    if None in talks:
+        if isinstance(answer, str):
+            answer = [{"role": "assistant", "content": answer}]
+        talk = plain_messages(answer) or [{"role": ""}]
+        first = plain_messages(asked) if talk[0]["role"] == "assistant" else []
+        talks.append((first or []) + talk)
+    one, other = ([talk[-1]["role"], len(talk) > 1, talk[:-1]] for talk in talks)
+    if one[:2] != ["assistant", True] or one != other:
         kinds = ", ".join(f"{key}: {type(value).__name__}" for key, value in record.items())
-        wanted = "prompt, chosen and rejected, all of them text or messages"
+        wanted = "a prompt and two answers to it, chosen and rejected, each a text or messages"
         raise MilError(f"has {kinds or 'no keys'}; expected {wanted}")
-    return json.dumps(talks[0][:-1]), talks
+    return json.dumps(one[2]), talks
+
+
+def last_answer(ids):
+    """ids of a conversation in which only the last answer is learned."""
+    learned = {i for i, token in enumerate(ids) if token >= 0}
+    begin = max((i for i in learned if i - 1 not in learned), default=0)
+    return [min(i, ~i) for i in ids[:begin]] + ids[begin:]
 
 
 def cut(ids, most):
@@ -906,18 +916,20 @@ def answered(run, paths, place, encoding, tokenizer):
     """A Corpus of the answers of the teacher in `place`; its validation part is that of `paths`.
 
     Answers are sampled in batches of one seed each and written to out/data as they come, in one
-    .jsonl a process. Those there are not made again.
+    .jsonl a process. Those there are not made again by as many processes.
     """
     s, rows = run.s, min(64, run.s.batch)
     with in_turn(run):
         corpus = load_corpus(s, paths, encoding, tokenizer)
-    made = checkpoint_digest(place), corpus.key, s.seed, s.answers, s.answer_tokens, s.context, rows
-    key = digest([], made)
+    asked = s.seed, s.answers, s.answer_tokens, s.context, s.dtype, rows
+    key = digest([], checkpoint_digest(place), corpus.key, asked)
     data = Path(s.out) / "data"
     files = [data / f"{key}.answers.{rank + 1}of{run.size}.jsonl" for rank in range(run.size)]
     train = data / f"{key}.answers.npy"
     if not begins_of(train).exists():
         work = list(itertools.islice(prompts_of(s, paths, encoding), s.answers or None))
+        if not work:
+            raise MilError("--pseudo_labels: nothing in --data is a prompt")
         answer(run, work, rows, files[run.rank], place, encoding)
         together(run)
     with in_turn(run):
@@ -961,7 +973,7 @@ def answer(run, work, rows, file, place, encoding):
                     said = {"messages": [*record["messages"], message]}
                 tokens = [*(~token for token in ids), *reply]
                 record = record | said | dict(number=first + i, seed=seed, tokens=tokens)
-                out.write(json.dumps(record, ensure_ascii=False) + "\n")
+                out.write(json.dumps(record) + "\n")
             out.flush()
             if run.stop:
                 leave(run)  # alone: the others may have no more to do
@@ -1116,7 +1128,8 @@ def log_probabilities(batch, hidden, head):
     """The log-probability of what is learned in each row (b,)."""
     weight = torch.ones(len(hidden), device=hidden.device)
     targets = batch.learned(batch.y)
-    _, ce, _ = DistillationLoss.apply(hidden, head, None, None, targets, weight, weight, 1.0, False)
+    heads = hidden.detach(), head.detach(), None, None
+    _, ce, _ = DistillationLoss.apply(*heads, targets, weight, weight, 1.0, False)
     return -torch.zeros(len(batch.x), device=ce.device).index_add(0, batch.rows(), ce)
 
 
@@ -1359,7 +1372,8 @@ def save_state(run, state, student, optimizer=None):
         saved = vars(state) | {"trained": trained, "moments": moments}
         mil.write_whole(place, lambda f: torch.save(saved, f))
         for old in checkpoints(run)[: -run.s.keep_checkpoints]:
-            old.unlink()
+            if old != place:  # a damaged one may have a later name
+                old.unlink()
     together(run)
     if run.size > 1:
         return torch.load(place, map_location="cpu", weights_only=True, mmap=True)["trained"]
@@ -1383,8 +1397,8 @@ def load_state(run, stages, corpus):
             said[f"the files of stage {i}"] = digest(find_files(stage.data, s.out))
     for place in reversed(checkpoints(run)):
         if not s.resume:
-            told = f"holds an unfinished run; --resume goes on with it, without {place.parent}"
-            raise MilError(f"--out {s.out}: {told} it is forgotten")
+            told = "holds an unfinished run; --resume goes on with it, or delete"
+            raise MilError(f"--out {s.out}: {told} {place.parent}")
         try:
             state = State(**torch.load(place, map_location="cpu", weights_only=True, mmap=True))
         except Exception as e:  # as the damage has it
@@ -1578,10 +1592,10 @@ def assemble(run, teacher, base, stage, number, trained):
 
     What trains, now or before, is the student's own, in float32; the rest are base's own tensors.
     """
-    if dist.is_initialized():
-        gc.collect()  # FSDP2's cycles keep an earlier stage's models in memory
+    gc.collect()  # cycles of compiled and sharded layers keep an earlier stage's models in memory
     torch.manual_seed(run.s.seed + 1 + number)  # new mixers begin the same in every process
     student = mil.replace_attention(base, [], share=True)  # other modules, the same tensors
+    own(student, trained, trained)  # a new mixer inherits from attention that was trained, too
     for mixer in dict.fromkeys(mixer for mixer in stage.mixers if mixer != "attention"):
         layers = [i for i, m in enumerate(stage.mixers) if m == mixer]
         student = mil.replace_attention(student, layers, mixer, run.s.init, share=True)
@@ -1686,6 +1700,7 @@ class Job:
         mil.refuse(
             (base.v != config.v, f"{told}: expected the same tokenizer"),
             (odd, f"holds {', '.join(odd)}; expected a Llama, with attention in every layer"),
+            (base.context < s.context, f"has a context of {base.context}: lower --context"),
             where=f"--init_from {s.init_from}: ",
         )
         self.check_tokens(tokenizer_of(s.init_from), f"--init_from {s.init_from}")
@@ -1724,7 +1739,7 @@ class Job:
         """Whether --resume finds a finished run; otherwise its report goes."""
         results = Path(self.s.out) / "results.json"
         if not checkpoints(self.run) and results.exists():
-            made = json.loads(results.read_text()).get("made_from")
+            made = read_json(results).get("made_from")
             same = made == json.loads(json.dumps(state.settings))
             if self.s.resume and not same:
                 told = "is of a finished run with other settings; without --resume it is replaced"
@@ -1814,6 +1829,7 @@ def run_stages(run, state, stages, models, corpora, encoding, tokenizer, journal
         all_at_once = dataclasses.replace(stages[0], mixers=stages[-1].mixers, trains="mixers")
         pair = assemble(run, *models, all_at_once, 0, {})
         add_row(run, state, "student, not trained", pair, validation, encoding, last_good, {})
+        del pair
     for number, stage in enumerate(stages, 1):
         if number >= state.stage:
             pair = assemble(run, *models, stage, number, state.trained)
@@ -1835,6 +1851,8 @@ def run_stages(run, state, stages, models, corpora, encoding, tokenizer, journal
             save_student(run, pair.student, place, tokenizer, dtype, stage=stage.name)
             state.stage, state.step, state.seconds = number + 1, 0, 0.0
             state.trained = save_state(run, state, pair.student)
+            if run.stop and run.size == 1:
+                leave(run)
             del pair, batches  # the next student comes before this one would go
         last_good = f"The last good checkpoint is {place}, after {stage.name}"
 
@@ -1877,20 +1895,20 @@ def table(rows):
     return "\n".join(lines)
 
 
-def sample(model, encoding, s, device):
-    """The prompt, and what the model writes after it; of a chat model, its answer."""
+def sample(model, encoding, s, device, chat=False):
+    """The prompt, and what the model writes after it or, in a chat, answers."""
     dice = torch.Generator(device).manual_seed(s.seed)
     ids = encoding.encode(s.prompt)
-    if encoding.template != "plain":
+    if chat:
         ids, _ = encoding.conversation([{"role": "user", "content": s.prompt}], reply=True)
     ids = ids[: model.config.context - 1]
     reply = []
     for (new,) in generate(model, [ids], 200, 0.7, 0, 0.95, stop=encoding.stops, generator=dice):
         reply += [token for token in new if token not in encoding.stops]
-    return s.prompt + ("\n" if encoding.template != "plain" else "") + encoding.decode(reply)
+    return s.prompt + "\n" * chat + encoding.decode(reply)
 
 
-def finish(run, state, config, place, encoding, corpus, seconds):
+def finish(run, state, config, place, encoding, seconds):
     """The report: the table, results.json, a sample of both models; checkpoints go."""
     s, device, rows, out = run.s, run.device, state.rows, Path(run.s.out)
     machine = f"{os.cpu_count()} CPU cores, {platform.machine()}"
@@ -1908,12 +1926,12 @@ def finish(run, state, config, place, encoding, corpus, seconds):
     results |= {"teacher_parameters": count, "settings": vars(s), "made_from": state.settings}
     text = json.dumps(results, indent=1).encode()
     mil.write_whole(out / "results.json", lambda f: f.write(text))
+    first = read_documents(find_files(s.data, s.out)[0], False) if s.data else []
+    chat = any(isinstance(document, list) for document in first)
     for name, path in (("teacher", place), ("student", out / "student")):
         model = mil.load(path, device, run.dtype)
-        show(f"\n--- {name}\n{sample(model, encoding, s, device)}")
-    more = f"--prompt {shlex.quote(s.prompt)}"
-    if (corpus.train[: 10**6] < 0).any():
-        more = "--chat"
+        show(f"\n--- {name}\n{sample(model, encoding, s, device, chat)}")
+    more = "--chat" if chat else f"--prompt {shlex.quote(s.prompt)}"
     flags = f"--model {out}/student"
     if s.student_layers and s.teacher:
         flags = f"--model {s.teacher} --draft {out}/student"
@@ -1959,7 +1977,7 @@ def work(run, began):
             del models
         if run.rank == 0:
             seconds = time.perf_counter() - began
-            finish(run, state, job.config, job.place, job.encoding, corpus, seconds)
+            finish(run, state, job.config, job.place, job.encoding, seconds)
 
 
 def main(argv):

@@ -971,7 +971,7 @@ def test_every_pair_comes_once_an_epoch():
     [
         (
             ['{"prompt": "a", "chosen": "b"}'],
-            "line 1 has prompt: str, chosen: str; expected prompt, chosen and rejected, all of them text",
+            "line 1 has prompt: str, chosen: str; expected a prompt and two answers to it",
         ),
         (
             ['{"prompt": "a", "chosen": "b", "rejected": "c"}'] * 3,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 import signal
@@ -765,3 +766,64 @@ def test_a_loss_whose_perplexity_no_number_holds_is_a_row_like_any_other(tmp_pat
         g.load_tokenizer("bytes"),
     )
     assert 800 < row["loss"] < math.inf and math.isfinite(row["perplexity"])
+
+
+def test_a_new_mixer_inherits_from_attention_as_it_was_trained(tmp_path):
+    run, teacher = small_run(tmp_path), tiny_teacher()
+    weight = torch.randn_like(teacher.layers[0].mixer.q_proj.weight)
+    stage = t.Stage(trains="mixers", mixers=["mamba2", *["attention"] * 3])
+    trained = {"layers.0.mixer.q_proj.weight": weight, "norm.weight": torch.full((16,), 2.0)}
+    student = t.assemble(run, teacher, teacher, stage, 1, trained).student
+    query, *_ = student.layers[0].mixer.inherit()
+    assert torch.equal(query, weight) and (student.norm.weight == 2).all()
+    assert (teacher.norm.weight != 2).all()
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_one(tmp_path):
+    run, pair = small_run(tmp_path, keep_checkpoints=1, resume=True), t.Pair(None, tiny_teacher())
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "09-00000000.pt").write_bytes(b"damaged")
+    state = t.load_state(run, [], some_tokens(np.arange(99)))
+    state.step = 3
+    t.save_state(run, state, pair.student)
+    assert t.load_state(run, [], some_tokens(np.arange(99))).step == 3
+
+
+def talk(*said):
+    roles = itertools.cycle(["user", "assistant"])
+    return [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+
+
+def test_of_pairs_in_any_spelling_the_last_answers_alone_are_learned(tmp_path):
+    asked, encoding = talk("a", "b", "c"), g.load_tokenizer("bytes")
+    spellings = [
+        {
+            "prompt": "unused",
+            "chosen": talk("a", "b", "c", "d"),
+            "rejected": talk("a", "b", "c", "e"),
+        },
+        {"prompt": asked, "chosen": talk("", "d")[1:], "rejected": talk("", "e")[1:]},
+        {"prompt": asked, "chosen": "d", "rejected": "e"},
+    ]
+    found = [t.conversations(record) for record in spellings]
+    assert found == [found[0]] * 3 and found[0][1][0] == talk("a", "b", "c", "d")
+    lines = [{**spellings[2], "prompt": talk("a", "b", str(i))} for i in range(20)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    s = t.Settings(batch=4, context=200)
+    (chosen, rejected), *_ = t.load_pairs(s, [tmp_path / "p.jsonl"], encoding)[0]
+    end = encoding.stops[:1]
+    assert [i for i in chosen if i >= 0] == [*b"d", *end]
+    assert [i for i in rejected if i >= 0] == [*b"e", *end]
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected",
+    [(["text"], "e"), ([], "e"), (talk("a"), talk("a")), (talk("a", "b"), talk("c", "d")), (1, 2)],
+)
+def test_pairs_that_are_not_two_answers_to_one_prompt_are_refused(tmp_path, chosen, rejected):
+    record = {"prompt": "a", "chosen": chosen, "rejected": rejected}
+    (tmp_path / "p.jsonl").write_text(json.dumps(record))
+    with pytest.raises(
+        MilError, match="^--pairs .*p.jsonl: line 1 has .*expected a prompt and two"
+    ):
+        t.load_pairs(t.Settings(), [tmp_path / "p.jsonl"], g.load_tokenizer("bytes"))

@@ -808,7 +808,7 @@ def test_a_recipe_is_a_list_of_stages_and_the_command_line_says_the_rest(tmp_pat
         ([{"replace": [1, 1]}], "stage 1: replaces layer 1"),
         (
             [{"keep": 0.1}],
-            "stage 1: keep 0.1 of 4 layers would keep none of them; expected 0, or 0.25",
+            "stage 1: keep 0.1 of 4 layers would keep none; expected 0, or 0.25",
         ),
         ([{"replace": [4]}], "replaces layer 4; the model has layers 0 to 3"),
         ([{"keep": 0.5, "replace": [1]}], "keep and replace: expected one of them"),
@@ -1099,8 +1099,8 @@ def test_data_of_a_recipe_are_looked_for_before_any_work_and_named_as_its(tmp_pa
             ["--accumulate", "3"],
             "--batch is 8, expected a multiple of 3: 1 process × --accumulate 3",
         ),
-        (["--stage3_steps", "3"], "--stage3_steps is for --pairs; give both or neither"),
-        (["--answers", "3"], "--answers is for --pseudo_labels; give both or neither"),
+        (["--stage3_steps", "3"], "--stage3_steps needs --pairs"),
+        (["--answers", "3"], "--answers needs --pseudo_labels"),
         (["--context", "1"], "--context is 1"),
         (["--memory_budget", "1.5"], "--memory_budget is 1.5, expected more than 0, at most 1"),
         (["--memory_budget", "0"], "expected more than 0"),
@@ -1751,7 +1751,6 @@ def test_the_end_of_a_run_says_how_long_it_took_and_a_command_to_try_with_a_smal
             tiny_teacher().config,
             tmp_path / "teacher",
             g.load_tokenizer("bytes"),
-            some_tokens(np.arange(99)),
             1.0,
         )
         said = capsys.readouterr().out
