@@ -1883,7 +1883,7 @@ def short(n):
 def table(rows):
     paired = any("preferred" in row for row in rows)
     line = f"{'':<38}{'loss':>8}{'ppl':>11}{'bits/byte':>11}{'KL':>9}{'agree':>8}"
-    lines = [f"{line}{'tokens/s':>11}{'seconds':>9}{'preferred' * paired:>18}"]
+    lines = [f"{line}{'tokens/s':>11}{'seconds':>9}" + f"{'preferred':>18}" * paired]
     for row in rows:
         line = f"{row['model']:<38}{row['loss']:>8.4f}{row['perplexity']:>#11.4g}"
         line += f"{row['bits_per_byte']:>11.4f}{row['kl']:>9.4f}{row['agreement']:>8.1%}"
