@@ -757,6 +757,17 @@ def test_layers_are_replaced_in_steps_spread_evenly_at_every_step():
     ] + ["stage 2, all parameters"]
 
 
+def test_rates_follow_the_size_of_the_student_up_to_those_of_small_models():
+    small = Config(v=257, d=16, n_layers=32, n_heads=2, n_kv_heads=1, d_ff=24)
+    for config, rates in ((Config(), (8e-5, 2e-5)), (small, (3e-3, 1e-3))):  # the first is 8B
+        first, *_, last = t.plan(t.Settings(stage1_steps=100, stage2_steps=10), config)
+        assert (first.lr, last.lr) == pytest.approx(rates, rel=0.01)
+    quarter = dataclasses.replace(Config(), n_layers=8, mixers=[], v=4008)  # 1.78 G parameters
+    first, *_ = t.plan(t.Settings(stage1_steps=100, stage2_steps=10), quarter)
+    size = sum(w.numel() for w in mil.empty_model(quarter).parameters())
+    assert first.lr == pytest.approx(8e-5 * math.sqrt(8e9 / size))
+
+
 def recipe(tmp_path, *stages):
     (tmp_path / "recipe.json").write_text(json.dumps(stages))
     return str(tmp_path / "recipe.json")
