@@ -264,14 +264,8 @@ def check_flags(s, device, teacher):
             teacher is not None and s.context > teacher.context,
             f"context is {s.context}, but the teacher in {s.teacher} was trained for less",
         ),
-        (
-            s.stage3_steps and not (s.pairs or s.recipe),
-            "stage3_steps needs --pairs",
-        ),
-        (
-            s.answers and not s.pseudo_labels,
-            "answers needs --pseudo_labels",
-        ),
+        (s.stage3_steps and not (s.pairs or s.recipe), "stage3_steps needs --pairs"),
+        (s.answers and not s.pseudo_labels, "answers needs --pseudo_labels"),
         (
             not 1 <= s.answer_tokens < s.context,
             f"answer_tokens is {s.answer_tokens}, expected 1 to {longest}, less than --context",
@@ -477,14 +471,12 @@ def resolve(stages, config, where):
         kinds[kind] += 1
         again = f" ({kinds[kind]})" if kinds[kind] > 1 else ""
         replaced = n - mixers.count("attention")
-        stage.name = (
-            stage.name
-            or {
-                "mixers": f"stage 1.{kinds[kind]}, {replaced} of {n} layers replaced",
-                "all": f"stage 2, all parameters{again}",
-                "dpo": f"stage 3, preferences{again}",
-            }[kind]
-        )
+        names = {
+            "mixers": f"stage 1.{kinds[kind]}, {replaced} of {n} layers replaced",
+            "all": f"stage 2, all parameters{again}",
+            "dpo": f"stage 3, preferences{again}",
+        }
+        stage.name = stage.name or names[kind]
     return stages
 
 
@@ -535,13 +527,16 @@ def find_files(paths, out, flag="--data"):
 def read_text(file, named, flag="--data"):
     """The text of a file; "" if it is not UTF-8 and not `named` by the user."""
     with mil.naming(f"{flag} {file}"):
-        try:
-            text = file.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as e:
-            text = f"\0{e.start}"
-        if "\0" in text and named:
-            raise MilError("not UTF-8 text")
-    return "" if "\0" in text else text
+        data = file.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" not in text:
+        return text
+    if named:
+        raise MilError(f"{flag} {file}: not UTF-8 text")
+    return ""
 
 
 def plain_messages(messages):
@@ -596,18 +591,25 @@ def read_documents(file, named):
     text, kind = read_text(file, named), file.suffix.lower()
     if kind not in (".json", ".jsonl", ".ndjson"):
         return [text] * bool(text.strip())
-    documents = []
     try:
-        for where, record in records_of(file, text):
-            with refused(f"{where} "):
-                documents.append(document_of(record))
-                if documents[-1] is None:
-                    wanted = "text, messages (of role and content), or prompt and completion"
-                    raise MilError(f"has {', '.join(record) or 'no keys'}; expected {wanted}")
+        records = records_of(file, text)
+        named = named or kind != ".json"
     except MilError as e:
-        if named or kind != ".json":
+        if kind != ".json":
             raise MilError(f"--data {file}: {e}") from None
         return [text]  # JSON of another kind
+    documents = []
+    for where, record in records:
+        try:
+            document = document_of(record)
+            if document is None:
+                wanted = "text, messages (of role and content), or prompt and completion"
+                raise MilError(f"has {', '.join(record) or 'no keys'}; expected {wanted}")
+        except MilError as e:
+            if named:
+                raise MilError(f"--data {file}: {where} {e}") from None
+            return [text]
+        documents.append(document)
     return documents
 
 
@@ -665,7 +667,7 @@ def load_corpus(s, paths, encoding, tokenizer):
         for i, document in enumerate(documents, 1):
             tokens.append(np.array(document_tokens(encoding, document), dtype=np.int32))
             if i % 500 == 0:
-                show(f"tokenising: {i} of {len(documents)} documents", done=i % 10000 == 0)
+                show(f"tokenising: {i} of {len(documents)} documents", done=False)
         cut = [len(ids) * 9 // 10 for ids in tokens]
         whole = [ids[:n] for ids, n in zip(tokens, cut, strict=True)]
         ends = [ids[n:] for ids, n in zip(tokens, cut, strict=True)]
@@ -1170,8 +1172,9 @@ def evaluate(run, pair, corpus, encoding):
     for batch in evaluation_batches(run, corpus):
         theirs, ours = pair.read(batch)
         targets, ones = batch.learned(batch.y), torch.ones(len(ours), device=run.device)
-        heads = pair.student.lm_head.weight, ours if theirs is None else theirs
-        for at, logits, wanted in chunks(ours, *heads, teacher.lm_head.weight):
+        theirs = ours if theirs is None else theirs
+        heads = ours, pair.student.lm_head.weight, theirs, teacher.lm_head.weight
+        for at, logits, wanted in chunks(*heads):
             y, one = targets[at], ones[at]
             ce, kl, _ = token_losses(logits, wanted, y, one, one)
             their_ce, *_ = token_losses(wanted, None, y, one, one)
@@ -1241,10 +1244,9 @@ def begin(s):
         (gpu and 0 < count <= local, f"{lacks}, or give --device cpu"),
     )
     device = pick_device(f"cuda:{local}" if gpu else s.device)
-    how = dict(
-        timeout=timedelta(hours=12), device_id=device if gpu else None
-    )  # to tokenise, answer
-    dist.init_process_group("nccl" if gpu else "gloo", **how)
+    long = timedelta(hours=12)  # others may wait while one tokenises or answers
+    own_gpu = device if gpu else None
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=long, device_id=own_gpu)
     return Run(s, device, dist.get_rank(), dist.get_world_size())
 
 
@@ -1316,9 +1318,8 @@ def show(line, done=True):
     if live and not done:  # a line that wraps could not be overwritten
         line = line[: shutil.get_terminal_size().columns - 1]
     if done or live or now - show.last > 30:
-        print(
-            f"\r\033[K{line}" if live else line, end="" if live and not done else "\n", flush=True
-        )
+        end = "" if live and not done else "\n"
+        print(f"\r\033[K{line}" if live else line, end=end, flush=True)
         show.last = now
 
 
@@ -1442,9 +1443,9 @@ def spread(moments, w):
     from torch.distributed.tensor import distribute_tensor
 
     def share(t):
-        return (
-            distribute_tensor(t.to(w.device), w.device_mesh, w.placements) if t.dim() else t.clone()
-        )
+        if not t.dim():
+            return t.clone()
+        return distribute_tensor(t.to(w.device), w.device_mesh, w.placements)
 
     return {key: share(t) for key, t in moments.items()}
 
@@ -1519,9 +1520,7 @@ def update(run, stage, pair, optimizer, parts, count):
 def report_step(run, state, stage, means, journal):
     """A line of the log, and one on the terminal."""
     a, b = ("chosen", "margin") if stage.loss == "dpo" else ("ce", "kl")
-    line = {"stage": stage.name, "step": state.step} | dict(
-        zip(("loss", a, b), means[:3], strict=True)
-    )
+    line = {"stage": stage.name, "step": state.step, "loss": means[0], a: means[1], b: means[2]}
     line |= {"gradient": means[3], "lr": stage.rate(state.step - 1)}
     line |= {"seconds": round(state.seconds, 2), "memory": most_memory(run.device)}
     if run.rank == 0:
@@ -1650,10 +1649,8 @@ class Job:
         self.run = run
         about = mil.read_config(s.teacher) if s.teacher else {}
         complete(s, run.device, about.get("config"))
-        self.place, self.student = (
-            Path(s.teacher or Path(s.out) / "teacher"),
-            Path(s.out) / "student",
-        )
+        self.place = Path(s.teacher or Path(s.out) / "teacher")
+        self.student = Path(s.out) / "student"
         for name in ("teacher", "init_from"):
             path = getattr(s, name)
             if path and Path(path).resolve() == self.student.resolve():
@@ -1663,7 +1660,8 @@ class Job:
         if s.teacher and s.tokenizer:
             self.check_tokens(s.tokenizer, f"--tokenizer {s.tokenizer}")
         self.config = about.get("config") or new_config(s, self.encoding)
-        self.stages = plan(s, self.base())
+        self.base = self.read_base()
+        self.stages = plan(s, self.base)
         self.check_batch()
         for stage in self.stages:
             if stage.loss == "dpo":  # also checks its files
@@ -1686,7 +1684,7 @@ class Job:
             told += " × the 2 of a pair" * paired
             raise MilError(f"--batch is {self.s.batch}, expected a multiple of {rows}: {told}")
 
-    def base(self):
+    def read_base(self):
         """The Config of the Llama that the student begins as."""
         s, config = self.s, self.config
         if s.student_layers:
@@ -1726,7 +1724,7 @@ class Job:
             first = [teacher_stage(s, self.config)]
         show(f"{'':<38}{'attention':>10}{'trained':>10}{'tokens':>10}{'lr':>9}{'α':>6}{'β':>6}")
         for stage in first + self.stages:
-            config = self.config if stage in first else self.base()
+            config = self.config if stage in first else self.base
             model = mil.empty_model(dataclasses.replace(config, mixers=stage.mixers))
             count = sum(w.numel() for k, w in model.named_parameters() if stage.learns(k))
             tokens, kept = stage.steps * s.batch * s.context, stage.mixers.count("attention")

@@ -1630,6 +1630,8 @@ def test_records_are_known_by_what_they_hold_in_files_of_any_spelling(tmp_path):
     ):  # a text like any other, if it lies in a folder
         (tmp_path / "e.json").write_text(text)
         assert t.read_documents(tmp_path / "e.json", False) == [text]
+    (tmp_path / "f.json").write_text('{\n "a": 1\n}')
+    assert t.read_documents(tmp_path / "f.json", True) == ['{\n "a": 1\n}']
     with pytest.raises(MilError, match="e.json: record 1 has a; expected text, messages"):
         t.read_documents(tmp_path / "e.json", True)
 
