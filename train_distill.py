@@ -989,7 +989,7 @@ def answer(run, work, rows, file, place, encoding):
 # --------------------------------------------------------------------------------------------------
 # Losses
 
-LOGITS = {"cpu": 2**22, "cuda": 2**27}  # the most logits at once: 1,024 tokens of 131,072 words
+LOGITS = {"cpu": 2**22, "cuda": 3 * 2**26}  # the most logits at once: 1,536 tokens of 131,072 words
 
 
 def chunks(hidden, head, teacher_hidden, teacher_head):
