@@ -30,7 +30,6 @@ text is the data itself unless the teacher answers first (--pseudo_labels).
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import fcntl
 import functools
 import gc
@@ -91,6 +90,10 @@ def sized(name, help, unset=0):
     return flag(unset, f"{help} (default {cpu} on cpu, {cuda} on cuda)")
 
 
+def switch(help):
+    return flag(False, help, action="store_true")
+
+
 def paths(help):
     return flag([], help, nargs="+", action="extend", metavar="path")
 
@@ -98,17 +101,10 @@ def paths(help):
 @dataclass
 class Settings:
     out: str = flag("out", "folder for teacher/, student/, checkpoints/, log.jsonl, results.json")
-    data: list = paths(
-        "text files, folders, or .jsonl of text, messages, or prompt and completion; empty: the "
-        "sources of Python's standard library"
-    )
+    data: list = paths("text, folders, or .jsonl (default: the sources of Python's library)")
     pairs: list = paths(".jsonl of prompt, chosen, rejected: adds stage 3, preferences (DPO)")
     tokenizer: str = flag("", "as generate.py has it; empty: the teacher's, or bytes")
-    pseudo_labels: bool = flag(
-        False,
-        "the teacher answers the prompts in the data, and the student learns its answers alone",
-        action="store_true",
-    )
+    pseudo_labels: bool = switch("the student learns the teacher's answers to the data's prompts")
     answers: int = flag(0, "with --pseudo_labels: how many answers; 0: one for each prompt")
     answer_tokens: int = flag(0, "the longest answer (default: three quarters of --context)")
     teacher: str = flag("", "a checkpoint; empty: train one, or use that in --out again")
@@ -125,24 +121,18 @@ class Settings:
     init: str = flag("attention", "new mixers inherit W_q, W_k, W_v, W_o; or random")
     init_from: str = flag("", "another Llama that the student begins as; empty: the teacher")
     student_layers: str = flag("", "a small student of these layers of the teacher, say 0,10,31")
-    recipe: str = flag(
-        "", 'a .json list of stages, such as [{"keep": 0.5, "steps": 900}, {"trains": "all"}]'
-    )
+    recipe: str = flag("", 'a .json list, say [{"keep": 0.5, "steps": 900}, {"trains": "all"}]')
     stage1_steps: int = sized("stage1_steps", "steps of stage 1, in all")
     stage2_steps: int = sized("stage2_steps", "steps of stage 2; 0: none", unset=-1)
     stage3_steps: int = flag(0, "steps of stage 3; 0: every pair once")
-    stage1_lr: float = flag(
-        0.0, "peak learning rate of stage 1 (default: 8e-5 · √(8e9 / parameters), at most 3e-3)"
-    )
-    stage2_lr: float = flag(0.0, "of stage 2 (default: 2e-5 · √(8e9 / parameters), at most 1e-3)")
+    stage1_lr: float = flag(0.0, "peak rate (default 8e-5 · √(8e9 / parameters), at most 3e-3)")
+    stage2_lr: float = flag(0.0, "of stage 2 (default 2e-5 · √(8e9 / parameters), at most 1e-3)")
     stage3_lr: float = flag(1e-5, "of stage 3 (paper: 5e-7)")
     alpha: float = flag(1.0, "α, the weight of the cross-entropy")
     beta: float = flag(1.0, "β, the weight of the KL (paper: 0.1)")
     dpo_beta: float = flag(0.1, "β of the preferences (paper: 0.01 to 0.1)")
     temperature: float = flag(1.0, "τ of the KL, of both distributions")
-    reverse: bool = flag(
-        False, "KL(student ‖ teacher) in place of KL(teacher ‖ student)", action="store_true"
-    )
+    reverse: bool = switch("KL(student ‖ teacher) in place of KL(teacher ‖ student)")
     context: int = sized("context", "tokens in a sequence; the longest text attention can read")
     batch: int = sized("batch", "sequences in a step, over all processes")
     accumulate: int = flag(1, "parts that a step's batch is cut into: less memory, the same result")
@@ -156,14 +146,10 @@ class Settings:
     compile: bool = flag(
         True, "on a GPU, torch.compile every layer", action=argparse.BooleanOptionalAction
     )
-    memory_budget: float = flag(
-        1.0, "share of activations that compiled layers keep; 0.7: a fifth less memory"
-    )
+    memory_budget: float = flag(1.0, "share of activations kept; 0.7: a fifth less memory")
     save_minutes: float = flag(10.0, "minutes between checkpoints; one comes at SIGTERM, Ctrl-C")
     keep_checkpoints: int = flag(2, "how many of the newest checkpoints stay")
-    resume: bool = flag(
-        False, "go on from the newest checkpoint in --out, or begin", action="store_true"
-    )
+    resume: bool = switch("go on from the newest checkpoint in --out, or begin")
     prompt: str = flag("def ", "for the sample at the end")
 
 
@@ -184,17 +170,19 @@ CHOICES = {
     "schedule": ("cosine", "linear", "constant"),
     "trains": ("mixers", "mlps", "all"),
 }
-RATES = ("lr", "teacher_lr", "stage1_lr", "stage2_lr", "stage3_lr")
-LIMITS = {  # least and most
-    **dict.fromkeys((*RATES, "alpha", "beta", "save_minutes"), (0, sys.float_info.max)),
-    **dict.fromkeys(("clip", "temperature", "dpo_beta"), (sys.float_info.min, math.inf)),
-    **dict.fromkeys(("accumulate", "keep_checkpoints"), (1, math.inf)),
-    **dict.fromkeys(("answers", "steps", "stage3_steps"), (0, math.inf)),
-    **dict.fromkeys(("keep", "warmup"), (0, 1)),
-    "memory_budget": (sys.float_info.min, 1),
-    "rope_theta": (1, sys.float_info.max),
-    "seed": (0, 2**63 - 2),
-}
+LIMITS = (
+    (
+        "0 or more",
+        lambda x: 0 <= x < math.inf,
+        "alpha beta answers steps stage3_steps save_minutes",
+    ),
+    ("0 or more", lambda x: 0 <= x < math.inf, "lr teacher_lr stage1_lr stage2_lr stage3_lr"),
+    ("more than 0", lambda x: x > 0, "clip temperature dpo_beta"),
+    ("more than 0, at most 1", lambda x: 0 < x <= 1, "memory_budget"),
+    ("0 to 1", lambda x: 0 <= x <= 1, "keep warmup"),
+    ("1 or more", lambda x: 1 <= x < math.inf, "accumulate keep_checkpoints rope_theta"),
+    ("0 to 2^63 - 2", lambda x: 0 <= x < 2**63 - 1, "seed"),
+)
 
 
 def check(of, where):
@@ -203,25 +191,19 @@ def check(of, where):
         value = getattr(of, name, allowed[0])
         if value not in allowed:
             raise MilError(f"{where}{name} is {value!r}, expected one of {', '.join(allowed)}")
-    for name, (least, most) in LIMITS.items():
-        value = getattr(of, name, None)
-        if value is not None and not least <= value <= most:
-            wanted = "more than 0" if 0 < least < 1 else f"{least} or more"
-            if most < 2**63:
-                wanted = f"more than 0, at most {most}" if 0 < least < 1 else f"{least} to {most}"
-            raise MilError(f"{where}{name} is {value}, expected {wanted}")
+    for wanted, allowed, names in LIMITS:
+        for name in names.split():
+            value = getattr(of, name, None)
+            if value is not None and not allowed(value):
+                raise MilError(f"{where}{name} is {value}, expected {wanted}")
     if getattr(of, "alpha", 1) == getattr(of, "beta", 1) == 0:
         raise MilError(f"{where}alpha is 0, and so is beta: nothing would be learned")
 
 
 def chosen_layers(s):
     """The numbers in --student_layers."""
-    try:
+    with mil.naming("--student_layers", f"expected numbers such as 0,{s.n_layers - 1}"):
         layers = [int(i) for i in s.student_layers.split(",")]
-    except ValueError:
-        wanted = f"numbers with commas between, such as 0,{s.n_layers - 1}"
-        raise MilError(f"--student_layers is {s.student_layers!r}, expected {wanted}") from None
-    with mil.naming("--student_layers"):
         mil.check_layers(layers, s.n_layers)
     return layers
 
@@ -252,42 +234,23 @@ def complete(s, device, teacher=None):
 
 def check_flags(s, device, teacher):
     """Raises MilError if flags do not go together, or with the teacher's Config, if it is ready."""
-    longest = s.context - 1
-    uncompiled = s.memory_budget < 1 and not (s.compile and device.type == "cuda")
-    why = "on a CPU" if s.compile else "with --no-compile"
-    odd = teacher is not None and set(teacher.mixers) - {"attention"}
+    compiled = s.compile and device.type == "cuda"
+    longest = teacher.context if teacher else s.context
+    odd = sorted(set(teacher.mixers) - {"attention"}) if teacher else []
     mil.refuse(
-        (not s.out, "out is '', expected a folder to write to"),
-        (not s.prompt, "prompt is '', expected some text"),
+        (not s.out, "out is empty, expected a folder to write to"),
+        (not s.prompt, "prompt is empty, expected some text"),
         (s.context < 2, f"context is {s.context}, expected 2 or more"),
-        (
-            teacher is not None and s.context > teacher.context,
-            f"context is {s.context}, but the teacher in {s.teacher} was trained for less",
-        ),
+        (s.context > longest, f"context is {s.context}, but --teacher was trained for {longest}"),
         (s.stage3_steps and not (s.pairs or s.recipe), "stage3_steps needs --pairs"),
         (s.answers and not s.pseudo_labels, "answers needs --pseudo_labels"),
-        (
-            not 1 <= s.answer_tokens < s.context,
-            f"answer_tokens is {s.answer_tokens}, expected 1 to {longest}, less than --context",
-        ),
-        (
-            uncompiled,
-            f"memory_budget is {s.memory_budget}, but layers are not compiled {why}; leave it out",
-        ),
+        (not 0 < s.answer_tokens < s.context, "answer_tokens: expected 1 to --context - 1"),
+        (s.memory_budget < 1 and not compiled, "memory_budget needs compiled layers, on a GPU"),
         (s.recipe and s.keep != Settings.keep, "recipe says what is replaced; leave out --keep"),
-        (
-            s.student_layers and (s.init_from or s.recipe),
-            "student_layers goes with neither --init_from nor --recipe; leave them out",
-        ),
-        (
-            teacher is None and s.d % (2 * s.n_heads),
-            f"d is {s.d}, expected a multiple of twice --n_heads {s.n_heads}",
-        ),
-        (
-            odd,
-            f"teacher {s.teacher}: holds {', '.join(sorted(odd or ()))}; expected a Llama, "
-            "with attention in every layer",
-        ),
+        (s.student_layers and s.init_from, "student_layers and --init_from: leave one out"),
+        (s.student_layers and s.recipe, "student_layers and --recipe: leave one out"),
+        (not teacher and s.d % (2 * s.n_heads), "d: expected a multiple of twice --n_heads"),
+        (odd, f"teacher {s.teacher}: holds {', '.join(odd)}; expected attention in every layer"),
         where="--",
     )
 
@@ -336,28 +299,19 @@ def read_recipe(path):
     """The entries of a --recipe. Raises MilError if they are not stages."""
     with mil.naming(f"--recipe {path}", "cannot be read as JSON"):
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
-    good = isinstance(entries, list) and entries and all(isinstance(e, dict) for e in entries)
-    if not good:
-        example = '[{"keep": 0.5, "steps": 900}, {"trains": "all"}]'
-        raise MilError(f"--recipe {path}: expected a list of stages, such as {example}")
+    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries or [0]):
+        raise MilError(f"--recipe {path}: expected a list of stages (see --help)")
     kinds = {f.name: f.type for f in dataclasses.fields(Stage) if f.name != "mixers"}
-    inside = {"replace": int, "data": str}
     for i, entry in enumerate(entries, 1):
-        for key, value in entry.items():
-            where = f"--recipe {path}: stage {i}"
-            if key not in kinds:
-                near = "".join(
-                    f"; did you mean {n}?" for n in difflib.get_close_matches(key, kinds)
-                )
-                raise MilError(f"{where} has {key!r}, expected some of {', '.join(kinds)}{near}")
-            kind, wanted = kinds[key], kinds[key].__name__
-            fits = isinstance(value, (int, float) if kind is float else kind) and value == value
-            fits = fits and isinstance(value, bool) == (kind is bool)
-            if kind is list:
-                wanted = f"a list of {inside[key].__name__}"
-                fits = fits and all(type(x) is inside[key] for x in value)
-            if not fits:
-                raise MilError(f"{where}: {key} is {value!r}, expected {wanted}")
+        with refused(f"--recipe {path}: stage {i}: "):
+            for key, value in entry.items():
+                if key not in kinds:
+                    raise MilError(f"has {key!r}, expected some of {', '.join(kinds)}")
+                kind, inside = kinds[key], str if key == "data" else int
+                fits = type(value) in ((int, float) if kind is float else (kind,))
+                if not fits or kind is list and any(type(x) is not inside for x in value):
+                    wanted = f"a list of {inside.__name__}" if kind is list else kind.__name__
+                    raise MilError(f"{key} is {value!r}, expected {wanted}")
     return entries
 
 
@@ -366,16 +320,14 @@ def paper_stages(s, n):
     everything = dict(trains="all", steps=s.stage2_steps)
     if s.student_layers or s.mixer == "none":  # there is nothing that stage 1 could train
         return [everything | dict(keep=s.keep, steps=s.stage1_steps + s.stage2_steps)]
-    count = len(mil.interleaved_layers(n, s.keep))
-    if count == 0 or count == n and s.keep > 0:
-        what = "would keep" if count else "replaces"
-        wanted = f", or from {1 / n:.2g} to {1 - 1 / n:.2g}" if n > 1 else ": there is one layer"
-        raise MilError(f"--keep {s.keep:g} of {n} layers {what} none; expected 0{wanted}")
     keeps = [keep for keep in (0.75, 0.5, 0.25, 0.125, s.keep) if keep >= s.keep]
     counts = sorted({len(mil.interleaved_layers(n, keep)) for keep in keeps} - {0})
-    if s.stage1_steps < len(counts):
-        wanted = f"expected at least one for each of {len(counts)} replacement steps"
-        raise MilError(f"--stage1_steps is {s.stage1_steps}, {wanted}")
+    mil.refuse(
+        (not counts, f"keep {s.keep:g} of {n} layers replaces none"),
+        (n in counts and s.keep > 0, f"keep {s.keep:g} of {n} layers keeps none; expected 0"),
+        (s.stage1_steps < len(counts), f"stage1_steps: expected {len(counts)} or more"),
+        where="--",
+    )
     ends = [s.stage1_steps * i // len(counts) for i in range(len(counts) + 1)]
     stages = [
         dict(trains="mixers", keep=1 - c / n, steps=b - a)
@@ -392,7 +344,7 @@ def plan(s, config):
     entries = read_recipe(s.recipe) if s.recipe else paper_stages(s, config.n_layers)
     if s.pairs and not any(entry.get("loss") == "dpo" for entry in entries):
         entries.append(dict(loss="dpo"))
-    size = math.sqrt(8e9 / sum(w.numel() for w in mil.empty_model(config).parameters()))
+    size = math.sqrt(8e9 / count_of(config))
     first, second = min(3e-3, 8e-5 * size), min(1e-3, 2e-5 * size)
     names = ("mixer", "alpha", "beta", "temperature", "reverse", "schedule", "warmup")
     flags = {name: getattr(s, name) for name in names}
@@ -412,18 +364,15 @@ def plan(s, config):
 
 def layers_to_replace(stage, mixers, final):
     """The layers that lose attention, of the `final` ones by preference, evenly spread."""
+    if stage.keep is None:
+        return stage.replace
     done = [i for i, mixer in enumerate(mixers) if mixer != "attention"]
     count, n = len(mil.interleaved_layers(len(mixers), stage.keep)), len(mixers)
-    left = n - len(done)
+    told = f"the stages before leave only {n - len(done)} of {n} layers"
     mil.refuse(
-        (
-            count == n and stage.keep > 0,
-            f"keep {stage.keep:g} of {n} layers would keep none; expected 0, or {1 / n:g} and more",
-        ),
-        (
-            count < len(done),
-            f"keep is {stage.keep:g}, but the stages before leave only {left} of {n} layers",
-        ),
+        (stage.replace, "keep and replace: expected one of them"),
+        (count == n and stage.keep > 0, f"keep is less than 1 of {n} layers; expected 0 or more"),
+        (count < len(done), f"keep is {stage.keep:g}, but {told}"),
     )
     even = [final[j * len(final) // count] for j in range(count)] if count <= len(final) else []
     more = [i for i in (*even, *final) if i not in done]
@@ -442,32 +391,24 @@ def resolve(stages, config, where):
     for i, stage in enumerate(stages, 1):
         with refused(f"{where}stage {i}: "):
             check(stage, "")
-            if stage.loss not in LOSSES:
-                wanted = f"expected one of {', '.join(LOSSES)}"
-                raise MilError(f"loss is {stage.loss!r}, {wanted}")
-            if stage.keep is not None and stage.replace:
-                raise MilError("keep and replace: expected one of them")
-            replace = stage.replace
-            if stage.keep is not None:
-                replace = layers_to_replace(stage, mixers, final)
-            for k in replace:
-                if not 0 <= k < n:
-                    raise MilError(f"replaces layer {k}; the model has layers 0 to {n - 1}")
-                if mixers[k] != "attention" or replace.count(k) > 1:
-                    told = f"replaces layer {k}, which holds {mixers[k]} by then"
-                    raise MilError(f"{told}: it is replaced twice")
+            replace = layers_to_replace(stage, mixers, final)
+            if replace:
+                mil.check_layers(sorted(replace), n)
+            odd = [k for k in replace if mixers[k] != "attention"]
             mixers = [stage.mixer if k in replace else mixer for k, mixer in enumerate(mixers)]
             dataclasses.replace(config, mixers=mixers)  # refuses heads that cannot be cut
             stage.mixers = mixers
-            least = 1 if stage.loss == "distill" else 0
+            dpo = stage.loss == "dpo"
             bare = stage.trains == "mixers" and set(mixers) <= {"attention", "none"}
             mil.refuse(
-                (stage.loss == "dpo" and not stage.data, "has the loss dpo and no data (--pairs)"),
-                (stage.loss == "dpo" and not stage.beta, "beta is 0: nothing would be learned"),
-                (stage.steps < least, f"steps is {stage.steps}, expected 1 or more"),
+                (stage.loss not in LOSSES, f"loss is {stage.loss!r}, not {', '.join(LOSSES)}"),
+                (odd, f"replaces layer {odd and odd[0]} twice"),
+                (dpo and not stage.data, "has the loss dpo and no data (--pairs)"),
+                (dpo and not stage.beta, "beta is 0: nothing would be learned"),
+                (not dpo and stage.steps < 1, f"steps is {stage.steps}, expected 1 or more"),
                 (bare, "trains the mixers, and there is none to train; expected keep or replace"),
             )
-        kind = "dpo" if stage.loss == "dpo" else "all" if stage.trains == "all" else "mixers"
+        kind = "dpo" if dpo else "all" if stage.trains == "all" else "mixers"
         kinds[kind] += 1
         again = f" ({kinds[kind]})" if kinds[kind] > 1 else ""
         replaced = n - mixers.count("attention")
@@ -504,23 +445,15 @@ def find_files(paths, out, flag="--data"):
     """The files of `paths` and in its folders, but hidden ones and those in the folder `out`."""
     files, out = [], Path(out).resolve()
     for path in map(Path, paths):
-        found = [path]
-        if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.is_file()]
-            found = [
-                p
-                for p in inside
-                if out not in p.resolve().parents
-                and not any(part.startswith(".") for part in p.relative_to(path).parts)
-            ]
-        within = out in (path.resolve(), *path.resolve().parents)
-        mil.refuse(
-            (not path.exists(), "no such file or folder"),
-            (not found and within, f"lies in --out {out}, which is not read; give another --out"),
-            (not found, "no files in this folder"),
-            where=f"{flag} {path}: ",
-        )
-        files += found
+        if not path.exists():
+            raise MilError(f"{flag} {path}: no such file or folder")
+        inside = [p for p in sorted(path.rglob("*")) if p.is_file()]
+        inside = [p for p in inside if out not in p.resolve().parents]
+        inside = [p for p in inside if not p.relative_to(path).as_posix().startswith(".")]
+        inside = [p for p in inside if "/." not in p.relative_to(path).as_posix()]
+        if path.is_dir() and not inside:
+            raise MilError(f"{flag} {path}: no files here (hidden ones and --out are not read)")
+        files += inside if path.is_dir() else [path]
     return files
 
 
@@ -558,59 +491,47 @@ def plain_messages(messages):
 
 
 def document_of(record):
-    """A record's list of messages, its (prompt, completion), its text, or None."""
+    """A record's list of messages, its (prompt, completion) or its text."""
     messages = plain_messages(record.get("messages"))
     pair = record.get("prompt"), record.get("completion")
-    text = record.get("text") if isinstance(record.get("text"), str) else None
-    return messages or (pair if all(isinstance(t, str) for t in pair) else text)
+    if messages:
+        return messages
+    if all(isinstance(text, str) for text in pair):
+        return pair
+    if isinstance(record.get("text"), str):
+        return record["text"]
+    wanted = "text, messages (of role and content), or prompt and completion"
+    raise MilError(f"has {', '.join(record) or 'no keys'}; expected {wanted}")
 
 
-def records_of(file, text):
-    """(where, record) for each in a text of one JSON object a line or, in a .json, one list."""
-    whole = []
+def read_records(file, text, read):
+    """read(record) of each, in a text of one JSON object a line or, in a .json, one list."""
+    places = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     if file.suffix.lower() == ".json":
         with contextlib.suppress(ValueError):
             whole = json.loads(text)
-    if isinstance(whole, list) and whole and all(isinstance(record, dict) for record in whole):
-        return [(f"record {i}", record) for i, record in enumerate(whole, 1)]
+            if isinstance(whole, list):
+                places = [(f"record {i}", record) for i, record in enumerate(whole, 1)]
     found = []
-    for i, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except ValueError as e:
-                raise MilError(f"line {i} is not JSON: {e}") from None
+    for where, record in places:
+        with mil.naming(where, "is not JSON"):
+            record = json.loads(record) if isinstance(record, str) else record
             if not isinstance(record, dict):
-                raise MilError(f"line {i} has {type(record).__name__}; expected an object")
-            found.append((f"line {i}", record))
+                raise MilError(f"is {type(record).__name__}, expected an object")
+            found.append(read(record))
     return found
 
 
 def read_documents(file, named):
     """The documents of a file: its records if it has any, otherwise its text."""
     text, kind = read_text(file, named), file.suffix.lower()
-    if kind not in (".json", ".jsonl", ".ndjson"):
-        return [text] * bool(text.strip())
-    try:
-        records = records_of(file, text)
-        named = named or kind != ".json"
-    except MilError as e:
-        if kind != ".json":
-            raise MilError(f"--data {file}: {e}") from None
-        return [text]  # JSON of another kind
-    documents = []
-    for where, record in records:
+    if kind in (".json", ".jsonl", ".ndjson"):
         try:
-            document = document_of(record)
-            if document is None:
-                wanted = "text, messages (of role and content), or prompt and completion"
-                raise MilError(f"has {', '.join(record) or 'no keys'}; expected {wanted}")
+            return read_records(file, text, document_of)
         except MilError as e:
-            if named:
-                raise MilError(f"--data {file}: {where} {e}") from None
-            return [text]
-        documents.append(document)
-    return documents
+            if kind != ".json":  # JSON of another kind is text
+                raise MilError(f"--data {file}: {e}") from None
+    return [text] * bool(text.strip())
 
 
 def document_tokens(encoding, document):
@@ -806,14 +727,9 @@ def load_pairs(s, paths, encoding):
     """(training, validation) pairs of .jsonl files: (chosen, rejected), as document_tokens gives
     them. All pairs of a prompt are in one part."""
     pairs, flag = {}, "--recipe: pairs" if s.recipe and paths != s.pairs else "--pairs"
-    for file in map(Path, paths):
-        if not file.is_file():
-            raise MilError(f"{flag} {file}: no such file")
-        text = read_text(file, True, flag)
+    for file in find_files(paths, s.out, flag):
         with refused(f"{flag} {file}: "):
-            for where, record in records_of(file, text):
-                with refused(f"{where} "):
-                    asked, talks = conversations(record)
+            for asked, talks in read_records(file, read_text(file, True, flag), conversations):
                 ids = [last_answer(document_tokens(encoding, talk)) for talk in talks]
                 pairs.setdefault(asked, []).append(tuple(cut(i, s.context + 1) for i in ids))
     parts = split(list(pairs.values())) or ((), ())
@@ -983,7 +899,7 @@ def answer(run, work, rows, file, place, encoding):
             speed = made / (time.perf_counter() - began)
             left = (time.perf_counter() - began) / (turn - done) * (len(firsts) - turn)
             told = f"answers: batch {turn} of {len(firsts)}  {speed:,.0f} tokens/s"
-            show(f"{told}  ETA {clock(left)}", done=turn == len(firsts))
+            show(f"{told}  ETA {timedelta(seconds=int(left))}", done=turn == len(firsts))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1326,12 +1242,6 @@ def show(line, done=True):
 show.last = 0.0
 
 
-def clock(seconds):
-    """Hours, if there are any, minutes and seconds."""
-    minutes = f"{int(seconds) // 60 % 60}:{int(seconds) % 60:02d}"
-    return minutes if seconds < 3600 else f"{int(seconds) // 3600}:{minutes:0>5}"
-
-
 def most_memory(device):
     """The most bytes that this process has held so far, on a GPU PyTorch's."""
     if device.type == "cuda":
@@ -1351,6 +1261,7 @@ class State:
     before: float = 0.0  # the validation KL before it
     rows: list = field(default_factory=list)  # of the table
     settings: dict = field(default_factory=dict)
+    logged: int = 0  # bytes of log.jsonl
 
 
 def checkpoints(run):
@@ -1370,6 +1281,8 @@ def save_state(run, state, student, optimizer=None):
     place = Path(run.s.out) / "checkpoints" / f"{state.stage:02d}-{state.step:08d}.pt"
     if run.rank == 0:
         mil.make_directory(place.parent)
+        log = Path(run.s.out) / "log.jsonl"
+        state.logged = log.stat().st_size if log.exists() else 0
         saved = vars(state) | {"trained": trained, "moments": moments}
         mil.write_whole(place, lambda f: torch.save(saved, f))
         for old in checkpoints(run)[: -run.s.keep_checkpoints]:
@@ -1388,14 +1301,13 @@ def load_state(run, stages, corpus):
     """
     s = run.s
     said = {k: v for k, v in dataclasses.asdict(s).items() if k not in FREE.split()}
-    said |= {f"stage {i}": dataclasses.asdict(stage) for i, stage in enumerate(stages, 1)}
-    said["the files of --data"] = corpus.key
+    said = {f"--{k}": v for k, v in said.items()} | {"what --data holds": corpus.key}
     for name in ("teacher", "init_from"):
         if getattr(s, name):
-            said[f"the files of --{name}"] = checkpoint_digest(getattr(s, name))
+            said[f"what --{name} holds"] = checkpoint_digest(getattr(s, name))
     for i, stage in enumerate(stages, 1):
-        if stage.data:
-            said[f"the files of stage {i}"] = digest(find_files(stage.data, s.out))
+        said |= {f"stage {i}: {k}": v for k, v in vars(stage).items()}
+        said[f"what the data of stage {i} hold"] = digest(find_files(stage.data, s.out))
     for place in reversed(checkpoints(run)):
         if not s.resume:
             told = "holds an unfinished run; --resume goes on with it, or delete"
@@ -1406,34 +1318,18 @@ def load_state(run, stages, corpus):
             told = "not a whole checkpoint, passed over"
             show(f"note: {place}: {told}: {str(e).splitlines()[0]}")
             continue
-        other = differences(state.settings, said)
+        was = state.settings
+        other = [k for k in {**was, **said} if was.get(k) != said.get(k)]
         if other:
+            found = "; ".join(f"{k} was {was.get(k)!r} and is {said.get(k)!r}" for k in other[:4])
             told = "Give them as they were, or another --out"
-            raise MilError(f"--resume: {place} was made with other settings: {other}. {told}")
+            raise MilError(f"--resume: {place} was made with other settings: {found}. {told}")
         names = ["the teacher", *(stage.name for stage in stages), "the report"]
         show(f"goes on from {place}: {names[state.stage]}, after step {state.step}")
         return state
     if s.resume and not (Path(s.out) / "results.json").exists():
         show(f"note: --out {s.out}: there is no checkpoint to go on from; this run begins anew")
     return State(settings=said)
-
-
-def differences(was, now):
-    """In what two settings differ, in words."""
-    found = []
-    for key in sorted({*was, *now}):
-        a, b = was.get(key), now.get(key)
-        if a == b:
-            continue
-        if key.startswith("the files"):
-            found.append(f"{key} have changed")
-        elif isinstance(a, dict) and isinstance(b, dict):
-            found += [f"{key}: {k} was {a[k]!r} and is {b[k]!r}" for k in b if a[k] != b[k]]
-        elif isinstance(a or b, dict):
-            found.append(f"{key} is there only {'before' if b is None else 'now'}")
-        else:
-            found.append(f"--{key} was {a!r} and is {b!r}")
-    return "; ".join(found)
 
 
 def spread(moments, w):
@@ -1533,7 +1429,7 @@ def report_step(run, state, stage, means, journal):
     if run.device.type == "cuda":
         told += f"  {line['memory'] / 2**30:.1f} GiB"
     left = state.seconds / state.step * (stage.steps - state.step)
-    show(f"{told}  ETA {clock(left)}", done=state.step == stage.steps)
+    show(f"{told}  ETA {timedelta(seconds=int(left))}", done=state.step == stage.steps)
 
 
 def leave(run, jointly=False):
@@ -1650,7 +1546,7 @@ class Job:
         about = mil.read_config(s.teacher) if s.teacher else {}
         complete(s, run.device, about.get("config"))
         self.place = Path(s.teacher or Path(s.out) / "teacher")
-        self.student = Path(s.out) / "student"
+        self.student, self.results = Path(s.out) / "student", Path(s.out) / "results.json"
         for name in ("teacher", "init_from"):
             path = getattr(s, name)
             if path and Path(path).resolve() == self.student.resolve():
@@ -1677,12 +1573,10 @@ class Job:
 
     def check_batch(self):
         paired = any(stage.loss == "dpo" for stage in self.stages)
-        size, parts = self.run.size, self.s.accumulate
-        rows = size * parts * (1 + paired)
+        rows = self.run.size * self.s.accumulate * (1 + paired)
         if self.s.batch % rows:
-            told = f"{size} process{'es' * (size > 1)} × --accumulate {parts}"
-            told += " × the 2 of a pair" * paired
-            raise MilError(f"--batch is {self.s.batch}, expected a multiple of {rows}: {told}")
+            what = "processes × --accumulate" + " × the 2 of a pair" * paired
+            raise MilError(f"--batch is {self.s.batch}, expected a multiple of {rows}, {what}")
 
     def read_base(self):
         """The Config of the Llama that the student begins as."""
@@ -1693,11 +1587,9 @@ class Job:
         if not s.init_from:
             return config
         base = mil.read_config(s.init_from)["config"]
-        told = f"has {base.v} tokens, the teacher {config.v}"
-        odd = sorted(set(base.mixers) - {"attention"})
         mil.refuse(
-            (base.v != config.v, f"{told}: expected the same tokenizer"),
-            (odd, f"holds {', '.join(odd)}; expected a Llama, with attention in every layer"),
+            (base.v != config.v, f"has {base.v} tokens, the teacher {config.v}"),
+            (set(base.mixers) != {"attention"}, "expected attention in every layer"),
             (base.context < s.context, f"has a context of {base.context}: lower --context"),
             where=f"--init_from {s.init_from}: ",
         )
@@ -1730,25 +1622,82 @@ class Job:
             tokens, kept = stage.steps * s.batch * s.context, stage.mixers.count("attention")
             alpha = f"{stage.alpha:g}" if stage.loss == "distill" else ""
             line = f"{stage.name:<38}{f'{kept} of {config.n_layers}':>10}"
-            line += f"{short(count):>10}{short(tokens):>10}{stage.lr:>9.1e}"
+            line += f"{count / 1e6:>8,.1f} M{tokens / 1e6:>8,.1f} M{stage.lr:>9.1e}"
             show(f"{line}{alpha:>6}{stage.beta:>6g}")
 
     def finished(self, state):
         """Whether --resume finds a finished run; otherwise its report goes."""
-        results = Path(self.s.out) / "results.json"
-        if not checkpoints(self.run) and results.exists():
-            made = read_json(results).get("made_from")
-            same = made == json.loads(json.dumps(state.settings))
-            if self.s.resume and not same:
-                told = "is of a finished run with other settings; without --resume it is replaced"
-                raise MilError(f"--resume: {results} {told}")
-            if self.s.resume:
+        if not checkpoints(self.run) and self.results.exists():
+            made = read_json(self.results).get("made_from")
+            if self.s.resume and made == json.loads(json.dumps(state.settings)):
                 return True
+            if self.s.resume:
+                told = "is of other settings; without --resume it is replaced"
+                raise MilError(f"--resume: {self.results} {told}")
             show(f"note: {self.s.out} holds a finished run, which is replaced")
         together(self.run)
         if self.run.rank == 0:
-            results.unlink(missing_ok=True)
+            self.results.unlink(missing_ok=True)
         return False
+
+    def get_teacher(self, state, journal):
+        """Trains a Llama on --data, unless one made so is there."""
+        s, run, place, corpus = self.s, self.run, self.place, self.corpus()
+        names = "seed batch context teacher_steps teacher_lr warmup clip dtype schedule"
+        recipe = {"data": corpus.key, "torch": torch.__version__}
+        recipe |= {name: getattr(s, name) for name in names.split()}
+        if state.stage == 0 and not state.step and (place / "config.json").exists():
+            about = mil.read_config(place)
+            if about.get("recipe") == recipe and about["config"] == self.config:
+                show(f"teacher: reused from {place}, made with the same settings and data")
+                state.stage = 1
+            else:
+                told = "was made with other settings or data; training a new one"
+                show(f"teacher: the one in {place} {told}")
+        if state.stage == 0:
+            torch.manual_seed(s.seed)
+            stage, model = teacher_stage(s, self.config), mil.Hybrid(self.config).to(run.device)
+            pair = prepare(run, Pair(None, own(model, state.trained, state.trained)))
+            batches = training_batches(run, corpus, [s.seed, 0])
+            fit(run, state, stage, pair, batches, journal, "This run saved no teacher")
+            save_student(run, pair.student, place, self.tokenizer, torch.float32, recipe=recipe)
+            row, _ = evaluate(run, pair, corpus, self.encoding)
+            state.rows = [{"model": "teacher", **row, **speed(run, state, stage)}]
+            state.stage, state.step, state.seconds = 1, 0, 0.0
+            save_state(run, state, pair.student)
+        if state.stage == 1 and not state.step:
+            state.trained = {}  # a checkpoint at this point holds the teacher
+
+    def report(self, state, seconds):
+        """The table, results.json and a text by both models; checkpoints go."""
+        s, run, rows = self.s, self.run, state.rows
+        machine = f"{os.cpu_count()} CPU cores, {platform.machine()}"
+        if run.device.type == "cuda":
+            machine = torch.cuda.get_device_name(run.device)
+        machine = f"{run.size} processes, {machine}" if run.size > 1 else machine
+        memory, ratio = most_memory(run.device), rows[-1]["loss"] / rows[0]["loss"]
+        told = f"student / teacher validation loss: {ratio:.4f}   peak memory "
+        told += "of process 0 " * (run.size > 1) + f"{memory / 2**30:.2f} GiB"
+        told += f"   {seconds:.0f} s {'since --resume' if s.resume else 'in all'} on {machine}"
+        show(f"\n{table(rows)}\n\n{told}, torch {torch.__version__}")
+        results = {"rows": rows, "seconds": seconds, "peak_memory_bytes": memory}
+        results |= {"machine": machine, "torch": torch.__version__}
+        results |= {"python": platform.python_version(), "made_from": state.settings}
+        results |= {"teacher_parameters": count_of(self.config), "settings": vars(s)}
+        text = json.dumps(results, indent=1).encode()
+        mil.write_whole(self.results, lambda f: f.write(text))
+        first = read_documents(find_files(s.data, s.out)[0], False) if s.data else []
+        chat = any(isinstance(document, list) for document in first)
+        for name, place in (("teacher", self.place), ("student", self.student)):
+            model = mil.load(place, run.device, run.dtype)
+            show(f"\n--- {name}\n{sample(model, self.encoding, s, chat)}")
+        flags = f"--model {self.student} "
+        if s.student_layers and s.teacher:
+            flags = f"--model {s.teacher} --draft {self.student} "
+        flags += "--chat" if chat else f"--prompt {shlex.quote(s.prompt)}"
+        show(f"\nstudent: {self.student}   table: {self.results}   losses: {s.out}/log.jsonl")
+        show(f"try: python generate.py {flags}")
+        shutil.rmtree(Path(s.out) / "checkpoints", ignore_errors=True)
 
 
 def new_config(s, encoding):
@@ -1757,39 +1706,28 @@ def new_config(s, encoding):
     return mil.Config(v=encoding.size, context=s.context, rope_theta=s.rope_theta, **sizes)
 
 
+def count_of(config):
+    """How many parameters a model has."""
+    return sum(w.numel() for w in mil.empty_model(config).parameters())
+
+
+def sample(model, encoding, s, chat=False):
+    """The prompt, and what the model writes after it or, in a chat, answers."""
+    ids = encoding.encode(s.prompt)
+    if chat:
+        ids, _ = encoding.conversation([{"role": "user", "content": s.prompt}], reply=True)
+    ids = [ids[: model.config.context - 1]]
+    torch.manual_seed(s.seed)
+    new = [
+        i for (more,) in generate(model, ids, 200, 0.7, 0, 0.95, stop=encoding.stops) for i in more
+    ]
+    return s.prompt + "\n" * chat + encoding.decode([i for i in new if i not in encoding.stops])
+
+
 def teacher_stage(s, config):
     """The stage that trains a teacher."""
     how = dict(steps=s.teacher_steps, lr=s.teacher_lr, warmup=s.warmup, schedule=s.schedule)
     return Stage(trains="all", beta=0, name="teacher", mixers=config.mixers, **how)
-
-
-def get_teacher(run, state, config, corpus, encoding, tokenizer, journal, place):
-    """Trains a Llama on the corpus in the folder `place`, unless one made so is there."""
-    s = run.s
-    names = "seed batch context teacher_steps teacher_lr warmup clip dtype schedule"
-    recipe = {"data": corpus.key, "torch": torch.__version__}
-    recipe |= {name: getattr(s, name) for name in names.split()}
-    if state.stage == 0 and not state.step and (place / "config.json").exists():
-        about = mil.read_config(place)
-        if about.get("recipe") == recipe and about["config"] == config:
-            show(f"teacher: reused from {place}, made with the same settings and data")
-            state.stage = 1
-        else:
-            told = "was made with other settings or data; training a new one"
-            show(f"teacher: the one in {place} {told}")
-    if state.stage == 0:
-        torch.manual_seed(s.seed)
-        stage, model = teacher_stage(s, config), mil.Hybrid(config).to(run.device)
-        pair = prepare(run, Pair(None, own(model, state.trained, state.trained)))
-        batches = training_batches(run, corpus, [s.seed, 0])
-        fit(run, state, stage, pair, batches, journal, "This run saved no teacher")
-        save_student(run, pair.student, place, tokenizer, torch.float32, recipe=recipe)
-        row, _ = evaluate(run, pair, corpus, encoding)
-        state.rows = [{"model": "teacher", **row, **speed(run, state, stage)}]
-        state.stage, state.step, state.seconds = 1, 0, 0.0
-        save_state(run, state, pair.student)
-    if state.stage == 1 and not state.step:
-        state.trained = {}  # a checkpoint at this point holds the teacher
 
 
 def speed(run, state, stage):
@@ -1855,27 +1793,14 @@ def run_stages(run, state, stages, models, corpora, encoding, tokenizer, journal
         last_good = f"The last good checkpoint is {place}, after {stage.name}"
 
 
-def open_journal(run, state, stages):
-    """log.jsonl, without the lines of steps that the run will do again."""
+def open_journal(run, state):
+    """log.jsonl, cut where the checkpoint was made."""
     path = Path(run.s.out) / "log.jsonl"
-    order = {name: i for i, name in enumerate(["teacher", *(stage.name for stage in stages)])}
-    with mil.naming(path):
-        lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() and run.s.resume else []
-        kept = ""
-        for line in lines:
-            record = json.loads(line)
-            if (order.get(record["stage"], -1), record["step"]) <= (state.stage, state.step):
-                kept += line + "\n"
-        if run.rank == 0:
-            mil.write_whole(path, lambda f: f.write(kept.encode()))
-        return open(path if run.rank == 0 else os.devnull, "a", encoding="utf-8")
-
-
-def short(n):
-    """A number of parameters or tokens, in four characters or so."""
-    if n >= 1e9:
-        return f"{n / 1e9:,.2f} G"
-    return f"{n / 1e6:,.1f} M" if n >= 1e5 else f"{n / 1e3:.1f} K"
+    if run.rank:
+        return open(os.devnull, "w")
+    with mil.naming(path, "cannot be written"), open(path, "ab") as log:
+        log.truncate(min(state.logged, log.tell()))
+    return open(path, "a", encoding="utf-8")
 
 
 def table(rows):
@@ -1891,51 +1816,6 @@ def table(rows):
             line += f"{row['preferred']:>10.1%} ± {row['preferred_error']:.1%}"
         lines.append(line)
     return "\n".join(lines)
-
-
-def sample(model, encoding, s, device, chat=False):
-    """The prompt, and what the model writes after it or, in a chat, answers."""
-    dice = torch.Generator(device).manual_seed(s.seed)
-    ids = encoding.encode(s.prompt)
-    if chat:
-        ids, _ = encoding.conversation([{"role": "user", "content": s.prompt}], reply=True)
-    ids = ids[: model.config.context - 1]
-    reply = []
-    for (new,) in generate(model, [ids], 200, 0.7, 0, 0.95, stop=encoding.stops, generator=dice):
-        reply += [token for token in new if token not in encoding.stops]
-    return s.prompt + "\n" * chat + encoding.decode(reply)
-
-
-def finish(run, state, config, place, encoding, seconds):
-    """The report: the table, results.json, a sample of both models; checkpoints go."""
-    s, device, rows, out = run.s, run.device, state.rows, Path(run.s.out)
-    machine = f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    machine = f"{run.size} processes, {machine}" if run.size > 1 else machine
-    memory, ratio = most_memory(device), rows[-1]["loss"] / rows[0]["loss"]
-    told = f"student / teacher validation loss: {ratio:.4f}   peak memory "
-    told += "of process 0 " * (run.size > 1) + f"{memory / 2**30:.2f} GiB"
-    told += f"   {seconds:.0f} s {'since --resume' if s.resume else 'in all'} on {machine}"
-    show(f"\n{table(rows)}\n\n{told}, torch {torch.__version__}")
-    count = sum(w.numel() for w in mil.empty_model(config).parameters())
-    results = {"rows": rows, "seconds": seconds, "peak_memory_bytes": memory, "machine": machine}
-    results |= {"torch": torch.__version__, "python": platform.python_version()}
-    results |= {"teacher_parameters": count, "settings": vars(s), "made_from": state.settings}
-    text = json.dumps(results, indent=1).encode()
-    mil.write_whole(out / "results.json", lambda f: f.write(text))
-    first = read_documents(find_files(s.data, s.out)[0], False) if s.data else []
-    chat = any(isinstance(document, list) for document in first)
-    for name, path in (("teacher", place), ("student", out / "student")):
-        model = mil.load(path, device, run.dtype)
-        show(f"\n--- {name}\n{sample(model, encoding, s, device, chat)}")
-    more = "--chat" if chat else f"--prompt {shlex.quote(s.prompt)}"
-    flags = f"--model {out}/student"
-    if s.student_layers and s.teacher:
-        flags = f"--model {s.teacher} --draft {out}/student"
-    show(f"\nstudent: {out}/student   table: {out}/results.json   losses: {out}/log.jsonl")
-    show(f"try: python generate.py {flags} {more}")
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -1957,25 +1837,23 @@ def work(run, began):
     job = Job(run)
     with alone(run):
         job.announce()
-        corpus = job.corpus()
-        state = load_state(run, job.stages, corpus)
+        state = load_state(run, job.stages, job.corpus())
         if job.finished(state):
-            return show(f"{run.s.out}/results.json: this run is finished")
+            return show(f"{job.results}: this run is finished")
         for stage in job.stages:
             if stage.data and stage.loss == "distill":
                 job.corpus(stage.data)  # now, not after the stages before
         listen(run)
-        more = job.encoding, job.tokenizer
-        with open_journal(run, state, job.stages) as journal:
+        with open_journal(run, state) as journal:
             if not run.s.teacher:
-                get_teacher(run, state, job.config, corpus, *more, journal, job.place)
+                job.get_teacher(state, journal)
             state.stage = max(1, state.stage)
             models = read_models(run, job.place)
-            run_stages(run, state, job.stages, models, job.corpus, *more, journal)
+            more = job.corpus, job.encoding, job.tokenizer, journal
+            run_stages(run, state, job.stages, models, *more)
             del models
         if run.rank == 0:
-            seconds = time.perf_counter() - began
-            finish(run, state, job.config, job.place, job.encoding, seconds)
+            job.report(state, time.perf_counter() - began)
 
 
 def main(argv):

@@ -54,6 +54,7 @@ import warnings
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -306,9 +307,9 @@ class Lab:
                 config, rope_scaling=dict(zip(mil.ROPE_SCALING, (1e9, 1.99, 2.0, size.rope_still)))
             )
         with open(os.devnull, "w") as journal:
-            td.get_teacher(
-                short, td.State(), config, self.corpus, self.encoding, "bytes", journal, begun
-            )
+            job = dict(s=short.s, run=short, place=begun, corpus=lambda: self.corpus)
+            job |= dict(config=config, encoding=self.encoding, tokenizer="bytes")
+            td.Job.get_teacher(SimpleNamespace(**job), td.State(), journal)
         for old in td.checkpoints(short):
             old.unlink()
         about = mil.read_config(begun)
@@ -1768,7 +1769,7 @@ def main(argv):
             [k for k in teacher["needles"] if k <= size.teacher_context][-1],
         )
         td.show(
-            f"teacher: {parameters / 1e6:.1f} M parameters, {td.short(lab.teacher_tokens)} tokens; perplexity {teacher['perplexity']:.3f}; within its "
+            f"teacher: {parameters / 1e6:.1f} M parameters, {lab.teacher_tokens / 1e6:,.1f} M tokens; perplexity {teacher['perplexity']:.3f}; within its "
             f"{size.teacher_context} bytes it finds {sum(teacher['needles'][within]) / size.depths:.0%} of the needles; perplexity of the same bytes at the "
             "end of texts of " + ", ".join(f"{k}: {v:.2f}" for k, v in teacher["by_length"].items())
         )

@@ -280,10 +280,10 @@ def test_other_settings_are_named_and_an_unfinished_run_is_not_overwritten(data,
         t.main([*data, "--out", str(out)])
     with pytest.raises(
         MilError,
-        match=r"--resume: .*pt was made with other settings: --clip was 1.0 and is 0.1; stage 2: lr was 0.001 and is 0.5; --stage2_lr was 0.0 and is 0.5. Give them as they were",
+        match=r"--resume: .*pt was made with other settings: --stage2_lr was 0.0 and is 0.5; --clip was 1.0 and is 0.1; stage 2: lr was 0.001 and is 0.5. Give them as they were",
     ):
         t.main([*data, "--out", str(out), "--resume", "--clip", "0.1", "--stage2_lr", "0.5"])
-    with pytest.raises(MilError, match="stage 3 is there only before"):
+    with pytest.raises(MilError, match="stage 1: keep was 0.5 and is None"):
         t.main(
             [*data, "--out", str(out), "--resume", "--recipe", recipe(tmp_path, {"replace": [1]})]
         )
@@ -351,8 +351,7 @@ def test_resume_without_a_checkpoint_begins_and_of_a_finished_run_says_so(data, 
     with started([*argv, "--stage2_steps", "2"], said) as (_, wait):
         assert (
             wait() == 1
-            and "is of a finished run with other settings; without --resume it is replaced"
-            in said.read_text()
+            and "is of other settings; without --resume it is replaced" in said.read_text()
         )
     finish([flag for flag in argv if flag != "--resume"], said)
     assert (
@@ -660,7 +659,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(data, tmp_path):
     ) as (_, wait):
         assert wait() == [1, 1]
     assert (
-        "--batch is 6, expected a multiple of 8: 2 processes × --accumulate 2 × the 2 of a pair"
+        "--batch is 6, expected a multiple of 8, processes × --accumulate × the 2 of a pair"
         in (tmp_path / "said").read_text()
     )
 
@@ -971,16 +970,16 @@ def test_every_pair_comes_once_an_epoch():
     [
         (
             ['{"prompt": "a", "chosen": "b"}'],
-            "line 1 has prompt: str, chosen: str; expected a prompt and two answers to it",
+            "line 1: has prompt: str, chosen: str; expected a prompt and two answers to it",
         ),
         (
             ['{"prompt": "a", "chosen": "b", "rejected": "c"}'] * 3,
             "pairs for 1 different prompts; expected 10 at least",
         ),
-        (["x"], "line 1 is not JSON"),
+        (["x"], "line 1: is not JSON"),
         (
             ['{"prompt": "a", "chosen": "b", "rejected": 3}'],
-            "line 1 has prompt: str, chosen: str, rejected: int",
+            "line 1: has prompt: str, chosen: str, rejected: int",
         ),
     ],
 )
@@ -1167,16 +1166,14 @@ def test_a_larger_teacher_teaches_a_smaller_llama(data, tmp_path):
     t.main([*argv, "--init_from", str(tmp_path / "small")])
     student = mil.load(tmp_path / "o" / "student")
     assert student.config.d == 16 and student.config.mixers == HALF
-    with pytest.raises(
-        MilError, match="other: has 300 tokens, the teacher 257: expected the same tokenizer"
-    ):
+    with pytest.raises(MilError, match="other: has 300 tokens, the teacher 257"):
         t.main([*argv, "--init_from", str(tmp_path / "other")])
-    with pytest.raises(MilError, match="holds mamba2; expected a Llama"):
+    with pytest.raises(MilError, match="expected attention in every layer"):
         t.main(
             [*argv, "--init_from", str(tmp_path / "o" / "student"), "--out", str(tmp_path / "p")]
         )
     with pytest.raises(
-        MilError, match="goes with neither --init_from nor --recipe; leave them out"
+        MilError, match="student_layers and --init_from: leave one out"
     ):
         t.main([*argv, "--init_from", str(tmp_path / "small"), "--student_layers", "0"])
 
