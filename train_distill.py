@@ -53,6 +53,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+# The default run's tensors are small: OpenMP's threads would spin for one another most of the time,
+# and for long where another program keeps a core busy.
+if not os.path.exists("/dev/nvidia0") and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "300")
+
 import numpy as np
 import torch
 import torch.distributed as dist

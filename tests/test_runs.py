@@ -311,11 +311,11 @@ def test_other_settings_are_named_and_an_unfinished_run_is_not_overwritten(data,
         MilError, match=r"other settings: --data was \[.*chat.jsonl.*and is \[.*other.jsonl"
     ):
         t.main([*data, "--out", str(out), "--resume", "--data", str(other)])
-    for flag, name in (("--data", "--data"), ("--pairs", "stage 3")):
+    for flag, name in (("--data", "--data holds"), ("--pairs", "the data of stage 3 hold")):
         path = Path(data[data.index(flag) + 1])
         before, times = path.read_text(), path.stat()
         path.write_text(before.replace("it is", "it isn't"))
-        with pytest.raises(MilError, match=f"other settings: the files of {name} have changed"):
+        with pytest.raises(MilError, match=f"other settings: what {name} was"):
             t.main([*data, "--out", str(out), "--resume"])
         path.write_text(before)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -662,6 +662,38 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(data, tmp_path):
         "--batch is 6, expected a multiple of 8, processes × --accumulate × the 2 of a pair"
         in (tmp_path / "said").read_text()
     )
+
+
+@pytest.mark.parametrize(
+    "given, gpu, spins",
+    [
+        ({}, False, "300"),
+        ({}, True, None),
+        ({"GOMP_SPINCOUNT": "7"}, False, "7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, False, None),
+    ],
+)
+def test_on_a_cpu_threads_spin_for_a_short_time_unless_the_user_says_how_long(given, gpu, spins):
+    """What OpenMP reads when torch is imported."""
+    script = (
+        "import os, sys; exists = os.path.exists\n"
+        f"os.path.exists = lambda path: {gpu} if path == '/dev/nvidia0' else exists(path)\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch':\n"
+        "            print(os.environ.get('GOMP_SPINCOUNT')); os._exit(sys.stdout.flush() or 0)\n"
+        "sys.meta_path.insert(0, Watch())\n"
+        "import train_distill"
+    )
+    free = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=free | given,
+        cwd=Path(t.__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == str(spins), done.stderr
 
 
 def test_of_two_processes_either_may_be_told_to_stop_and_both_do(data, tmp_path):
@@ -1172,9 +1204,7 @@ def test_a_larger_teacher_teaches_a_smaller_llama(data, tmp_path):
         t.main(
             [*argv, "--init_from", str(tmp_path / "o" / "student"), "--out", str(tmp_path / "p")]
         )
-    with pytest.raises(
-        MilError, match="student_layers and --init_from: leave one out"
-    ):
+    with pytest.raises(MilError, match="student_layers and --init_from: leave one out"):
         t.main([*argv, "--init_from", str(tmp_path / "small"), "--student_layers", "0"])
 
 
