@@ -594,10 +594,9 @@ def load_corpus(s, paths, encoding, tokenizer):
             tokens.append(np.array(document_tokens(encoding, document), dtype=np.int32))
             if i % 500 == 0:
                 show(f"tokenising: {i} of {len(documents)} documents", done=False)
-        cut = [len(ids) * 9 // 10 for ids in tokens]
-        whole = [ids[:n] for ids, n in zip(tokens, cut, strict=True)]
-        ends = [ids[n:] for ids, n in zip(tokens, cut, strict=True)]
-        for place, part in zip(places, split(tokens) or (whole, ends), strict=True):
+        first = [ids[: len(ids) * 9 // 10] for ids in tokens]
+        last = [ids[len(ids) * 9 // 10 :] for ids in tokens]
+        for place, part in zip(places, split(tokens) or (first, last), strict=True):
             store(place, part, encoding.size)
     return read_corpus(s, places, key, f"{len(files)} files", tokenizer)
 
@@ -850,10 +849,10 @@ def answered(run, paths, place, encoding, tokenizer):
     files = [data / f"{key}.answers.{rank + 1}of{run.size}.jsonl" for rank in range(run.size)]
     train = data / f"{key}.answers.npy"
     if not begins_of(train).exists():
-        work = list(itertools.islice(prompts_of(s, paths, encoding), s.answers or None))
-        if not work:
+        prompts = list(itertools.islice(prompts_of(s, paths, encoding), s.answers or None))
+        if not prompts:
             raise MilError("--pseudo_labels: nothing in --data is a prompt")
-        answer(run, work, rows, files[run.rank], place, encoding)
+        answer(run, prompts, rows, files[run.rank], place, encoding)
         together(run)
     with in_turn(run):
         if not begins_of(train).exists():
@@ -866,10 +865,10 @@ def answered(run, paths, place, encoding, tokenizer):
         return read_corpus(s, places, key, source, tokenizer, more)
 
 
-def answer(run, work, rows, file, place, encoding):
-    """Writes this process's answers to `work`, (record, token ids): every run.size'th `rows`."""
+def answer(run, prompts, rows, file, place, encoding):
+    """Writes this process's answers to `prompts`, (record, token ids): every run.size'th `rows`."""
     s, stop = run.s, encoding.stops
-    firsts = range(run.rank * rows, len(work), run.size * rows)  # where its batches begin
+    firsts = range(run.rank * rows, len(prompts), run.size * rows)  # where its batches begin
     lines = file.read_text("utf-8").split("\n")[:-1] if file.exists() else []
     done = len(lines) // rows  # a batch that was cut short is made again, the same
     kept = "".join(line + "\n" for line in lines[: done * rows])
@@ -880,7 +879,7 @@ def answer(run, work, rows, file, place, encoding):
     generator, began, made = torch.Generator(run.device), time.perf_counter(), 0
     with open(file, "a", encoding="utf-8") as out:
         for turn, first in enumerate(firsts[done:], done + 1):
-            batch, seed = work[first : first + rows], (s.seed * 2**20 + first // rows) % 2**63
+            batch, seed = prompts[first : first + rows], (s.seed * 2**20 + first // rows) % 2**63
             generator.manual_seed(seed)
             if decoder is None or len(batch) != rows:
                 decoder = Decoder(teacher, len(batch), s.context, generator=generator)
@@ -1023,7 +1022,7 @@ class DistillationLoss(torch.autograd.Function):
         return *gradients, *[None] * 7
 
 
-class Pair(NamedTuple):
+class Models(NamedTuple):
     teacher: mil.Hybrid | None
     student: mil.Hybrid
 
@@ -1037,11 +1036,16 @@ class Pair(NamedTuple):
         return theirs, batch.learned(self.student.hidden(batch.x, docs=batch.docs))
 
 
-def distill(pair, batch, stage, scale):
+def distill(models, batch, stage, scale):
     """Eq. 2: `scale` times the sum of the loss over the batch's tokens, and of CE and of KL."""
-    theirs, ours = pair.read(batch, stage.beta > 0)
+    theirs, ours = models.read(batch, stage.beta > 0)
     weight = torch.full((len(ours),), scale, device=ours.device)
-    heads = ours, pair.student.lm_head.weight, theirs, pair.teacher and pair.teacher.lm_head.weight
+    heads = (
+        ours,
+        models.student.lm_head.weight,
+        theirs,
+        models.teacher and models.teacher.lm_head.weight,
+    )
     more = stage.alpha * weight, stage.beta * weight, stage.temperature, stage.reverse
     loss, ce, kl = DistillationLoss.apply(*heads, batch.learned(batch.y), *more)
     return loss, torch.stack([ce.sum(), kl.sum()]).detach() * scale
@@ -1056,13 +1060,13 @@ def log_probabilities(batch, hidden, head):
     return -torch.zeros(len(batch.x), device=ce.device).index_add(0, batch.rows(), ce)
 
 
-def dpo(pair, batch, stage, scale):
+def dpo(models, batch, stage, scale):
     """Eq. 4 of pairs: `scale` times the loss, how often the chosen is preferred, and the margin."""
-    theirs, ours = pair.read(batch)
-    head = pair.student.lm_head.weight
+    theirs, ours = models.read(batch)
+    head = models.student.lm_head.weight
     with torch.no_grad():
         gain = log_probabilities(batch, ours, head)
-        gain = gain - log_probabilities(batch, theirs, pair.teacher.lm_head.weight)
+        gain = gain - log_probabilities(batch, theirs, models.teacher.lm_head.weight)
         chosen, rejected = gain.chunk(2)
         margin = stage.beta * (chosen - rejected)  # (pairs,)
     loss = -F.logsigmoid(margin).sum() * scale
@@ -1080,21 +1084,21 @@ LOSSES = {"distill": distill, "dpo": dpo}
 
 
 @torch.no_grad()
-def evaluate(run, pair, corpus, encoding):
+def evaluate(run, models, corpus, encoding):
     """Two rows of the table, the teacher's and the student's, on validation text.
 
     Loss in nats a token, perplexity, bits per byte, KL from the teacher, and how often the
     likeliest tokens agree. Without a teacher the student is its own.
     """
-    lengths = [len(encoding.bytes_of(i)) for i in range(pair.student.config.v)]
+    lengths = [len(encoding.bytes_of(i)) for i in range(models.student.config.v)]
     lengths = torch.tensor(lengths, device=run.device)
     total = torch.zeros(6, dtype=torch.float64, device=run.device)
-    teacher = pair.teacher or pair.student
+    teacher = models.teacher or models.student
     for batch in evaluation_batches(run, corpus):
-        theirs, ours = pair.read(batch)
+        theirs, ours = models.read(batch)
         targets, ones = batch.learned(batch.y), torch.ones(len(ours), device=run.device)
         theirs = ours if theirs is None else theirs
-        heads = ours, pair.student.lm_head.weight, theirs, teacher.lm_head.weight
+        heads = ours, models.student.lm_head.weight, theirs, teacher.lm_head.weight
         for at, logits, wanted in chunks(*heads):
             y, one = targets[at], ones[at]
             ce, kl, _ = token_losses(logits, wanted, y, one, one)
@@ -1114,14 +1118,14 @@ def evaluate(run, pair, corpus, encoding):
 
 
 @torch.no_grad()
-def preferences(run, stage, pair, pairs):
+def preferences(run, stage, models, pairs):
     """How often the chosen answer gains more over the teacher than the rejected one, the standard
     error of that, and the margin: by how much, β times, in nats."""
     total = torch.zeros(2, device=run.device)
     filler = tuple([min(i, ~i) for i in ids] for ids in pairs[0])  # nothing of it is learned
     for mine, real in turns(run, len(pairs), run.s.batch // 2):
         batch = [pairs[i] for i in mine[:real]] + [filler] * (len(mine) - real)
-        total += dpo(pair, pair_batch(run, batch), stage, 1.0)[1]
+        total += dpo(models, pair_batch(run, batch), stage, 1.0)[1]
     right, margin = added_up(run, total).tolist()
     n = len(pairs)
     rather = (right + 1) / (n + 2)  # a few pairs that agree are not certainty
@@ -1202,7 +1206,7 @@ def parameters(student):
     return dict(student.named_parameters())
 
 
-def whole(run, tensors):
+def gathered(run, tensors):
     """Tensors by name, gathered one by one on the CPU of process 0; None elsewhere."""
     full = ((k, w.full_tensor() if hasattr(w, "full_tensor") else w) for k, w in tensors.items())
     return {k: w.detach().cpu() if run.rank == 0 else None for k, w in full}
@@ -1280,9 +1284,9 @@ def save_state(run, state, student, optimizer=None):
     Returns the tensors trained so far; of several processes each maps those in the file.
     """
     kept = {k: w for k, w in parameters(student).items() if k in state.trained or w.requires_grad}
-    trained = whole(run, kept)
+    trained = gathered(run, kept)
     groups = optimizer.param_groups if optimizer else []
-    moments = [whole(run, optimizer.state[w]) for group in groups for w in group["params"]]
+    moments = [gathered(run, optimizer.state[w]) for group in groups for w in group["params"]]
     place = Path(run.s.out) / "checkpoints" / f"{state.stage:02d}-{state.step:08d}.pt"
     if run.rank == 0:
         mil.make_directory(place.parent)
@@ -1351,19 +1355,19 @@ def spread(moments, w):
     return {key: share(t) for key, t in moments.items()}
 
 
-def fit(run, state, stage, pair, batches, journal, last_good):
+def fit(run, state, stage, models, batches, journal, last_good):
     """Trains what of the student requires gradients, from state.step on.
 
     batches(step) gives this process's parts of the batch and how many tokens, or pairs, all learn.
     Raises MilError if the loss is not finite, and says `last_good`, which model is good.
     """
     s, began, saved = run.s, time.perf_counter() - state.seconds, time.monotonic()
-    optimizer = new_optimizer(run, state, stage, pair.student)
+    optimizer = new_optimizer(run, state, stage, models.student)
     every, recent = min(10, max(1, stage.steps // 100)), []
     for step in range(state.step, stage.steps):
         for group in optimizer.param_groups:
             group["lr"] = stage.rate(step)
-        recent.append(update(run, stage, pair, optimizer, *batches(step)))
+        recent.append(update(run, stage, models, optimizer, *batches(step)))
         state.step, last = step + 1, step == stage.steps - 1
         # Reading the loss waits for the device, so it is not read after every step.
         if not (state.step % every == 0 or last or run.size == 1 and run.stop):
@@ -1382,7 +1386,7 @@ def fit(run, state, stage, pair, batches, journal, last_good):
         report_step(run, state, stage, means, journal)
         recent = []
         if (due or stop) and not last:  # the end of a stage is saved with its report
-            save_state(run, state, pair.student, optimizer)
+            save_state(run, state, models.student, optimizer)
             saved = time.monotonic()
             if stop:
                 leave(run, jointly=True)
@@ -1401,13 +1405,13 @@ def new_optimizer(run, state, stage, student):
     return optimizer
 
 
-def update(run, stage, pair, optimizer, parts, count):
+def update(run, stage, models, optimizer, parts, count):
     """Forward, backward, clipping, AdamW. Returns the loss, two more numbers for the log and the
     gradient's norm, of which those of all processes add up to the step's."""
     sums = torch.zeros(4, device=run.device)
     for part in parts:
         # times run.size, since FSDP2 takes the mean of the gradients
-        loss, more = LOSSES[stage.loss](pair, part, stage, run.size / max(1, count))
+        loss, more = LOSSES[stage.loss](models, part, stage, run.size / max(1, count))
         loss.backward()
         sums[:3] += torch.cat([loss.detach()[None], more]) / run.size
     train = [w for group in optimizer.param_groups for w in group["params"]]
@@ -1488,7 +1492,7 @@ def read_models(run, place):
 
 
 def assemble(run, teacher, base, stage, number, trained):
-    """The Pair of a stage. The student is `base` with the stage's mixers and the values `trained`.
+    """The Models of a stage. The student is `base` with the stage's mixers and values `trained`.
 
     What trains, now or before, is the student's own, in float32; the rest are base's own tensors.
     """
@@ -1506,12 +1510,12 @@ def assemble(run, teacher, base, stage, number, trained):
     own(student, names, trained)
     for name, w in student.named_parameters():
         w.requires_grad_(stage.learns(name))
-    return prepare(run, Pair(teacher, student))
+    return prepare(run, Models(teacher, student))
 
 
-def prepare(run, pair):
+def prepare(run, models):
     """Sets the arithmetic's type, compiles the layers, and shards the student."""
-    for model in filter(None, pair):
+    for model in filter(None, models):
         model.compute = run.dtype
         if run.compiled:
             for layer in model.layers:
@@ -1523,13 +1527,13 @@ def prepare(run, pair):
         torch._functorch.config.activation_memory_budget = run.s.memory_budget
         show("compiling the layers: the first batches take about a minute")
     if dist.is_initialized():
-        shard(run, pair.student)
-    return pair
+        shard(run, models.student)
+    return models
 
 
 def save_student(run, student, place, tokenizer, dtype, **notes):
     """Writes the student as a model of its own, in the type `dtype`."""
-    weights = whole(run, parameters(student))
+    weights = gathered(run, parameters(student))
     if run.rank == 0:
         model = mil.empty_model(student.config)
         model.load_state_dict(weights, strict=False, assign=True)  # a tied pair is there once
@@ -1662,14 +1666,14 @@ class Job:
         if state.stage == 0:
             torch.manual_seed(s.seed)
             stage, model = teacher_stage(s, self.config), mil.Hybrid(self.config).to(run.device)
-            pair = prepare(run, Pair(None, own(model, state.trained, state.trained)))
+            models = prepare(run, Models(None, own(model, state.trained, state.trained)))
             batches = training_batches(run, corpus, [s.seed, 0])
-            fit(run, state, stage, pair, batches, journal, "This run saved no teacher")
-            save_student(run, pair.student, place, self.tokenizer, torch.float32, recipe=recipe)
-            row, _ = evaluate(run, pair, corpus, self.encoding)
+            fit(run, state, stage, models, batches, journal, "This run saved no teacher")
+            save_student(run, models.student, place, self.tokenizer, torch.float32, recipe=recipe)
+            row, _ = evaluate(run, models, corpus, self.encoding)
             state.rows = [{"model": "teacher", **row, **speed(run, state, stage)}]
             state.stage, state.step, state.seconds = 1, 0, 0.0
-            save_state(run, state, pair.student)
+            save_state(run, state, models.student)
         if state.stage == 1 and not state.step:
             state.trained = {}  # a checkpoint at this point holds the teacher
 
@@ -1741,9 +1745,9 @@ def speed(run, state, stage):
     return {"seconds": state.seconds, "tokens_per_second": tokens / max(state.seconds, 1e-9)}
 
 
-def add_row(run, state, name, pair, corpus, encoding, last_good, more):
+def add_row(run, state, name, models, corpus, encoding, last_good, more):
     """Evaluates the student, and adds a row to the table."""
-    first, row = evaluate(run, pair, corpus, encoding)
+    first, row = evaluate(run, models, corpus, encoding)
     state.rows = state.rows or [{"model": "teacher", **first}]
     state.rows.append({"model": name, **row, **more})
     if not math.isfinite(row["loss"]):
@@ -1758,24 +1762,24 @@ def add_row(run, state, name, pair, corpus, encoding, last_good, more):
     show(told)
 
 
-def run_stages(run, state, stages, models, corpora, encoding, tokenizer, journal):
+def run_stages(run, state, stages, bases, corpora, encoding, tokenizer, journal):
     """The stages from state.stage on (1 is the first), each with a row of the table at its end.
 
-    models: the teacher and the Llama that the student begins as; corpora(data, answers): a Corpus.
+    bases: the teacher and the Llama that the student begins as; corpora(data, answers): a Corpus.
     """
     s, place = run.s, Path(run.s.out) / "student"
-    dtype = models[1].embed_tokens.weight.dtype
+    dtype = bases[1].embed_tokens.weight.dtype
     validation, last_good = corpora(), "This run saved no student"
     if len(state.rows) < 2:
         all_at_once = dataclasses.replace(stages[0], mixers=stages[-1].mixers, trains="mixers")
-        pair = assemble(run, *models, all_at_once, 0, {})
-        add_row(run, state, "student, not trained", pair, validation, encoding, last_good, {})
-        del pair
+        models = assemble(run, *bases, all_at_once, 0, {})
+        add_row(run, state, "student, not trained", models, validation, encoding, last_good, {})
+        del models
     for number, stage in enumerate(stages, 1):
         if number >= state.stage:
-            pair = assemble(run, *models, stage, number, state.trained)
+            models = assemble(run, *bases, stage, number, state.trained)
             if not state.step:
-                state.before = evaluate(run, pair, validation, encoding)[1]["kl"]
+                state.before = evaluate(run, models, validation, encoding)[1]["kl"]
             held, seed = (), [s.seed, number]
             if stage.loss == "dpo":
                 train, held = load_pairs(s, stage.data, encoding)
@@ -1783,18 +1787,18 @@ def run_stages(run, state, stages, models, corpora, encoding, tokenizer, journal
             else:
                 answers = s.pseudo_labels and not stage.data
                 batches = training_batches(run, corpora(stage.data, answers), seed)
-            fit(run, state, stage, pair, batches, journal, last_good)
+            fit(run, state, stage, models, batches, journal, last_good)
             more = {"seconds": state.seconds} if held else speed(run, state, stage)
             more["kl_before"] = state.before
             if held:
-                more |= preferences(run, stage, pair, held)
-            add_row(run, state, stage.name, pair, validation, encoding, last_good, more)
-            save_student(run, pair.student, place, tokenizer, dtype, stage=stage.name)
+                more |= preferences(run, stage, models, held)
+            add_row(run, state, stage.name, models, validation, encoding, last_good, more)
+            save_student(run, models.student, place, tokenizer, dtype, stage=stage.name)
             state.stage, state.step, state.seconds = number + 1, 0, 0.0
-            state.trained = save_state(run, state, pair.student)
+            state.trained = save_state(run, state, models.student)
             if run.stop and run.size == 1:
                 leave(run)
-            del pair, batches  # the next student comes before this one would go
+            del models, batches  # the next student comes before this one would go
         last_good = f"The last good checkpoint is {place}, after {stage.name}"
 
 
@@ -1837,7 +1841,7 @@ def alone(run):
         yield
 
 
-def work(run, began):
+def run_job(run, began):
     """All of a run: what can be refused is refused first; then the teacher, stages, report."""
     job = Job(run)
     with alone(run):
@@ -1853,10 +1857,10 @@ def work(run, began):
             if not run.s.teacher:
                 job.get_teacher(state, journal)
             state.stage = max(1, state.stage)
-            models = read_models(run, job.place)
+            bases = read_models(run, job.place)
             more = job.corpus, job.encoding, job.tokenizer, journal
-            run_stages(run, state, job.stages, models, *more)
-            del models
+            run_stages(run, state, job.stages, bases, *more)
+            del bases
         if run.rank == 0:
             job.report(state, time.perf_counter() - began)
 
@@ -1865,7 +1869,7 @@ def main(argv):
     s, began = parse_flags(Settings, argv, __doc__, GROUPS), time.perf_counter()
     run = begin(s)
     try:
-        work(run, began)
+        run_job(run, began)
     except torch.OutOfMemoryError as e:
         lower = "--memory_budget 0.7, --accumulate, --batch, --context or --stage2_steps 0"
         full = str(e).splitlines()[0]

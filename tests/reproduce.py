@@ -1755,7 +1755,7 @@ def main(argv):
     teacher = {}
     if set(tables) - {"cost"}:
         lab.make_teacher()
-        models = td.prepare(lab.run, td.Pair(None, lab.teacher))
+        models = td.prepare(lab.run, td.Models(None, lab.teacher))
         teacher = {
             "context": size.context,
             "teacher_context": size.teacher_context,

@@ -665,7 +665,7 @@ def test_a_draft_has_the_teachers_first_and_last_layer_and_those_between_evenly(
     monkeypatch.setattr(
         td,
         "assemble",
-        lambda run, teacher, base, stage, *_: kept.append(stage.mixers) or td.Pair(teacher, base),
+        lambda run, teacher, base, stage, *_: kept.append(stage.mixers) or td.Models(teacher, base),
     )
     monkeypatch.setattr(td, "save_student", lambda *_: None)
     (row,) = r.make_draft(lab, name)
@@ -1326,7 +1326,7 @@ def hollow(tmp_path, monkeypatch):
         (r, "Lab", Lab),
         (r, "all_arms", lambda *_: ([], [])),
         (td, "prepare", lambda run, models: models),
-        (td, "Pair", lambda *two: two),
+        (td, "Models", lambda *two: two),
         (r.pictures, "draw", lambda *_: None),
         (
             td,

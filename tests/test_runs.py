@@ -924,7 +924,7 @@ def test_the_preference_loss_equals_equation_4_and_so_do_its_gradients(seed, bet
         for _ in range(2)
     ]
     pairs = [tuple([int(i) for i in side] for side in pair) for pair in pairs]
-    pair, stage = t.Pair(teacher, student), t.Stage(loss="dpo", beta=beta)
+    pair, stage = t.Models(teacher, student), t.Stage(loss="dpo", beta=beta)
     loss, more = t.dpo(pair, t.pair_batch(run, pairs), stage, 0.5)
     gains = [
         log_probability(student, a)

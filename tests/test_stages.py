@@ -38,7 +38,7 @@ def test_a_stages_weights_temperature_and_direction_reach_the_loss(tmp_path, rev
     run, student, teacher = small_run(tmp_path), tiny_teacher(1), tiny_teacher(2)
     (batch,), count = random_batches(run)(0)
     loss, _ = t.distill(
-        t.Pair(teacher, student),
+        t.Models(teacher, student),
         batch,
         t.Stage(alpha=0.3, beta=0.7, temperature=2.0, reverse=reverse),
         1 / count,
@@ -501,7 +501,7 @@ def test_of_a_long_prompt_the_teacher_reads_the_end_and_of_one_text_nothing_of_i
 def test_a_run_goes_on_with_other_flags_of_speed_and_with_no_other(tmp_path, monkeypatch):
     monkeypatch.setattr(t, "checkpoint_digest", lambda place: "")
     run, stages = small_run(tmp_path), plans(4)
-    corpus, pair = some_tokens(np.zeros(99, np.int16)), t.Pair(None, tiny_teacher())
+    corpus, pair = some_tokens(np.zeros(99, np.int16)), t.Models(None, tiny_teacher())
     t.save_state(
         run,
         t.load_state(run, stages, corpus),
@@ -638,7 +638,7 @@ def test_a_run_goes_on_from_the_newest_checkpoint(tmp_path):
     run, corpus, pair = (
         small_run(tmp_path, resume=True),
         some_tokens(np.arange(99)),
-        t.Pair(None, tiny_teacher()),
+        t.Models(None, tiny_teacher()),
     )
     for step in (1, 2, 10):
         state = t.load_state(run, [], corpus)
@@ -759,7 +759,7 @@ def test_a_loss_whose_perplexity_no_number_holds_is_a_row_like_any_other(tmp_pat
         model.lm_head.weight.mul_(1e5)
     _, row = t.evaluate(
         run,
-        t.prepare(run, t.Pair(None, model)),
+        t.prepare(run, t.Models(None, model)),
         some_tokens(np.arange(99).astype(np.int16)),
         g.load_tokenizer("bytes"),
     )
@@ -778,7 +778,7 @@ def test_a_new_mixer_inherits_from_attention_as_it_was_trained(tmp_path):
 
 
 def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_one(tmp_path):
-    run, pair = small_run(tmp_path, keep_checkpoints=1, resume=True), t.Pair(None, tiny_teacher())
+    run, pair = small_run(tmp_path, keep_checkpoints=1, resume=True), t.Models(None, tiny_teacher())
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "09-00000000.pt").write_bytes(b"damaged")
     state = t.load_state(run, [], some_tokens(np.arange(99)))

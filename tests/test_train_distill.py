@@ -691,7 +691,7 @@ def test_a_whole_run_compiles_each_kind_of_layer_a_handful_of_times(tmp_path, mo
 def test_what_fills_up_a_batch_of_an_evaluation_counts_nothing(tmp_path, monkeypatch):
     run, encoding = small_run(tmp_path), g.load_tokenizer("bytes")
     corpus = some_tokens(np.random.default_rng(0).integers(0, 256, 16 * 3 + 1))  # three windows
-    models = t.Pair(tiny_teacher(1), tiny_teacher(2))
+    models = t.Models(tiny_teacher(1), tiny_teacher(2))
     pairs = [([~1, 2, 3], [~1, 4]), ([~5, 6], [~5, 7, 8]), ([~1, 9], [~1, 8])]
     stage, found = t.Stage(loss="dpo", beta=1.0), []
     for compiled, batch, sizes in ((False, 2, {1, 2}), (True, 2, {2}), (True, 8, {8})):
@@ -1199,7 +1199,7 @@ def evaluated(run, student, teacher, corpus, encoding="bytes"):
     """The student's row of a table."""
     return t.evaluate(
         run,
-        t.Pair(teacher, student),
+        t.Models(teacher, student),
         corpus,
         g.load_tokenizer(encoding) if isinstance(encoding, str) else encoding,
     )[1]
@@ -1212,7 +1212,7 @@ def test_evaluation_is_on_validation_text_by_hand(tmp_path):
     )  # exactly its four windows
     student, teacher = tiny_teacher(1), tiny_teacher(2)
     row, got = t.evaluate(
-        run, t.Pair(teacher, student), some_tokens(val), g.load_tokenizer("bytes")
+        run, t.Models(teacher, student), some_tokens(val), g.load_tokenizer("bytes")
     )
     x = torch.from_numpy(val.astype(np.int64)).to(DEVICE)
     with torch.no_grad():
@@ -1445,7 +1445,7 @@ def test_a_batch_with_documents_gives_the_loss_and_gradients_of_each_alone(tmp_p
     ):
         student.zero_grad()
         loss = sum(
-            t.distill(t.Pair(teacher, student), row, t.Stage(temperature=2.0), 1 / 10)[0]
+            t.distill(t.Models(teacher, student), row, t.Stage(temperature=2.0), 1 / 10)[0]
             for row in rows
             if (row.y >= 0).any()
         )
