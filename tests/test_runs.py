@@ -394,7 +394,7 @@ def gradients(run, stage, teacher, corpus):
         loss, _ = t.distill(pair, part, stage, run.size / count)
         held.append(spread())
         loss.backward()
-    return t.whole(
+    return t.gathered(
         run, {k: w.grad for k, w in pair.student.named_parameters() if w.grad is not None}
     ), [*held, spread()]
 
@@ -455,7 +455,7 @@ def in_bfloat16(rank, place, teacher, corpus):
         ),
         t.training_batches(run, corpus, [7])(3)[0][0],
     )
-    made = t.whole(run, t.parameters(models.student))
+    made = t.gathered(run, t.parameters(models.student))
     assert rank == 0 or {*made.values()} == {None}
     made = {k: w.clone() for k, w in made.items() if rank == 0}
     types, layer = {}, models.student.layers[1]
@@ -474,7 +474,7 @@ def in_bfloat16(rank, place, teacher, corpus):
         models.read(batch)
     t.save_student(run, models.student, place / "student", "bytes", torch.float32)
     t.distill(models, batch, t.Stage(), 0.1)[0].backward()
-    gradients = t.whole(
+    gradients = t.gathered(
         run, {k: w.grad for k, w in t.parameters(models.student).items() if "proj.weight" in k}
     )
     if rank == 0:
@@ -514,7 +514,7 @@ def one_at_a_time(rank, place):
         return found
 
     DTensor.full_tensor = watched
-    t.whole(t.Run(t.Settings(), torch.device("cpu"), rank, 2), tensors)
+    t.gathered(t.Run(t.Settings(), torch.device("cpu"), rank, 2), tensors)
     assert len(alive) == 4 and (
         rank == 0 or max(alive) <= 1
     )  # on process 0 they are on the CPU already, where they stay
@@ -767,12 +767,13 @@ t.run_command(t.main)
 
 def lost(rank, place):
     dist.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2)
+    dist.barrier()  # they have met before one goes
     if rank == 0:
-        t.work = lambda run, began: t.together(t.Run(run.s, run.device, 0, 2))
+        t.run_job = lambda run, began: t.together(t.Run(run.s, run.device, 0, 2))
         t.begin = lambda s: t.Run(s, torch.device("cpu"), 0, 2)
         with pytest.raises(MilError, match="another process has ended; what it said stands above"):
             t.main([])
-        t.work = lambda run, began: torch.ones(2) @ torch.ones(3)
+        t.run_job = lambda run, began: torch.ones(2) @ torch.ones(3)
         with pytest.raises(RuntimeError, match="size"):
             t.main([])
     os._exit(0)
@@ -793,7 +794,7 @@ def test_a_process_that_failed_does_not_wait_for_the_others(monkeypatch, tmp_pat
         if ends:
             raise ends
 
-    monkeypatch.setattr(t, "work", work)
+    monkeypatch.setattr(t, "run_job", work)
     monkeypatch.setattr(t.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(t.dist, "destroy_process_group", lambda: ended.append(True))
     with pytest.raises(MilError) if ends else contextlib.nullcontext():
