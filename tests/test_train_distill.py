@@ -1064,7 +1064,7 @@ def test_missing_data_is_said(tmp_path):
     for out in (tmp_path, tmp_path / "notes"):
         with pytest.raises(
             MilError,
-            match="^--data .*notes: no files here \(hidden ones and --out are not read\)$",
+            match=r"^--data .*notes: no files here \(hidden ones and --out are not read\)$",
         ):
             t.find_files([tmp_path / "notes"], out)
     assert t.find_files([tmp_path / "notes"], tmp_path / "notes" / "out") == [
