@@ -23,7 +23,6 @@ import base64
 import codecs
 import contextlib
 import dataclasses
-import difflib
 import itertools
 import math
 import os
@@ -685,7 +684,7 @@ def parse_flags(settings, argv, description, groups=()):
     """An instance of the dataclass `settings` from `--name value` or `--name=value`.
 
     groups: {a flag's name: the title, in --help, of the group that begins with it}. Raises MilError
-    for an unknown flag (naming the nearest known one) or a value of the wrong type.
+    for an unknown flag or a value of the wrong type.
     """
     style = argparse.RawDescriptionHelpFormatter
     parser = mil.Parser(description=description, allow_abbrev=False, formatter_class=style)
@@ -699,14 +698,7 @@ def parse_flags(settings, argv, description, groups=()):
         kind = {} if f.type in (list, bool) else {"type": f.type, "metavar": f.type.__name__}
         more = {"help": help, "default": argparse.SUPPRESS, **kind, **f.metadata["parse"]}
         group.add_argument("--" + f.name, **more)
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        name = unknown[0].split("=")[0]
-        what = "unknown flag" if name.startswith("-") else "unexpected argument"
-        flags = ["--" + f.name for f in dataclasses.fields(settings)]
-        near = "".join(f"; did you mean {n}?" for n in difflib.get_close_matches(name, flags, 1))
-        raise MilError(f"{what} {name}{near} (--help lists the flags)")
-    return settings(**vars(known))
+    return settings(**vars(parser.parse_args(argv)))
 
 
 def run_command(main):

@@ -817,16 +817,11 @@ def keep_layers(model, layers):
     A draft for speculative decoding begins so (section 5.5). Raises MilError as check_layers.
     """
     check_layers(layers, len(model.layers))
-    mixers = [model.config.mixers[i] for i in layers]
-    config = dataclasses.replace(model.config, n_layers=len(layers), mixers=mixers)
-    small = empty_model(config)
-    parts = [(small.layers[j], model.layers[i]) for j, i in enumerate(layers)]
-    parts += [(getattr(small, k), getattr(model, k)) for k in ("embed_tokens", "norm", "lm_head")]
-    for part, source in parts:
-        weights = {name: w.clone() for name, w in source.state_dict().items()}
-        part.load_state_dict(weights, assign=True)
-    small.tie()
-    return small
+    small = copy.deepcopy(model, {id(w): w for w in model.parameters()})  # the same tensors
+    small.layers = nn.ModuleList(small.layers[i] for i in layers)
+    small.config.mixers = [model.config.mixers[i] for i in layers]
+    small.config.n_layers = len(layers)  # in place: every layer knows this object
+    return copy.deepcopy(small)  # tensors of its own
 
 
 # --------------------------------------------------------------------------------------------------
@@ -957,7 +952,7 @@ def find_checkpoint(name):
 
         for weights in ("model*.safetensors", "pytorch_model*.bin"):
             wanted = ["*.json", *TEXT_FILES.split(), weights]
-            path = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
+            path = Path(snapshot_download(str(name), allow_patterns=wanted, ignore_patterns="*/*"))
             if any(path.glob(weights)):
                 break
     return path

@@ -79,7 +79,7 @@ from generate import (
 from mil import MilError, read_json
 
 # --------------------------------------------------------------------------------------------------
-# Settings. A size left at 0 depends on the device: minutes on two CPU cores, or on one GPU.
+# Settings. A size left out depends on the device: minutes on two CPU cores, or on one GPU.
 
 SIZES = ("n_layers", "d", "n_heads", "n_kv_heads", "d_ff")
 PRESETS = {
@@ -90,9 +90,9 @@ PRESETS = {
 }
 
 
-def sized(name, help, unset=0):
+def sized(name, help):
     cpu, cuda = PRESETS["cpu"][name], PRESETS["cuda"][name]
-    return flag(unset, f"{help} (default {cpu} on cpu, {cuda} on cuda)")
+    return flag(None, f"{help} (default {cpu} on cpu, {cuda} on cuda)")
 
 
 def switch(help):
@@ -105,14 +105,16 @@ def paths(help):
 
 @dataclass
 class Settings:
-    out: str = flag("out", "folder for teacher/, student/, checkpoints/, log.jsonl, results.json")
+    out: str = flag(
+        "out", "folder for teacher/, student/, log.jsonl, results.json and what --resume needs"
+    )
     data: list = paths("text, folders, or .jsonl (default: the sources of Python's library)")
     pairs: list = paths(".jsonl of prompt, chosen, rejected: adds stage 3, preferences (DPO)")
     tokenizer: str = flag("", "as generate.py has it; empty: the teacher's, or bytes")
     pseudo_labels: bool = switch("the student learns the teacher's answers to the data's prompts")
     answers: int = flag(0, "with --pseudo_labels: how many answers; 0: one for each prompt")
     answer_tokens: int = flag(0, "the longest answer (default: three quarters of --context)")
-    teacher: str = flag("", "a checkpoint; empty: train one, or use that in --out again")
+    teacher: str = flag("", "a checkpoint, or a name at huggingface.co; empty: train one")
     n_layers: int = sized("n_layers", "the new teacher's layers")
     d: int = sized("d", "its width")
     n_heads: int = sized("n_heads", "its query heads, each d / n_heads wide")
@@ -128,7 +130,7 @@ class Settings:
     student_layers: str = flag("", "a small student of these layers of the teacher, say 0,10,31")
     recipe: str = flag("", 'a .json list, say [{"keep": 0.5, "steps": 900}, {"trains": "all"}]')
     stage1_steps: int = sized("stage1_steps", "steps of stage 1, in all")
-    stage2_steps: int = sized("stage2_steps", "steps of stage 2; 0: none", unset=-1)
+    stage2_steps: int = sized("stage2_steps", "steps of stage 2; 0: none")
     stage3_steps: int = flag(0, "steps of stage 3; 0: every pair once")
     stage1_lr: float = flag(0.0, "peak rate (default 8e-5 · √(8e9 / parameters), at most 3e-3)")
     stage2_lr: float = flag(0.0, "of stage 2 (default 2e-5 · √(8e9 / parameters), at most 1e-3)")
@@ -153,8 +155,7 @@ class Settings:
     )
     memory_budget: float = flag(1.0, "share of activations kept; 0.7: a fifth less memory")
     save_minutes: float = flag(10.0, "minutes between checkpoints; one comes at SIGTERM, Ctrl-C")
-    keep_checkpoints: int = flag(2, "how many of the newest checkpoints stay")
-    resume: bool = switch("go on from the newest checkpoint in --out, or begin")
+    resume: bool = switch("go on from the checkpoint in --out, or begin")
     prompt: str = flag("def ", "for the sample at the end")
 
 
@@ -166,7 +167,7 @@ GROUPS = {  # in --help, by the first flag of each
     "device": "the machine",
 }
 # Flags that may change when a run is resumed.
-FREE = """out device resume save_minutes keep_checkpoints compile memory_budget prompt accumulate
+FREE = """out device resume save_minutes compile memory_budget prompt accumulate
     recipe"""
 CHOICES = {
     "mixer": mil.MIXERS[1:],
@@ -174,34 +175,37 @@ CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "schedule": ("cosine", "linear", "constant"),
     "trains": ("mixers", "mlps", "all"),
+    "loss": ("distill", "dpo"),
 }
-LIMITS = (
-    (
-        "0 or more",
-        lambda x: 0 <= x < math.inf,
-        "alpha beta answers steps stage3_steps save_minutes",
-    ),
-    ("0 or more", lambda x: 0 <= x < math.inf, "lr teacher_lr stage1_lr stage2_lr stage3_lr"),
-    ("more than 0", lambda x: x > 0, "clip temperature dpo_beta"),
-    ("more than 0, at most 1", lambda x: 0 < x <= 1, "memory_budget"),
-    ("0 to 1", lambda x: 0 <= x <= 1, "keep warmup"),
-    ("1 or more", lambda x: 1 <= x < math.inf, "accumulate keep_checkpoints rope_theta"),
-    ("0 to 2^63 - 2", lambda x: 0 <= x < 2**63 - 1, "seed"),
-)
+LIMITS = {  # the least and the most
+    (0, math.inf): """alpha beta steps stage2_steps stage3_steps answers save_minutes
+        lr teacher_lr stage1_lr stage2_lr stage3_lr""",
+    (1, math.inf): """n_layers d n_heads n_kv_heads d_ff rope_theta teacher_steps stage1_steps
+        batch accumulate eval_sequences""",
+    (2, math.inf): "context",
+    (1e-6, math.inf): "clip temperature dpo_beta",
+    (1e-6, 1): "memory_budget",
+    (0, 1): "keep warmup",
+    (0, 2**63 - 2): "seed",
+}
 
 
 def check(of, where):
     """Raises MilError if a value of Settings or of a Stage is not allowed."""
+    kinds = {f.name: f.type for f in dataclasses.fields(of)}
     for name, allowed in CHOICES.items():
-        value = getattr(of, name, allowed[0])
-        if value not in allowed:
-            raise MilError(f"{where}{name} is {value!r}, expected one of {', '.join(allowed)}")
-    for wanted, allowed, names in LIMITS:
-        for name in names.split():
-            value = getattr(of, name, None)
-            if value is not None and not allowed(value):
-                raise MilError(f"{where}{name} is {value}, expected {wanted}")
-    if getattr(of, "alpha", 1) == getattr(of, "beta", 1) == 0:
+        if name in kinds and getattr(of, name) not in allowed:
+            wanted = f"expected one of {', '.join(allowed)}"
+            raise MilError(f"{where}{name} is {getattr(of, name)!r}, {wanted}")
+    for (least, most), names in LIMITS.items():
+        wanted = f"{least:g} to {most:g}".replace("to inf", "or more")
+        for name in filter(kinds.get, names.split()):
+            value = getattr(of, name)
+            number = isinstance(value, (int, kinds[name])) and value != math.inf
+            fits = number and least <= value <= most
+            if not fits and (name, value) != ("keep", None):
+                raise MilError(f"{where}{name} is {value!r}, expected {wanted}")
+    if of.alpha == of.beta == 0:
         raise MilError(f"{where}alpha is 0, and so is beta: nothing would be learned")
 
 
@@ -217,23 +221,19 @@ def complete(s, device, teacher=None):
     """Sets what was left to the device, or to the teacher, whose Config is given if it is ready."""
     defaults = dict(PRESETS[device.type])
     if teacher is not None:
-        for name in SIZES:
-            theirs = defaults[name] = getattr(teacher, name)
-            if getattr(s, name) not in (0, theirs):
-                told = f"but the teacher in {s.teacher} has {theirs}; leave it out"
-                raise MilError(f"--{name} is {getattr(s, name)}, {told}")
+        defaults |= {name: getattr(teacher, name) for name in SIZES}
         defaults["context"] = min(defaults["context"], teacher.context)
-    if s.d and not s.d_ff:
-        s.d_ff = math.ceil(s.d * 8 / 3 / 128) * 128
+    elif s.d is not None:
+        defaults["d_ff"] = math.ceil(s.d * 8 / 3 / 128) * 128
     for name, default in defaults.items():
-        unset = -1 if name == "stage2_steps" else 0
-        if getattr(s, name) == unset:
+        if getattr(s, name) is None:
             setattr(s, name, default)
-        if getattr(s, name) <= unset:
-            raise MilError(f"--{name} is {getattr(s, name)}, expected {unset + 1} or more")
+        if teacher is not None and name in SIZES and getattr(s, name) != default:
+            told = f"but the teacher in {s.teacher} has {default}; leave it out"
+            raise MilError(f"--{name} is {getattr(s, name)}, {told}")
     s.dtype = s.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    s.answer_tokens = s.answer_tokens or max(1, s.context * 3 // 4)
     check(s, "--")
+    s.answer_tokens = s.answer_tokens or max(1, s.context * 3 // 4)
     check_flags(s, device, teacher)
 
 
@@ -245,7 +245,6 @@ def check_flags(s, device, teacher):
     mil.refuse(
         (not s.out, "out is empty, expected a folder to write to"),
         (not s.prompt, "prompt is empty, expected some text"),
-        (s.context < 2, f"context is {s.context}, expected 2 or more"),
         (s.context > longest, f"context is {s.context}, but --teacher was trained for {longest}"),
         (s.stage3_steps and not (s.pairs or s.recipe), "stage3_steps needs --pairs"),
         (s.answers and not s.pseudo_labels, "answers needs --pseudo_labels"),
@@ -301,29 +300,20 @@ class Stage:
 
 
 def read_recipe(path):
-    """The entries of a --recipe. Raises MilError if they are not stages."""
-    with mil.naming(f"--recipe {path}", "cannot be read as JSON"):
+    """The entries of a --recipe. Raises MilError if they are not those of stages."""
+    with mil.naming(f"--recipe {path}", "expected a list of stages in JSON"):
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries or [0]):
-        raise MilError(f"--recipe {path}: expected a list of stages (see --help)")
-    kinds = {f.name: f.type for f in dataclasses.fields(Stage) if f.name != "mixers"}
-    for i, entry in enumerate(entries, 1):
-        with refused(f"--recipe {path}: stage {i}: "):
-            for key, value in entry.items():
-                if key not in kinds:
-                    raise MilError(f"has {key!r}, expected some of {', '.join(kinds)}")
-                kind, inside = kinds[key], str if key == "data" else int
-                fits = type(value) in ((int, float) if kind is float else (kind,))
-                if not fits or kind is list and any(type(x) is not inside for x in value):
-                    wanted = f"a list of {inside.__name__}" if kind is list else kind.__name__
-                    raise MilError(f"{key} is {value!r}, expected {wanted}")
+        for entry in entries:
+            Stage(**entry)
+        if not entries:
+            raise ValueError("it is empty")
     return entries
 
 
 def paper_stages(s, n):
     """The paper's stages for n layers, as entries of a recipe: stage 1 in steps, then stage 2."""
     everything = dict(trains="all", steps=s.stage2_steps)
-    if s.student_layers or s.mixer == "none":  # there is nothing that stage 1 could train
+    if s.student_layers or s.mixer == "none":  # the mixers alone could not mend it
         return [everything | dict(keep=s.keep, steps=s.stage1_steps + s.stage2_steps)]
     keeps = [keep for keep in (0.75, 0.5, 0.25, 0.125, s.keep) if keep >= s.keep]
     counts = sorted({len(mil.interleaved_layers(n, keep)) for keep in keeps} - {0})
@@ -379,7 +369,7 @@ def layers_to_replace(stage, mixers, final):
         (count == n and stage.keep > 0, f"keep is less than 1 of {n} layers; expected 0 or more"),
         (count < len(done), f"keep is {stage.keep:g}, but {told}"),
     )
-    even = [final[j * len(final) // count] for j in range(count)] if count <= len(final) else []
+    even = [final[j * len(final) // count] for j in range(count)]
     more = [i for i in (*even, *final) if i not in done]
     return sorted(list(dict.fromkeys(more))[: max(0, count - len(done))])
 
@@ -406,7 +396,7 @@ def resolve(stages, config, where):
             dpo = stage.loss == "dpo"
             bare = stage.trains == "mixers" and set(mixers) <= {"attention", "none"}
             mil.refuse(
-                (stage.loss not in LOSSES, f"loss is {stage.loss!r}, not {', '.join(LOSSES)}"),
+                (isinstance(stage.data, str), f"data is {stage.data!r}, expected a list of paths"),
                 (odd, f"replaces layer {odd and odd[0]} twice"),
                 (dpo and not stage.data, "has the loss dpo and no data (--pairs)"),
                 (dpo and not stage.beta, "beta is 0: nothing would be learned"),
@@ -428,10 +418,10 @@ def resolve(stages, config, where):
 
 @contextlib.contextmanager
 def refused(where):
-    """Puts `where` before the message of a MilError inside."""
+    """Puts `where` before the message of an error inside; a recipe may hold values of any type."""
     try:
         yield
-    except MilError as e:
+    except (MilError, TypeError) as e:
         raise MilError(f"{where}{e}") from None
 
 
@@ -510,32 +500,37 @@ def document_of(record):
 
 
 def read_records(file, text, read):
-    """read(record) of each, in a text of one JSON object a line or, in a .json, one list."""
+    """read(record) of each JSON object in a text, one a line or, in a .json, one list of all."""
     places = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if file.suffix.lower() == ".json":
-        with contextlib.suppress(ValueError):
-            whole = json.loads(text)
-            if isinstance(whole, list):
-                places = [(f"record {i}", record) for i, record in enumerate(whole, 1)]
+    whole = parsed(text) if file.suffix.lower() == ".json" else None
+    if isinstance(whole, list):
+        places = [(f"record {i}", json.dumps(record)) for i, record in enumerate(whole, 1)]
     found = []
-    for where, record in places:
-        with mil.naming(where, "is not JSON"):
-            record = json.loads(record) if isinstance(record, str) else record
+    for where, line in places:
+        with refused(f"{where}: "):
+            record = parsed(line)
             if not isinstance(record, dict):
-                raise MilError(f"is {type(record).__name__}, expected an object")
+                raise MilError(f"{line:.60} is not a JSON object")
             found.append(read(record))
     return found
+
+
+def parsed(text):
+    """The value of a text in JSON, or None."""
+    with contextlib.suppress(ValueError):
+        return json.loads(text)
 
 
 def read_documents(file, named):
     """The documents of a file: its records if it has any, otherwise its text."""
     text, kind = read_text(file, named), file.suffix.lower()
-    if kind in (".json", ".jsonl", ".ndjson"):
-        try:
+    records = kind in (".jsonl", ".ndjson")
+    if kind == ".json":  # one list of objects, or an object a line; JSON of another kind is text
+        first = parsed(text) or list(map(parsed, text.strip().split("\n")[:1]))
+        records = isinstance(first, list) and isinstance(first[0], dict)
+    if records:
+        with refused(f"--data {file}: "):
             return read_records(file, text, document_of)
-        except MilError as e:
-            if kind != ".json":  # JSON of another kind is text
-                raise MilError(f"--data {file}: {e}") from None
     return [text] * bool(text.strip())
 
 
@@ -578,59 +573,56 @@ def split(documents):
     return ([d for i, d in enumerate(documents) if i % 20 != 9], held) if held else None
 
 
+def documents_in(files, paths):
+    """The documents of all files. Raises MilError if there are none."""
+    named = set(map(Path, paths))
+    documents = [d for file in files for d in read_documents(file, file in named)]
+    if not documents:
+        given = " ".join(paths) or "(the standard library)"
+        raise MilError(f"--data {given}: no text found, the files are empty or not UTF-8")
+    return documents
+
+
 def load_corpus(s, paths, encoding, tokenizer):
     """The Corpus of these files, tokenised once: it is kept in out/data."""
     files = find_files(paths, s.out) if paths else standard_library()
     key = digest(files, list(map(str, files)), repr(encoding.vocabulary), encoding.template)
-    places = [Path(s.out) / "data" / f"{key}.{part}.npy" for part in ("train", "val")]
-    if not all(begins_of(place).exists() for place in places):
-        named = set(map(Path, paths))
-        documents = [d for f in files for d in read_documents(f, f in named)]
-        if not documents:
-            given = " ".join(paths) or "(the standard library)"
-            raise MilError(f"--data {given}: no text found, the files are empty or not UTF-8")
-        tokens = []
+    place = Path(s.out) / "data" / f"{key}.npz"
+    if not place.exists():
+        documents, tokens = documents_in(files, paths), []
         for i, document in enumerate(documents, 1):
             tokens.append(np.array(document_tokens(encoding, document), dtype=np.int32))
             if i % 500 == 0:
                 show(f"tokenising: {i} of {len(documents)} documents", done=False)
         first = [ids[: len(ids) * 9 // 10] for ids in tokens]
         last = [ids[len(ids) * 9 // 10 :] for ids in tokens]
-        for place, part in zip(places, split(tokens) or (first, last), strict=True):
-            store(place, part, encoding.size)
-    return read_corpus(s, places, key, f"{len(files)} files", tokenizer)
+        train, val = map(joined, split(tokens) or (first, last))
+        mil.make_directory(place.parent)
+        mil.write_whole(place, lambda f: np.savez(f, *train, *val))
+    train, train_begins, val, val_begins = np.load(place).values()
+    source = f"{len(files)} files ({tokenizer})"
+    return new_corpus(s, train, val, [train_begins, val_begins], key, source)
 
 
-def begins_of(place):
-    return place.with_suffix(".begins.npy")
-
-
-def store(place, documents, size):
-    """Writes documents, token ids below `size`, one after the other, and where they begin."""
-    mil.make_directory(place.parent)
-    tokens = np.concatenate(documents).astype(np.int16 if size <= 2**15 else np.int32)
+def joined(documents):
+    """Documents of token ids one after the other, and where they begin."""
     begins = np.cumsum([0, *map(len, documents)], dtype=np.int64)[:-1]
-    mil.write_whole(place, lambda f: np.save(f, tokens))
-    mil.write_whole(begins_of(place), lambda f: np.save(f, begins))
+    return np.concatenate(documents).astype(np.int32), begins
 
 
-def read_corpus(s, places, key, source, tokenizer, more="give more text"):
-    """The Corpus stored in two places. Raises MilError if it is too little; `more` helps."""
-    train, val = (np.load(place, mmap_mode="r") for place in places)
-    for name, part, rows in (("training", train, s.batch), ("validation", val, 1)):
-        need = rows * s.context + 1
-        asked = f"{rows} of --context {s.context} need {need}: {more}, or lower --context"
-        asked += " or --batch" * (rows > 1)
+def new_corpus(s, train, val, begins, key, source, more="give more text"):
+    """A Corpus. Raises MilError if it is too little; `more` helps."""
+    wanted = f"expected more than --context {s.context}: {more}, or lower --context"
+    for name, part in (("training", train), ("validation", val)):
         mil.refuse(
-            (len(part) < need, f"{len(part)} {name} tokens, but {asked}"),
-            (not (part[:] >= 0).any(), f"nothing to learn in the {name} part"),
+            (len(part) <= s.context, f"{len(part)} {name} tokens, {wanted}"),
+            (not (part >= 0).any(), f"nothing to learn in the {name} part"),
             where="--data: ",
         )
-    share = np.mean(train[:] >= 0)
-    learned = f", {share:.0%} of them to be learned" * bool(share < 1)
-    about = f"{source}, {len(train):,} training{learned}, and {len(val):,} validation tokens"
-    begins = [np.load(begins_of(place)) for place in places]
-    return Corpus(train, val, begins, key, f"{about} ({tokenizer})")
+    share = np.mean(train >= 0)
+    learned = f" ({share:.0%} of them learned)" * bool(share < 1)
+    about = f"{source}, {len(train):,} training{learned} and {len(val):,} validation tokens"
+    return Corpus(train, val, begins, key, about)
 
 
 def windows(data, begins, starts, length):
@@ -641,10 +633,10 @@ def windows(data, begins, starts, length):
     """
     at = np.reshape(starts, (-1, 1)) + np.arange(length + 1)  # (b, l + 1)
     block = data[at].astype(np.int64)
-    place = at - begins[np.searchsorted(begins, at, "right") - 1]
+    nth = at - begins[np.searchsorted(begins, at, "right") - 1]  # in its document
     x = np.where(block < 0, ~block, block)[:, :-1]
-    y = np.where((block < 0) | (place == 0), -100, block)[:, 1:]
-    pos = np.minimum(place, np.arange(length + 1))[:, :-1]
+    y = np.where((block < 0) | (nth == 0), -100, block)[:, 1:]
+    pos = np.minimum(nth, np.arange(length + 1))[:, :-1]
     return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(pos)
 
 
@@ -730,17 +722,17 @@ def evaluation_batches(run, corpus):
 def load_pairs(s, paths, encoding):
     """(training, validation) pairs of .jsonl files: (chosen, rejected), as document_tokens gives
     them. All pairs of a prompt are in one part."""
-    pairs, flag = {}, "--recipe: pairs" if s.recipe and paths != s.pairs else "--pairs"
-    for file in find_files(paths, s.out, flag):
-        with refused(f"{flag} {file}: "):
-            for asked, talks in read_records(file, read_text(file, True, flag), conversations):
+    pairs, where = {}, "--pairs" if paths == s.pairs else "--recipe: data"
+    for file in find_files(paths, s.out, where):
+        with refused(f"{where} {file}: "):
+            for asked, talks in read_records(file, read_text(file, True, where), conversations):
                 ids = [last_answer(document_tokens(encoding, talk)) for talk in talks]
                 pairs.setdefault(asked, []).append(tuple(cut(i, s.context + 1) for i in ids))
     parts = split(list(pairs.values())) or ((), ())
     train, held = ([pair for group in part for pair in group] for part in parts)
     if not held or len(train) < s.batch // 2:
         wanted = f"expected 10 at least, and half of --batch {s.batch} pairs to train on"
-        raise MilError(f"{flag}: pairs for {len(pairs)} different prompts; {wanted}")
+        raise MilError(f"{where}: pairs for {len(pairs)} different prompts; {wanted}")
     return train, held
 
 
@@ -812,21 +804,20 @@ def pair_batches(run, pairs, seed):
 def prompts_of(s, paths, encoding):
     """What the training documents ask, as (record, token ids), of messages those before the first
     answer; of a text, the first quarter of every --context of its tokens."""
-    files = find_files(paths, s.out) if paths else standard_library()
-    named, most = set(map(Path, paths)), s.context - s.answer_tokens  # room for the answer
-    documents = [d for f in files for d in read_documents(f, f in named)]
+    most = s.context - s.answer_tokens  # room for the answer
+    documents = documents_in(find_files(paths, s.out) if paths else standard_library(), paths)
     parts = split(documents)
     for document in parts[0] if parts else documents:
         if isinstance(document, list):
             asked = list(itertools.takewhile(lambda m: m["role"] != "assistant", document))
-            if len(asked) < len(document):
+            if asked and asked[-1]["role"] == "user":
                 ids, _ = encoding.conversation(asked, reply=True)
                 yield {"messages": asked}, ids[-most:]
         elif isinstance(document, tuple):
             if document[0]:
                 yield {"prompt": document[0]}, encoding.encode(document[0])[-most:]
         else:
-            ids, quarter = document_tokens(encoding, document), s.context // 4
+            ids, quarter = encoding.encode(document), s.context // 4
             ids = ids if parts else ids[: len(ids) * 9 // 10]
             for i in range(0, max(1, len(ids) - quarter + 1), s.context):
                 part = ids[i : i + quarter]
@@ -845,24 +836,19 @@ def answered(run, paths, place, encoding, tokenizer):
         corpus = load_corpus(s, paths, encoding, tokenizer)
     asked = s.seed, s.answers, s.answer_tokens, s.context, s.dtype, rows
     key = digest([], checkpoint_digest(place), corpus.key, asked)
-    data = Path(s.out) / "data"
-    files = [data / f"{key}.answers.{rank + 1}of{run.size}.jsonl" for rank in range(run.size)]
-    train = data / f"{key}.answers.npy"
-    if not begins_of(train).exists():
-        prompts = list(itertools.islice(prompts_of(s, paths, encoding), s.answers or None))
-        if not prompts:
-            raise MilError("--pseudo_labels: nothing in --data is a prompt")
-        answer(run, prompts, rows, files[run.rank], place, encoding)
-        together(run)
-    with in_turn(run):
-        if not begins_of(train).exists():
-            lines = [line for file in files for line in file.read_text("utf-8").split("\n")[:-1]]
-            records = sorted(map(json.loads, lines), key=lambda record: record["number"])
-            store(train, [record["tokens"] for record in records], encoding.size)
-        places = train, data / f"{corpus.key}.val.npy"
-        more = "have more --answers, or longer (--answer_tokens)"
-        source = f"the teacher's answers ({data}/{key}.answers.…)"
-        return read_corpus(s, places, key, source, tokenizer, more)
+    name = Path(s.out) / "data" / f"{key}.answers"
+    files = [Path(f"{name}.{rank + 1}of{run.size}.jsonl") for rank in range(run.size)]
+    prompts = list(itertools.islice(prompts_of(s, paths, encoding), s.answers or None))
+    if not prompts:
+        raise MilError("--pseudo_labels: nothing in --data is a prompt")
+    answer(run, prompts, rows, files[run.rank], place, encoding)
+    together(run)
+    lines = [line for file in files for line in file.read_text("utf-8").splitlines()]
+    records = sorted(map(json.loads, lines), key=lambda record: record["number"])
+    train, begins = joined([record["tokens"] for record in records])
+    more = "have more --answers, or longer (--answer_tokens)"
+    source = f"the teacher's answers, {name}.… ({tokenizer})"
+    return new_corpus(s, train, corpus.val, [begins, corpus.begins[1]], key, source, more)
 
 
 def answer(run, prompts, rows, file, place, encoding):
@@ -871,10 +857,10 @@ def answer(run, prompts, rows, file, place, encoding):
     firsts = range(run.rank * rows, len(prompts), run.size * rows)  # where its batches begin
     lines = file.read_text("utf-8").split("\n")[:-1] if file.exists() else []
     done = len(lines) // rows  # a batch that was cut short is made again, the same
+    if len(lines) == sum(len(prompts[i : i + rows]) for i in firsts):
+        return
     kept = "".join(line + "\n" for line in lines[: done * rows])
     mil.write_whole(file, lambda f: f.write(kept.encode()))
-    if done >= len(firsts):
-        return
     teacher, decoder = mil.pack(mil.load(place, run.device, run.dtype)), None
     generator, began, made = torch.Generator(run.device), time.perf_counter(), 0
     with open(file, "a", encoding="utf-8") as out:
@@ -1014,7 +1000,7 @@ class DistillationLoss(torch.autograd.Function):
             del logits, theirs, dx  # before the next ones are made
         ctx.save_for_backward(d_hidden, d_head)
         ctx.mark_non_differentiable(ce, kl)
-        return (alpha * ce + (beta * kl if teacher_hidden is not None else 0)).sum(), ce, kl
+        return (alpha * ce + beta * kl).sum(), ce, kl
 
     @staticmethod
     def backward(ctx, d, *_):
@@ -1156,6 +1142,10 @@ class Run:
         """Of the arithmetic."""
         return getattr(torch, self.s.dtype or "float32")
 
+    @property
+    def checkpoint(self):
+        return Path(self.s.out) / "checkpoint.pt"
+
 
 def begin(s):
     """The Run of this process, one of several if torchrun started it."""
@@ -1273,13 +1263,8 @@ class State:
     logged: int = 0  # bytes of log.jsonl
 
 
-def checkpoints(run):
-    """The checkpoints in --out, the newest last."""
-    return sorted((Path(run.s.out) / "checkpoints").glob("[0-9]*.pt"))
-
-
 def save_state(run, state, student, optimizer=None):
-    """Writes a checkpoint, at the end of a stage without an optimizer, and drops old ones.
+    """Writes the checkpoint; without an optimizer it is that of a stage's end.
 
     Returns the tensors trained so far; of several processes each maps those in the file.
     """
@@ -1287,24 +1272,22 @@ def save_state(run, state, student, optimizer=None):
     trained = gathered(run, kept)
     groups = optimizer.param_groups if optimizer else []
     moments = [gathered(run, optimizer.state[w]) for group in groups for w in group["params"]]
-    place = Path(run.s.out) / "checkpoints" / f"{state.stage:02d}-{state.step:08d}.pt"
     if run.rank == 0:
-        mil.make_directory(place.parent)
         log = Path(run.s.out) / "log.jsonl"
         state.logged = log.stat().st_size if log.exists() else 0
         saved = vars(state) | {"trained": trained, "moments": moments}
-        mil.write_whole(place, lambda f: torch.save(saved, f))
-        for old in checkpoints(run)[: -run.s.keep_checkpoints]:
-            if old != place:  # a damaged one may have a later name
-                old.unlink()
+        mil.write_whole(run.checkpoint, lambda f: torch.save(saved, f))
     together(run)
-    if run.size > 1:
-        return torch.load(place, map_location="cpu", weights_only=True, mmap=True)["trained"]
-    return trained
+    return trained if run.size == 1 else read_checkpoint(run)["trained"]
+
+
+def read_checkpoint(run):
+    with mil.naming(run.checkpoint, "damaged; delete it, and the run begins anew"):
+        return torch.load(run.checkpoint, map_location="cpu", weights_only=True, mmap=True)
 
 
 def load_state(run, stages, corpus):
-    """The State in the newest readable checkpoint, or a new one.
+    """The State in the checkpoint, or a new one.
 
     Raises MilError if it was made with other settings, or there is one and --resume is not given.
     """
@@ -1317,28 +1300,24 @@ def load_state(run, stages, corpus):
     for i, stage in enumerate(stages, 1):
         said |= {f"stage {i}: {k}": v for k, v in vars(stage).items()}
         said[f"what the data of stage {i} hold"] = digest(find_files(stage.data, s.out))
-    for place in reversed(checkpoints(run)):
-        if not s.resume:
-            told = "holds an unfinished run; --resume goes on with it, or delete"
-            raise MilError(f"--out {s.out}: {told} {place.parent}")
-        try:
-            state = State(**torch.load(place, map_location="cpu", weights_only=True, mmap=True))
-        except Exception as e:  # as the damage has it
-            told = "not a whole checkpoint, passed over"
-            show(f"note: {place}: {told}: {str(e).splitlines()[0]}")
-            continue
-        was = state.settings
-        other = [k for k in {**was, **said} if was.get(k) != said.get(k)]
-        if other:
-            found = "; ".join(f"{k} was {was.get(k)!r} and is {said.get(k)!r}" for k in other[:4])
-            told = "Give them as they were, or another --out"
-            raise MilError(f"--resume: {place} was made with other settings: {found}. {told}")
-        names = ["the teacher", *(stage.name for stage in stages), "the report"]
-        show(f"goes on from {place}: {names[state.stage]}, after step {state.step}")
-        return state
-    if s.resume and not (Path(s.out) / "results.json").exists():
-        show(f"note: --out {s.out}: there is no checkpoint to go on from; this run begins anew")
-    return State(settings=said)
+    if not run.checkpoint.exists():
+        if s.resume and not (Path(s.out) / "results.json").exists():
+            show(f"note: --out {s.out}: there is no checkpoint to go on from; this run begins anew")
+        return State(settings=said)
+    if not s.resume:
+        told = f"holds an unfinished run; --resume goes on with it, or delete {run.checkpoint}"
+        raise MilError(f"--out {s.out}: {told}")
+    state = State(**read_checkpoint(run))
+    was = state.settings
+    other = [k for k in {**was, **said} if was.get(k) != said.get(k)]
+    if other:
+        found = "; ".join(f"{k} was {was.get(k)!r} and is {said.get(k)!r}" for k in other[:4])
+        told = "was made with other settings"
+        advice = "Give them as they were, or another --out"
+        raise MilError(f"--resume: {run.checkpoint} {told}: {found}. {advice}")
+    names = ["the teacher", *(stage.name for stage in stages), "the report"]
+    show(f"goes on from {run.checkpoint}: {names[state.stage]}, after step {state.step}")
+    return state
 
 
 def spread(moments, w):
@@ -1375,9 +1354,9 @@ def fit(run, state, stage, models, batches, journal, last_good):
         due = not run.rank and time.monotonic() - saved >= 60 * s.save_minutes
         wishes = recent[-1].new_tensor([bool(run.stop), due])
         *values, stop, due = added_up(run, torch.cat([*recent, wishes])).tolist()
-        for i, value in enumerate(values[::4]):
+        for i, value in enumerate(values):
             if not math.isfinite(value):
-                at = f"step {state.step + 1 - len(recent) + i} of {stage.steps}"
+                at = f"step {state.step + 1 - len(recent) + i // 4} of {stage.steps}"
                 told = f"the loss became {value} at {at}; stopped. {last_good}"
                 advice = f"Try a lower learning rate (this stage had {stage.lr:g})"
                 raise MilError(f"{stage.name}: {told}. {advice}")
@@ -1547,7 +1526,7 @@ def save_student(run, student, place, tokenizer, dtype, **notes):
 
 
 class Job:
-    """What a run reads and makes: its stages, text, teacher and student, and how far it is."""
+    """What a run reads and makes: its stages, tokenizer, text and folders."""
 
     def __init__(self, run):
         s = self.s = run.s
@@ -1567,7 +1546,11 @@ class Job:
         self.config = about.get("config") or new_config(s, self.encoding)
         self.base = self.read_base()
         self.stages = plan(s, self.base)
-        self.check_batch()
+        paired = any(stage.loss == "dpo" for stage in self.stages)
+        rows = run.size * s.accumulate * (1 + paired)
+        if s.batch % rows:
+            what = "processes × --accumulate" + " × the 2 of a pair" * paired
+            raise MilError(f"--batch is {s.batch}, expected a multiple of {rows}, {what}")
         for stage in self.stages:
             if stage.loss == "dpo":  # also checks its files
                 pairs, _ = load_pairs(s, stage.data, self.encoding)
@@ -1579,13 +1562,6 @@ class Job:
     def check_tokens(self, tokenizer, what):
         if not load_tokenizer(tokenizer).same_text(self.encoding):
             raise MilError(f"{what}: has another tokenizer than the teacher ({self.tokenizer})")
-
-    def check_batch(self):
-        paired = any(stage.loss == "dpo" for stage in self.stages)
-        rows = self.run.size * self.s.accumulate * (1 + paired)
-        if self.s.batch % rows:
-            what = "processes × --accumulate" + " × the 2 of a pair" * paired
-            raise MilError(f"--batch is {self.s.batch}, expected a multiple of {rows}, {what}")
 
     def read_base(self):
         """The Config of the Llama that the student begins as."""
@@ -1609,104 +1585,62 @@ class Job:
         """The Corpus of --data, of a stage's own data, or of the teacher's answers."""
         key = (*data, answers)
         if key not in self.corpora:
-            s, more = self.s, (self.encoding, self.tokenizer)
+            more = self.encoding, self.tokenizer
             if answers:
-                self.corpora[key] = answered(self.run, s.data, self.place, *more)
+                self.corpora[key] = answered(self.run, self.s.data, self.place, *more)
             else:
                 with in_turn(self.run):
-                    self.corpora[key] = load_corpus(s, list(data) or s.data, *more)
+                    self.corpora[key] = load_corpus(self.s, list(data) or self.s.data, *more)
             show(f"data: {self.corpora[key].about}")
         return self.corpora[key]
 
-    def announce(self):
-        """Prints the stages."""
-        s, first = self.s, []
-        if not s.teacher:
-            first = [teacher_stage(s, self.config)]
-        show(f"{'':<38}{'attention':>10}{'trained':>10}{'tokens':>10}{'lr':>9}{'α':>6}{'β':>6}")
-        for stage in first + self.stages:
-            config = self.config if stage in first else self.base
-            model = mil.empty_model(dataclasses.replace(config, mixers=stage.mixers))
-            count = sum(w.numel() for k, w in model.named_parameters() if stage.learns(k))
-            tokens, kept = stage.steps * s.batch * s.context, stage.mixers.count("attention")
-            alpha = f"{stage.alpha:g}" if stage.loss == "distill" else ""
-            line = f"{stage.name:<38}{f'{kept} of {config.n_layers}':>10}"
-            line += f"{count / 1e6:>8,.1f} M{tokens / 1e6:>8,.1f} M{stage.lr:>9.1e}"
-            show(f"{line}{alpha:>6}{stage.beta:>6g}")
 
-    def finished(self, state):
-        """Whether --resume finds a finished run; otherwise its report goes."""
-        if not checkpoints(self.run) and self.results.exists():
-            made = read_json(self.results).get("made_from")
-            if self.s.resume and made == json.loads(json.dumps(state.settings)):
-                return True
-            if self.s.resume:
-                told = "is of other settings; without --resume it is replaced"
-                raise MilError(f"--resume: {self.results} {told}")
-            show(f"note: {self.s.out} holds a finished run, which is replaced")
-        together(self.run)
-        if self.run.rank == 0:
-            self.results.unlink(missing_ok=True)
-        return False
+def announce(job):
+    """Prints the stages."""
+    s, first = job.s, [] if job.s.teacher else [teacher_stage(job.s, job.config)]
+    show(f"{'':<38}{'attention':>10}{'trained':>10}{'tokens':>10}{'lr':>9}{'α':>6}{'β':>6}")
+    for stage in first + job.stages:
+        config = job.config if stage in first else job.base
+        model = mil.empty_model(dataclasses.replace(config, mixers=stage.mixers))
+        count = sum(w.numel() for k, w in model.named_parameters() if stage.learns(k))
+        tokens, kept = stage.steps * s.batch * s.context, stage.mixers.count("attention")
+        alpha = f"{stage.alpha:g}" if stage.loss == "distill" else ""
+        line = f"{stage.name:<38}{f'{kept} of {config.n_layers}':>10}"
+        line += f"{count / 1e6:>8,.1f} M{tokens / 1e6:>8,.1f} M{stage.lr:>9.1e}"
+        show(f"{line}{alpha:>6}{stage.beta:>6g}")
 
-    def get_teacher(self, state, journal):
-        """Trains a Llama on --data, unless one made so is there."""
-        s, run, place, corpus = self.s, self.run, self.place, self.corpus()
-        names = "seed batch context teacher_steps teacher_lr warmup clip dtype schedule"
-        recipe = {"data": corpus.key, "torch": torch.__version__}
-        recipe |= {name: getattr(s, name) for name in names.split()}
-        if state.stage == 0 and not state.step and (place / "config.json").exists():
-            about = mil.read_config(place)
-            if about.get("recipe") == recipe and about["config"] == self.config:
-                show(f"teacher: reused from {place}, made with the same settings and data")
-                state.stage = 1
-            else:
-                told = "was made with other settings or data; training a new one"
-                show(f"teacher: the one in {place} {told}")
-        if state.stage == 0:
-            torch.manual_seed(s.seed)
-            stage, model = teacher_stage(s, self.config), mil.Hybrid(self.config).to(run.device)
-            models = prepare(run, Models(None, own(model, state.trained, state.trained)))
-            batches = training_batches(run, corpus, [s.seed, 0])
-            fit(run, state, stage, models, batches, journal, "This run saved no teacher")
-            save_student(run, models.student, place, self.tokenizer, torch.float32, recipe=recipe)
-            row, _ = evaluate(run, models, corpus, self.encoding)
-            state.rows = [{"model": "teacher", **row, **speed(run, state, stage)}]
-            state.stage, state.step, state.seconds = 1, 0, 0.0
-            save_state(run, state, models.student)
-        if state.stage == 1 and not state.step:
-            state.trained = {}  # a checkpoint at this point holds the teacher
 
-    def report(self, state, seconds):
-        """The table, results.json and a text by both models; checkpoints go."""
-        s, run, rows = self.s, self.run, state.rows
-        machine = f"{os.cpu_count()} CPU cores, {platform.machine()}"
-        if run.device.type == "cuda":
-            machine = torch.cuda.get_device_name(run.device)
-        machine = f"{run.size} processes, {machine}" if run.size > 1 else machine
-        memory, ratio = most_memory(run.device), rows[-1]["loss"] / rows[0]["loss"]
-        told = f"student / teacher validation loss: {ratio:.4f}   peak memory "
-        told += "of process 0 " * (run.size > 1) + f"{memory / 2**30:.2f} GiB"
-        told += f"   {seconds:.0f} s {'since --resume' if s.resume else 'in all'} on {machine}"
-        show(f"\n{table(rows)}\n\n{told}, torch {torch.__version__}")
-        results = {"rows": rows, "seconds": seconds, "peak_memory_bytes": memory}
-        results |= {"machine": machine, "torch": torch.__version__}
-        results |= {"python": platform.python_version(), "made_from": state.settings}
-        results |= {"teacher_parameters": count_of(self.config), "settings": vars(s)}
-        text = json.dumps(results, indent=1).encode()
-        mil.write_whole(self.results, lambda f: f.write(text))
-        first = read_documents(find_files(s.data, s.out)[0], False) if s.data else []
-        chat = any(isinstance(document, list) for document in first)
-        for name, place in (("teacher", self.place), ("student", self.student)):
-            model = mil.load(place, run.device, run.dtype)
-            show(f"\n--- {name}\n{sample(model, self.encoding, s, chat)}")
-        flags = f"--model {self.student} "
-        if s.student_layers and s.teacher:
-            flags = f"--model {s.teacher} --draft {self.student} "
-        flags += "--chat" if chat else f"--prompt {shlex.quote(s.prompt)}"
-        show(f"\nstudent: {self.student}   table: {self.results}   losses: {s.out}/log.jsonl")
-        show(f"try: python generate.py {flags}")
-        shutil.rmtree(Path(s.out) / "checkpoints", ignore_errors=True)
+def finished(job, state):
+    """Whether --resume finds a finished run; otherwise its report goes."""
+    s = job.s
+    if not job.run.checkpoint.exists() and job.results.exists():
+        same = read_json(job.results).get("made_from") == json.loads(json.dumps(state.settings))
+        if s.resume and not same:
+            told = "is of other settings; without --resume it is replaced"
+            raise MilError(f"--resume: {job.results} {told}")
+        if s.resume:
+            return True
+        show(f"note: {s.out} holds a finished run, which is replaced")
+    together(job.run)
+    if job.run.rank == 0:
+        job.results.unlink(missing_ok=True)
+    return False
+
+
+def train_teacher(job, state, journal):
+    """Trains a Llama on --data."""
+    s, run, corpus = job.s, job.run, job.corpus()
+    torch.manual_seed(s.seed)
+    stage, model = teacher_stage(s, job.config), mil.Hybrid(job.config).to(run.device)
+    models = prepare(run, Models(None, own(model, state.trained, state.trained)))
+    batches = training_batches(run, corpus, [s.seed, 0])
+    fit(run, state, stage, models, batches, journal, "This run saved no teacher")
+    save_student(run, models.student, job.place, job.tokenizer, torch.float32)
+    row, _ = evaluate(run, models, corpus, job.encoding)
+    state.rows = [{"model": "teacher", **row, **speed(run, state, stage)}]
+    state.stage, state.step, state.seconds, state.trained = 1, 0, 0.0, {}
+    models.student.requires_grad_(False)  # nothing of it belongs in the checkpoint
+    save_state(run, state, models.student)
 
 
 def new_config(s, encoding):
@@ -1762,14 +1696,14 @@ def add_row(run, state, name, models, corpus, encoding, last_good, more):
     show(told)
 
 
-def run_stages(run, state, stages, bases, corpora, encoding, tokenizer, journal):
+def run_stages(job, state, bases, journal):
     """The stages from state.stage on (1 is the first), each with a row of the table at its end.
 
-    bases: the teacher and the Llama that the student begins as; corpora(data, answers): a Corpus.
+    bases: the teacher and the Llama that the student begins as.
     """
-    s, place = run.s, Path(run.s.out) / "student"
+    run, stages, encoding = job.run, job.stages, job.encoding
     dtype = bases[1].embed_tokens.weight.dtype
-    validation, last_good = corpora(), "This run saved no student"
+    validation, last_good = job.corpus(), "This run saved no student"
     if len(state.rows) < 2:
         all_at_once = dataclasses.replace(stages[0], mixers=stages[-1].mixers, trains="mixers")
         models = assemble(run, *bases, all_at_once, 0, {})
@@ -1780,26 +1714,58 @@ def run_stages(run, state, stages, bases, corpora, encoding, tokenizer, journal)
             models = assemble(run, *bases, stage, number, state.trained)
             if not state.step:
                 state.before = evaluate(run, models, validation, encoding)[1]["kl"]
-            held, seed = (), [s.seed, number]
+            held, seed = (), [run.s.seed, number]
             if stage.loss == "dpo":
-                train, held = load_pairs(s, stage.data, encoding)
+                train, held = load_pairs(run.s, stage.data, encoding)
                 batches = pair_batches(run, train, seed)
             else:
-                answers = s.pseudo_labels and not stage.data
-                batches = training_batches(run, corpora(stage.data, answers), seed)
+                answers = run.s.pseudo_labels and not stage.data
+                batches = training_batches(run, job.corpus(stage.data, answers), seed)
             fit(run, state, stage, models, batches, journal, last_good)
             more = {"seconds": state.seconds} if held else speed(run, state, stage)
             more["kl_before"] = state.before
             if held:
                 more |= preferences(run, stage, models, held)
             add_row(run, state, stage.name, models, validation, encoding, last_good, more)
-            save_student(run, models.student, place, tokenizer, dtype, stage=stage.name)
+            save_student(run, models.student, job.student, job.tokenizer, dtype, stage=stage.name)
             state.stage, state.step, state.seconds = number + 1, 0, 0.0
             state.trained = save_state(run, state, models.student)
             if run.stop and run.size == 1:
                 leave(run)
             del models, batches  # the next student comes before this one would go
-        last_good = f"The last good checkpoint is {place}, after {stage.name}"
+        last_good = f"The last good checkpoint is {job.student}, after {stage.name}"
+
+
+def report(job, state, seconds):
+    """The table, results.json and a text by both models; the checkpoint goes."""
+    s, run, rows = job.s, job.run, state.rows
+    machine = f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    if run.device.type == "cuda":
+        machine = torch.cuda.get_device_name(run.device)
+    machine = f"{run.size} processes, {machine}" if run.size > 1 else machine
+    memory, ratio = most_memory(run.device), rows[-1]["loss"] / rows[0]["loss"]
+    told = f"student / teacher validation loss: {ratio:.4f}   peak memory "
+    told += "of process 0 " * (run.size > 1) + f"{memory / 2**30:.2f} GiB"
+    told += f"   {seconds:.0f} s {'since --resume' if s.resume else 'in all'} on {machine}"
+    show(f"\n{table(rows)}\n\n{told}, torch {torch.__version__}")
+    results = {"rows": rows, "seconds": seconds, "peak_memory_bytes": memory}
+    results |= {"machine": machine, "torch": torch.__version__}
+    results |= {"python": platform.python_version(), "made_from": state.settings}
+    results |= {"teacher_parameters": count_of(job.config), "settings": vars(s)}
+    text = json.dumps(results, indent=1).encode()
+    mil.write_whole(job.results, lambda f: f.write(text))
+    first = read_documents(find_files(s.data, s.out)[0], False) if s.data else []
+    chat = any(isinstance(document, list) for document in first)
+    for name, place in (("teacher", job.place), ("student", job.student)):
+        model = mil.load(place, run.device, run.dtype)
+        show(f"\n--- {name}\n{sample(model, job.encoding, s, chat)}")
+    flags = f"--model {job.student} "
+    if s.student_layers and s.teacher:
+        flags = f"--model {s.teacher} --draft {job.student} "
+    flags += "--chat" if chat else f"--prompt {shlex.quote(s.prompt)}"
+    show(f"\nstudent: {job.student}   table: {job.results}   losses: {s.out}/log.jsonl")
+    show(f"try: python generate.py {flags}")
+    run.checkpoint.unlink(missing_ok=True)
 
 
 def open_journal(run, state):
@@ -1845,24 +1811,25 @@ def run_job(run, began):
     """All of a run: what can be refused is refused first; then the teacher, stages, report."""
     job = Job(run)
     with alone(run):
-        job.announce()
+        announce(job)
         state = load_state(run, job.stages, job.corpus())
-        if job.finished(state):
+        if finished(job, state):
             return show(f"{job.results}: this run is finished")
         for stage in job.stages:
             if stage.data and stage.loss == "distill":
                 job.corpus(stage.data)  # now, not after the stages before
         listen(run)
         with open_journal(run, state) as journal:
-            if not run.s.teacher:
-                job.get_teacher(state, journal)
+            if not run.s.teacher and state.stage == 0:
+                train_teacher(job, state, journal)
             state.stage = max(1, state.stage)
+            if run.s.pseudo_labels and any(not stage.data for stage in job.stages):
+                job.corpus(answers=True)  # now, while the GPU is empty
             bases = read_models(run, job.place)
-            more = job.corpus, job.encoding, job.tokenizer, journal
-            run_stages(run, state, job.stages, bases, *more)
+            run_stages(job, state, bases, journal)
             del bases
         if run.rank == 0:
-            job.report(state, time.perf_counter() - began)
+            report(job, state, time.perf_counter() - began)
 
 
 def main(argv):
