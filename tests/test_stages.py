@@ -1,827 +1,453 @@
-"""What reaches the stages of a run, and what a run keeps: found by planting faults that the tests beside this file did not see."""
+"""The stages of a run: their order, recipes, what each reads and trains; answers, preferences."""
 
 import dataclasses
-import io
 import itertools
 import json
 import math
-import signal
-import time
+import re
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import assert_close
-from test_runs import in_two_processes, server  # noqa: F401
 from test_train_distill import (
+    BYTES,
     HALF,
-    fitted,
-    plain_loss,
-    plans,
-    random_batches,
-    recipe,
-    small_run,
-    some_tokens,
-    tiny_teacher,
+    fill,
+    lines,
+    log_probability,
+    pair,
+    shown,
+    talk,
+    tiny,
+    train,
+    write_recipe,
 )
 
 import generate as g
 import mil
 import train_distill as t
-from mil import MilError
+from mil import Config, MilError
+
+SMALL = "--context 32 --batch 4 --eval_sequences 4 "
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_a_stages_weights_temperature_and_direction_reach_the_loss(tmp_path, reverse):
-    run, student, teacher = small_run(tmp_path), tiny_teacher(1), tiny_teacher(2)
-    (batch,), count = random_batches(run)(0)
-    loss, _ = t.distill(
-        t.Models(teacher, student),
-        batch,
-        t.Stage(alpha=0.3, beta=0.7, temperature=2.0, reverse=reverse),
-        1 / count,
-    )
-    logits = [m(batch.x).flatten(0, 1) for m in (student, teacher)]
-    assert_close(loss, plain_loss(*logits, batch.y.flatten(), 0.3, 0.7, 2.0, reverse), 1e-5)
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    return fill(tmp_path_factory.mktemp("shelf"))
 
 
-def test_the_flags_of_the_loss_and_of_the_rate_reach_every_stage():
-    flags = dict(alpha=0.3, beta=0.2, temperature=2.0, reverse=True, schedule="linear", warmup=0.5)
-    assert [{k: getattr(stage, k) for k in flags} for stage in plans(4, **flags)] == [flags] * 3
+def plans(n, **changes):
+    return t.plan(t.Settings(stage1_steps=100, stage2_steps=10, **changes), Config(n_layers=n))
 
 
-def test_what_a_stage_trained_stays_through_later_ones_and_their_checkpoints(tmp_path, monkeypatch):
-    run, teacher, after, saved, seen = small_run(tmp_path), tiny_teacher(), [], [], []
-    run.s.recipe = recipe(
+def replaced(stages):
+    """The layers that have lost attention, of each stage."""
+    return [[i for i, m in enumerate(stage.mixers) if m != "attention"] for stage in stages]
+
+
+# --------------------------------------------------------------------------------------------------
+# The plan
+
+
+def test_attention_is_replaced_in_the_papers_steps_spread_evenly_at_each():
+    fours, evens = [*range(0, 32, 4)], [*range(0, 32, 2)]
+    assert replaced(plans(32)) == [fours, evens, evens]
+    assert [*map(len, replaced(plans(32, keep=0)))] == [8, 16, 24, 28, 32, 32]
+    assert [*map(len, replaced(plans(4, keep=0)))] == [1, 2, 3, 4, 4]  # some steps are one
+    for n, keep in ((32, 0.0), (12, 0.25), (7, 0.5), (5, 0.0), (9, 0.4)):
+        *grown, last = replaced(plans(n, keep=keep))
+        assert grown[-1] == last == mil.interleaved_layers(n, keep)
+        assert all(set(a) < set(b) for a, b in itertools.pairwise([[], *grown]))
+    stages = plans(32, keep=0.25)
+    assert [stage.steps for stage in stages] == [33, 33, 34, 10]
+    assert [stage.trains for stage in stages] == ["mixers"] * 3 + ["all"]
+
+
+def test_where_nothing_could_train_alone_everything_trains_in_one_stage():
+    for more in (dict(mixer="none"), dict(student_layers="0,1,2,3")):
+        (stage,) = plans(4, **more)
+        assert (stage.trains, stage.steps, len(replaced([stage])[0])) == ("all", 110, 2)
+
+
+def test_rates_follow_the_size_of_the_student_up_to_those_of_small_models():
+    small = Config(v=257, d=16, n_layers=32, n_heads=2, n_kv_heads=1, d_ff=24)
+    quarter = dataclasses.replace(Config(), n_layers=8, mixers=[], v=4008)
+    size = sum(w.numel() for w in mil.empty_model(quarter).parameters())
+    for config, rate in ((Config(), 1), (quarter, math.sqrt(8e9 / size)), (small, 1e9)):
+        first, *_, last = t.plan(t.Settings(stage1_steps=100, stage2_steps=10), config)
+        wanted = min(3e-3, 8e-5 * rate), min(1e-3, 2e-5 * rate)
+        assert (first.lr, last.lr) == pytest.approx(wanted, rel=0.01)
+
+
+def test_a_recipe_is_a_list_of_stages_and_the_command_line_says_the_rest(tmp_path):
+    recipe = write_recipe(
         tmp_path,
-        {"keep": 0.75, "trains": "all", "steps": 1, "lr": 0.1},
-        *[{"keep": keep, "trains": "mixers", "steps": 1, "lr": 0.1} for keep in (0.5, 0.25)],
+        {"replace": [3], "mixer": "mamba", "steps": 7, "beta": 0},
+        {"keep": 0.25, "lr": 1, "reverse": True, "schedule": "constant"},
+        {"trains": "all", "alpha": 0, "temperature": 3},
+        {"trains": "mlps", "steps": 9},
+        {"loss": "dpo", "data": ["p.jsonl"], "name": "taste"},
     )
-    honest, evaluate = t.fit, t.evaluate
-
-    def fit(run, state, stage, pair, *rest):
-        honest(run, state, stage, pair, *rest)
-        t.save_state(run, state, pair.student, SimpleNamespace(param_groups=[], state={}))
-        after.append(pair.student.norm.weight.detach().cpu().clone())
-        saved.append(torch.load(t.checkpoints(run)[-1])["trained"].get("norm.weight"))
-
-    monkeypatch.setattr(t, "fit", fit)
-    monkeypatch.setattr(
-        t,
-        "evaluate",
-        lambda run, pair, *rest: (
-            seen.append(list(pair.student.config.mixers)) or evaluate(run, pair, *rest)
-        ),
-    )
-    data = some_tokens(np.random.default_rng(0).integers(0, 256, 500).astype(np.uint16))
-    stages = t.plan(run.s, teacher.config)
-    t.run_stages(
-        run,
-        t.State(stage=1),
-        stages,
-        (teacher, teacher),
-        lambda *_, **__: data,
-        g.load_tokenizer("bytes"),
-        "bytes",
-        io.StringIO(),
-    )
-    assert not torch.equal(after[0], teacher.norm.weight.cpu()) and all(
-        torch.equal(w, after[0]) for w in after
-    )
-    assert all(w is not None and torch.equal(w, after[0]) for w in saved)
-    assert seen == [
-        stages[-1].mixers,
-        *[stage.mixers for stage in stages for _ in (0, 1)],
-    ]  # not trained: what the whole run replaces
-
-
-def test_the_seconds_of_a_stage_count_those_before_it_was_interrupted(tmp_path):
-    run, stage, log = (
-        small_run(tmp_path),
-        t.Stage(trains="all", mixers=HALF, beta=0, steps=2, lr=0.1),
-        io.StringIO(),
-    )
-    state = t.State(step=1, seconds=1000.0)
-    t.fit(
-        run,
-        state,
-        stage,
-        t.assemble(run, None, tiny_teacher(), stage, 1, {}),
-        random_batches(run),
-        log,
-        "",
-    )
-    assert 1000 < state.seconds < 1100 and json.loads(log.getvalue())["seconds"] > 1000
-
-
-def test_a_student_that_is_its_teacher_gains_nothing_on_held_out_pairs_in_one_epoch(tmp_path):
-    (tmp_path / "pairs.jsonl").write_text(
-        "\n".join(
-            json.dumps({"prompt": f"{i}", "chosen": f"{i}", "rejected": "no" * (i % 4)})
-            for i in range(40)
-        )
-    )
-    run, teacher, log = small_run(tmp_path), tiny_teacher(), io.StringIO()
-    mil.save(teacher, tmp_path / "teacher", tokenizer="bytes")
-    run.s.recipe = recipe(
-        tmp_path, {"loss": "dpo", "data": [str(tmp_path / "pairs.jsonl")], "lr": 0}
-    )
-    state, data, stages = (
-        t.State(stage=1),
-        some_tokens(np.zeros(500, np.int16)),
-        t.plan(run.s, teacher.config),
-    )
-    stages[0].steps = 38
-    t.run_stages(
-        run,
-        state,
-        stages,
-        (teacher, teacher),
-        lambda *_, **__: data,
-        g.load_tokenizer("bytes"),
-        "bytes",
-        log,
-    )
-    assert (
-        abs(state.rows[-1]["margin"]) < 1e-4
-        and json.loads(log.getvalue().splitlines()[-1])["step"] == 38
-    )
-
-
-def test_another_teacher_gives_other_answers(tmp_path):
-    run, encoding, answers = small_run(tmp_path), g.load_tokenizer("bytes"), []
-    (tmp_path / "a.txt").write_text("".join(f"{i} and {i}\n" for i in range(200)))
-    for seed in (1, 2):
-        place = tmp_path / str(seed)
-        mil.save(tiny_teacher(seed), place, tokenizer="bytes")
-        run.s.answers, run.s.answer_tokens = 9, 4
-        answers.append(
-            t.answered(run, [str(tmp_path / "a.txt")], place, encoding, "bytes").train.tolist()
-        )
-    assert answers[0] != answers[1]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [dict(seed=1), dict(answers=8), dict(answer_tokens=5), dict(context=12), dict(batch=4)],
-    ids=str,
-)
-def test_answers_of_any_other_setting_are_made_anew(tmp_path, monkeypatch, change):
-    (tmp_path / "a.txt").write_text("".join(f"{i} and {i}\n" for i in range(200)))
-    mil.save(tiny_teacher(1), tmp_path / "teacher", tokenizer="bytes")
-    run, asked, honest = small_run(tmp_path), [], t.answer
-    run.s.answers, run.s.answer_tokens = 9, 4
-    monkeypatch.setattr(
-        t, "answer", lambda run, work, *rest: asked.append(len(work)) or honest(run, work, *rest)
-    )
-    for settings in (run.s, run.s, dataclasses.replace(run.s, **change)):
-        t.answered(
-            t.Run(settings, run.device),
-            [str(tmp_path / "a.txt")],
-            tmp_path / "teacher",
-            g.load_tokenizer("bytes"),
-            "bytes",
-        )
-    assert asked == [9, change.get("answers", 9)]
-
-
-def test_stages_read_by_seeds_of_their_own_and_preferences_are_counted_on_pairs_that_nothing_is_learned_from(
-    tmp_path, monkeypatch
-):
-    (tmp_path / "pairs.jsonl").write_text(
-        "\n".join(
-            json.dumps({"prompt": f"{i}", "chosen": f"{i}", "rejected": "no" * (i % 4)})
-            for i in range(40)
-        )
-    )
-    run, teacher, seeds, learned, held, text, pairs = (
-        small_run(tmp_path),
-        tiny_teacher(),
-        [],
-        [],
-        [],
-        t.training_batches,
-        t.pair_batches,
-    )
-    run.s.recipe = recipe(
-        tmp_path,
-        {"keep": 0.75},
-        {"keep": 0.5},
-        {"trains": "all"},
-        *[{"loss": "dpo", "data": [str(tmp_path / "pairs.jsonl")]}] * 2,
-    )
-    monkeypatch.setattr(t, "fit", lambda *_: None)
-    monkeypatch.setattr(
-        t,
-        "training_batches",
-        lambda run, corpus, seed, *more: (
-            seeds.append(tuple(seed)) or text(run, corpus, seed, *more)
-        ),
-    )
-    monkeypatch.setattr(
-        t,
-        "pair_batches",
-        lambda run, some, seed: (
-            seeds.append(tuple(seed)) or learned.append(some) or pairs(run, some, seed)
-        ),
-    )
-    monkeypatch.setattr(
-        t,
-        "preferences",
-        lambda run, stage, models, some: (
-            held.append(some) or {"preferred": 0.5, "preferred_error": 0.5, "margin": 0.0}
-        ),
-    )
-    t.run_stages(
-        run,
-        t.State(stage=1),
-        t.plan(run.s, teacher.config),
-        (teacher, teacher),
-        lambda *_, **__: some_tokens(np.zeros(500, np.int16)),
-        g.load_tokenizer("bytes"),
-        "bytes",
-        io.StringIO(),
-    )
-    wanted = t.load_pairs(run.s, [str(tmp_path / "pairs.jsonl")], g.load_tokenizer("bytes"))
-    assert (
-        learned == [wanted[0]] * 2
-        and held == [wanted[1]] * 2
-        and len({*seeds}) == len(seeds) == 5
-        and (run.s.seed, 0) not in seeds
-    )
-
-
-def test_with_pseudo_labels_the_stages_learn_from_answers_but_for_those_with_data_of_their_own_and_the_teachers_frequencies_are_the_flags(
-    tmp_path, monkeypatch
-):
-    (tmp_path / "a.txt").write_text("".join(f"{i} and {i}\n" for i in range(200)))
-    (tmp_path / "b.txt").write_text("".join(f"{i} or {i}\n" for i in range(200)))
-    read, honest = [], t.training_batches
-    monkeypatch.setattr(
-        t,
-        "training_batches",
-        lambda run, corpus, *more: read.append(corpus) or honest(run, corpus, *more),
-    )
-    t.main(
-        [
-            "--out",
-            str(tmp_path / "o"),
-            "--data",
-            str(tmp_path / "a.txt"),
-            "--pseudo_labels",
-            "--answers",
-            "30",
-            "--answer_tokens",
-            "8",
-            "--n_layers",
-            "2",
-            "--d",
-            "16",
-            "--n_heads",
-            "2",
-            "--n_kv_heads",
-            "1",
-            "--d_ff",
-            "24",
-            "--context",
-            "16",
-            "--batch",
-            "2",
-            "--eval_sequences",
-            "2",
-            "--teacher_steps",
-            "1",
-            "--device",
-            "cpu",
-            "--dtype",
-            "float32",
-            "--rope_theta",
-            "77",
-            "--recipe",
-            recipe(
-                tmp_path,
-                {"keep": 0.5, "steps": 1},
-                {"trains": "all", "steps": 1},
-                {"trains": "all", "steps": 1, "data": [str(tmp_path / "b.txt")]},
-            ),
-        ]
-    )
-    assert ["answers" in corpus.about for corpus in read] == [False, True, True, False] and read[
-        1
-    ].key == read[2].key
-    words = [
-        bytes(int(i) for i in corpus.train[:99] if 0 <= i < 256) for corpus in (read[0], read[3])
-    ]
-    assert b" and " in words[0] and b" or " in words[1]
+    more = dict(stage1_lr=0.5, stage2_lr=0.25, stage3_steps=5, beta=0.125, dpo_beta=3.0)
+    stages = plans(4, recipe=str(recipe), **more, temperature=2.0, schedule="linear", warmup=0.75)
+    assert stages[0].mixers == ["attention"] * 3 + ["mamba"]
+    assert [s.mixers for s in stages[1:]] == [["mamba2", "mamba2", "attention", "mamba"]] * 4
     assert [
-        mil.read_config(tmp_path / "o" / name)["config"].rope_theta
-        for name in ("teacher", "student")
-    ] == [77, 77]
+        (s.trains, s.steps, s.lr, s.alpha, s.beta, s.reverse, s.temperature, s.schedule, s.warmup)
+        for s in stages
+    ] == [
+        ("mixers", 7, 0.5, 1.0, 0, False, 2.0, "linear", 0.75),
+        ("mixers", 100, 1, 1.0, 0.125, True, 2.0, "constant", 0.75),
+        ("all", 10, 0.25, 0, 0.125, False, 3, "linear", 0.75),
+        ("mlps", 9, 0.5, 1.0, 0.125, False, 2.0, "linear", 0.75),
+        ("all", 5, 1e-5, 1.0, 3.0, False, 2.0, "linear", 0.75),
+    ]
+    assert stages[-1].name == "taste" and stages[-1].data == ["p.jsonl"]
 
 
-def test_the_student_is_written_as_the_file_it_began_as_and_not_as_it_was_reckoned_with(tmp_path):
-    run = small_run(tmp_path, dtype="bfloat16")
-    models = t.assemble(
-        run, (teacher := tiny_teacher()), teacher, t.Stage(trains="all", mixers=HALF), 1, {}
-    )
-    t.save_student(run, models.student, tmp_path / "student", "bytes", torch.float32)
-    saved = dict(mil.load(tmp_path / "student", run.device).named_parameters())
-    assert saved.keys() == dict(models.student.named_parameters()).keys() and all(
-        torch.equal(saved[k], w) for k, w in models.student.named_parameters()
-    )
+REFUSED = [
+    ('[{"keep": 0.5}, {"replace": [0]}]', "stage 2 layer 0 twice"),
+    ('[{"replace": [1, 1]}]', "stage 1 layers 1, 1 once"),
+    ('[{"replace": [4]}]', "layers 4 0 to 3"),
+    ('[{"replace": ["a"]}]', "replace list int"),
+    ('[{"keep": 0.1}]', "stage 1 keep less than 1 of 4"),
+    ('[{"keep": 2}]', "keep 2"),
+    ('[{"keep": -0.5}]', "keep -0.5"),
+    ('[{"keep": 0.25}, {"keep": 0.5}]', "stage 2 keep 0.5 1 of 4"),
+    ('[{"keep": 0.5, "replace": [1]}]', "keep replace one"),
+    ('[{"keep": 0.5, "alpha": 0, "beta": 0}]', "stage 1 nothing learned"),
+    ('[{"stpes": 3}]', "stage 1 'stpes' keep steps"),
+    ('[{"steps": "3"}]', "stage 1 steps '3' int"),
+    ('[{"reverse": 1}]', "reverse 1 bool"),
+    ('[{"keep": 0.5, "steps": 0}]', "steps 0"),
+    ('[{"keep": 0.5, "lr": -1}]', "lr -1"),
+    ('[{"keep": 0.5, "lr": NaN}]', "lr nan"),
+    ('[{"keep": 0.5, "lr": Infinity}]', "lr inf"),
+    ('[{"keep": 0.5, "temperature": 0}]', "temperature 0"),
+    ('[{"keep": 0.5, "warmup": 2}]', "warmup 2"),
+    ('[{"keep": 0.5, "schedule": "up"}]', "schedule 'up' cosine"),
+    ('[{"keep": 0.5, "mixer": "rwkv"}]', "mixer 'rwkv' mamba2"),
+    ('[{"keep": 0.5, "mixer": "none"}]', "none to train"),
+    ('[{"trains": "mixers"}]', "none to train"),
+    ('[{"trains": "some"}]', "trains 'some' mlps"),
+    ('[{"keep": 0.5, "loss": "ppo"}]', "loss 'ppo' dpo"),
+    ('[{"loss": "dpo"}]', "dpo no data"),
+    ('[{"loss": "dpo", "data": ["x"], "beta": 0}]', "beta 0 nothing learned"),
+    ("[3]", "list of stages"),
+]
 
 
-def test_the_answers_of_two_processes_are_in_the_order_of_the_prompts(tmp_path, monkeypatch):
-    monkeypatch.setattr(t, "together", lambda run: None)
-    (tmp_path / "a.txt").write_text("".join(f"{i} and {i}\n" for i in range(200)))
-    mil.save(tiny_teacher(1), tmp_path / "teacher", tokenizer="bytes")
-    made = {}
-    for size in (1, 2):
-        run = small_run(tmp_path / str(size))
-        run.s.answers, run.s.answer_tokens, run.size = 7, 4, size
-        for run.rank in range(size):
-            try:
-                made[size] = t.answered(
-                    run,
-                    [str(tmp_path / "a.txt")],
-                    tmp_path / "teacher",
-                    g.load_tokenizer("bytes"),
-                    "bytes",
-                ).train
-            except FileNotFoundError:  # what the other process has yet to write
-                assert (size, run.rank) == (2, 0)
-    assert np.array_equal(made[1], made[2])
+@pytest.mark.parametrize("text, words", REFUSED)
+def test_a_stage_that_cannot_be_is_refused_in_one_line_by_its_number(tmp_path, text, words):
+    (tmp_path / "recipe.json").write_text(text)
+    with pytest.raises(MilError) as e:
+        plans(4, recipe=str(tmp_path / "recipe.json"))
+    for word in ["recipe.json", *words.split()]:
+        assert word in str(e.value)
+    assert "\n" not in str(e.value)
 
 
-def test_the_processes_of_an_evaluation_share_its_windows(tmp_path):
-    corpus, found = some_tokens(np.arange(16 * 3 + 1).astype(np.int16)), {}
-    for size in (1, 2):
-        batches = [
-            list(
-                t.evaluation_batches(
-                    t.Run(small_run(tmp_path).s, torch.device("cpu"), rank, size), corpus
-                )
-            )
-            for rank in range(size)
-        ]
-        assert len({len(mine) for mine in batches}) == 1
-        found[size] = sorted(
-            row for mine in batches for batch in mine for row in batch.y.tolist() if max(row) >= 0
-        )
-    assert found[1] == found[2] and len(found[1]) == 3
+# --------------------------------------------------------------------------------------------------
+# What a stage trains
 
 
-def test_the_share_of_preferred_pairs_its_error_and_its_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(t, "added_up", lambda run, total: total)
-    margins, pairs = torch.tensor([1.0, 2, -6, 4, 5]), [([~1, i], [~1, 9]) for i in range(5)]
-
-    def dpo(pair, batch, *_):
-        chosen = batch.y.chunk(2)[0][:, 0]
-        found = torch.where(chosen >= 0, margins[chosen.clamp(min=0)], 0)
-        return None, torch.stack([found.gt(0).float().sum(), found.sum()])
-
-    monkeypatch.setattr(t, "dpo", dpo)
-    for size in (1, 2, 4):
-        parts = [
-            t.preferences(
-                t.Run(small_run(tmp_path).s, torch.device("cpu"), rank, size), None, None, pairs
-            )
-            for rank in range(size)
-        ]
-        assert sum(part["preferred"] for part in parts) == pytest.approx(0.8) and sum(
-            part["margin"] for part in parts
-        ) == pytest.approx(1.2)
-    whole = t.preferences(t.Run(small_run(tmp_path).s, torch.device("cpu")), None, None, pairs)
-    assert whole["preferred_error"] == pytest.approx(
-        (5 / 7 * 2 / 7 / 7) ** 0.5
-    )  # of one more on either side
-
-
-def fit_shared(rank, place, stage, teacher, corpus):
-    dist.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=2)
-    fit_log(
-        t.Run(
-            t.Settings(batch=4, context=16, dtype="float32", accumulate=2, out=str(place)),
-            torch.device("cpu"),
-            rank,
-            2,
-        ),
-        place / f"two{rank}",
-        stage,
-        teacher,
-        corpus,
-    )
-    dist.destroy_process_group()
-
-
-def fit_log(run, path, stage, teacher, corpus):
-    log = io.StringIO()
-    t.fit(
-        run,
-        t.State(),
-        stage,
-        t.assemble(run, teacher, teacher, stage, 1, {}),
-        t.training_batches(run, corpus, [7]),
-        log,
-        "",
-    )
-    path.write_text(log.getvalue())
-
-
-def test_two_processes_and_two_parts_train_and_log_as_one(tmp_path):
-    """The loop itself, of which the test of the gradients has only a copy."""
-    teacher, corpus = (
-        tiny_teacher().cpu(),
-        some_tokens(np.random.default_rng(1).integers(0, 256, 400)),
-    )
-    stage = t.Stage(trains="all", mixers=HALF, steps=4, lr=1e-2)
-    fit_log(
-        t.Run(t.Settings(batch=4, context=16, dtype="float32"), torch.device("cpu")),
-        tmp_path / "one",
-        stage,
-        teacher,
-        corpus,
-    )
-    in_two_processes(fit_shared, tmp_path, stage, teacher, corpus)
-    one, two = (
-        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
-        for name in ("one", "two0")
-    )
-    for key in ("loss", "ce", "kl", "gradient"):
-        assert [record[key] for record in two] == pytest.approx(
-            [record[key] for record in one], rel=1e-3
-        ), key
-
-
-@pytest.mark.parametrize("content", [b"x", b"\xff", b"[1]"])
-def test_what_is_wrong_with_pairs_names_pairs(tmp_path, content):
-    (tmp_path / "p.jsonl").write_bytes(content)
-    with pytest.raises(MilError, match="^--pairs .*p.jsonl: "):
-        t.load_pairs(small_run(tmp_path).s, [tmp_path / "p.jsonl"], g.load_tokenizer("bytes"))
-
-
-def test_of_a_long_prompt_the_teacher_reads_the_end_and_of_one_text_nothing_of_its_validation_part(
-    tmp_path,
+@pytest.mark.parametrize("trains", ["mixers", "mlps", "all"])
+def test_a_stage_trains_its_share_of_the_student_and_the_rest_stays_the_teachers(
+    shelf, tmp_path, trains
 ):
-    encoding, s = (
-        g.load_tokenizer("bytes"),
-        t.Settings(out=str(tmp_path), context=20, answer_tokens=5),
-    )
-    (tmp_path / "a.jsonl").write_text(
-        "\n".join(
-            json.dumps(record)
-            for record in (
-                {
-                    "messages": [
-                        {"role": "user", "content": "a" * 50 + "?"},
-                        {"role": "assistant", "content": "b"},
-                    ]
-                },
-                {"prompt": "a" * 50 + "?", "completion": "b"},
-            )
-        )
-    )
-    talk, plain = (bytes(ids) for _, ids in t.prompts_of(s, [str(tmp_path / "a.jsonl")], encoding))
-    assert (
-        talk.endswith(b"a?\nassistant:\n")
-        and plain.endswith(b"a?")
-        and len(talk) == len(plain) == 15
-    )
-    (tmp_path / "c.jsonl").write_text(json.dumps({"prompt": "", "completion": "b"}))
-    assert (
-        list(t.prompts_of(s, [str(tmp_path / "c.jsonl")], encoding)) == []
-    )  # there is nothing to continue
-    (tmp_path / "b.txt").write_text("a" * 180 + "b" * 20)
-    asked = [record["prompt"] for record, _ in t.prompts_of(s, [str(tmp_path / "b.txt")], encoding)]
-    assert len(asked) == 9 and not any("b" in text for text in asked)
+    stage = {"replace": [1, 2], "trains": trains, "steps": 3, "lr": 0.1, "mixer": "mamba"}
+    recipe = write_recipe(tmp_path, stage)
+    files = dict(teacher=shelf / "teacher", data=shelf / "text.txt", recipe=recipe)
+    done = train(tmp_path / "o", SMALL, **files)
+    assert done.student.config.mixers == ["attention", "mamba", "mamba", "attention"]
+    teachers = mil.load(shelf / "teacher", "cpu").state_dict()
+    found = done.student.state_dict()
+    same = {k for k, w in teachers.items() if k in found and torch.equal(w, found[k])}
+    stays = {k for k in teachers if not k.startswith(("layers.1.mixer", "layers.2.mixer"))}
+    if trains == "mlps":
+        stays = {k for k in stays if ".mlp." not in k}
+    assert same == (set() if trains == "all" else stays)
+    teacher = mil.replace_attention(mil.load(shelf / "teacher", "cpu"), [1, 2], "mamba")
+    for layer in (1, 2):
+        began, now = (model.layers[layer].mixer.inherit() for model in (teacher, done.student))
+        assert not any(torch.equal(a, b) for a, b in zip(began, now, strict=True))
 
 
-def test_a_run_goes_on_with_other_flags_of_speed_and_with_no_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(t, "checkpoint_digest", lambda place: "")
-    run, stages = small_run(tmp_path), plans(4)
-    corpus, pair = some_tokens(np.zeros(99, np.int16)), t.Models(None, tiny_teacher())
-    t.save_state(
-        run,
-        t.load_state(run, stages, corpus),
-        pair.student,
-        SimpleNamespace(param_groups=[], state={}),
-    )
-    run.s.resume = True
-    free = dict(
-        save_minutes=1.0,
-        keep_checkpoints=9,
-        memory_budget=0.5,
-        compile=False,
-        prompt="x",
-        accumulate=2,
-    )
-    assert t.load_state(
-        t.Run(dataclasses.replace(run.s, **free), run.device), stages, corpus
-    ).settings
-    for name in {f.name for f in dataclasses.fields(run.s)} - {
-        "out",
-        "device",
-        "resume",
-        "recipe",
-        *free,
-    }:
-        value = getattr(run.s, name)
-        other = dataclasses.replace(
-            run.s,
-            **{
-                name: not value
-                if isinstance(value, bool)
-                else [*value, "x"]
-                if isinstance(value, list)
-                else value + type(value)(1)
-            },
-        )
-        with pytest.raises(MilError, match=f"made with other settings: --{name} was"):
-            t.load_state(t.Run(other, run.device), stages, corpus)
-    with pytest.raises(MilError, match="made with other settings: what --data holds was"):
-        t.load_state(run, stages, corpus._replace(key="another"))
+def test_a_stage_begins_with_what_those_before_trained_and_keeps_it(shelf, tmp_path):
+    """A new mixer inherits from attention that was trained, not from the teacher's."""
+    first = {"keep": 0.75, "trains": "all", "steps": 3, "lr": 0.01}
+    second = {"keep": 0.5, "trains": "mixers", "steps": 1, "lr": 0}
+    files = dict(teacher=shelf / "teacher", data=shelf / "text.txt")
+    one = train(tmp_path / "1", SMALL, recipe=write_recipe(tmp_path, first), **files).student
+    both = train(tmp_path / "2", SMALL, recipe=write_recipe(tmp_path, first, second), **files)
+    assert both.student.config.mixers == HALF and one.config.mixers[2] == "attention"
+    kept, found = one.state_dict(), both.student.state_dict()
+    new = {k for k in found if k.startswith("layers.2.mixer.")}
+    assert all(torch.equal(w, kept[k]) for k, w in found.items() if k not in new)
+    wanted = mil.replace_attention(one, [2]).layers[2].mixer.inherit()
+    for got, want in zip(both.student.layers[2].mixer.inherit(), wanted, strict=True):
+        assert torch.equal(got, want)
 
 
-def test_a_step_in_which_nothing_is_to_be_learned_changes_nothing(tmp_path):
-    run, stage, teacher = (
-        small_run(tmp_path),
-        t.Stage(trains="all", mixers=HALF, steps=1, lr=0.1),
-        tiny_teacher(),
-    )
-    pair = t.assemble(run, teacher, teacher, stage, 1, {})
-    before = {k: w.clone() for k, w in pair.student.state_dict().items()}
-    corpus = some_tokens(np.full(99, ~7, np.int16))
-    _, (record,) = fitted(run, pair, stage, t.training_batches(run, corpus, [0]))
-    assert record["loss"] == 0 and all(
-        torch.equal(w, before[k]) for k, w in pair.student.state_dict().items()
-    )
-
-
-def test_a_checkpoint_comes_every_so_many_minutes(tmp_path, monkeypatch):
-    run, stage, now, saved = (
-        small_run(tmp_path, save_minutes=1.0),
-        t.Stage(trains="all", mixers=HALF, beta=0, steps=6, lr=0.1),
-        iter(range(0, 10**6, 30)),
-        [],
-    )
-    monkeypatch.setattr(
-        t, "time", SimpleNamespace(perf_counter=time.perf_counter, monotonic=lambda: next(now))
-    )
-    monkeypatch.setattr(t, "save_state", lambda run, state, *_: saved.append(state.step))
-    fitted(run, t.assemble(run, None, tiny_teacher(), stage, 1, {}), stage, random_batches(run))
-    assert saved == [2, 4]
-
-
-def test_in_bfloat16_the_teacher_is_read_and_the_student_written_as_the_teachers_file_is(tmp_path):
-    run = small_run(tmp_path, dtype="bfloat16", stage1_steps=2, stage2_steps=1)
-    mil.save(tiny_teacher().bfloat16(), tmp_path / "teacher", tokenizer="bytes")
-    data = some_tokens(np.random.default_rng(0).integers(0, 256, 500).astype(np.int16))
-    teacher, base = t.read_models(run, tmp_path / "teacher")
-    assert teacher is base and teacher.lm_head.weight.dtype == torch.bfloat16
-    t.run_stages(
-        run,
-        t.State(stage=1),
-        t.plan(run.s, teacher.config),
-        (teacher, teacher),
-        lambda *_, **__: data,
-        g.load_tokenizer("bytes"),
-        "bytes",
-        io.StringIO(),
-    )
-    assert {
-        w.dtype
-        for k, w in mil.load(tmp_path / "student").named_parameters()
-        if not mil.stays_wide(k)
-    } == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("sign, code", [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_stopped_run_ends_with_its_signals_code(sign, code):
-    with pytest.raises(SystemExit) as e:
-        t.leave(SimpleNamespace(stop=sign))
-    assert e.value.code == code
-
-
-def test_the_bounds_of_documents_in_several_rows():
-    docs = mil.Documents(torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]), torch.device("cpu"))
-    assert docs.bounds.tolist() == [0, 3, 5, 6, 10]
-
-
-def test_files_are_found_below_a_hidden_folder(tmp_path):
-    (tmp_path / ".cache" / "notes").mkdir(parents=True)
-    (tmp_path / ".cache" / "notes" / "a.txt").write_text("text")
-    assert t.find_files([tmp_path / ".cache" / "notes"], "out") == [
-        tmp_path / ".cache" / "notes" / "a.txt"
-    ]
-
-
-def test_what_a_run_wrote_is_not_read_whatever_its_path_is_called(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "notes" / "out").mkdir(parents=True)
-    for name in ("a.txt", "out/log.txt"):
-        (tmp_path / "notes" / name).write_text("text")
-    (tmp_path / "again").symlink_to("notes")
-    for path in ("notes", "again", "./notes", tmp_path / "again"):
-        assert [p.name for p in t.find_files([path], "notes/out")] == ["a.txt"], path
-
-
-def test_pairs_name_the_flag_they_came_by(tmp_path):
-    s = t.Settings(recipe="r.json", pairs=[str(tmp_path / "p.jsonl")])
-    for paths, flag in ((s.pairs, "--pairs"), ([str(tmp_path / "q.jsonl")], "--recipe: pairs")):
-        with pytest.raises(MilError, match=f"^{flag} .*: no such file"):
-            t.load_pairs(s, paths, g.load_tokenizer("bytes"))
-
-
-def test_a_run_goes_on_from_the_newest_checkpoint(tmp_path):
-    run, corpus, pair = (
-        small_run(tmp_path, resume=True),
-        some_tokens(np.arange(99)),
-        t.Models(None, tiny_teacher()),
-    )
-    for step in (1, 2, 10):
-        state = t.load_state(run, [], corpus)
-        state.stage, state.step = 1, step
-        t.save_state(run, state, pair.student)
-        assert t.load_state(run, [], corpus).step == step
-
-
-def test_attention_within_documents_is_that_of_each_document_alone():
-    device, dtype = (
-        (torch.device("cuda"), torch.bfloat16)
-        if torch.cuda.is_available()
-        else (torch.device("cpu"), torch.float32)
-    )
-    begins, l = [(0, 5, 6, 20), (0,)], 24
-    pos = torch.stack(
-        [torch.cat([torch.arange(b - a) for a, b in zip(row, (*row[1:], l))]) for row in begins]
-    )
-    docs = mil.Documents(pos, device, dtype)
-    leaves = [
-        torch.randn(2, l, heads, 16, device=device, dtype=dtype, requires_grad=True)
-        for heads in (4, 2, 2)
-    ]
-    rows = [
-        torch.cat(
-            [mil.sdpa(*[t[i : i + 1, a:b] for t in leaves]) for a, b in zip(row, (*row[1:], l))],
-            dim=1,
-        )
-        for i, row in enumerate(begins)
-    ]
-    tolerance = (
-        {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
-    )
-    y, want = docs.attend(*leaves), torch.cat(rows)
-    torch.testing.assert_close(y, want, **tolerance)
-    dy = torch.randn_like(y)
-    for got, wanted in zip(
-        torch.autograd.grad(y, leaves, dy), torch.autograd.grad(want, leaves, dy)
-    ):
-        torch.testing.assert_close(got, wanted, **tolerance)
-
-
-def test_this_torch_has_flash_attention_as_documents_call_it():
-    q, k, bounds = (
-        torch.empty(*shape, dtype=kind, device="meta")
-        for *shape, kind in (
-            (2, 3, 4, 16, torch.bfloat16),
-            (2, 3, 2, 16, torch.bfloat16),
-            (3, torch.int32),
-        )
-    )
-    docs = SimpleNamespace(mask=None, bounds=bounds)
-    assert mil.Documents.attend(docs, q, k, k).shape == q.shape
-
-
-def test_the_log_has_means_over_the_steps_since_the_last_line(tmp_path):
-    run, stage, teacher = (
-        small_run(tmp_path),
-        t.Stage(trains="all", mixers=HALF, beta=0, steps=201, lr=0.0),
-        tiny_teacher(),
-    )
-    make = random_batches(run)
-    _, records = fitted(
-        run, t.assemble(run, None, teacher, stage, 1, {}), stage, lambda step: make(0)
-    )
-    assert [r["step"] for r in records] == [*range(2, 201, 2), 201] and {
-        round(r["loss"], 3) for r in records
-    } == {round(records[0]["loss"], 3)}
-
-
-@pytest.mark.parametrize(
-    "second, lines", [(0.1, [40]), (31, [*range(1, 41)]), (11, [*range(3, 40, 3), 40])]
-)
-def test_into_a_file_a_line_comes_every_half_a_minute_and_at_the_end(
-    monkeypatch, tmp_path, capsys, second, lines
+@pytest.mark.parametrize("init, same", [("attention", True), ("random", False)])
+def test_new_mixers_inherit_attentions_projections_unless_they_are_to_be_random(
+    shelf, tmp_path, init, same
 ):
-    run, stage, now = (
-        small_run(tmp_path),
-        t.Stage(trains="all", mixers=HALF, beta=0, steps=40, lr=0.0, name="s"),
-        [0.0],
+    recipe = write_recipe(tmp_path, {"keep": 0.5, "steps": 1, "lr": 0})
+    files = dict(teacher=shelf / "teacher", data=shelf / "text.txt", recipe=recipe)
+    student = train(tmp_path / "o", SMALL, init=init, **files).student
+    wanted = mil.replace_attention(mil.load(shelf / "teacher", "cpu"), [0]).layers[0].mixer
+    pairs = zip(student.layers[0].mixer.inherit(), wanted.inherit(), strict=True)
+    assert [torch.equal(a, b) for a, b in pairs] == [same] * 4
+
+
+def test_a_step_in_which_nothing_is_to_be_learned_has_no_loss_and_no_harm(shelf, tmp_path):
+    record = {"prompt": "x" * 150, "completion": "abc"}
+    (tmp_path / "a.jsonl").write_text(lines(*[record] * 20))
+    argv = "--context 16 --batch 1 --eval_sequences 40 --stage1_steps 30 --stage2_steps 5"
+    done = train(tmp_path / "o", argv, teacher=shelf / "teacher", data=tmp_path / "a.jsonl")
+    losses = [record["loss"] for record in done.log]
+    assert 0 in losses and any(losses)
+    assert all(w.isfinite().all() for w in done.student.parameters())
+
+
+@pytest.mark.parametrize("change, same", [({}, True), ({"seed": 1}, False)])
+def test_another_seed_is_another_teacher_and_another_order(shelf, tmp_path, change, same):
+    sizes = "--n_layers 2 --d 16 --n_heads 2 --n_kv_heads 1 --d_ff 24 --teacher_lr 0 "
+    argv = SMALL + sizes + "--teacher_steps 2 --stage1_steps 2 --stage2_steps 1"
+    one, other = (
+        train(tmp_path / name, argv, data=shelf / "text.txt", **more)
+        for name, more in (("1", {}), ("2", change))
     )
-    make = random_batches(run)
-    monkeypatch.setattr(
-        t, "time", SimpleNamespace(perf_counter=time.perf_counter, monotonic=lambda: now[0])
+    assert torch.equal(one.teacher.lm_head.weight, other.teacher.lm_head.weight) == same
+    assert ([r["loss"] for r in one.log] == [r["loss"] for r in other.log]) == same
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run reads
+
+
+@pytest.fixture(scope="module")
+def watched(shelf, tmp_path_factory):
+    """A run through stages of every kind, what its student reads, and what AdamW is given."""
+    place, read, steps = tmp_path_factory.mktemp("watched"), [], []
+    recipe = write_recipe(
+        place,
+        {"keep": 0.75, "steps": 8},
+        {"keep": 0.5, "steps": 8, "schedule": "linear"},
+        {"trains": "all", "steps": 8, "schedule": "constant", "data": [str(shelf / "text.txt")]},
+        {"loss": "dpo", "lr": 0.01},
     )
+    hidden, step = mil.Hybrid.hidden, torch.optim.AdamW.step
 
-    def batch(step):
-        now[0] = second * (step + 1)
-        return make(0)
+    def reads(model, tokens, *rest, **more):
+        if torch.is_grad_enabled():
+            read.append(tokens)
+        return hidden(model, tokens, *rest, **more)
 
-    monkeypatch.setattr(t.show, "last", 0.0)
-    fitted(run, t.assemble(run, None, tiny_teacher(), stage, 1, {}), stage, batch)
-    assert [
-        int(line.split("step ")[1].split("/")[0])
-        for line in capsys.readouterr().out.splitlines()
-        if "step " in line
-    ] == lines
+    def steps_with(optimizer, *rest):
+        group = optimizer.param_groups[0]
+        norm = torch.cat([w.grad.flatten() for w in group["params"]]).norm().item()
+        steps.append((group["lr"], norm, group["betas"], group["weight_decay"]))
+        return step(optimizer, *rest)
 
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_second_signal_stops_a_run_at_once(monkeypatch, capfd, rank):
-    run, heard = SimpleNamespace(stop="", rank=rank), {}
-    monkeypatch.setattr(t.signal, "signal", heard.__setitem__)
-    t.listen(run)
-    heard[signal.SIGINT](signal.SIGINT, None)
-    assert (
-        run.stop == "SIGINT"
-        and set(heard) == {signal.SIGINT, signal.SIGTERM}
-        and ("a second signal stops at once" in capfd.readouterr().err) == (rank == 0)
-    )
-    with pytest.raises(KeyboardInterrupt):
-        heard[signal.SIGTERM](signal.SIGTERM, None)
+    files = dict(teacher=shelf / "teacher", data=shelf / "chat.jsonl", pairs=shelf / "pairs.jsonl")
+    argv = SMALL + "--pseudo_labels --answer_tokens 4 --warmup 0.25 --clip 1e-3"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mil.Hybrid, "hidden", reads)
+        patch.setattr(torch.optim.AdamW, "step", steps_with)
+        done = train(place / "o", argv, recipe=recipe, stage1_lr=0.5, stage2_lr=0.25, **files)
+    return SimpleNamespace(out=place / "o", read=read, steps=steps, **vars(done))
 
 
-def test_a_loss_whose_perplexity_no_number_holds_is_a_row_like_any_other(tmp_path):
-    run, model = small_run(tmp_path), tiny_teacher()
+def test_rates_rise_and_fall_as_the_stages_say_and_gradients_are_clipped(watched):
+    left = [1 - i / 6 for i in range(6)]
+    cosine = [(1 - math.cos(math.pi * share)) / 2 for share in left]
+    wanted = [0.25, 0.5, *(0.5 * share for share in cosine)]
+    wanted += [0.25, 0.5, *(0.5 * share for share in left), 0.125, *[0.25] * 7]
+    rates, norms, *how = zip(*watched.steps, strict=True)
+    assert list(rates[:24]) == pytest.approx(wanted)
+    assert list(rates) == [record["lr"] for record in watched.log]
+    assert max(norms) == pytest.approx(1e-3, rel=0.01)
+    assert max(record["gradient"] for record in watched.log) > 0.01  # before it is clipped
+    assert set(how[0]) == {(0.9, 0.98)} and set(how[1]) == {0}
+
+
+def test_every_step_of_every_stage_reads_other_windows(watched):
+    assert len({x.numpy().tobytes() for x in watched.read}) == 8 * 3 + 19
+
+
+def test_stages_read_the_answers_or_data_of_their_own_and_nothing_held_out(watched):
+    texts = [
+        "\n".join(shown(row.tolist()) for x in watched.read[a : a + 8] for row in x)
+        for a in (0, 8, 16)
+    ]
+    assert all("and" in text and " of " not in text for text in texts[:2])
+    assert " of " in texts[2] and "and" not in texts[2]
+    asked = {int(i) for text in texts for i in re.findall(r"user:\n(\d+) and", text)}
+    assert asked and not asked & {9, 29, 49, 69}
+    lasts = {int(i) for i in re.findall(r"the (\d+) of", texts[2])}
+    assert lasts and max(lasts) <= 365  # the last tenth of the text's bytes begins there
+
+
+def test_every_training_pair_comes_once_an_epoch_beside_its_other_answer(watched):
+    seen = []
+    for x in watched.read[24:]:
+        for chosen, rejected in zip(*x.chunk(2), strict=True):
+            one, other = (shown(row.tolist()).split("assistant:\n") for row in (chosen, rejected))
+            i = int(re.search(r"(\d+) and 1\?", one[0])[1])
+            assert f"{i} and 1?" in other[0]
+            assert one[1].startswith(f"it is {i + 1}") and other[1].startswith(f"no, {i}")
+            seen.append(i)
+    assert sorted(seen) == [i for i in range(40) if i not in (9, 29)]
+    assert seen != sorted(seen)
+
+
+def test_preferences_are_counted_on_the_held_out_pairs_by_hand(watched, shelf):
+    s = t.Settings(out=str(watched.out), batch=4, context=32)
+    _, held = t.load_pairs(s, [str(shelf / "pairs.jsonl")], BYTES)
+    teacher = mil.load(shelf / "teacher", "cpu")
     with torch.no_grad():
-        model.lm_head.weight.mul_(1e5)
-    _, row = t.evaluate(
-        run,
-        t.prepare(run, t.Models(None, model)),
-        some_tokens(np.arange(99).astype(np.int16)),
-        g.load_tokenizer("bytes"),
-    )
-    assert 800 < row["loss"] < math.inf and math.isfinite(row["perplexity"])
+        gains = [
+            [log_probability(watched.student, ids) - log_probability(teacher, ids) for ids in pair]
+            for pair in held
+        ]
+    margins = [0.1 * (chosen - rejected).item() for chosen, rejected in gains]
+    row, n, right = watched.rows[-1], len(held), sum(margin > 0 for margin in margins)
+    assert n == 2 and row["preferred"] == right / n
+    assert row["margin"] == pytest.approx(sum(margins) / n, rel=1e-3)
+    rather = (right + 1) / (n + 2)
+    assert row["preferred_error"] == pytest.approx(math.sqrt(rather * (1 - rather) / (n + 2)))
+    assert not {"preferred", "margin"} & watched.rows[-2].keys()
 
 
-def test_a_new_mixer_inherits_from_attention_as_it_was_trained(tmp_path):
-    run, teacher = small_run(tmp_path), tiny_teacher()
-    weight = torch.randn_like(teacher.layers[0].mixer.q_proj.weight)
-    stage = t.Stage(trains="mixers", mixers=["mamba2", *["attention"] * 3])
-    trained = {"layers.0.mixer.q_proj.weight": weight, "norm.weight": torch.full((16,), 2.0)}
-    student = t.assemble(run, teacher, teacher, stage, 1, trained).student
-    query, *_ = student.layers[0].mixer.inherit()
-    assert torch.equal(query, weight) and (student.norm.weight == 2).all()
-    assert (teacher.norm.weight != 2).all()
+def test_a_run_may_train_on_preferences_alone_and_stage_3_takes_every_pair_once(shelf, tmp_path):
+    recipe = write_recipe(tmp_path, {"keep": 0.5, "steps": 2}, {"loss": "dpo", "trains": "mixers"})
+    files = dict(data=shelf / "chat.jsonl", pairs=shelf / "pairs.jsonl", recipe=recipe)
+    done = train(tmp_path / "o", SMALL, teacher=shelf / "teacher", **files)
+    assert done.rows[-1]["model"] == "stage 3, preferences" and done.log[-1]["step"] == 19
+    teachers = mil.load(shelf / "teacher", "cpu").state_dict()
+    assert torch.equal(done.student.lm_head.weight, teachers["lm_head.weight"])
 
 
-def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_one(tmp_path):
-    run, pair = small_run(tmp_path, keep_checkpoints=1, resume=True), t.Models(None, tiny_teacher())
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "09-00000000.pt").write_bytes(b"damaged")
-    state = t.load_state(run, [], some_tokens(np.arange(99)))
-    state.step = 3
-    t.save_state(run, state, pair.student)
-    assert t.load_state(run, [], some_tokens(np.arange(99))).step == 3
+# --------------------------------------------------------------------------------------------------
+# Pairs
 
 
-def talk(*said):
-    roles = itertools.cycle(["user", "assistant"])
-    return [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+def load(tmp_path, records, **more):
+    (tmp_path / "p.jsonl").write_text(lines(*records))
+    s = t.Settings(out=str(tmp_path / "o"), **dict(batch=4, context=200) | more)
+    return t.load_pairs(s, [str(tmp_path / "p.jsonl")], BYTES)
 
 
-def test_of_pairs_in_any_spelling_the_last_answers_alone_are_learned(tmp_path):
-    asked, encoding = talk("a", "b", "c"), g.load_tokenizer("bytes")
-    spellings = [
-        {
-            "prompt": "unused",
-            "chosen": talk("a", "b", "c", "d"),
-            "rejected": talk("a", "b", "c", "e"),
-        },
-        {"prompt": asked, "chosen": talk("", "d")[1:], "rejected": talk("", "e")[1:]},
-        {"prompt": asked, "chosen": "d", "rejected": "e"},
-    ]
-    found = [t.conversations(record) for record in spellings]
-    assert found == [found[0]] * 3 and found[0][1][0] == talk("a", "b", "c", "d")
-    lines = [{**spellings[2], "prompt": talk("a", "b", str(i))} for i in range(20)]
-    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    s = t.Settings(batch=4, context=200)
-    (chosen, rejected), *_ = t.load_pairs(s, [tmp_path / "p.jsonl"], encoding)[0]
-    end = encoding.stops[:1]
-    assert [i for i in chosen if i >= 0] == [*b"d", *end]
-    assert [i for i in rejected if i >= 0] == [*b"e", *end]
+ASKED = talk("a", "b", "c")
+SPELLINGS = {
+    "both with the prompt": dict(
+        prompt="unused", chosen=talk("a", "b", "c", "d"), rejected=talk("a", "b", "c", "e")
+    ),
+    "a prompt and messages": dict(
+        prompt=ASKED, chosen=talk("", "d")[1:], rejected=talk("", "e")[1:]
+    ),
+    "a prompt and texts": dict(prompt=ASKED, chosen="d", rejected="e"),
+    "in parts": dict(
+        prompt=ASKED,
+        chosen=[{"role": "assistant", "content": [{"type": "text", "text": "d"}]}],
+        rejected="e",
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    "chosen, rejected",
-    [(["text"], "e"), ([], "e"), (talk("a"), talk("a")), (talk("a", "b"), talk("c", "d")), (1, 2)],
-)
-def test_pairs_that_are_not_two_answers_to_one_prompt_are_refused(tmp_path, chosen, rejected):
-    record = {"prompt": "a", "chosen": chosen, "rejected": rejected}
-    (tmp_path / "p.jsonl").write_text(json.dumps(record))
-    with pytest.raises(
-        MilError, match="^--pairs .*p.jsonl: line 1: has .*expected a prompt and two"
-    ):
-        t.load_pairs(t.Settings(), [tmp_path / "p.jsonl"], g.load_tokenizer("bytes"))
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_of_pairs_in_any_spelling_the_last_answers_alone_are_learned(tmp_path, spelling):
+    records = [pair(i) for i in range(20)]
+    records[0] = SPELLINGS[spelling]
+    found = load(tmp_path, records)[0][0]
+    read = "user:\na\nassistant:\nb.\nuser:\nc\nassistant:\n"
+    assert [shown(ids) for ids in found] == [f"{read}[d.]\n", f"{read}[e.]\n"]
+
+
+def test_pairs_of_one_prompt_are_all_learned_or_all_held_out(tmp_path):
+    records = [{"prompt": f"{i % 30}?", "chosen": "y", "rejected": f"{i}"} for i in range(90)]
+    train, held = load(tmp_path, records)
+    asked = [{tuple(i for i in chosen if i < 0) for chosen, _ in part} for part in (train, held)]
+    assert (len(train), len(held), len(asked[1])) == (84, 6, 2) and not asked[0] & asked[1]
+
+
+def test_of_a_long_prompt_the_end_is_kept_and_of_a_long_answer_the_beginning(tmp_path):
+    """The prompt keeps half of the room, and what the answer leaves."""
+    sizes = [(1, 1), (30, 5), (5, 90), (90, 90), (300, 2), (2, 300)]
+    digits = "".join(str(i % 10) for i in range(300))
+    records = [{"prompt": digits[-p:], "chosen": digits[:a], "rejected": ""} for p, a in sizes]
+    found, _ = load(tmp_path, records + [pair(i) for i in range(9)], context=59)
+    for (p, a), (ids, _) in zip(sizes, found, strict=False):
+        whole, first = f"user:\n{digits[-p:]}\nassistant:\n", [i >= 0 for i in ids].index(True)
+        read, said = shown(ids[:first]), shown([i for i in ids if i >= 0])[1:-1]
+        assert whole.endswith(read) and f"{digits[:a]}.".startswith(said)
+        assert len(ids) == min(60, len(whole) + a + 2)
+        assert len(read) == min(len(whole), max(30, 60 - a - 2))
+
+
+# --------------------------------------------------------------------------------------------------
+# The teacher's answers
+
+
+def answers_of(out):
+    """The lines of the file of answers, which the command line says where to find."""
+    (file,) = (out / "data").glob("*.answers.1of1.jsonl")
+    return file, [json.loads(line) for line in file.read_text().splitlines()]
+
+
+RECORDS = [
+    {"messages": [{"role": "system", "content": "s"}, *talk("u", "a", "w")]},
+    {"prompt": "a" * 50 + "?", "completion": "c"},
+    {"messages": talk("nobody answers")},
+    {"text": "t" * 95},
+    {"prompt": "", "completion": "c"},
+    {"messages": talk("b" * 50 + "?", "a")},
+]
+ASKED_BY = [[RECORDS[0]["messages"][:2]], ["a" * 50 + "?"], [], ["t" * 10] * 3, []]
+ASKED_BY += [[talk("b" * 50 + "?")]]
+
+
+def test_the_teacher_answers_what_the_training_documents_ask(shelf, tmp_path):
+    """What comes before a first answer, of a text the first quarter of every window, of a long
+    prompt the end. Of the answers the teacher's own tokens are learned. A file of answers that was
+    cut anywhere is made whole again, the same; another seed or teacher gives other answers."""
+    (tmp_path / "a.jsonl").write_text(lines(*RECORDS * 4))
+    recipe = write_recipe(tmp_path, {"keep": 0.5, "steps": 1, "lr": 0})
+    argv = "--context 40 --batch 8 --eval_sequences 1 --pseudo_labels --answer_tokens 12 --seed 3"
+    files = dict(data=tmp_path / "a.jsonl", recipe=recipe)
+    train(tmp_path / "o", argv, teacher=shelf / "teacher", **files)
+    file, found = answers_of(tmp_path / "o")
+    asked = [what for i in range(24) if i != 9 for what in ASKED_BY[i % 6]]
+    assert [r["messages"][:-1] if "messages" in r else r["prompt"] for r in found] == asked
+    assert [r["number"] for r in found] == [*range(len(asked))]
+    check_answers(shelf / "teacher", found, 8)
+    lengths = [sum(token < 0 for token in r["tokens"]) for r in found]
+    assert max(lengths) == 28 and shown(found[1]["tokens"]).startswith("a" * 27 + "?[")
+    whole = file.read_bytes()
+    for end in (0, whole.index(b"\n", 2000), len(whole) - 3):
+        file.write_bytes(whole[:end])
+        for stored in (tmp_path / "o" / "data").glob("*.answers*.npy"):
+            stored.unlink()
+        train(tmp_path / "o", argv, teacher=shelf / "teacher", **files)
+        assert file.read_bytes() == whole
+    mil.save(tiny(5).cpu(), tmp_path / "teacher", tokenizer="bytes")
+    for name, more in (("1", "--seed 4"), ("2", f"--teacher {tmp_path}/teacher")):
+        train(tmp_path / name, f"{argv} --teacher {shelf}/teacher {more}", **files)
+        assert answers_of(tmp_path / name)[1][0]["tokens"] != found[0]["tokens"], more
+
+
+def check_answers(place, found, rows):
+    """Every batch of answers is a sample, by its seed, of what the teacher says to its prompts."""
+    teacher, seeds = mil.load(place, "cpu"), []
+    for i in range(0, len(found), rows):
+        batch = [record["tokens"] for record in found[i : i + rows]]
+        (seed,) = {record["seed"] for record in found[i : i + rows]}
+        prompts = [[~token for token in ids if token < 0] for ids in batch]
+        replies, gen = [[] for _ in batch], torch.Generator().manual_seed(seed)
+        for new in g.generate(teacher, prompts, 12, stop=BYTES.stops, generator=gen):
+            replies = [[*a, *b] for a, b in zip(replies, new, strict=True)]
+        assert replies == [[token for token in ids if token >= 0] for ids in batch]
+        seeds.append(seed)
+    assert len(set(seeds)) == len(seeds)
