@@ -5,9 +5,8 @@
     python tests/scaling.py --shapes 8B --stages 1 --processes 1 2
     python tests/scaling.py --shapes toy          on the CPU, whose speed says nothing
 
-Every row is the command that a user types, torchrun … train_distill.py (one process: python
-train_distill.py), on the same batch: --rows sequences a process for the largest number of
-processes; fewer take it in more parts (--accumulate). Printed, and written to OUT/scaling.json:
+Every row is the command that a user types, on the same batch: --rows sequences a process for the
+largest number of processes; fewer take it in more parts. Printed, and written to OUT/scaling.json:
 
     tokens/s      from the tenth step on, of all processes together, and its share of what as many
                   single ones would do
@@ -17,15 +16,15 @@ processes; fewer take it in more parts (--accumulate). Printed, and written to O
 
 In stage 1 one process also runs half the steps again, since on a GPU no two runs are quite the
 same, and sharded, as torchrun starts it: what FSDP2 costs where nothing travels. And the largest
-run is stopped half-way (SIGTERM to its processes; torchrun, told so, would kill them after 30 s)
-and goes on twice, with as many processes and with half: the largest relative differences of the
-steps after that from the run that was not stopped.
+run is stopped half-way (SIGTERM to its processes; torchrun would kill them after 30 s) and goes on
+twice, with as many processes and with half, and is compared with the run that was not stopped.
 """
 
-import argparse
 import contextlib
+import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -38,27 +37,36 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import mil
 import train_distill as td
-from generate import run_command, save_with_tokenizer
+from generate import flag, parse_flags, run_command, save_with_tokenizer
 from mil import MilError
 
 CUDA = torch.cuda.is_available()
+WIDE = dict(d=3072, n_layers=28, n_heads=24, n_kv_heads=8, head_dim=128, d_ff=8192, tied=True)
 SHAPES = {
     "8B": mil.Config(context=2048),
-    "3B": mil.Config(
-        d=3072,
-        n_layers=28,
-        n_heads=24,
-        n_kv_heads=8,
-        head_dim=128,
-        d_ff=8192,
-        tied=True,
-        context=2048,
-    ),
+    "3B": mil.Config(**WIDE, context=2048),
     "toy": mil.Config(v=257, d=32, n_layers=4, n_heads=2, n_kv_heads=1, d_ff=64, context=64),
 }
 TEXT = Path(os.__file__).parent / "asyncio"  # of Python's standard library
 TRAINS, RATES = {1: "mixers", 2: "all"}, {"8B": 1e-6, "3B": 1e-6, "toy": 1e-2}
 FIRST = 10  # steps that compile, and are not timed
+MOST = torch.cuda.device_count() if CUDA else 2
+COUNTS = sorted(n for n in {1, 2, 4, 8, MOST} if MOST % n == 0)
+
+
+def several(default, help, **more):
+    shown = " ".join(map(str, default))
+    return flag(default, f"{help} (default {shown})", nargs="+", type=type(default[0]), **more)
+
+
+@dataclasses.dataclass
+class Settings:
+    shapes: list = several(["8B", "3B"] if CUDA else ["toy"], "of the teacher", choices=SHAPES)
+    stages: list = several([1, 2], "1: the new mixers train; 2: all", choices=TRAINS)
+    processes: list = several(COUNTS, "how many, of each row")
+    rows: int = flag(4, "sequences a process at once")
+    steps: int = flag(50, "of a run, which is then broken off")
+    out: str = flag("out/scaling", "for the teachers, which stay, the runs and scaling.json")
 
 
 def teacher(place, config):
@@ -81,15 +89,15 @@ class Steps:
     """A run of train_distill.py in so many processes, as it goes."""
 
     def __init__(self, o, shape, stage, count, out, resume=False, sharded=False):
-        self.out, self.said = Path(out), Path(out) / "said"
+        self.out, self.said, most = Path(out), Path(out) / "said", max(o.processes)
         self.out.mkdir(parents=True, exist_ok=True)
+        recipe, config = self.out / "recipe.json", SHAPES[shape]
         entry = dict(keep=0.5, trains=TRAINS[stage], steps=2 * o.steps, lr=RATES[shape])
-        (self.out / "recipe.json").write_text(json.dumps([entry]))
-        most = max(o.processes)
-        flags = dict(teacher=teacher(Path(o.out) / shape, SHAPES[shape]), out=self.out, data=TEXT)
-        flags |= dict(recipe=self.out / "recipe.json", context=SHAPES[shape].context)
+        recipe.write_text(json.dumps([entry]))
+        flags = dict(teacher=teacher(Path(o.out) / shape, config), data=TEXT, recipe=recipe)
         flags |= dict(batch=o.rows * most, accumulate=most // count, eval_sequences=most)
-        flags |= dict(save_minutes=1e6, device="cpu" if shape == "toy" else "cuda")
+        flags |= dict(context=config.context, out=self.out, save_minutes=1e6)
+        flags |= dict(device="cpu" if shape == "toy" else "cuda")
         command = [sys.executable]
         if count > 1 or sharded:
             command += ["-m", "torch.distributed.run", "--standalone"]
@@ -115,10 +123,8 @@ class Steps:
         began = time.monotonic()
         while not any(line["step"] >= step for line in self.log()):
             if self.process.poll() is not None:
-                lines = self.said.read_text().splitlines()
-                errors = [line for line in lines if line.startswith("error:")]
-                errors.append(f"ended before step {step}; {self.said} has what it said")
-                return errors[0]
+                errors = re.findall("^error:.*", self.said.read_text(), re.MULTILINE)
+                return [*errors, f"ended before step {step}; {self.said} has what it said"][0]
             if time.monotonic() - began > 60 * minutes:
                 return f"not at step {step} after {minutes} minutes; {self.said} has what it said"
             time.sleep(0.02)
@@ -234,33 +240,17 @@ def resume(o, shape, stage, place, log):
 
 
 def parse(argv):
-    """The settings. Raises MilError if they cannot be measured."""
-    most = torch.cuda.device_count() if CUDA else 2
-    style = argparse.RawDescriptionHelpFormatter
-    parser = mil.Parser(prog="scaling.py", description=__doc__, formatter_class=style)
-    shapes, counts = ["8B", "3B"] if CUDA else ["toy"], {1, 2, 4, 8, most}
-    counts = sorted(n for n in counts if most % n == 0)
-    for name, default, help, more in (
-        ("shapes", shapes, "of the teacher", dict(nargs="+", choices=SHAPES)),
-        ("stages", [1, 2], "1: the new mixers train; 2: all", dict(nargs="+", choices=TRAINS)),
-        ("processes", counts, "how many, of each row", dict(nargs="+")),
-        ("rows", 4, "sequences a process at once", {}),
-        ("steps", 50, "of a run, which is then broken off", {}),
-        ("out", "out/scaling", "for the teachers, which stay, the runs and scaling.json", {}),
-    ):
-        kind = type(default[0] if isinstance(default, list) else default)
-        help += " (%(default)s)"
-        parser.add_argument(f"--{name}", default=default, type=kind, help=help, **more)
-    o = parser.parse_args(argv)
+    """The Settings. Raises MilError if they cannot be measured."""
+    o = parse_flags(Settings, argv, __doc__)
     o.processes = sorted({*o.processes})
     if not CUDA and {*o.shapes} - {"toy"}:
         raise MilError(f"--shapes {' '.join(o.shapes)}: without CUDA expected toy")
     divide = all(n >= 1 and max(o.processes) % n == 0 for n in o.processes)
     # Of a stage of fewer than 200 steps, twice as many as here, each is logged.
-    if not FIRST < o.steps < 100 or o.rows < 1 or not divide or CUDA and max(o.processes) > most:
+    if not FIRST < o.steps < 100 or o.rows < 1 or not divide or CUDA and max(o.processes) > MOST:
         told = f"--steps {o.steps} --rows {o.rows} --processes {' '.join(map(str, o.processes))}"
         wanted = f"{FIRST + 1} to 99 --steps, one of --rows or more, and --processes that divide "
-        wanted += "the largest of them" + f", at most {most}, as there are GPUs" * CUDA
+        wanted += "the largest of them" + f", at most {MOST}, as there are GPUs" * CUDA
         raise MilError(f"{told}: expected {wanted}")
     return o
 

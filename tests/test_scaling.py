@@ -1,7 +1,6 @@
 """tests/scaling.py, of the smallest size."""
 
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ def test_a_stopped_run_goes_on_with_as_many_processes_and_with_half_and_makes_th
     assert not (tmp_path / "toy-1").exists()
 
 
-class Played:
+class Played(scaling.Steps):
     """A run whose losses are 1 and as many thousandths as the next of `OFF`, at a second a step."""
 
     OFF, NOTE = (0, 3, 5, 20, 70, 90, 40), ""
@@ -40,13 +39,7 @@ class Played:
         (out / "checkpoints" / "1.pt").write_text("x")
         self.said.write_text(self.NOTE * resume)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def stop(self, how):
+    def stop(self, how=None):
         pass
 
     def reach(self, step):
@@ -94,24 +87,15 @@ def test_the_commands_of_the_rows_take_the_same_batch(monkeypatch, tmp_path):
     assert json.loads((tmp_path / "o" / "recipe.json").read_text())[0]["trains"] == "all"
 
 
-SAID = [
-    ("data: x\nerror: the memory is full\nTraceback\n", 1, "error: the memory is full"),
-    ("killed\n", 1, "ended before step 3; .*said has"),
-    ("slow\n", None, "not at step 3 after 0 minutes"),
-]
-
-
-@pytest.mark.parametrize("said, ended, why", SAID)
-def test_a_run_that_fails_says_its_own_error_or_where_to_look(tmp_path, said, ended, why):
+@pytest.mark.parametrize(
+    "said, why", [("x\nerror: full\nTrace", "error: full"), ("x", "ended before")]
+)
+def test_a_run_that_fails_says_its_own_error_or_where_to_look(tmp_path, said, why):
     run = object.__new__(scaling.Steps)
-    run.out, run.said, run.process = (
-        tmp_path,
-        tmp_path / "said",
-        SimpleNamespace(poll=lambda: ended),
-    )
+    run.out, run.said, run.process = tmp_path, tmp_path / "said", SimpleNamespace(poll=lambda: 1)
     run.said.write_text(said)
     (tmp_path / "log.jsonl").write_text('{"step": 2}\n')
-    assert run.reach(2) == "" and re.match(why, run.reach(3, minutes=0))
+    assert run.reach(2) == "" and run.reach(3).startswith(why)
 
 
 def test_what_torchrun_started_in_sessions_of_its_own_does_not_outlive_the_measurement(
@@ -131,9 +115,10 @@ def test_what_torchrun_started_in_sessions_of_its_own_does_not_outlive_the_measu
     stat = Path(f"/proc/{pid.read_text()}/stat")
     for _ in range(100):
         if not stat.exists() or ") Z " in stat.read_text():
-            return
+            break
         time.sleep(0.05)
-    raise AssertionError("the worker lives")
+    else:
+        raise AssertionError("the worker lives")
 
 
 WRONG = [("--steps 9", "11 to 99 --steps"), ("--steps 100", "11 to 99 --steps")]

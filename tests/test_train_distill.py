@@ -1,6 +1,7 @@
 """train_distill.py: its losses, its data, what it refuses, and a run as a user starts it."""
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -29,8 +30,11 @@ from mil import Config, MilError
 BYTES = g.load_tokenizer("bytes")
 END = BYTES.stops[0]
 HALF = ["mamba2", "attention", "mamba2", "attention"]
-SIZES = "--n_layers 4 --d 16 --n_heads 2 --n_kv_heads 1 --d_ff 24 "
-SIZES += "--context 32 --batch 4 --eval_sequences 4 "
+PAIRS = g.Tiktoken(  # a token more, of two bytes
+    r"(?s:..?)", {bytes([i]): i for i in range(256)} | {b"ab": 256}, {"<|endoftext|>": 257}
+)
+SMALL = "--context 32 --batch 4 --eval_sequences 4 "
+SIZES = SMALL + "--n_layers 4 --d 16 --n_heads 2 --n_kv_heads 1 --d_ff 24 "
 
 
 def tiny(seed=0, kind=torch.float32, **changes):
@@ -96,6 +100,23 @@ def train(out, text="", **more):
     return left(out)
 
 
+def taught(shelf, out, text="", **more):
+    """A small run with the shelf's teacher and, unless told otherwise, its text."""
+    return train(
+        out, SMALL + text, **dict(teacher=shelf / "teacher", data=shelf / "text.txt") | more
+    )
+
+
+@contextlib.contextmanager
+def refused(words):
+    """Inside, a MilError is raised, of one line that has these words."""
+    with pytest.raises(MilError) as e:
+        yield
+    assert "\n" not in str(e.value)
+    for word in words.split():
+        assert word in str(e.value)
+
+
 def write_recipe(place, *stages):
     (place / "recipe.json").write_text(json.dumps(stages))
     return place / "recipe.json"
@@ -154,29 +175,25 @@ def test_the_log_has_every_step_of_a_short_stage_and_the_parts_of_its_loss(job):
 
 
 def test_the_report_has_a_text_of_both_models_the_peak_memory_and_a_command_to_try(job):
+    """And into a file progress comes every half a minute, not every step."""
     out, _, printed = job
-    peak = json.loads((out / "results.json").read_text())["peak_memory_bytes"]
+    results = json.loads((out / "results.json").read_text())
+    assert printed.count("ETA") <= 6 + results["seconds"] / 30
+    peak = results["peak_memory_bytes"]
     assert (2**27 if DEVICE == "cpu" else 2**20) < peak < 2**36
     assert f"peak memory {peak / 2**30:.2f} GiB" in printed
     assert "--- teacher\ndef " in printed and "--- student\ndef " in printed
     assert f"try: python generate.py --model {out}/student --prompt" in printed
 
 
-def test_into_a_file_progress_comes_every_half_a_minute_not_every_step(job):
-    out, _, printed = job
-    seconds = json.loads((out / "results.json").read_text())["seconds"]
-    assert printed.count("ETA") <= 6 + seconds / 30
-
-
 def test_a_second_run_uses_the_teacher_again_and_gives_the_same_table(job, capsys):
     out, argv, _ = job
-    before = left(out)
-    written = [p.stat().st_mtime_ns for p in (out / "teacher").iterdir()]
+    before, written = left(out).rows, [p.stat().st_mtime_ns for p in (out / "teacher").iterdir()]
     t.main(argv)
     assert "reused" in capsys.readouterr().out
     assert [p.stat().st_mtime_ns for p in (out / "teacher").iterdir()] == written
     if DEVICE == "cpu":
-        assert left(out).rows == before.rows
+        assert left(out).rows == before
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +228,8 @@ def test_a_draft_of_some_of_the_teachers_layers_learns_and_proposes(
     shelf, tmp_path, capsys, keep, mixers
 ):
     teacher, draft = shelf / "teacher", tmp_path / "o" / "student"
-    argv = SIZES[SIZES.index("--context") :] + "--student_layers 0,3 --stage1_steps 6"
-    more = dict(teacher=teacher, data=shelf / "text.txt", keep=keep, stage2_steps=4)
-    done = train(tmp_path / "o", argv, **more)
+    argv = "--student_layers 0,3 --stage1_steps 6 --stage2_steps 4"
+    done = taught(shelf, tmp_path / "o", argv, keep=keep)
     assert done.student.config.mixers == mixers and done.log[-1]["step"] == 10
     assert [row["model"] for row in done.rows][1:] == ["student, not trained", STAGES[2]]
     assert done.rows[2]["loss"] < done.rows[1]["loss"]
@@ -227,21 +243,21 @@ def test_a_draft_of_some_of_the_teachers_layers_learns_and_proposes(
 
 
 def test_a_small_students_teacher_has_all_layers_where_the_run_makes_both(shelf, tmp_path):
-    steps = "--teacher_steps 2 --stage1_steps 2 --stage2_steps 1 --student_layers 0,3"
-    done = train(tmp_path / "o", SIZES + steps, data=shelf / "text.txt")
+    argv = SIZES + "--teacher_steps 2 --stage1_steps 2 --stage2_steps 1 --student_layers 0,3"
+    done = train(tmp_path / "o", argv, data=shelf / "text.txt")
     assert (done.teacher.config.n_layers, done.student.config.n_layers) == (4, 2)
 
 
 def test_a_larger_teacher_teaches_another_llama_and_stays_as_it_was(shelf, tmp_path, capsys):
     mil.save(tiny(d=32, n_layers=3).cpu(), tmp_path / "big", tokenizer="bytes")
     before = {p: p.read_bytes() for p in (tmp_path / "big").iterdir()}
-    argv = "--context 32 --batch 4 --eval_sequences 4 --stage1_steps 3 --stage2_steps 2"
-    more = dict(teacher=tmp_path / "big", init_from=shelf / "teacher", prompt="x" * 80)
-    done = train(tmp_path / "o", argv, data=shelf / "text.txt", **more)
+    argv = "--stage1_steps 3 --stage2_steps 2 --prompt " + "x" * 80  # longer than the context
+    more = dict(teacher=tmp_path / "big", init_from=shelf / "teacher")
+    done = taught(shelf, tmp_path / "o", argv, **more)
     assert done.student.config.d == 16 and done.student.config.mixers == HALF
     assert {p: p.read_bytes() for p in (tmp_path / "big").iterdir()} == before
     assert not (tmp_path / "o" / "teacher").exists()
-    assert capsys.readouterr().out.count("\n" + "x" * 80) == 2  # longer than the context
+    assert capsys.readouterr().out.count("\n" + "x" * 80) == 2
 
 
 def test_a_teacher_from_elsewhere_learns_conversations_and_its_student_keeps_the_tokenizer(
@@ -255,7 +271,7 @@ def test_a_teacher_from_elsewhere_learns_conversations_and_its_student_keeps_the
     (tmp_path / "theirs" / "tokenizer.json").write_text(json.dumps(tokenizer))
     said = ({"messages": talk(f"the {i}?", f"then {i}")} for i in range(90))
     (tmp_path / "a.jsonl").write_text(lines(*said))
-    argv = "--context 32 --batch 4 --stage1_steps 2 --stage2_steps 0 --eval_sequences 4"
+    argv = SMALL + "--stage1_steps 2 --stage2_steps 0"
     done = train(tmp_path / "o", argv, teacher=tmp_path / "theirs", data=tmp_path / "a.jsonl")
     printed = capsys.readouterr().out
     assert "of them to be learned" in printed and "--chat" in printed
@@ -267,9 +283,8 @@ def test_a_teacher_from_elsewhere_learns_conversations_and_its_student_keeps_the
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_in_bfloat16_a_student_is_written_as_the_teachers_file_is(shelf, tmp_path, kind):
     mil.save(tiny().to(kind).cpu(), tmp_path / "teacher", tokenizer="bytes")
-    argv = "--context 32 --batch 4 --stage1_steps 2 --stage2_steps 1 --eval_sequences 4"
-    more = dict(teacher=tmp_path / "teacher", data=shelf / "text.txt", dtype="bfloat16")
-    done = train(tmp_path / "o", argv, **more)
+    argv = "--stage1_steps 2 --stage2_steps 1 --dtype bfloat16"
+    done = taught(shelf, tmp_path / "o", argv, teacher=tmp_path / "teacher")
     weights = [w for k, w in done.student.named_parameters() if not mil.stays_wide(k)]
     assert {w.dtype for w in weights} == {kind}
     rounded = all(torch.equal(w, w.bfloat16().float()) for w in weights)
@@ -278,11 +293,8 @@ def test_in_bfloat16_a_student_is_written_as_the_teachers_file_is(shelf, tmp_pat
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_student(shelf, tmp_path):
     stages = {"keep": 0.75, "steps": 2}, {"trains": "all", "steps": 9, "lr": 1e30, "warmup": 0}
-    argv = flags(SIZES[SIZES.index("--context") :], recipe=write_recipe(tmp_path, *stages))
-    argv += flags("--device cpu", teacher=shelf / "teacher", data=shelf / "text.txt")
-    with pytest.raises(MilError, match=r"(nan|inf) at step 2 of 9.*good.*student") as e:
-        t.main([*argv, "--out", str(tmp_path / "o")])
-    assert "\n" not in str(e.value)
+    with refused(f"at step 2 of 9 {tmp_path}/o/student"):
+        taught(shelf, tmp_path / "o", recipe=write_recipe(tmp_path, *stages))
     student = mil.load(tmp_path / "o" / "student", "cpu")
     assert student.config.mixers == ["mamba2", *["attention"] * 3]
     assert all(w.isfinite().all() for w in student.parameters())
@@ -292,7 +304,11 @@ def test_on_a_gpu_a_whole_run_compiles_each_kind_of_layer_a_handful_of_times(
     shelf, tmp_path, monkeypatch
 ):
     """Every stage, rows of one document and of several, pairs of many lengths, evaluations. Traced
-    by torch.compile and run eagerly, on the CPU, with the scan as one operator."""
+    by torch.compile and run eagerly, on the CPU, with the scan as one operator. What fills up a
+    batch, so that all have one size, changes nothing."""
+    steps = "--teacher_steps 2 --stage1_steps 4 --stage2_steps 2 --stage3_steps 5"
+    files = dict(data=shelf / "chat.jsonl", pairs=shelf / "pairs.jsonl", eval_sequences=3)
+    plain = train(tmp_path / "plain", SIZES + steps, **files).rows
     graphs = collections.Counter()
 
     def backend(graph, inputs):
@@ -305,10 +321,10 @@ def test_on_a_gpu_a_whole_run_compiles_each_kind_of_layer_a_handful_of_times(
     monkeypatch.setattr(t.Run, "compiled", True)
     torch._dynamo.allow_in_graph(mil.ssm_scan)
     torch._dynamo.reset()
-    steps = "--teacher_steps 2 --stage1_steps 4 --stage2_steps 2 --stage3_steps 5"
-    files = dict(data=shelf / "chat.jsonl", pairs=shelf / "pairs.jsonl")
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        train(tmp_path / "o", SIZES + steps, **files)
+        rows = train(tmp_path / "o", SIZES + steps, **files).rows
+    for row, wanted in zip(rows, plain, strict=True):
+        assert row == pytest.approx(wanted, rel=1e-3, abs=1e-5, nan_ok=False)
     kinds = itertools.product(("attention", "mamba2"), (False, True))
     assert set(graphs) == {*kinds} and max(graphs.values()) <= 4, graphs
 
@@ -327,13 +343,11 @@ def test_on_a_cpu_threads_spin_for_a_short_time_unless_the_user_says_how_long(gi
     script = f"""import os, sys
 exists = os.path.exists
 os.path.exists = lambda path: {gpu} if path == '/dev/nvidia0' else exists(path)
-class Watch:
-    def find_spec(self, name, *_):
-        if name == 'torch':
-            print(os.environ.get('GOMP_SPINCOUNT'))
-            os._exit(sys.stdout.flush() or 0)
-sys.meta_path.insert(0, Watch())
-import train_distill
+sys.modules['torch'] = None
+try:
+    import train_distill
+except ImportError:
+    print(os.environ.get('GOMP_SPINCOUNT'))
 """
     free = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     how = dict(env=free | given, cwd=Path(t.__file__).parent, capture_output=True, text=True)
@@ -380,10 +394,8 @@ def test_the_losses_of_tokens_and_their_gradient_equal_autograds(
 ):
     logits, wanted, targets, alpha, beta = some_logits(n, v, seed, dtype)
     wanted = wanted if teacher else None
-    leaf = logits.double().requires_grad_()
-    *want, total = plain_loss(
-        leaf, wanted.double() if teacher else None, targets, alpha, beta, tau, reverse
-    )
+    leaf, theirs = logits.double().requires_grad_(), wanted.double() if teacher else None
+    *want, total = plain_loss(leaf, theirs, targets, alpha, beta, tau, reverse)
     *looked, nothing = t.token_losses(logits, wanted, targets, alpha, beta, tau, reverse)
     *got, d = t.token_losses(logits, wanted, targets, alpha, beta, tau, reverse, gradient=True)
     assert nothing is None and d.dtype == dtype
@@ -403,31 +415,29 @@ def test_tokens_without_probability_add_nothing_on_the_left_and_infinity_on_the_
     """As where one vocabulary is smaller. What is not learned is not looked at."""
     logits, wanted, _, alpha, beta = some_logits(3, 300, 1)
     targets = torch.tensor([100, -100, 299], device=DEVICE)
-    for ours, theirs in ((90, 90), (90 * reverse, 90 * (not reverse))):
+
+    def losses(ours, theirs, first=0):
         x, w = logits.clone(), wanted.clone()
         x[:, :ours], w[:, :theirs], x[1] = -torch.inf, -torch.inf, torch.nan
-        leaf = x[[0, 2], ours:].double().requires_grad_()
-        p, q = w[[0, 2]].double().log_softmax(-1), leaf.log_softmax(-1)
-        p, q = p[:, 90:], q[:, 90 - ours :]
-        p, q = (q, p) if reverse else (p, q)
-        kl = (p.exp() * (p - q)).sum(-1)
-        ce = F.cross_entropy(leaf, targets[[0, 2]] - ours, reduction="none")
-        (dx,) = torch.autograd.grad((alpha[[0, 2]] * ce + beta[[0, 2]] * kl).sum(), leaf)
-        got = t.token_losses(x, w, targets, alpha, beta, reverse=reverse, gradient=True)
-        assert not any(found[1].any() for found in got)
-        for found, want in zip(got, (ce, kl, F.pad(dx, (ours, 0))), strict=True):
-            assert_close(found[[0, 2]], want, 1e-5, noise=1e-6)
-    x, w = (wanted, logits.clone()) if reverse else (logits.clone(), wanted)
-    (w if reverse else x)[:, :90] = -torch.inf
-    kl = t.token_losses(x, w, targets, alpha, beta, reverse=reverse)[1]
-    assert kl.tolist() == [torch.inf, 0, torch.inf]
+        x, w, y = x[:, first:], w[:, first:], targets - first
+        return t.token_losses(x, w, y, alpha, beta, reverse=reverse, gradient=True)
+
+    for got, smaller in zip(losses(90, 90), losses(90, 90, first=90), strict=True):
+        assert_close(got[..., -210:], smaller, 1e-5)
+    _, kl, dx = losses(90 * reverse, 90 * (not reverse))
+    p, q = wanted.double().softmax(-1)[::2], logits.double().softmax(-1)[::2]
+    left, right = (q, p) if reverse else (p, q)
+    left = left[:, 90:] / left[:, 90:].sum(-1, keepdim=True)
+    assert_close(kl[::2], (left * (left / right[:, 90:]).log()).sum(-1), 1e-5)
+    assert dx.isfinite().all() and not dx[1].any() and not kl[1]
+    assert losses(90 * (not reverse), 90 * reverse)[1].tolist() == [torch.inf, 0, torch.inf]
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_student_that_agrees_has_no_divergence_and_large_logits_no_infinity(reverse):
-    logits, _, targets, alpha, beta = some_logits(4, 1000, 2)
-    logits, none = 300 * logits, torch.zeros_like(alpha)
-    ce, kl, dx = t.token_losses(logits, logits, targets, none, beta, 1.0, reverse, gradient=True)
+    logits, _, targets, _, one = some_logits(4, 1000, 2)
+    how = dict(reverse=reverse, gradient=True)
+    ce, kl, dx = t.token_losses(300 * logits, 300 * logits, targets, 0 * one, one, **how)
     assert not kl.any() and not dx.any() and ce.isfinite().all()
 
 
@@ -496,20 +506,18 @@ def test_a_packed_row_has_the_loss_and_the_gradients_of_each_document_alone(reve
             ids = torch.where(ids < 0, ~ids, ids)[None, :-1]
             logits = student(ids)[0], teacher(ids)[0].detach()
             want.append(plain_loss(*logits, targets, 0.3, 0.7, 2.0, reverse))
-    total = sum(part[2] for part in want) / 8
-    assert_close(loss, total, 1e-6)
-    assert_close(ce, sum(part[0].sum() for part in want) / 8, 1e-6)
-    assert_close(kl, sum(part[1].sum() for part in want) / 8, 1e-6)
-    for got, exact in zip(
-        found, torch.autograd.grad(total, list(student.parameters())), strict=True
-    ):
+    weights = list(student.parameters())
+    want_ce, want_kl, total = (sum(x.sum() for x in part) / 8 for part in zip(*want, strict=True))
+    for got, exact in zip((loss, ce, kl), (total, want_ce, want_kl), strict=True):
+        assert_close(got, exact, 1e-6)
+    for got, exact in zip(found, torch.autograd.grad(total, weights), strict=True):
         assert_close(got, exact, 1e-5)
 
 
 def log_probability(model, ids):
     """Of what is learned of ids (below 0: only read)."""
     whole = [min(i, 256) if i >= 0 else ~i for i in ids]
-    p = model(torch.tensor([whole[:-1]], device=DEVICE))[0].log_softmax(-1)
+    p = model(torch.tensor([whole[:-1]]).to(model.lm_head.weight.device))[0].log_softmax(-1)
     return sum(p[i, whole[i + 1]] for i in range(len(ids) - 1) if ids[i + 1] >= 0)
 
 
@@ -535,34 +543,35 @@ def test_the_preference_loss_equals_equation_4_and_so_do_its_gradients(seed, bet
         assert_close(got, exact, 1e-4, noise=1e-9)
 
 
-@pytest.mark.parametrize("content", ["text", "completions"])
+RANDOM = ["".join(map(chr, row)) for row in np.random.default_rng(0).integers(32, 127, (10, 64))]
+EVALUATED = {
+    "text": (BYTES, [{"text": text} for text in RANDOM]),
+    "completions": (BYTES, [{"prompt": text[:40], "completion": text[40:]} for text in RANDOM]),
+    "tokens of two bytes": (PAIRS, [{"text": "ab" * 64}] * 10),
+}
+
+
+@pytest.mark.parametrize("content", EVALUATED)
 def test_an_evaluation_is_that_of_the_validation_text_by_hand(tmp_path, content):
-    """And of a completion's tokens alone. Of a loss that no float's perplexity holds, too."""
-    path = tmp_path / "a.jsonl"
-    texts = ["".join(map(chr, row)) for row in np.random.default_rng(0).integers(32, 127, (10, 64))]
-    records = [{"text": text} for text in texts]
-    if content == "completions":
-        records = [{"prompt": text[:40], "completion": text[40:]} for text in texts]
-    path.write_text(lines(*records))
+    """Also of a loss whose perplexity no float holds."""
+    encoding, records = EVALUATED[content]
+    (tmp_path / "a.jsonl").write_text(lines(*records))
     s = t.Settings(out=str(tmp_path / "o"), context=16, batch=1, eval_sequences=99)
-    corpus = t.load_corpus(s, [path], BYTES, "bytes")
-    ids = torch.from_numpy(corpus.val[:65].astype(np.int64)).to(DEVICE)  # exactly four windows
-    assert len(corpus.val) == 65
+    corpus = t.load_corpus(s, [tmp_path / "a.jsonl"], encoding, "x")
+    ids = torch.from_numpy(corpus.val.astype(np.int64)).to(DEVICE)  # exactly four windows
     x, y = torch.where(ids < 0, ~ids, ids)[:-1].view(4, 16), ids[1:]
-    teacher, student = tiny(2), tiny(1)
+    teacher, student, run = tiny(2, v=258), tiny(1, v=258), t.Run(s, torch.device(DEVICE))
     for scale in (1, 1e5):
         with torch.no_grad():
             student.lm_head.weight.mul_(scale)
             logits = [model(x).flatten(0, 1)[y >= 0].double() for model in (student, teacher)]
-        run = t.Run(s, torch.device(DEVICE))
-        first, got = t.evaluate(run, t.Models(teacher, student), corpus, BYTES)
+        first, got = t.evaluate(run, t.Models(teacher, student), corpus, encoding)
         ce, kl, _ = plain_loss(*logits, y[y >= 0])
         own, _, _ = plain_loss(logits[1], None, y[y >= 0])
         agree = (logits[0].argmax(-1) == logits[1].argmax(-1)).double().mean()
         want = {"loss": ce.mean().item(), "kl": kl.mean().item(), "agreement": agree.item()}
-        want["bits_per_byte"] = (
-            want["loss"] / math.log(2) * len(ce) / ((y >= 0) & (y != END)).sum().item()
-        )
+        size = sum(len(encoding.bytes_of(token)) for token in y[y >= 0].tolist())
+        want["bits_per_byte"] = ce.sum().item() / math.log(2) / size
         assert {k: got[k] for k in want} == pytest.approx(want, rel=1e-4)
         assert (first["kl"], first["agreement"]) == (0, 1)
         assert first["loss"] == pytest.approx(own.mean().item(), rel=1e-4)
@@ -586,7 +595,9 @@ def documents(part, begins):
     return [shown(ids.tolist()) for ids in np.split(part, begins[1:])]
 
 
-PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+TURN, PARTS = "user:\nu\nassistant:\n[v.]\n", [{"type": "text", "text": part} for part in ("", "u")]
+TURNS = [{"role": "system", "content": "s"}, *talk("u", "v", "w", "x")]
+IN_PARTS = [{"role": "user", "content": PARTS}, TURNS[2]]
 TWO = lines({"text": "one"}, {"prompt": "p ", "completion": "cd"})
 DOCUMENTS = [
     ("a.txt", "plain", ["[plain.]"]),
@@ -599,16 +610,8 @@ DOCUMENTS = [
     ("a.json", '{\n "a": 1\n}', ['[{\n "a": 1\n}.]']),  # JSON of another kind is text
     ("a.json", '[{"a": 1}]', ['[[{"a": 1}].]']),
     ("a.jsonl", '\ufeff{"text": "a\u00a0b\x85c"}', ["[aÂ\xa0bÂ\x85c.]"]),
-    (
-        "a.jsonl",
-        lines({"messages": [{"role": "system", "content": "s"}, *talk("u", "v", "w", "x")]}),
-        ["system:\ns\nuser:\nu\nassistant:\n[v.]\nuser:\nw\nassistant:\n[x.]\n"],
-    ),
-    (
-        "a.jsonl",
-        lines({"text": "t", "messages": [{"role": "user", "content": PARTS}, *talk("", "c")[1:]]}),
-        ["user:\nab\nassistant:\n[c.]\n"],
-    ),
+    ("a.jsonl", lines({"messages": TURNS}), [f"system:\ns\n{TURN}user:\nw\nassistant:\n[x.]\n"]),
+    ("a.jsonl", lines({"text": "t", "messages": IN_PARTS}), [TURN]),
 ]
 
 
@@ -621,9 +624,8 @@ def test_files_are_documents_of_which_every_twentieth_is_held_out(tmp_path, name
     corpus = t.load_corpus(s, [tmp_path / "d"], BYTES, "bytes")
     whole = wanted * 20
     assert documents(corpus.val, corpus.begins[1]) == whole[9::20]
-    assert documents(corpus.train, corpus.begins[0]) == [
-        document for i, document in enumerate(whole) if i % 20 != 9
-    ]
+    del whole[9::20]
+    assert documents(corpus.train, corpus.begins[0]) == whole
 
 
 def test_the_last_tenth_of_a_single_document_is_held_out(tmp_path):
@@ -672,12 +674,11 @@ def test_tokens_at_the_limits_of_16_bits_are_stored_whole_and_as_not_to_be_learn
 def test_another_tokenizer_chat_template_or_content_is_another_corpus(tmp_path):
     """Of a file with the same name, size and time."""
     path, s = tmp_path / "a.jsonl", t.Settings(out=str(tmp_path / "o"), batch=1, context=16)
-    other, longer = copy.copy(BYTES), {bytes([i]): i for i in range(256)} | {b"he": 256}
+    other = copy.copy(BYTES)
     other.template = "llama3"
-    pairs = g.Tiktoken(r"(?s:..?)", longer, {"<|endoftext|>": 257})
     found = []
-    for encoding, text in ((BYTES, "hello"), (other, "hello"), (pairs, "hello"), (BYTES, "jello")):
-        path.write_text(lines({"messages": talk("the other", text) * 30}))
+    for encoding, text in ((BYTES, "hello"), (other, "hello"), (PAIRS, "hello"), (BYTES, "jello")):
+        path.write_text(lines({"messages": talk("ab", text) * 30}))
         os.utime(path, (1, 1))
         found.append(t.load_corpus(s, [path], encoding, "x").train.tolist())
     assert len({tuple(ids) for ids in found}) == 4
@@ -712,15 +713,13 @@ BAD = {  # files of which none can be used
     "short.txt": "short",
     "latin.txt": b"\xff\xfe",
     "notes/out/log.txt": "text",
-    "half.jsonl": '{"prompt": "a", "chosen": "b"}',
-    "number.jsonl": '{"prompt": "a", "chosen": "b", "rejected": 3}',
+    "half.jsonl": '{"prompt": "a", "chosen": "b", "rejected": 3}',
     "apart.jsonl": lines({"chosen": talk("a", "b"), "rejected": talk("c", "d")}),
     "asks.jsonl": lines({"prompt": "a", "chosen": talk("a"), "rejected": talk("a")}),
     "one.jsonl": lines(*[pair(1)] * 3),
     "recipe.json": '[{"keep": 0.5, "data": ["nowhere"]}]',
     "taste.json": '[{"loss": "dpo", "data": ["nowhere"]}]',
     "broken.json": "{",
-    "object.json": "{}",
     "empty.json": "[]",
 }
 REFUSED = [
@@ -733,7 +732,6 @@ REFUSED = [
 --batch 7 --pairs pairs.jsonl -> --batch multiple of 2
 --keep 1.5 -> keep
 --keep 1 -> keep none
---keep 0.1 -> keep none
 --n_layers 1 -> keep none
 --mixer rwkv -> --mixer mamba2
 --mixer mamba -> d_state
@@ -749,21 +747,17 @@ REFUSED = [
 --answers 3 -> --answers --pseudo_labels
 --answer_tokens 32 -> --answer_tokens
 --context 1 -> --context
---memory_budget 1.5 -> --memory_budget
 --memory_budget 0 -> --memory_budget
 --memory_budget 0.5 -> --memory_budget GPU
 --memory_budget 0.5 --no-compile -> --memory_budget GPU
 --schedule up -> --schedule cosine
---temperature 0 -> --temperature
 --alpha 0 --beta 0 -> nothing learned
 --warmup 2 -> --warmup
 --teacher_lr=-1 -> --teacher_lr
 --stage1_lr nan -> --stage1_lr
 --dtype float8 -> --dtype bfloat16
 --device abacus -> --device abacus
---init zeros -> --init
 --tokenizer nonsense -> nonsense tokenizer
---student_layers 0,x -> --student_layers 0,3
 --student_layers 0,4 -> --student_layers 0 to 3
 --student_layers 2,1 -> --student_layers rising
 --student_layers 0 --init_from teacher -> --student_layers --init_from
@@ -782,7 +776,6 @@ REFUSED = [
 --recipe recipe.json -> --recipe nowhere no such file
 --recipe taste.json -> --recipe nowhere no such file
 --recipe broken.json -> broken.json JSON
---recipe object.json -> object.json list
 --recipe empty.json -> empty.json list
 --data nowhere -> --data nowhere no such file
 --data cut.jsonl -> --data cut.jsonl line 2 JSON
@@ -796,10 +789,8 @@ REFUSED = [
 --data latin.txt -> --data latin.txt UTF-8
 --data notes --out notes -> --data notes no files
 --pairs nowhere -> --pairs nowhere no such file
---pairs latin.txt -> --pairs latin.txt UTF-8
 --pairs cut.jsonl -> --pairs cut.jsonl line 1
---pairs half.jsonl -> --pairs half.jsonl line 1 rejected
---pairs number.jsonl -> --pairs number.jsonl line 1 int
+--pairs half.jsonl -> --pairs half.jsonl line 1 int
 --pairs apart.jsonl -> --pairs apart.jsonl line 1 two answers
 --pairs asks.jsonl -> --pairs asks.jsonl line 1 two answers
 --pairs one.jsonl -> --pairs 10
@@ -829,11 +820,8 @@ def test_what_cannot_be_is_refused_in_one_line_before_any_training(
     first = f"--out {tmp_path}/o --device cpu "
     first += "" if "--teacher " in given else SIZES
     first += "" if "--data " in given else "--data text.txt "
-    with pytest.raises(MilError) as e:
+    with refused(words):
         t.main(flags(first + given))
-    assert "\n" not in str(e.value)
-    for word in words.split():
-        assert word in str(e.value)
 
 
 def test_a_command_that_is_refused_says_so_on_stderr_and_fails(tmp_path):
