@@ -249,9 +249,10 @@ def parse(argv):
     # Of a stage of fewer than 200 steps, twice as many as here, each is logged.
     if not FIRST < o.steps < 100 or o.rows < 1 or not divide or CUDA and max(o.processes) > MOST:
         told = f"--steps {o.steps} --rows {o.rows} --processes {' '.join(map(str, o.processes))}"
-        wanted = f"{FIRST + 1} to 99 --steps, one of --rows or more, and --processes that divide "
-        wanted += "the largest of them" + f", at most {MOST}, as there are GPUs" * CUDA
-        raise MilError(f"{told}: expected {wanted}")
+        wanted = (
+            f"{FIRST + 1} to 99 --steps, --rows, and --processes that divide the largest of them"
+        )
+        raise MilError(f"{told}: expected {wanted}" + f", at most {MOST}, as there are GPUs" * CUDA)
     return o
 
 

@@ -181,9 +181,7 @@ def test_a_stopped_run_survives_a_full_disk_and_a_damaged_checkpoint(argv, undis
     assert same(left(out), undisturbed)
 
 
-def test_out_of_memory_names_the_flags_that_help_and_resume_goes_on_from_the_stage_before(
-    argv, undisturbed, tmp_path, monkeypatch, capsys
-):
+def test_a_run_goes_on_after_it_ran_out_of_memory(argv, undisturbed, tmp_path, monkeypatch, capsys):
     def fills(optimizer, steps=[]):  # noqa: B006
         steps.append(optimizer)
         if len(steps) == 33:
@@ -206,9 +204,7 @@ def slow():
     torch.optim.AdamW.step = lambda _: time.sleep(60)
 
 
-def test_while_a_run_goes_on_a_second_one_is_refused_and_a_second_signal_ends_it_at_once(
-    argv, tmp_path
-):
+def test_a_second_run_is_refused_and_a_second_signal_ends_the_first_at_once(argv, tmp_path):
     out, said = tmp_path / "o", tmp_path / "said"
     with started([*argv, "--out", str(out)], said, slow) as ((worker,), wait):
         until([worker], lambda: logged(out, 0))
@@ -252,18 +248,14 @@ def unfinished(argv, shelf, tmp_path_factory):
 
 
 @pytest.mark.parametrize("given", OTHERS)
-def test_an_unfinished_run_is_not_overwritten_nor_gone_on_with_by_other_settings(
-    argv, shelf, unfinished, monkeypatch, given
-):
+def test_a_run_goes_on_with_its_own_settings_only(argv, shelf, unfinished, monkeypatch, given):
     monkeypatch.chdir(shelf)
     with refused(OTHERS[given]):
         t.main([*argv, "--out", str(unfinished), *given.split()])
 
 
 @pytest.mark.parametrize("name, words", [("chat", "--data holds"), ("pairs", "data stage 3 hold")])
-def test_files_that_say_something_else_since_are_noticed_whatever_their_times(
-    argv, shelf, unfinished, name, words
-):
+def test_changed_files_are_noticed_whatever_their_times(argv, shelf, unfinished, name, words):
     path = shelf / f"{name}.jsonl"
     before, times = path.read_text(), path.stat()
     path.write_text(before.replace("it is", "is it"))
@@ -273,9 +265,7 @@ def test_files_that_say_something_else_since_are_noticed_whatever_their_times(
     path.write_text(before)
 
 
-def test_resume_begins_a_new_run_leaves_a_finished_one_and_without_it_one_is_replaced(
-    shelf, tmp_path, capsys
-):
+def test_resume_begins_a_new_run_and_leaves_a_finished_one(shelf, tmp_path, capsys):
     argv = SIZES + "--teacher_steps 2 --stage1_steps 2 --stage2_steps 1"
     go = functools.partial(train, tmp_path / "o", data=shelf / "text.txt")
     go(argv + " --resume")
@@ -391,9 +381,7 @@ def fast(rank):
         time.monotonic = lambda: began + 1000 * (real() - began)
 
 
-def test_two_processes_stop_together_by_whichever_hears_and_go_on_to_the_end_of_one(
-    shelf, tmp_path
-):
+def test_two_processes_stop_together_and_go_on_to_the_end_of_one(shelf, tmp_path):
     """One that is killed, then one that is told to stop; and their clocks differ."""
     argv = SIZES + "--teacher_steps 200 --teacher_lr 1e-4 --stage1_steps 2 --stage2_steps 1"
     argv = flags(argv, data=shelf / "text.txt", device="cpu", n_layers=1, keep=0, save_minutes=0.5)
@@ -459,14 +447,8 @@ PLACES = [
 
 
 @pytest.mark.parametrize("given, gpus, asks", PLACES)
-def test_each_process_of_torchrun_takes_its_own_gpu_and_touches_no_other(
-    monkeypatch, given, gpus, asks
-):
+def test_each_process_of_torchrun_takes_a_gpu_of_its_own(monkeypatch, given, gpus, asks):
     asked = []
-
-    def pick(name):
-        asked.append(name)
-        return torch.device(name or "cpu")
 
     def meet(backend, timeout, device_id):
         asked.extend([backend, str(device_id)])
@@ -477,7 +459,9 @@ def test_each_process_of_torchrun_takes_its_own_gpu_and_touches_no_other(
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(t, "pick_device", pick)
+    monkeypatch.setattr(
+        t, "pick_device", lambda name: asked.append(name) or torch.device(name or "cpu")
+    )
     monkeypatch.setattr(dist, "init_process_group", meet)
     with pytest.raises(MilError) as e:
         t.main(given.split())

@@ -146,9 +146,7 @@ def test_a_stage_that_cannot_be_is_refused_in_one_line_by_its_number(tmp_path, t
 
 
 @pytest.mark.parametrize("trains", ["mixers", "mlps", "all"])
-def test_a_stage_trains_its_share_of_the_student_and_the_rest_stays_the_teachers(
-    shelf, tmp_path, trains
-):
+def test_a_stage_trains_its_share_and_the_rest_stays_the_teachers(shelf, tmp_path, trains):
     stage = {"replace": [1, 2], "trains": trains, "steps": 3, "lr": 0.1, "mixer": "mamba"}
     done = taught(shelf, tmp_path / "o", recipe=write_recipe(tmp_path, stage))
     assert done.student.config.mixers == ["attention", "mamba", "mamba", "attention"]
@@ -316,15 +314,6 @@ def test_preferences_are_counted_on_the_held_out_pairs_by_hand(watched, shelf):
     rather = (right + 1) / (n + 2)
     assert row["preferred_error"] == pytest.approx(math.sqrt(rather * (1 - rather) / (n + 2)))
     assert not {"preferred", "margin"} & watched.rows[-2].keys()
-
-
-def test_a_run_may_train_on_preferences_alone_and_stage_3_takes_every_pair_once(shelf, tmp_path):
-    recipe = write_recipe(tmp_path, {"keep": 0.5, "steps": 2}, {"loss": "dpo", "trains": "mixers"})
-    files = dict(data=shelf / "chat.jsonl", pairs=shelf / "pairs.jsonl", recipe=recipe)
-    done = taught(shelf, tmp_path / "o", **files)
-    assert done.rows[-1]["model"] == "stage 3, preferences" and done.log[-1]["step"] == 19
-    teachers = mil.load(shelf / "teacher", "cpu").state_dict()
-    assert torch.equal(done.student.lm_head.weight, teachers["lm_head.weight"])
 
 
 # --------------------------------------------------------------------------------------------------
