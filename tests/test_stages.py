@@ -113,13 +113,11 @@ REFUSED = [
     ('[{"replace": [4]}]', "layers 4 0 to 3"),
     ('[{"replace": ["a"]}]', "replace list int"),
     ('[{"keep": 0.1}]', "stage 1 keep less than 1 of 4"),
-    ('[{"keep": -0.5}]', "keep -0.5"),
     ('[{"keep": 0.25}, {"keep": 0.5}]', "stage 2 keep 0.5 1 of 4"),
     ('[{"keep": 0.5, "replace": [1]}]', "keep replace one"),
     ('[{"keep": 0.5, "alpha": 0, "beta": 0}]', "stage 1 nothing learned"),
     ('[{"stpes": 3}]', "stage 1 'stpes' keep steps"),
     ('[{"steps": "3"}]', "stage 1 steps '3' int"),
-    ('[{"reverse": 1}]', "reverse 1 bool"),
     ('[{"keep": 0.5, "steps": 0}]', "steps 0"),
     ('[{"keep": 0.5, "lr": -1}]', "lr -1"),
     ('[{"keep": 0.5, "lr": Infinity}]', "lr inf"),
@@ -371,7 +369,7 @@ def test_of_a_long_prompt_the_end_is_kept_and_of_a_long_answer_the_beginning(tmp
 
 
 def answers_of(out):
-    """The lines of the file of answers, which the command line says where to find."""
+    """The file of the teacher's answers, and its lines."""
     (file,) = (out / "data").glob("*.answers.1of1.jsonl")
     return file, [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -391,7 +389,7 @@ ASKED_BY += [[talk("b" * 50 + "?")]]
 def test_the_teacher_answers_what_the_training_documents_ask(shelf, tmp_path):
     """What comes before a first answer, of a text the first quarter of every window, of a long
     prompt the end. Of the answers the teacher's own tokens are learned. A file of answers that was
-    cut anywhere is made whole again, the same; another seed or teacher gives other answers."""
+    cut short is completed, the same; another seed or teacher gives other answers."""
     (tmp_path / "a.jsonl").write_text(lines(*RECORDS * 4))
     recipe = write_recipe(tmp_path, {"keep": 0.5, "steps": 1, "lr": 0})
     argv = "--context 40 --batch 8 --eval_sequences 1 --pseudo_labels --answer_tokens 12 --seed 3"
@@ -405,12 +403,13 @@ def test_the_teacher_answers_what_the_training_documents_ask(shelf, tmp_path):
     lengths = [sum(token < 0 for token in r["tokens"]) for r in found]
     assert max(lengths) == 28 and shown(found[1]["tokens"]).startswith("a" * 27 + "?[")
     whole = file.read_bytes()
-    for end in (0, whole.index(b"\n", 2000), len(whole) - 3):
-        file.write_bytes(whole[:end])
+    marked = whole.replace(b"{", b"{ ", 1)  # an answer that would be seen to be made again
+    for said, end in ((whole, 0), (marked, len(whole) - 3)):
+        file.write_bytes(said[:end])
         for stored in (tmp_path / "o" / "data").glob("*.answers*.npy"):
             stored.unlink()
         train(tmp_path / "o", argv, teacher=shelf / "teacher", **files)
-        assert file.read_bytes() == whole
+        assert file.read_bytes() == said
     mil.save(tiny(5).cpu(), tmp_path / "teacher", tokenizer="bytes")
     for name, more in (("1", "--seed 4"), ("2", f"--teacher {tmp_path}/teacher")):
         train(tmp_path / name, f"{argv} --teacher {shelf}/teacher {more}", **files)
