@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -75,8 +76,7 @@ def work(argv, said, before):
 
 @contextlib.contextmanager
 def started(argv, said, *befores):
-    """The command in a process for each of `befores`: they, and a function that waits for their
-    exit codes."""
+    """The command in a process for each of `befores`; and a function that waits for exit codes."""
     befores = befores or [time.time]
     workers = [CLEAN.Process(target=work, args=(argv, said, before)) for before in befores]
     for worker in workers:
@@ -101,10 +101,16 @@ def until(workers, found):
         time.sleep(0.01)
 
 
-def logged(out, count):
-    """Whether the log has so many lines."""
-    log = out / "log.jsonl"
-    return log.exists() and log.read_text().count("\n") >= count
+def told(count, sign=signal.SIGTERM):
+    """The process gets a signal in its step `count`."""
+    step, steps = torch.optim.AdamW.step, itertools.count(1)
+
+    def counted(optimizer):
+        if next(steps) == count:
+            os.kill(os.getpid(), sign)
+        return step(optimizer)
+
+    torch.optim.AdamW.step = counted
 
 
 def same(a, b):
@@ -118,8 +124,8 @@ def same(a, b):
 def undisturbed(argv, tmp_path_factory):
     place = tmp_path_factory.mktemp("undisturbed")
     finish([*argv, "--out", str(place / "o")], place / "said")
-    took = json.loads((place / "o" / "results.json").read_text())["seconds"]
-    return SimpleNamespace(**vars(left(place / "o")), took=took)
+    results = json.loads((place / "o" / "results.json").read_text())
+    return SimpleNamespace(**vars(left(place / "o")), took=results["seconds"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -145,13 +151,14 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(argv, undisturbe
     assert re.search(r"goes on from .*pt: .*, after step [1-9]", said.read_text())
 
 
-def stopped(argv, out, said, count):
-    """Stops a run by SIGTERM when its log has so many lines."""
-    with started([*argv, "--out", str(out)], said) as (workers, wait):
-        until(workers, lambda: logged(out, count))
-        workers[0].terminate()
+def stopped(argv, out, count):
+    """A run that SIGTERM stopped in step `count`; what it printed."""
+    said = out.parent / "said"
+    with started([*argv, "--out", str(out)], said, functools.partial(told, count)) as (_, wait):
         assert wait() == [143], said.read_text()
+    assert len((out / "log.jsonl").read_text().splitlines()) == count
     assert "SIGTERM" in said.read_text() and "--resume" in said.read_text()
+    return said
 
 
 def full():
@@ -162,8 +169,7 @@ def full():
 
 def test_a_stopped_run_survives_a_full_disk_and_a_damaged_checkpoint(argv, undisturbed, tmp_path):
     """The newest checkpoints stay, and of these the newest whole one is gone on from."""
-    out, said = tmp_path / "o", tmp_path / "said"
-    stopped(argv, out, said, 12)
+    out, said = tmp_path / "o", stopped(argv, tmp_path / "o", 12)
     kept = {place: place.read_bytes() for place in (out / "checkpoints").iterdir()}
     assert len(kept) == 2
     with started([*argv, "--out", str(out), "--resume"], said, full) as (_, wait):
@@ -207,7 +213,7 @@ def slow():
 def test_a_second_run_is_refused_and_a_second_signal_ends_the_first_at_once(argv, tmp_path):
     out, said = tmp_path / "o", tmp_path / "said"
     with started([*argv, "--out", str(out)], said, slow) as ((worker,), wait):
-        until([worker], lambda: logged(out, 0))
+        until([worker], (out / "log.jsonl").exists)
         with refused(f"{out} another run"):
             t.main([*argv, "--out", str(out)])
         os.kill(worker.pid, signal.SIGINT)
@@ -227,41 +233,48 @@ OTHERS = {
     "--resume --reverse": "--reverse",
     "--resume --mixer mamba --n_kv_heads 2": "--mixer",
     "--resume --dtype bfloat16": "--dtype",
-    "--resume --answers 29": "--answers",
     "--resume --teacher_steps 31": "--teacher_steps",
     "--resume --recipe replace.json": "stage 1 replace",
-    "--resume --recipe rate.json": "stage 1 lr stage 2 data",
+    "--resume --recipe rate.json": "stage 1 lr",
     "--resume --data text.txt": "--data text.txt",
 }
 
 
 @pytest.fixture(scope="module")
 def unfinished(argv, shelf, tmp_path_factory):
+    """The command of a run that was stopped."""
     out = tmp_path_factory.mktemp("unfinished") / "o"
-    stopped(argv, out, out.parent / "said", 5)
+    argv = [*argv, "--init_from", str(shelf / "teacher"), "--save_minutes", "99"]
+    stopped(argv, out, 5)
     chat = [str(shelf / "chat.jsonl")]
     rate = {"keep": 0.5, "lr": 1}, {"trains": "all", "data": chat}, {"loss": "dpo"}
     for name, stages in (("replace", [{"replace": [1]}]), ("rate", rate)):
         write_recipe(shelf, *stages).rename(shelf / f"{name}.json")
-    return out
+    return [*argv, "--out", str(out)]
 
 
 @pytest.mark.parametrize("given", OTHERS)
-def test_a_run_goes_on_with_its_own_settings_only(argv, shelf, unfinished, monkeypatch, given):
+def test_a_run_goes_on_with_its_own_settings_only(shelf, unfinished, monkeypatch, given):
     monkeypatch.chdir(shelf)
     with refused(OTHERS[given]):
-        t.main([*argv, "--out", str(unfinished), *given.split()])
+        t.main([*unfinished, *given.split()])
 
 
-@pytest.mark.parametrize("name, words", [("chat", "--data holds"), ("pairs", "data stage 3 hold")])
-def test_changed_files_are_noticed_whatever_their_times(argv, shelf, unfinished, name, words):
-    path = shelf / f"{name}.jsonl"
-    before, times = path.read_text(), path.stat()
-    path.write_text(before.replace("it is", "is it"))
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+CHANGED = [("chat.jsonl", "--data holds"), ("pairs.jsonl", "data stage 3 hold")]
+CHANGED += [("teacher/*.pt", "--init_from holds")]
+
+
+@pytest.mark.parametrize("files, words", CHANGED)
+def test_changed_files_are_noticed(shelf, unfinished, files, words):
+    """Texts by what they say, whatever their times; checkpoints by their times."""
+    (path,) = shelf.glob(files)
+    before, times = path.read_bytes(), path.stat()
+    path.write_bytes(before.replace(b"it is", b"is it"))
+    if path.suffix == ".jsonl":
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     with refused(f"settings {words}"):
-        t.main([*argv, "--out", str(unfinished), "--resume"])
-    path.write_text(before)
+        t.main([*unfinished, "--resume"])
+    path.write_bytes(before)
 
 
 def test_resume_begins_a_new_run_and_leaves_a_finished_one(shelf, tmp_path, capsys):
@@ -302,8 +315,7 @@ def two(patch=abs):
 
 
 def watchful(rank):
-    """Process 1 tokenises only after 0 and answers later. A stage's student leaves the memory
-    before the next is sharded, of which the processes share what trains."""
+    """Process 1 tokenises after 0 and answers late. A student goes before the next is sharded."""
     if rank:
         answer, load, share, students = t.Decoder.decode, t.load_corpus, t.shard, []
         t.Decoder.decode = lambda *args, **more: (time.sleep(0.2), answer(*args, **more))[1]
@@ -337,7 +349,7 @@ def alone(shelf, tmp_path_factory):
     (out.parent / "pairs.jsonl").write_text("\n".join(few))
     files = dict(data=shelf / "chat.jsonl", pairs=out.parent / "pairs.jsonl", device="cpu")
     argv = flags(SMALL + steps + LABELS, teacher=shelf / "teacher", **files)
-    argv += flags("--batch 8 --eval_sequences 1")
+    argv += flags("--batch 8 --eval_sequences 3")
     t.main([*argv, "--out", str(out)])
     return argv, out, left(out)
 
@@ -373,42 +385,31 @@ def test_two_processes_train_and_answer_as_one_and_speak_once(alone, tmp_path, a
     assert re.search(r"peak memory of process 0 \S+ GiB .* on 2 processes, \d+ CPU cores", said)
 
 
-def fast(rank):
-    """The second process's clock runs a thousand times as fast."""
+def hasty(count, sign, rank):
+    """Process 1's clock runs a thousand times as fast, and it gets a signal in step `count`."""
     if rank:
         began, real = time.monotonic(), time.monotonic
         time.monotonic = lambda: began + 1000 * (real() - began)
+        told(count, sign)
 
 
 def test_two_processes_stop_together_and_go_on_to_the_end_of_one(shelf, tmp_path):
-    """One that is killed, then one that is told to stop; and their clocks differ."""
+    """One is killed, then one is told to stop; and their clocks differ."""
     argv = SIZES + "--teacher_steps 200 --teacher_lr 1e-4 --stage1_steps 2 --stage2_steps 1"
     argv = flags(argv, data=shelf / "text.txt", device="cpu", n_layers=1, keep=0, save_minutes=0.5)
     t.main([*argv, "--out", str(tmp_path / "one")])
     out, said = tmp_path / "two", tmp_path / "said"
     argv = [*argv, "--out", str(out), "--resume"]
-    with started(argv, said, *two(fast)) as (workers, wait):
-        until(workers, lambda: logged(out, 2))
-        workers[1].kill()
+    with started(argv, said, *two(functools.partial(hasty, 3, signal.SIGKILL))) as (_, wait):
         assert wait() == [1, -signal.SIGKILL]
     assert "error: another process has ended" in said.read_text().splitlines()[-1]
-    with started(argv, said, *two(fast)) as (workers, wait):
-        until(workers, lambda: logged(out, 9))
-        workers[1].terminate()
+    with started(argv, said, *two(functools.partial(hasty, 9, signal.SIGTERM))) as (_, wait):
         assert wait() == [143, 143], said.read_text()
     assert said.read_text().count("stopped by") == 1
-    place = max((out / "checkpoints").iterdir())
-    assert int(place.stem.split("-")[1]) % 2 == 0  # a step that is logged
-    finish(argv, said, *two(fast))
+    assert json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] == 10  # is logged
+    finish(argv, said, *two())
     assert "goes on from" in said.read_text()
     assert_alike(left(out), left(tmp_path / "one"))
-
-
-def test_a_batch_that_two_processes_cannot_share_is_refused(alone, tmp_path):
-    argv = [*alone[0], "--out", str(tmp_path / "o"), "--batch", "6", "--accumulate", "2"]
-    with started(argv, tmp_path / "said", *two()) as (_, wait):
-        assert wait() == [1, 1]
-    assert "--batch is 6, expected a multiple of 8" in (tmp_path / "said").read_text()
 
 
 def test_when_one_of_two_processes_fails_the_run_ends_and_says_why(alone, tmp_path):
@@ -437,7 +438,6 @@ t.run_command(t.main)
 # The fourth process of a machine, the twelfth of all: flags, GPUs, what it asks torch for.
 PLACES = [
     ("", 4, ["cuda:3", "nccl", "cuda:3"]),
-    ("--device cuda", 4, ["cuda:3", "nccl", "cuda:3"]),
     ("--device cpu", 4, ["cpu", "gloo", "None"]),
     ("", 0, ["", "gloo", "None"]),
     ("", 3, "process 3 no GPU 3 --nproc_per_node"),

@@ -43,7 +43,6 @@ def plans(n, **changes):
 
 
 def replaced(stages):
-    """The layers that have lost attention, of each stage."""
     return [[i for i, m in enumerate(stage.mixers) if m != "attention"] for stage in stages]
 
 
@@ -120,7 +119,6 @@ REFUSED = [
     ('[{"steps": "3"}]', "stage 1 steps '3' int"),
     ('[{"keep": 0.5, "steps": 0}]', "steps 0"),
     ('[{"keep": 0.5, "lr": -1}]', "lr -1"),
-    ('[{"keep": 0.5, "lr": Infinity}]', "lr inf"),
     ('[{"keep": 0.5, "schedule": "up"}]', "schedule 'up' cosine"),
     ('[{"keep": 0.5, "mixer": "none"}]', "none to train"),
     ('[{"trains": "mixers"}]', "none to train"),
@@ -129,6 +127,7 @@ REFUSED = [
     ('[{"loss": "dpo"}]', "dpo no data"),
     ('[{"loss": "dpo", "data": ["x"], "beta": 0}]', "beta 0 nothing learned"),
     ("[3]", "list of stages"),
+    ("[]", "list of stages"),
 ]
 
 
@@ -181,10 +180,10 @@ def test_a_stage_begins_with_what_those_before_trained_and_keeps_it(shelf, tmp_p
 
 
 def test_the_log_has_the_mean_over_what_a_step_learns_by_hand(shelf, tmp_path, monkeypatch):
-    """Also of a step in which nothing is to be learned."""
+    """Of a long stage over two steps; also of a step in which nothing is to be learned."""
     text = lines(*[{"prompt": "x" * 60, "completion": "abcdef"}] * 20)
     (tmp_path / "a.jsonl").write_text(text)
-    stage = {"keep": 0.5, "trains": "all", "steps": 20, "lr": 0, "alpha": 0.3, "beta": 0.7}
+    stage = {"keep": 0.5, "trains": "all", "steps": 200, "lr": 0, "alpha": 0.3, "beta": 0.7}
     made, honest = [], t.windows
 
     def windows(*args):
@@ -195,16 +194,18 @@ def test_the_log_has_the_mean_over_what_a_step_learns_by_hand(shelf, tmp_path, m
     monkeypatch.setattr(t, "windows", windows)
     files = dict(data=tmp_path / "a.jsonl", recipe=write_recipe(tmp_path, stage))
     done = taught(shelf, tmp_path / "o", "--context 16 --batch 2", **files)
-    teacher, counts = mil.load(shelf / "teacher", "cpu"), set()
-    for record, (x, y, pos) in zip(done.log, made, strict=True):
+    teacher, counts, wanted = mil.load(shelf / "teacher", "cpu"), [], []
+    for x, y, pos in made[:20]:
         docs = mil.Documents(pos, torch.device("cpu"))
         with torch.no_grad():
             logits = [model(x, docs=docs).flatten(0, 1) for model in (done.student, teacher)]
+        counts.append(int((y >= 0).sum()))
         sums = plain_loss(*logits, y.flatten(), 0.3, 0.7)
-        counts.add(int((y >= 0).sum()))
-        wanted = [loss.sum().item() / max(1, int((y >= 0).sum())) for loss in sums]
-        assert [record[k] for k in ("ce", "kl", "loss")] == pytest.approx(wanted, rel=1e-4)
-    assert 0 in counts and len(counts) > 2
+        wanted.append([loss.sum().item() / max(1, counts[-1]) for loss in sums])
+    for i, record in enumerate(done.log[:10]):
+        means = [sum(values) / 2 for values in zip(*wanted[2 * i : 2 * i + 2], strict=True)]
+        assert [record[k] for k in ("ce", "kl", "loss")] == pytest.approx(means, rel=1e-4)
+    assert 0 in counts and len({*counts}) > 2
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -274,7 +275,7 @@ def test_every_step_of_every_stage_reads_other_windows(watched):
 def test_stages_read_the_answers_or_data_of_their_own_and_nothing_held_out(watched):
     rows = [shown(row.tolist()) for x in watched.read[:24] for row in x]
     texts = ["\n".join(rows[i : i + 32]) for i in (0, 32, 64)]
-    assert all("and" in text and " of " not in text for text in texts[:2])
+    assert all("and" in text and "it is" not in text for text in texts[:2])  # but in the data
     assert " of " in texts[2] and "and" not in texts[2]
     asked = {int(i) for text in texts for i in re.findall(r"user:\n(\d+) and", text)}
     assert asked and not asked & {9, 29, 49, 69}
@@ -387,9 +388,8 @@ ASKED_BY += [[talk("b" * 50 + "?")]]
 
 
 def test_the_teacher_answers_what_the_training_documents_ask(shelf, tmp_path):
-    """What comes before a first answer, of a text the first quarter of every window, of a long
-    prompt the end. Of the answers the teacher's own tokens are learned. A file of answers that was
-    cut short is completed, the same; another seed or teacher gives other answers."""
+    """What comes before a first answer, of a text the first quarter of every window; the end, if it
+    is long. Answers that were cut short are completed; another seed or teacher gives others."""
     (tmp_path / "a.jsonl").write_text(lines(*RECORDS * 4))
     recipe = write_recipe(tmp_path, {"keep": 0.5, "steps": 1, "lr": 0})
     argv = "--context 40 --batch 8 --eval_sequences 1 --pseudo_labels --answer_tokens 12 --seed 3"
