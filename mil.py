@@ -805,7 +805,7 @@ def replace_attention(model, layers, mixer="mamba2", init="attention", share=Fal
 
 def check_layers(layers, n_layers):
     """Raises MilError unless `layers` are some of n_layers, each once and in order."""
-    if not layers or layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < n_layers:
+    if not layers or layers != sorted(set(layers)) or not {*layers} <= {*range(n_layers)}:
         told = ", ".join(map(str, layers)) or "none"
         wanted = f"some of 0 to {n_layers - 1}, each once, in rising order"
         raise MilError(f"layers {told}: expected {wanted}")

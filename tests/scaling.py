@@ -213,7 +213,7 @@ def resume(o, shape, stage, place, log):
         run.stop(signal.SIGTERM)
         took = time.monotonic() - stopped
     there = run.log()[-1]["step"] if run.log() else 0
-    size = sum(f.stat().st_size for f in (run.out / "checkpoints").glob("*.pt"))
+    size = sum(f.stat().st_size for f in run.out.glob("checkpoint.pt"))
     failed = failed or "left no checkpoint" * (not size)
     if not failed and there >= o.steps:
         failed = f"was at step {there} before it could be stopped; more --steps"

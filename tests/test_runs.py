@@ -167,20 +167,19 @@ def full():
     resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
 
 
-def test_a_stopped_run_survives_a_full_disk_and_a_damaged_checkpoint(argv, undisturbed, tmp_path):
-    """The newest checkpoints stay, and of these the newest whole one is gone on from."""
+def test_a_stopped_run_survives_a_full_disk(argv, undisturbed, tmp_path):
     out, said = tmp_path / "o", stopped(argv, tmp_path / "o", 12)
-    kept = {place: place.read_bytes() for place in (out / "checkpoints").iterdir()}
-    assert len(kept) == 2
-    with started([*argv, "--out", str(out), "--resume"], said, full) as (_, wait):
+    again, place = [*argv, "--out", str(out), "--resume"], out / "checkpoint.pt"
+    kept = place.read_bytes()
+    with started(again, said, full) as (_, wait):
         assert wait() == [1]
-    assert ".pt: cannot be written" in said.read_text().splitlines()[-1]
-    assert {place: place.read_bytes() for place in (out / "checkpoints").iterdir()} == kept
-    older, newest = sorted(kept)
-    newest.write_bytes(kept[newest][:1000])
-    finish([*argv, "--out", str(out), "--resume", "--keep_checkpoints", "1"], said)
-    assert f"{newest}: not a whole" in said.read_text()
-    assert f"goes on from {older}" in said.read_text()
+    assert f"{place}: cannot be written" in said.read_text().splitlines()[-1]
+    assert place.read_bytes() == kept
+    place.write_bytes(kept[:1000])
+    with refused(f"{place} damaged delete"):
+        t.main(again)
+    place.write_bytes(kept)
+    finish(again, said)
     lines = (out / "log.jsonl").read_text().splitlines()[:16]
     seconds = [json.loads(line)["seconds"] for line in lines]
     assert seconds == sorted(seconds)  # of the stage, those before it was stopped included
@@ -200,8 +199,8 @@ def test_a_run_goes_on_after_it_ran_out_of_memory(argv, undisturbed, tmp_path, m
         with refused("memory --memory_budget --accumulate --batch 2 GiB"):
             t.main([*argv, "--save_minutes", "1e9"])
     capsys.readouterr()
-    t.main([*argv, "--resume", "--save_minutes", "3", "--keep_checkpoints", "9", "--no-compile"])
-    assert "02-00000000.pt: stage 2, all parameters, after step 0\n" in capsys.readouterr().out
+    t.main([*argv, "--resume", "--save_minutes", "3", "--no-compile"])
+    assert "checkpoint.pt: stage 2, all parameters, after step 0\n" in capsys.readouterr().out
     assert same(left(tmp_path / "o"), undisturbed)
 
 
@@ -221,7 +220,7 @@ def test_a_second_run_is_refused_and_a_second_signal_ends_the_first_at_once(argv
         began = time.monotonic()
         os.kill(worker.pid, signal.SIGTERM)
         assert wait() != [0] and time.monotonic() - began < 30
-    assert not list(out.glob("checkpoints/*"))
+    assert not (out / "checkpoint.pt").exists()
 
 
 OTHERS = {
@@ -288,7 +287,7 @@ def test_resume_begins_a_new_run_and_leaves_a_finished_one(shelf, tmp_path, caps
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*.*")}
     with refused("results.json other settings"):
         go(argv + " --resume --stage2_steps 2")
-    assert len(go(argv + " --stage2_steps 2").log) == 4  # the teacher is there
+    assert len(go(argv + " --stage2_steps 2").log) == 6
     assert "replaced" in capsys.readouterr().out
 
 

@@ -33,8 +33,8 @@ class Played(scaling.Steps):
     def __init__(self, o, shape, stage, count, out, resume=False, sharded=False):
         self.out, self.said, self.off = out, out / "said", self.OFF[len(o.started)]
         o.started.append((count, resume, sharded))
-        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (out / "checkpoints" / "1.pt").write_text("x")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "checkpoint.pt").write_text("x")
         self.said.write_text(self.NOTE * resume)
 
     def stop(self, how=None):

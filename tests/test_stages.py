@@ -110,13 +110,13 @@ REFUSED = [
     ('[{"keep": 0.5}, {"replace": [0]}]', "stage 2 layer 0 twice"),
     ('[{"replace": [1, 1]}]', "stage 1 layers 1, 1 once"),
     ('[{"replace": [4]}]', "layers 4 0 to 3"),
-    ('[{"replace": ["a"]}]', "replace list int"),
+    ('[{"replace": ["a"]}]', "stage 1 layers a expected"),
     ('[{"keep": 0.1}]', "stage 1 keep less than 1 of 4"),
     ('[{"keep": 0.25}, {"keep": 0.5}]', "stage 2 keep 0.5 1 of 4"),
     ('[{"keep": 0.5, "replace": [1]}]', "keep replace one"),
     ('[{"keep": 0.5, "alpha": 0, "beta": 0}]', "stage 1 nothing learned"),
-    ('[{"stpes": 3}]', "stage 1 'stpes' keep steps"),
-    ('[{"steps": "3"}]', "stage 1 steps '3' int"),
+    ('[{"stpes": 3}]', "list of stages 'stpes'"),
+    ('[{"steps": "3"}]', "stage 1 steps '3'"),
     ('[{"keep": 0.5, "steps": 0}]', "steps 0"),
     ('[{"keep": 0.5, "lr": -1}]', "lr -1"),
     ('[{"keep": 0.5, "schedule": "up"}]', "schedule 'up' cosine"),
@@ -383,8 +383,8 @@ RECORDS = [
     {"prompt": "", "completion": "c"},
     {"messages": talk("b" * 50 + "?", "a")},
 ]
-ASKED_BY = [[RECORDS[0]["messages"][:2]], ["a" * 50 + "?"], [], ["t" * 10] * 3, []]
-ASKED_BY += [[talk("b" * 50 + "?")]]
+ASKED_BY = [[RECORDS[0]["messages"][:2]], ["a" * 50 + "?"], [talk("nobody answers")]]
+ASKED_BY += [["t" * 10] * 3, [], [talk("b" * 50 + "?")]]
 
 
 def test_the_teacher_answers_what_the_training_documents_ask(shelf, tmp_path):
@@ -406,8 +406,6 @@ def test_the_teacher_answers_what_the_training_documents_ask(shelf, tmp_path):
     marked = whole.replace(b"{", b"{ ", 1)  # an answer that would be seen to be made again
     for said, end in ((whole, 0), (marked, len(whole) - 3)):
         file.write_bytes(said[:end])
-        for stored in (tmp_path / "o" / "data").glob("*.answers*.npy"):
-            stored.unlink()
         train(tmp_path / "o", argv, teacher=shelf / "teacher", **files)
         assert file.read_bytes() == said
     mil.save(tiny(5).cpu(), tmp_path / "teacher", tokenizer="bytes")

@@ -180,16 +180,6 @@ def test_the_report_has_a_text_of_both_models_the_peak_memory_and_a_command_to_t
     assert f"try: python generate.py --model {out}/student --prompt" in printed
 
 
-def test_a_second_run_uses_the_teacher_again_and_gives_the_same_table(job, capsys):
-    out, argv, _ = job
-    before, written = left(out).rows, {p: p.stat() for p in (out / "teacher").iterdir()}
-    t.main(argv)
-    assert "reused" in capsys.readouterr().out
-    assert all(p.stat().st_mtime_ns == was.st_mtime_ns for p, was in written.items())
-    if DEVICE == "cpu":
-        assert left(out).rows == before
-
-
 @pytest.fixture(scope="module")
 def small(shelf, tmp_path_factory):
     """A run of the smallest size that makes its own teacher."""
@@ -201,25 +191,6 @@ def small(shelf, tmp_path_factory):
 
 def test_a_small_students_teacher_has_all_layers_where_the_run_makes_both(small):
     assert (left(small).teacher.config.n_layers, left(small).student.config.n_layers) == (4, 2)
-
-
-CHANGES = ["", "--seed 1", "--batch 8", "--teacher_steps 3", "--teacher_lr 1e-4", "--warmup 0.5"]
-CHANGES += ["--clip 0.5", "--d_ff 32", "--schedule linear", "--data chat.jsonl"]
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_teacher_made_otherwise_is_not_reused(
-    small, shelf, change, tmp_path, monkeypatch, capsys
-):
-    (tmp_path / "o").mkdir()
-    (tmp_path / "o" / "teacher").symlink_to(small / "teacher")
-    monkeypatch.chdir(shelf)
-    monkeypatch.setattr(torch.optim, "AdamW", None)  # nothing trains
-    argv = SIZES + f"--teacher_steps 2 --device cpu --data {shelf}/text.txt {change}"
-    with pytest.raises(TypeError):
-        t.main(flags(argv, out=tmp_path / "o"))
-    said = capsys.readouterr().out
-    assert ("reused" in said, "training a new one" in said) == (not change, bool(change))
 
 
 @pytest.mark.parametrize("keep, mixers", [(1, ["attention"] * 2), (0, ["mamba2"] * 2)])
@@ -263,7 +234,7 @@ def test_a_student_of_a_teacher_from_elsewhere_keeps_its_tokenizer(tmp_path, cap
     argv = SMALL + "--stage1_steps 2 --stage2_steps 0"
     done = train(tmp_path / "o", argv, teacher=tmp_path / "theirs", data=tmp_path / "a.jsonl")
     printed = capsys.readouterr().out
-    assert "of them to be learned" in printed and "--chat" in printed
+    assert "of them learned" in printed and "--chat" in printed
     encoding = g.load_tokenizer(str(tmp_path / "o" / "student"))
     assert encoding.template == g.load_tokenizer(str(tmp_path / "theirs")).template
     assert torch.equal(done.student.embed_tokens.weight, teacher.embed_tokens.weight.float())
@@ -597,7 +568,6 @@ DOCUMENTS = [
     ("a.json", TWO, ["[one.]", "p [cd.]"]),
     ("a.Json", f"[{TWO}]".replace("\n", ","), ["[one.]", "p [cd.]"]),
     ("a.json", '{\n "a": 1\n}', ['[{\n "a": 1\n}.]']),  # JSON of another kind is text
-    ("a.json", '[{"a": 1}]', ['[[{"a": 1}].]']),
     ("a.jsonl", '\ufeff{"text": "a\u00a0b\x85c"}', ["[aÂ\xa0bÂ\x85c.]"]),
     ("a.jsonl", lines({"messages": TURNS}), [f"system:\ns\n{TURN}user:\nw\nassistant:\n[x.]\n"]),
     ("a.jsonl", lines({"text": "t", "messages": IN_PARTS}), [TURN]),
@@ -698,6 +668,7 @@ BAD = {  # files of which none can be used
     "unlearned.jsonl": lines(*[{"messages": talk("x" * 99)}] * 40),
     "empty.txt": "",
     "short.txt": "short",
+    "other.json": '[{"a": 1}]',
     "latin.txt": b"\xff\xfe",
     "notes/out/log.txt": "text",
     "half.jsonl": '{"prompt": "a", "chosen": "b", "rejected": 3}',
@@ -711,7 +682,7 @@ BAD = {  # files of which none can be used
 REFUSED = [
     line.rsplit(" -> ", 1)
     for line in """
---stage1_step 3 -> unknown flag --stage1_step; did you mean --stage1_steps
+--stage1_step 3 -> unrecognized --stage1_step
 --batch x -> invalid int
 --batch=-2 -> --batch
 --batch 6 --accumulate 4 -> --batch multiple of 4
@@ -766,8 +737,9 @@ REFUSED = [
 --data nothing.jsonl -> --data nothing.jsonl line 1 messages
 --data role.jsonl -> --data role.jsonl line 1 'gpt' assistant
 --data unlearned.jsonl -> --data nothing to learn
+--data other.json -> other.json record 1 has a expected text
 --data empty.txt -> --data empty.txt no text
---data short.txt -> --data --context --batch
+--data short.txt -> --data --context
 --data latin.txt -> --data latin.txt UTF-8
 --data notes --out notes -> --data notes no files
 --pairs nowhere -> --pairs nowhere no such file
