@@ -1,5 +1,5 @@
-"""Checkpoints of others, compared with transformers' models, and with the authors' layers written
-here a second time, plain and slow."""
+"""Checkpoints, ours and others', compared with transformers' models, and with the authors' layers
+written here a second time, on the definitions of kernels.py."""
 
 import contextlib
 import copy
@@ -12,9 +12,9 @@ import weakref
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import DEVICE, assert_close, build, run_script
 
+import kernels
 import mil
 
 transformers = pytest.importorskip("transformers")
@@ -25,17 +25,21 @@ LLAMA = dict(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_h
 LLAMA |= dict(num_key_value_heads=2, intermediate_size=48, max_position_embeddings=64, head_dim=4)
 LLAMA |= dict(rms_norm_eps=0.03, bos_token_id=1, eos_token_id=2, rope_theta=50.0)
 LINEAR = dict(rope_type="linear", factor=3.0)
-RAMP = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
-RAMP |= dict(original_max_position_embeddings=32)
-FAR = dict(RAMP, original_max_position_embeddings=8192)
+SCALE = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+SCALE |= dict(original_max_position_embeddings=8192)
+FAR = SCALE | dict(rope_type="llama3")
+RAMP = FAR | dict(original_max_position_embeddings=32)
 TOKENS = torch.randint(20, (2, 12), generator=torch.Generator().manual_seed(0))
 MIXED = {"mamba": ["mamba", "attention"], "mamba2": ["attention", "mamba2"]}
-BASES = ["hf", "hf, shards", "hf, bin", "meta", "meta, shards", "mamba", "mamba2"]
+OURS = dict(v=20, d=16, n_heads=4, n_kv_heads=2, d_ff=48, d_state=4)
+BASES = ["mil", "hf", "hf, shards", "hf, bin", "meta", "meta, shards", "mamba", "mamba2"]
+FILES = {"mil": "config.json", "hf": "config.json", "meta": "params.json"}
+FILES |= dict.fromkeys(MIXED, "mamba_config.json")
 META = """model.= embed_tokens=tok_embeddings lm_head=output input_layernorm=attention_norm
     self_attn.q_proj=attention.wq self_attn.k_proj=attention.wk self_attn.v_proj=attention.wv
     self_attn.o_proj=attention.wo mlp.gate_proj=feed_forward.w1 mlp.down_proj=feed_forward.w2
     mlp.up_proj=feed_forward.w3 post_attention_layernorm=ffn_norm"""
-SIZES = dict(zip("dwnrich14s", (16, 16, 8, 1, 52, 32, 4, 1, 4, 4), strict=True))
+LETTERS = dict(zip("dwnrich14s", (16, 16, 8, 1, 52, 32, 4, 1, 4, 4), strict=True))
 SHAPES = {  # d width, w query channels, n key channels, r rank of Δ, s state, h heads
     "mamba": """in_proj_x.weight=nd in_proj_z.weight=wd B_proj.weight=nd C_proj.weight=wd
         dt_proj_down.weight=rd dt_proj.weight=wr dt_proj.bias=w conv1d.weight=w14 conv1d.bias=w
@@ -43,6 +47,10 @@ SHAPES = {  # d width, w query channels, n key channels, r rank of Δ, s state, 
     "mamba2": """in_proj.weight=id conv1d.weight=c14 conv1d.bias=c dt_bias=h A_log=h D=h
         norm.weight=w out_proj.weight=dw""",
 }
+DROP = "drop"
+
+
+# -------------------- Folders of every kind
 
 
 def llama(family="Llama", **change):
@@ -61,19 +69,26 @@ def logits(model):
     return model(TOKENS).logits if hasattr(model, "generate") else model(TOKENS.to(DEVICE))
 
 
-def edit(folder, file="config.json", drop=(), **change):
-    said = json.loads((folder / file).read_text())
-    said = {key: value for key, value in said.items() if key not in drop}
-    (folder / file).write_text(json.dumps(said | change))
+def edit(folder, file, change):
+    """Changes a file of keys and values, JSON or tensors, or replaces what is in it."""
+    path = max(folder.glob(file))
+    is_json = path.suffix == ".json"
+    if isinstance(change, bytes):
+        path.write_bytes(change)
+        return
+    if isinstance(change, dict):
+        said = json.loads(path.read_text()) if is_json else torch.load(path)
+        change = {k: v for k, v in (said | change).items() if v is not DROP}
+    path.write_text(json.dumps(change)) if is_json else torch.save(change, path)
 
 
 def spell_old(folder, key):
     """As transformers 4.46 wrote config.json."""
-    said = json.loads((folder / "config.json").read_text())
-    rope = said["rope_parameters"]
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
     kind, theta = rope.pop("rope_type"), rope.pop("rope_theta")
     scaling = None if kind == "default" else {key: kind, **rope}
-    edit(folder, drop=["rope_parameters"], rope_theta=theta, rope_scaling=scaling)
+    old = dict(rope_parameters=DROP, rope_theta=theta, rope_scaling=scaling)
+    edit(folder, "config.json", old)
 
 
 def to_bin(folder, zipped=True):
@@ -82,9 +97,10 @@ def to_bin(folder, zipped=True):
     (folder / "model.safetensors").unlink()
 
 
-def paired(w):
-    """Rows in Meta's order: 2i of a head is Hugging Face's i, 2i + 1 its i + p/2."""
-    return w.unflatten(0, (-1, 2, 2)).transpose(1, 2).flatten(0, 2)
+def paired(name, w):
+    """Rows of W_q and W_k in Meta's order: 2i of a head is Hugging Face's i, 2i + 1 its i + p/2."""
+    turned = "q_proj" in name or "k_proj" in name
+    return w.unflatten(0, (-1, 2, 2)).transpose(1, 2).flatten(0, 2) if turned else w
 
 
 def write_meta(folder, model, shards=1, embedding_axis=0, **params):
@@ -92,7 +108,7 @@ def write_meta(folder, model, shards=1, embedding_axis=0, **params):
     folder.mkdir()
     files = [{} for _ in range(shards)]
     for name, w in model.state_dict().items():
-        w = paired(w) if "q_proj" in name or "k_proj" in name else w
+        w = paired(name, w)
         for theirs, metas in mil.pairs(META):
             name = name.replace(theirs, metas)
         axis = 1 if ".wo." in name or ".w2." in name else embedding_axis * ("tok" in name)
@@ -108,7 +124,7 @@ def write_meta(folder, model, shards=1, embedding_axis=0, **params):
 
 def hybrid_weights(mixers, n=4):
     """The tensors of a hybrid by the authors' names, of LLAMA's sizes."""
-    w, random, sizes = llama().state_dict(), torch.Generator().manual_seed(1), SIZES | {"s": n}
+    w, random, sizes = llama().state_dict(), torch.Generator().manual_seed(1), LETTERS | {"s": n}
     for i, mixer in enumerate(mixers):
         if mixer != "attention":
             w = {k: t for k, t in w.items() if not k.startswith(f"model.layers.{i}.self_attn")}
@@ -118,21 +134,29 @@ def hybrid_weights(mixers, n=4):
     return {k: t.clone() for k, t in w.items()}
 
 
-def write_hybrid(folder, mixers, w, n=4, ssm=(), **change):
+def write_hybrid(folder, mixers, n=4, **ssm):
     llama().save_pretrained(folder)
-    safetensors.save_file(w, folder / "model.safetensors")
+    safetensors.save_file(hybrid_weights(mixers, n), folder / "model.safetensors")
     own = {"d_state": n} if "mamba" in mixers else {"ngroups": 4, "d_state": 4}
-    said = dict(d_model=16, ssm_cfg=own | dict(ssm), rms_norm_eps=0.03, vocab_size=None, n_layer=2)
+    said = dict(d_model=16, ssm_cfg=own | ssm, rms_norm_eps=0.03, vocab_size=None, n_layer=2)
     said |= dict(d_inner=16, d_xb=8, intermediate_size=48, hidden_act="silu")
     said["attn_layers"] = [i for i, mixer in enumerate(mixers) if mixer == "attention"]
-    (folder / "mamba_config.json").write_text(json.dumps(said | change))
+    (folder / "mamba_config.json").write_text(json.dumps(said))
+    return folder
+
+
+def save(folder, *mixers, **change):
+    config = mil.Config(**OURS | dict(mixers=mixers, n_layers=len(mixers)) | change)
+    mil.save(build(config, torch.float32), folder)
     return folder
 
 
 def make(folder, base="hf"):
     """A folder of a kind."""
+    if base == "mil":
+        return save(folder, "mamba", "attention", "mamba2")
     if base in MIXED:
-        return write_hybrid(folder, MIXED[base], hybrid_weights(MIXED[base]))
+        return write_hybrid(folder, MIXED[base])
     if "meta" in base:
         return write_meta(folder, llama(), 2 if "shards" in base else 1)
     llama().save_pretrained(folder, max_shard_size="2KB" if "shards" in base else "1GB")
@@ -141,18 +165,7 @@ def make(folder, base="hf"):
     return folder
 
 
-# --------------------------------------------------------------------------------------------------
-# The authors' layers
-
-
-def recur(x, dt, A, B, C, D):
-    """h = exp(Δ A) h + Δ x Bᵀ, y = h C + D x; x and dt (b, l, h, p), B and C (b, l, h, n)."""
-    state, y = 0, []
-    for t in range(x.shape[1]):
-        write = (dt[:, t] * x[:, t])[..., None] * B[:, t, :, None]
-        state = (dt[:, t, ..., None] * A).exp() * state + write
-        y.append((state * C[:, t, :, None]).sum(-1) + D * x[:, t])
-    return torch.stack(y, 1)
+# -------------------- The authors' layers
 
 
 class Authors(torch.nn.Module):
@@ -164,41 +177,37 @@ class Authors(torch.nn.Module):
 
     def forward(self, hidden_states, **_):
         mixer = self.mamba2 if "dt_bias" in self.w else self.mamba
-        return mixer(hidden_states) @ self.w["out_proj.weight"].T, None
+        return mixer(hidden_states).flatten(2) @ self.w["out_proj.weight"].T, None
 
-    def convolve(self, x):
-        past, kernel = F.pad(x, (0, 0, 3, 0)), self.w["conv1d.weight"][:, 0]
-        y = sum(kernel[:, j] * past[:, j : j + x.shape[1]] for j in range(4))
-        return F.silu(y + self.w["conv1d.bias"])
+    def convolve(self, x, n):
+        """x (b, l, channels) -> (b, l, heads, n)."""
+        weight, bias = self.w["conv1d.weight"].transpose(0, 1), self.w["conv1d.bias"][None]
+        return kernels.conv_reference(x[:, :, None], weight, bias)[:, :, 0].unflatten(2, (-1, n))
 
     def mamba(self, v):
         n = self.w["A_log"].shape[1]
-
-        def read(name, fan=1):
-            y = v @ self.w[f"{name}.weight"].T
-            return y.unflatten(-1, (-1, n)).repeat_interleave(fan, -2)
-
-        x = self.convolve(read("in_proj_x", 2).flatten(-2)).unflatten(-1, (-1, n))
+        x, z, B, C = (
+            (v @ self.w[f"{name}.weight"].T).unflatten(2, (-1, n))
+            for name in ("in_proj_x", "in_proj_z", "B_proj", "C_proj")
+        )
+        x = self.convolve(x.repeat_interleave(2, 2).flatten(2), n)
         dt = v @ self.w["dt_proj_down.weight"].T @ self.w["dt_proj.weight"].T
-        dt = F.softplus(dt + 2 * self.w["dt_proj.bias"]).unflatten(-1, (-1, n))  # added twice
+        dt = (dt + 2 * self.w["dt_proj.bias"]).unflatten(2, (-1, n))  # they add it twice
         A, D = -self.w["A_log"].exp().unflatten(0, (-1, n)), self.w["D"].unflatten(0, (-1, n))
-        y = recur(x, dt, A, read("B_proj", 2), read("C_proj"), D)
-        return (y * F.silu(read("in_proj_z"))).flatten(-2)
+        return kernels.ssm_reference(x, dt, A, B.repeat_interleave(2, 2), C, D, z)[0]
 
     def mamba2(self, v):
-        h, g, p = 4, 2, 4
-        z, xBC, dt = (v @ self.w["in_proj.weight"].T).split([h * p, 2 * g * p + h * p, h], -1)
-        x, B, C = self.convolve(xBC).unflatten(-1, (-1, p)).split([g, g, h], -2)
-        x, B = x.repeat_interleave(h // g, -2), B.repeat_interleave(h // g, -2)
-        dt = F.softplus(dt + self.w["dt_bias"])[..., None].expand(*v.shape[:2], h, p)
-        y = recur(x, dt, -self.w["A_log"].exp()[:, None, None], B, C, self.w["D"][:, None])
-        y = y * F.silu(z).unflatten(-1, (h, p))
+        z, xBC, dt = (v @ self.w["in_proj.weight"].T).split([16, 32, 4], 2)
+        x, B, C = self.convolve(xBC, 4).split([2, 2, 4], 2)
+        x, B = (t.repeat_interleave(2, 2) for t in (x, B))
+        A, D, bias = -self.w["A_log"].exp(), self.w["D"], self.w["dt_bias"]
+        y, _ = kernels.ssm_reference(x, dt, A, B, C, D, z.unflatten(2, (4, 4)), bias)
         y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        return y.flatten(-2) * self.w["norm.weight"]
+        return y * self.w["norm.weight"].view(4, 4)
 
 
-def authors_logits(mixers, w):
-    model = llama().double()
+def authors_logits(mixers, n):
+    model, w = llama().double(), hybrid_weights(mixers, n)
     model.load_state_dict({k: t.double() for k, t in w.items() if "mamba" not in k}, strict=False)
     for i, mixer in enumerate(mixers):
         prefix = f"model.layers.{i}.mamba."
@@ -208,8 +217,7 @@ def authors_logits(mixers, w):
     return logits(model)
 
 
-# --------------------------------------------------------------------------------------------------
-# Loading and exporting
+# -------------------- Loading and exporting
 
 VARIANTS = {"plain": {}, "biases": dict(attention_bias=True, head_dim=6), "tied": {}}
 VARIANTS |= {"ramp": dict(rope_scaling=RAMP), "Mistral": dict(rope_scaling=LINEAR)}
@@ -238,6 +246,17 @@ def test_logits_are_those_of_transformers_as_written_and_as_exported(tmp_path, v
     assert said.get("rope_scaling") == VARIANTS[variant].get("rope_scaling")
 
 
+@pytest.mark.parametrize("scaling", [None, LINEAR, RAMP, FAR])
+def test_the_frequencies_of_rope_are_those_of_hugging_face_to_the_last_bit(scaling):
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding as Rope
+
+    theirs = dict(rope_theta=5e5, head_dim=128, rope_scaling=copy.copy(scaling))
+    angle = 131_071 * Rope(transformers.LlamaConfig(**theirs)).inv_freq
+    ours = scaling and {key: value for key, value in scaling.items() if key != "rope_type"}
+    cos, sin = mil.rope_angles(mil.Config(rope_scaling=ours), torch.tensor([[131_071]]))
+    assert torch.equal(cos.flatten(), angle.cos()) and torch.equal(sin.flatten(), angle.sin())
+
+
 @pytest.mark.parametrize("shards, axis", [(1, 0), (2, 0), (2, 1)])
 @pytest.mark.parametrize("v, scaled", [(20, False), (-1, True)])
 def test_metas_folders_are_the_same_models(tmp_path, shards, axis, v, scaled):
@@ -254,18 +273,17 @@ HYBRIDS += [("attention mamba2", 4, SSM2), ("mamba2 attention", 4, {"headdim": 6
 
 
 @pytest.mark.parametrize("mixers, n, ssm", HYBRIDS)
-def test_the_authors_hybrids_are_their_layers_a_token_at_a_time(tmp_path, mixers, n, ssm):
+def test_the_authors_hybrids_are_their_layers(tmp_path, mixers, n, ssm):
     mixers = mixers.split()
-    w = hybrid_weights(mixers, n)
     edit(
-        write_hybrid(tmp_path / "theirs", mixers, w, n, ssm, hidden_act="swish"), hidden_act="swish"
+        write_hybrid(tmp_path / "theirs", mixers, n, **ssm), "config.json", {"hidden_act": "swish"}
     )
     mil.export(tmp_path / "theirs", tmp_path / "mil", "mil")
     mil.export(tmp_path / "mil", tmp_path / "back", "mambainllama")
     for name in ("theirs", "mil", "back"):
         model = mil.load(tmp_path / name, DEVICE, torch.float64)
         assert model.config.mixers == mixers
-        assert_close(logits(model), authors_logits(mixers, w), 1e-5)
+        assert_close(logits(model), authors_logits(mixers, n), 1e-5)
     after = json.loads((tmp_path / "back" / "mamba_config.json").read_text())
     assert after["attn_layers"] == [i for i, m in enumerate(mixers) if m == "attention"]
     heads = dict(d_state=4, ngroups=4, headdim=4) if "mamba2" in mixers else dict(d_state=n)
@@ -283,9 +301,8 @@ def test_a_gguf_file_is_the_same_model(tmp_path, scaled):
         getattr(writer, f"add_{key}")(value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
     for name, w in model.state_dict().items():
-        w = paired(w) if "q_proj" in name or "k_proj" in name else w
         theirs = names.get_name(name.removesuffix(".weight")) + ".weight"
-        writer.add_tensor(theirs, w.contiguous().numpy())
+        writer.add_tensor(theirs, paired(name, w).contiguous().numpy())
     if scaled:
         writer.add_tensor("rope_freqs.weight", torch.tensor([1.0, 8.0]).numpy())
     writer.write_header_to_file()
@@ -299,7 +316,7 @@ def test_a_gguf_file_is_the_same_model(tmp_path, scaled):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_round_trips_are_bit_for_bit(tmp_path, base, dtype):
     make(tmp_path / "source", base)
-    layout = "mambainllama" if base in MIXED else "hf"
+    layout = "mil" if base == "mil" else "mambainllama" if base in MIXED else "hf"
     for source, target, kind in (("source", "a", "mil"), ("a", "b", layout), ("b", "c", "mil")):
         mil.export(tmp_path / source, tmp_path / target, kind, dtype)
     models = [mil.load(tmp_path / name, None, dtype) for name in ("source", "a", "b", "c")]
@@ -326,12 +343,45 @@ def test_tensors_are_read_one_by_one(tmp_path, base, monkeypatch):
     assert len(most) > 10 and max(most) <= 1  # at most the one before
 
 
-# --------------------------------------------------------------------------------------------------
-# What is read, and how
+def test_a_tied_hybrid_is_exported_with_a_head(tmp_path):
+    save(tmp_path, "mamba2", "attention", tied=True)
+    mil.export(tmp_path, tmp_path / "x", "mambainllama")
+    w = safetensors.load_file(tmp_path / "x" / "model.safetensors")
+    assert torch.equal(w["lm_head.weight"], w["model.embed_tokens.weight"])
+
+
+# -------------------- What is read, and how
+
+MISTRAL = dict(model_type="mistral", sliding_window=8)
+LARGE = dict(dim=4096, n_heads=32, ffn_dim_multiplier=1.3, multiple_of=1024)  # 8B's
+SCALED = {"use_scaled_rope": True}
+READ = [  # a change of the configuration; what is read
+    ("hf", MISTRAL, dict(context=8)),
+    ("hf", MISTRAL | {"sliding_window": None}, dict(context=64)),
+    ("hf", MISTRAL | {"sliding_window": 64}, dict(context=64)),
+    ("meta", {}, dict(context=4096, rope_scaling=None)),
+    ("meta", {"rope_theta": 5e5}, dict(context=8192, rope_scaling=None)),
+    ("meta", SCALED, dict(context=131072, rope_scaling=dict(SCALE, factor=32))),
+    ("meta", SCALED | LARGE, dict(d_ff=14336, rope_scaling=SCALE)),
+    ("meta", {"n_kv_heads": DROP, "rope_theta": DROP}, dict(n_kv_heads=4, rope_theta=10000)),
+]
+
+
+@pytest.mark.parametrize("base, change, told", READ)
+def test_what_a_file_limits_or_leaves_out_is_as_its_authors_have_it(tmp_path, base, change, told):
+    edit(make(tmp_path / "x", base), FILES[base], change)
+    about = mil.read_config(tmp_path / "x")
+    assert {key: getattr(about["config"], key) for key in told} == told
+    assert ["slides over 8" in line for line in about["remarks"] if base == "hf"] == [
+        True for context in told.values() if context == 8
+    ]
 
 
 def test_ids_and_names_and_files_about_texts_go_along(tmp_path):
-    edit(make(tmp_path / "a"), bos_token_id=7, eos_token_id=8, mil_tokenizer="bytes")
+    ids = dict(bos_token_id=7, eos_token_id=8, mil_tokenizer="bytes")
+    edit(make(tmp_path / "a"), "config.json", ids)
+    (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert mil.read_config(tmp_path / "a")["ids"]["eos_token_id"] == 8
     (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": [9]}')
     (tmp_path / "a" / "chat_template.jinja").write_text("x")
     mil.export(tmp_path / "a", tmp_path / "b", "mil")
@@ -341,26 +391,8 @@ def test_ids_and_names_and_files_about_texts_go_along(tmp_path):
         assert about["ids"]["bos_token_id"] == 7 and about["ids"]["eos_token_id"] == [9]
         assert about["tokenizer"] == "bytes" and about["format"] == format
         assert (tmp_path / name / "chat_template.jinja").read_text() == "x"
-    mil.save(mil.load(tmp_path / "a"), tmp_path / "d", tokenizer="tokenizer.json", note=3)
-    about = mil.read_config(tmp_path / "d")
-    assert about["tokenizer"] is None and about["note"] == 3
-
-
-@pytest.mark.parametrize("window, context", [(8, 8), (None, 64), (100, 64), (64, 64)])
-def test_a_window_shorter_than_the_context_becomes_the_context(tmp_path, window, context):
-    llama("Mistral", sliding_window=window).save_pretrained(tmp_path)
-    about = mil.read_config(tmp_path)
-    assert about["config"].context == context
-    assert ["slides over 8" in line for line in about["remarks"]] == [True] * (window == 8)
-
-
-@pytest.mark.parametrize("theta, context", [(50, 4096), (5e5, 8192)])
-def test_metas_context_and_factor_follow_from_the_rest(tmp_path, theta, context):
-    for d, scaled, factor in ((16, False, None), (16, True, 32), (4096, True, 8)):
-        params = dict(rope_theta=theta, use_scaled_rope=scaled, dim=d, n_heads=d // 4)
-        about = mil.read_config(write_meta(tmp_path / f"{d}{scaled}", llama(), **params))
-        assert about["config"].context == (131072 if scaled else context)
-        assert (about["config"].rope_scaling or {}).get("factor") == factor
+    mil.save(mil.load(tmp_path / "a"), tmp_path / "d", tokenizer="tokenizer.json")
+    assert mil.read_config(tmp_path / "d")["tokenizer"] is None
 
 
 def test_a_head_in_the_file_is_used_although_tied_and_a_copy_is_not(tmp_path):
@@ -376,35 +408,14 @@ def test_a_head_in_the_file_is_used_although_tied_and_a_copy_is_not(tmp_path):
         assert about["config"].tied == (name == "copy") == (not about["remarks"])
 
 
-def test_a_name_is_downloaded_without_code_and_a_path_is_not(tmp_path, monkeypatch):
-    make(tmp_path / "hub")
-
-    def download(name, allow_patterns, ignore_patterns):
-        assert not any(pattern.endswith((".py", "/*", "*")) for pattern in allow_patterns)
-        if name == "owner/absent":
-            raise OSError("no network\nat all")
-        return str(tmp_path / "hub")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.chdir(tmp_path)
-    assert mil.load("owner/model").config.d == 16 and str(mil.find_checkpoint("hub")) == "hub"
-    with refused("^owner/absent: .*hub: no network at all"):
-        mil.load("owner/absent")
-    for name in ("hub/x", "x", str(tmp_path / "y"), "hub/config.json"):
-        with refused(f"^{name}: no checkpoint here"):
-            mil.load(name)
-
-
-# --------------------------------------------------------------------------------------------------
-# Refusals
+# -------------------- Refusals
 
 
 class Evil:
-    def __init__(self, mark):
-        self.mark = mark
+    """Runs a command when it is read, which leaves the file `ran` behind."""
 
     def __reduce__(self):
-        return os.system, (f"touch '{self.mark}'",)
+        return os.system, ("touch ran",)
 
 
 @contextlib.contextmanager
@@ -415,53 +426,65 @@ def refused(match):
 
 
 NORM, ONE = "model.norm.weight", torch.ones
-FILES = {"hf": "config.json", "meta": "params.json"}
-FILES |= dict.fromkeys(MIXED, "mamba_config.json")
-REFUSED = [  # a change of the configuration, or of tensors (None drops one); words of the line
-    ("hf", {"model_type": "gpt2"}, "json: model_type is 'gpt2', expected llama or mistral"),
-    ("hf", {"architectures": ["LlamaForTokens"]}, "LlamaForTokens, expected a …ForCausalLM"),
-    ("hf", {"hidden_act": "gelu"}, "hidden_act is 'gelu', expected silu"),
-    ("hf", {"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "rope_type is 'yarn'"),
-    ("hf", {"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_type is 'dynamic'"),
-    ("hf", {"rope_parameters": {"rope_type": "linear"}}, "json: .*factor"),
-    ("hf", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-    ("hf", {"mlp_bias": True}, "mlp_bias is True, expected False"),
-    ("hf", {"quantization_config": {"bits": 4}}, "quantization_config is .*bits"),
-    ("hf", {"drop": ["hidden_size"]}, r"is \(20, 16\), expected \(20, 4096\)"),
-    ("meta", {"multiple_of": 256}, r"is \(48, 16\), expected \(256, 16\)"),
-    ("meta", {"drop": ["dim"]}, "params.json: .*lacks 'dim'"),
-    ("meta", {"quantization_args": {"scheme": "int4"}}, "quantization_args is"),
-    ("mamba", {"n_layer": 3}, "^x/mamba_config.json: n_layer is 3, expected 2"),
-    ("mamba", {"attn_layers": [1, 7]}, r"attn_layers is \[1, 7\], expected \[1\]"),
-    ("mamba", {"attn_layers": [0]}, "layers.0.mixer.q_proj.weight is missing"),
-    ("mamba2", {"d_inner": 32}, "d_inner is 32, expected 16"),
-    ("mamba2", {"ssm_cfg": {"ngroups": 4, "d_state": 8}}, "d_state is 8, expected 4"),
-    ("hf, bin", {NORM: ONE(5)}, r"bin: norm.weight is \(5,\), expected \(16,\)"),
-    ("hf, bin", {NORM: ONE(16, 1)}, r"bin: norm.weight is \(16, 1\), expected \(16,\)"),
-    ("hf, bin", {NORM: None}, "norm.weight is missing"),
-    ("hf, bin", {"model.surplus": ONE(5)}, "bin: holds model.surplus, which"),
-    ("hf, bin", {NORM: ONE(16).to(torch.int8)}, "norm.weight is torch.int8"),
-    ("hf, bin", {NORM: ONE(16).to(torch.float8_e4m3fn)}, "norm.weight is torch.float8"),
-    ("hf, bin", {NORM: "a word"}, "norm.weight is no tensor"),
-    ("meta, shards", {"output.weight": ONE(9, 16)}, r"lm_head.weight is \(19, 16\), expected"),
-    ("hf, bin", {NORM: Evil("ran")}, "bin: .*could run code"),
-    ("hf, bin", Evil("ran"), "bin: .*could run code"),
-    ("meta, shards", {"norm.weight": Evil("ran")}, "pth: .*could run code"),
-]
+REFUSED = {  # changes of a file, and words of the line that refuses it
+    ("mil", "config.json"): [
+        ({"config": {"width": 16}}, "^x/config.json: .*width"),
+        ({"format": DROP}, 'not a checkpoint: expected "format": "mil"'),
+    ],
+    ("mil", "*.pt"): [
+        ({"norm.weight": ONE(5)}, r"pt: norm.weight is \(5,\), expected \(16,\)"),
+        ([1, 2], "pt: holds a list, expected tensors"),
+        (Evil(), "pt: .*could run code"),
+    ],
+    ("hf", "config.json"): [
+        ({"model_type": "gpt2"}, "json: model_type is 'gpt2', expected llama or mistral"),
+        ({"architectures": ["LlamaForTokens"]}, "LlamaForTokens, expected a …ForCausalLM"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected silu"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, "rope_type is 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_type is 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "json: .*factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"mlp_bias": True}, "mlp_bias is True, expected False"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is .*bits"),
+    ],
+    ("meta", "params.json"): [
+        ({"multiple_of": 256}, r"is \(48, 16\), expected \(256, 16\)"),
+        ({"dim": DROP}, "params.json: .*lacks 'dim'"),
+        ({"quantization_args": {"scheme": "int4"}}, "quantization_args is"),
+    ],
+    ("mamba", "mamba_config.json"): [
+        ({"n_layer": 3}, "^x/mamba_config.json: n_layer is 3, expected 2"),
+        ({"attn_layers": [1, 7]}, r"attn_layers is \[1, 7\], expected \[1\]"),
+        ({"attn_layers": [0]}, "layers.0.mixer.q_proj.weight is missing"),
+        ({"ssm_cfg": {}}, "d_state 16 does not divide"),  # the authors' default
+    ],
+    ("mamba2", "mamba_config.json"): [
+        ({"d_inner": 32}, "d_inner is 32, expected 16"),
+        ({"ssm_cfg": {"ngroups": 4, "d_state": 8}}, "d_state is 8, expected 4"),
+        ({"ssm_cfg": {"ngroups": 4}}, "d_state is 128, expected 4"),
+    ],
+    ("hf, bin", "*.bin"): [
+        ({NORM: ONE(16, 1)}, r"bin: norm.weight is \(16, 1\), expected \(16,\)"),
+        ({NORM: DROP}, "norm.weight is missing"),
+        ({"model.surplus": ONE(5)}, "bin: holds model.surplus, which"),
+        ({"norm.weight": ONE(16)}, "bin: holds norm.weight, and so does .*bin"),
+        ({NORM: ONE(16).to(torch.float8_e4m3fn)}, "norm.weight is torch.float8"),
+        ({NORM: "a word"}, "norm.weight is no tensor"),
+        ({NORM: Evil()}, "bin: .*could run code"),
+        (pickle.dumps(Evil(), 2), "bin: .*could run code"),
+    ],
+    ("meta, shards", "*.pth"): [
+        ({"output.weight": ONE(9, 16)}, r"lm_head.weight is \(19, 16\), expected"),
+        ({"norm.weight": Evil()}, "pth: .*could run code"),
+    ],
+}
+CASES = [(*place, *case) for place, cases in REFUSED.items() for case in cases]
 
 
-@pytest.mark.parametrize("base, change, match", REFUSED)
-def test_what_does_not_fit_is_refused_by_name(tmp_path, base, change, match, monkeypatch):
+@pytest.mark.parametrize("base, file, change, match", CASES)
+def test_what_does_not_fit_is_refused_by_name(tmp_path, base, file, change, match, monkeypatch):
     monkeypatch.chdir(tmp_path)  # in which the code that must not run would leave a file
-    make(tmp_path / "x", base)
-    file = max([f for f in tmp_path.rglob("*") if f.suffix in (".bin", ".pth")], default=None)
-    if base in FILES:
-        edit(tmp_path / "x", FILES[base], **change)
-    elif isinstance(change, Evil):
-        file.write_bytes(pickle.dumps(change, 2))
-    else:
-        w = torch.load(file) | change
-        torch.save({k: t for k, t in w.items() if t is not None}, file)
+    edit(make(tmp_path / "x", base), file, change)
     for call in (mil.load, lambda folder: mil.export(folder, "target", "mil")):
         with refused(match):
             call("x")
@@ -502,13 +525,33 @@ def test_whatever_a_json_file_says_it_is_read_or_refused_in_one_line(tmp_path, b
                 assert "\n" not in str(e) and str(file.parent) in str(e)
 
 
+def test_a_name_is_downloaded_without_code_and_a_path_is_not(tmp_path, monkeypatch):
+    make(tmp_path / "hub")
+
+    def download(name, allow_patterns, ignore_patterns):
+        assert not any(pattern.endswith((".py", "/*", "*")) for pattern in allow_patterns)
+        if name == "owner/absent":
+            raise OSError("no network\nat all")
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert mil.load("owner/model").config.d == 16 and str(mil.find_checkpoint("hub")) == "hub"
+    with refused("^owner/absent: .*hub: no network at all"):
+        mil.load("owner/absent")
+    for name in ("hub/x", "x", str(tmp_path / "y"), "hub/config.json"):
+        with refused(f"^{name}: no checkpoint here"):
+            mil.load(name)
+
+
 def test_without_transformers_one_is_told_how_to_have_it(tmp_path, monkeypatch):
     folders = {base: make(tmp_path / base.replace(", ", ""), base) for base in BASES}
     for name in [*sys.modules, "transformers", "safetensors", "huggingface_hub"]:
         if name.split(".")[0] in ("transformers", "safetensors", "huggingface_hub"):
             monkeypatch.setitem(sys.modules, name, None)
     for base, folder in folders.items():
-        with contextlib.nullcontext() if "meta" in base else refused("pip install transformers"):
+        own = base == "mil" or "meta" in base
+        with contextlib.nullcontext() if own else refused("pip install transformers"):
             mil.export(folder, tmp_path / f"{folder.name}.mil", "mil")
             mil.load(tmp_path / f"{folder.name}.mil")
     with refused("pip install transformers"):
@@ -521,12 +564,9 @@ def test_an_export_that_cannot_be_leaves_nothing_and_changes_nothing(tmp_path, m
         with refused(words):
             mil.export(tmp_path / "source", tmp_path / target, format)
 
-    for mixers, format in (("attention", "gguf"), ("mamba attention", "hf"), ("none", "hf")):
-        mixers = mixers.split()
-        sizes = dict(v=11, d=16, n_heads=4, n_kv_heads=2, d_ff=24, d_state=4)
-        model = build(mil.Config(**sizes, n_layers=len(mixers), mixers=mixers), torch.float32)
-        mil.save(model, tmp_path / "source")
-        export("target", format, f"holds {', '.join(sorted(mixers))}; --format hf is")
+    for mixers, format in (("attention", "gguf"), ("attention mamba", "hf"), ("none", "hf")):
+        save(tmp_path / "source", *mixers.split())
+        export("target", format, f"holds {mixers.replace(' ', ', ')}; --format hf is")
     export("target", "mambainllama", "holds none")
     make(tmp_path / "source" / "hf")
     (tmp_path / "file").write_text("precious")
@@ -550,32 +590,3 @@ def test_the_command_exports_and_says_in_one_line_what_it_cannot(tmp_path):
     assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and "nowhere" in failed.stderr
     with refused("invalid choice: 'exprot'"):
         mil.main(["exprot", "a", "b"])
-
-
-def test_what_metas_file_leaves_out_is_as_in_llama_2_and_the_mlp_as_in_llama_3(tmp_path):
-    folder = write_meta(tmp_path / "x", llama(num_key_value_heads=4))
-    edit(folder, "params.json", drop=["n_kv_heads", "rope_theta"])
-    config = mil.read_config(folder)["config"]
-    assert (config.n_kv_heads, config.rope_theta) == (4, 10000)
-    edit(folder, "params.json", dim=4096, ffn_dim_multiplier=1.3, multiple_of=1024)
-    assert mil.read_config(folder)["config"].d_ff == 14336  # 8B's
-
-
-def test_a_generation_config_without_an_end_leaves_that_of_config_json(tmp_path):
-    (make(tmp_path / "x") / "generation_config.json").write_text('{"eos_token_id": null}')
-    assert mil.read_config(tmp_path / "x")["ids"]["eos_token_id"] == 2
-
-
-@pytest.mark.parametrize("base, ssm, n", [("mamba", {}, 16), ("mamba2", {"ngroups": 4}, 128)])
-def test_a_hybrid_that_states_no_d_state_has_the_authors_default(tmp_path, base, ssm, n):
-    edit(make(tmp_path / "x", base), "mamba_config.json", ssm_cfg=ssm)
-    with refused(f"d_state (is )?{n}"):
-        mil.read_config(tmp_path / "x")
-
-
-def test_a_tied_hybrid_is_exported_with_a_head(tmp_path):
-    sizes = dict(v=11, d=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24, tied=True)
-    mil.save(build(mil.Config(**sizes, mixers=["mamba2", "attention"]), torch.float32), tmp_path)
-    mil.export(tmp_path, tmp_path / "x", "mambainllama")
-    w = safetensors.load_file(tmp_path / "x" / "model.safetensors")
-    assert torch.equal(w["lm_head.weight"], w["model.embed_tokens.weight"])
