@@ -203,22 +203,6 @@ def test_a_step_and_its_slope_are_exact_from_tiny_to_large(which, decay):
     torch.testing.assert_close(ddt.double().flatten(), exact.sigmoid(), rtol=5e-6, atol=0)
 
 
-@FORMS
-@DECAYS
-def test_a_large_step_does_not_blur_the_small_ones_after_it(which, decay):
-    inputs = scan_inputs(decay, 1, 35)
-    inputs["A"], inputs["dt"] = inputs["A"] * 0 - 100, inputs["dt"] * 0 - 5
-    inputs["dt"][:, :5] = 30
-    for kind in (torch.float32, torch.bfloat16):
-        inputs |= {k: inputs[k].to(kind) for k in ("x", "B", "C", "z")}
-        exact = kernels.ssm_reference(**cast(inputs, torch.float64))
-        with form(which):
-            y, h = kernels.ssm_scan(**inputs)
-        assert_close(y, exact[0], TOLERANCE[kind])
-        in_bf16 = multiplied_in_bf16(which, decay, kind)
-        assert_close(h, exact[1], TOLERANCE[kind] if in_bf16 else 5e-4)
-
-
 LOSSES = {
     "y": lambda y, h: y.square().sum(),
     "h": lambda y, h: h.square().sum(),
@@ -244,19 +228,6 @@ def test_scan_can_be_cut_anywhere_and_resumed(which, decay, l):
             assert_close(h2, h, tolerance, "h")
 
 
-@FORMS
-@DECAYS
-def test_y_knows_neither_the_future_nor_another_row(which, decay):
-    inputs, other = (scan_inputs(decay, 2, 67, seed=s, options=("z", "D")) for s in (1, 2))
-    later = {k: torch.cat([inputs[k][:, :41], other[k][:, 41:]], dim=1) for k in ALONG}
-    with form(which):
-        y, _ = kernels.ssm_scan(**inputs)
-        changed, _ = kernels.ssm_scan(**{**inputs, **later})
-        alone, _ = kernels.ssm_scan(**stretch(inputs, slice(None), slice(1, 2)))
-    assert torch.equal(y[:, :41], changed[:, :41]) and not torch.equal(y[:, 41:], changed[:, 41:])
-    assert_close(y[1:], alone, 1e-6)
-
-
 @DECAYS
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("packed", [False, True])
@@ -272,14 +243,12 @@ def test_rows_of_a_small_batch_may_be_cut_into_segments(monkeypatch, decay, dtyp
     check_packed("triton", inputs, pos) if packed else check("triton", inputs)
 
 
-def test_the_segments_of_a_row_are_equal_and_fewer_the_more_rows_there_are():
+def test_the_segments_of_a_row_are_equal_and_many_rows_are_not_cut():
     for l in (1, 255, 4096, 6 * 1031, 2**20):
-        sizes = [torch.empty(b, l, 1, 1, device="meta") for b in (1, 64, 512, 4096, 2**17)]
-        for learns, least in ((True, 8), (False, 4)):
-            with torch.set_grad_enabled(learns):
-                cuts = [kernels.segments(x, x) for x in sizes]
-            assert all(c == 1 or l % c == 0 and c >= least and l >= 1024 * c for c in cuts)
-            assert cuts == sorted(cuts, reverse=True) and cuts[-1] == 1
+        sizes = [torch.empty(b, l, 1, 1, device="meta") for b in (1, 64, 4096, 2**17)]
+        cuts = [kernels.segments(x, x) for x in sizes]
+        assert all(c == 1 or l % c == 0 and l >= 1024 * c for c in cuts)
+        assert cuts == sorted(cuts, reverse=True) and cuts[-1] == 1
     assert cuts[0] > 1
 
 
@@ -371,32 +340,30 @@ def conv_formula(x, weight, bias=None, state=None, pos=None):
     return F.silu(torch.cat(ys, dim=2)).view(h, p, b, l).permute(2, 3, 0, 1), full[:, l:]
 
 
+# A program has 128 tokens, one of the backward pass 125.
+SEVERAL = [
+    torch.tensor([places(140, (60, 124, 127), 1)] * 2, device=DEVICE),
+    torch.tensor([places(253, (), 0)] * 2, device=DEVICE),
+]
+
+
 @FORMS
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     st.tuples(packings(), st.booleans(), SEEDS),
     st.sampled_from([(1, 1, 5), (2, 6, 3), (2, 8, 8), (1, 3, 130), (1, 2, 64)]),
     st.sampled_from([1, 2, 4]),
     st.sets(st.sampled_from(["bias", "state"])),
 )
+@example((SEVERAL[0], True, 0), (1, 2, 3), 4, {"bias", "state"})
+@example((SEVERAL[1], False, 0), (1, 2, 3), 4, {"bias"})
 def test_convolution_is_pytorchs_in_value_and_every_gradient(which, rows, heads, w, options):
     pos, packed, seed = rows
-    pos = pos[:, : length(which, "conv", pos.shape[1])]
     inputs, pos = conv_inputs(*pos.shape, heads, w, options, seed), pos if packed else None
     conv, formula = (partial(f, pos=pos) for f in (kernels.causal_conv, conv_formula))
     check(which, inputs, conv, formula)
     if which == "torch":
         check(which, cast(inputs, torch.float64), conv, formula)
-
-
-@FORMS
-@pytest.mark.parametrize("l, lie, loss", [(140, "strided", "slices"), (253, "dense", "y")])
-def test_a_convolution_of_several_programs_is_pytorchs(which, l, lie, loss):
-    """A program has 128 tokens, one of the backward pass 125."""
-    pos = torch.tensor([places(l, (60, 124, 127), 1)] * 2, device=DEVICE) if l == 140 else None
-    conv, formula = (partial(f, pos=pos) for f in (kernels.causal_conv, conv_formula))
-    inputs = {k: lay(t, lie) for k, t in conv_inputs(2, l, (1, 2, 3), 4).items()}
-    check(which, inputs, conv, formula, LOSSES[loss])
 
 
 def operation(name, l=9, b=2):
@@ -429,29 +396,6 @@ def test_a_narrow_convolution_rounds_once(which, dtype, masters):
     for k in want:  # the interpreter cuts off instead
         assert_close(got[k], want[k], 2 * rounding if k in ("dx", "dstate") else rounding, k)
     assert got["y"].dtype == got["h"].dtype == dtype
-
-
-@FORMS
-def test_a_convolution_hands_no_infinity_to_the_next_document(which):
-    inputs = conv_inputs(1, 6, (1, 2, 5), 4, options=())
-    inputs["x"] = inputs["x"].clone()
-    inputs["x"][:, 2] = torch.inf
-    pos = torch.tensor([[0, 1, 2, 0, 1, 2]], device=DEVICE)
-    with form(which):
-        y, _ = kernels.causal_conv(**inputs, pos=pos)
-    assert y[:, 3:].isfinite().all() and not y[:, :3].isfinite().all()
-
-
-@FORMS
-@pytest.mark.parametrize("options", [(), ("state",)])
-def test_convolution_gives_each_padded_row_its_own_state(which, options):
-    lengths = torch.tensor([1, 4, 6], device=DEVICE)
-    inputs = conv_inputs(3, 6, (2, 4, 5), 4, options)
-    with form(which), torch.no_grad():
-        _, end = kernels.causal_conv(**inputs, lengths=lengths)
-        for i, n in enumerate(lengths.tolist()):
-            _, alone = kernels.causal_conv(**stretch(inputs, slice(n), slice(i, i + 1)))
-            assert torch.equal(end[i : i + 1], alone)
 
 
 # -------------------- Arguments, operators and memory
@@ -514,17 +458,15 @@ with torch.no_grad():
 
 
 @OPERATIONS
-@pytest.mark.parametrize("what", ["rows", "tokens"])
-def test_what_lies_more_than_2_to_the_31_numbers_apart_is_read(name, what):
-    """Heads as kernels read them where they lie."""
+def test_what_lies_more_than_2_to_the_31_numbers_apart_is_read(name):
+    """Tokens of a row, and rows. Heads as kernels read them where they lie."""
     f, _ = operation(name)
-    b, l, step = (3, 9, 2**27) if what == "rows" else (1, 17, 2**27)
-    if name == "mamba2" and what == "tokens":
-        l, step = 65, 2**25  # a tile of them is less than 2^31 numbers
+    # A tile of Mamba-2 is less than 2^31 numbers.
+    l, step = (65, 2**25) if name == "mamba2" else (17, 2**27)
     conv = name == "conv"
-    inputs = conv_inputs(b, l, (4, 4, 5), 4) if conv else scan_inputs(name, b, l, (2, 1, 1))
+    inputs = conv_inputs(2, l, (4, 4, 5), 4) if conv else scan_inputs(name, 2, l, (2, 1, 1))
     inputs = {k: t.bfloat16() for k, t in inputs.items() if k not in OPTIONS}
-    room = torch.empty(2**32 + 2**31, dtype=torch.bfloat16, device=DEVICE)
+    room = torch.empty(2**33, dtype=torch.bfloat16, device=DEVICE)
     with form("triton"):
         want = value_and_gradients(f, inputs)
         for k in inputs.keys() & {"x", "dt", "B", "C"}:  # 32 bits would lead before the first
@@ -545,21 +487,15 @@ def test_a_compiled_hybrid_of_packed_rows_is_one_graph_and_computes_its_formulas
     pos = torch.tensor([places(9, (0, 4), 0)])
     torch._dynamo.reset()
     compiled = torch.compile(model.hidden, backend="aot_eager", fullgraph=True)
-    exact = copy.deepcopy(model).double()
-    results = []
-    for hidden, stack, kind in (
-        (compiled, model, "triton"),
-        (model.hidden, model, "triton"),
-        (exact.hidden, exact, "torch"),
-    ):
+    exact, results = copy.deepcopy(model).double(), []
+    for hidden, stack, kind in ((compiled, model, "triton"), (exact.hidden, exact, "torch")):
         docs = mil.Documents(pos, tokens.device, stack.norm.weight.dtype)
         with form(kind):
             u = hidden(tokens, docs=docs)
-            leaves = list(stack.parameters())
-            results.append([u, *torch.autograd.grad(u.sin().sum(), leaves, materialize_grads=True)])
-    for compiled, eager, want in zip(*results, strict=True):
-        assert_close(compiled, want, 1e-4)
-        assert_close(eager, want, 1e-4)
+        leaves = list(stack.parameters())
+        results.append([u, *torch.autograd.grad(u.sin().sum(), leaves, materialize_grads=True)])
+    for got, want in zip(*results, strict=True):
+        assert_close(got, want, 1e-4)
 
 
 @pytest.fixture
