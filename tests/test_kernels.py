@@ -139,7 +139,7 @@ def test_the_definition_is_the_closed_form(decay, l, heads, seed):
     st.sets(st.sampled_from(OPTIONS[:4])),
     st.sampled_from(["dense", "sliced", "strided", "turned"]),
 )
-@example((2, 40, ((6, 2, 2), (3, 5)), 0), set(OPTIONS[:4]), "dense")  # 3 heads read one of x and B
+@example((1, 40, ((6, 2, 2), (3, 5)), 0), set(OPTIONS[:4]), "dense")  # 3 heads read one of x and B
 @example((1, 9, ((2, 1, 1), (3, 40)), 0), set(), "dense")  # several blocks of n, and of p
 @example((1, 9, ((2, 1, 1), (130, 3)), 0), {"h0"}, "dense")
 @example((1, 9, ((17, 17, 17), (2, 2)), 0), set(), "dense")
@@ -466,7 +466,7 @@ def test_what_lies_more_than_2_to_the_31_numbers_apart_is_read(name):
     conv = name == "conv"
     inputs = conv_inputs(2, l, (4, 4, 5), 4) if conv else scan_inputs(name, 2, l, (2, 1, 1))
     inputs = {k: t.bfloat16() for k, t in inputs.items() if k not in OPTIONS}
-    room = torch.empty(2**33, dtype=torch.bfloat16, device=DEVICE)
+    room = torch.empty(13 * 2**29, dtype=torch.bfloat16, device=DEVICE)
     with form("triton"):
         want = value_and_gradients(f, inputs)
         for k in inputs.keys() & {"x", "dt", "B", "C"}:  # 32 bits would lead before the first
