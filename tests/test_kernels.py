@@ -61,10 +61,6 @@ def cast(inputs, dtype):
     return {k: t.to(dtype if k in ALONG else wide) for k, t in inputs.items()}
 
 
-def multiplied_in_bf16(which, decay, kind):
-    return (DEVICE, which, decay, kind) == ("cuda", "triton", "mamba2", torch.bfloat16)
-
-
 def lay(t, layout):
     """The same numbers elsewhere in memory, with NaN or 0 between and around them."""
     gap = torch.full_like(t, torch.nan if t.is_floating_point() else 0)
@@ -158,7 +154,8 @@ def test_scan_takes_every_type_and_size_and_an_empty_batch(which, decay, dtype, 
         inputs = scan_inputs(decay, b, 9 if decay == "mamba" else 67, (4, 2, 1), size)
         got, want = check(which, cast(inputs, dtype))
     assert got["y"].dtype == dtype and got["h"].dtype == torch.promote_types(dtype, torch.float32)
-    if not multiplied_in_bf16(which, decay, dtype):  # dt + dt_bias and the state are float32
+    in_bf16 = (DEVICE, which, decay, dtype) == ("cuda", "triton", "mamba2", torch.bfloat16)
+    if not in_bf16:  # dt + dt_bias and the state are float32
         assert_close(got["h"], want["h"], TOLERANCE[torch.float32])
 
 
@@ -243,13 +240,10 @@ def test_rows_of_a_small_batch_may_be_cut_into_segments(monkeypatch, decay, dtyp
     check_packed("triton", inputs, pos) if packed else check("triton", inputs)
 
 
-def test_the_segments_of_a_row_are_equal_and_many_rows_are_not_cut():
-    for l in (1, 255, 4096, 6 * 1031, 2**20):
-        sizes = [torch.empty(b, l, 1, 1, device="meta") for b in (1, 64, 4096, 2**17)]
-        cuts = [kernels.segments(x, x) for x in sizes]
-        assert all(c == 1 or l % c == 0 and l >= 1024 * c for c in cuts)
-        assert cuts == sorted(cuts, reverse=True) and cuts[-1] == 1
-    assert cuts[0] > 1
+@pytest.mark.parametrize("b, l", [(1, 2**20), (4096, 2**20), (1, 6 * 1031), (1, 9 * 1031)])
+def test_the_segments_of_a_row_are_equal(b, l):
+    x = torch.empty(b, l, 1, 1, device="meta")
+    assert l % kernels.segments(x, x) == 0
 
 
 # -------------------- Packed sequences: a row of several documents is each of them alone
@@ -341,10 +335,7 @@ def conv_formula(x, weight, bias=None, state=None, pos=None):
 
 
 # A program has 128 tokens, one of the backward pass 125.
-SEVERAL = [
-    torch.tensor([places(140, (60, 124, 127), 1)] * 2, device=DEVICE),
-    torch.tensor([places(253, (), 0)] * 2, device=DEVICE),
-]
+SEVERAL = torch.tensor([places(253, (60, 124, 127), 1)] * 2, device=DEVICE)
 
 
 @FORMS
@@ -355,8 +346,7 @@ SEVERAL = [
     st.sampled_from([1, 2, 4]),
     st.sets(st.sampled_from(["bias", "state"])),
 )
-@example((SEVERAL[0], True, 0), (1, 2, 3), 4, {"bias", "state"})
-@example((SEVERAL[1], False, 0), (1, 2, 3), 4, {"bias"})
+@example((SEVERAL, True, 0), (1, 2, 3), 4, {"bias", "state"})
 def test_convolution_is_pytorchs_in_value_and_every_gradient(which, rows, heads, w, options):
     pos, packed, seed = rows
     inputs, pos = conv_inputs(*pos.shape, heads, w, options, seed), pos if packed else None
@@ -446,7 +436,6 @@ def test_without_triton_everything_takes_the_pytorch_form():
 import sys
 sys.modules["triton"] = None
 import torch, kernels, mil
-assert kernels.triton is None
 sizes = dict(v=9, d=8, n_layers=3, n_heads=2, n_kv_heads=1, d_ff=8, d_state=2)
 model = mil.Hybrid(mil.Config(**sizes, mixers=["attention", "mamba", "mamba2"]))
 model(torch.zeros(1, 70, dtype=torch.long)).sum().backward()
@@ -488,14 +477,15 @@ def test_a_compiled_hybrid_of_packed_rows_is_one_graph_and_computes_its_formulas
     torch._dynamo.reset()
     compiled = torch.compile(model.hidden, backend="aot_eager", fullgraph=True)
     exact, results = copy.deepcopy(model).double(), []
-    for hidden, stack, kind in ((compiled, model, "triton"), (exact.hidden, exact, "torch")):
+    for hidden, stack in ((compiled, model), (model.hidden, model), (exact.hidden, exact)):
         docs = mil.Documents(pos, tokens.device, stack.norm.weight.dtype)
-        with form(kind):
+        with form("triton"):  # float64 takes PyTorch's
             u = hidden(tokens, docs=docs)
         leaves = list(stack.parameters())
         results.append([u, *torch.autograd.grad(u.sin().sum(), leaves, materialize_grads=True)])
-    for got, want in zip(*results, strict=True):
+    for got, eager, want in zip(*results, strict=True):
         assert_close(got, want, 1e-4)
+        assert_close(eager, want, 1e-4)
 
 
 @pytest.fixture
@@ -604,17 +594,6 @@ def test_the_last_piece_of_attention_may_weigh_most():
         y = kernels.attend(q, k, v, cos, sin, keys.contiguous(), values.contiguous(), at)
     want = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values).transpose(1, 2)
     assert_close(y, want, 1e-4)
-
-
-def test_decodings_kernels_are_for_few_tokens_of_one_type_and_no_gradients():
-    x = torch.randn(1, 2, 16, device=DEVICE)
-    with form("triton"):
-        assert not kernels.few(x, 2, x)
-        with torch.no_grad():
-            assert kernels.few(x, kernels.FEW, x)
-            assert not kernels.few(x, kernels.FEW + 1, x) and not kernels.few(x, 2, x.half())
-        with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
-            assert not kernels.few(x, 2, x)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="storages that touch are made in the CPU's memory")

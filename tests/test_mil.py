@@ -221,21 +221,15 @@ def test_decodings_kernels_give_the_stacks_logits_and_the_bits_of_one_by_one(und
         assert_close(want, exact[following(begin, 5)], 1e-4)
 
 
-@pytest.mark.parametrize("mixers", [["attention"], ["mamba2"], ["attention", "mamba2"]])
 @pytest.mark.parametrize("h, p, fit", [(16, 128, True), (2, 130, False), (17, 4, False)])
-def test_heads_that_kernels_cannot_hold_are_decoded_without_them(mixers, h, p, fit):
-    with torch.device("meta"):
-        model = mil.Hybrid(sizes(mixers, n_heads=h, head_dim=p, n_kv_heads=1))
-    model.embed_tokens.to_empty(device="cpu")
+def test_heads_that_kernels_cannot_hold_are_decoded_without_them(h, p, fit):
+    model = small(["attention", "mamba2"], n_heads=h, head_dim=p, n_kv_heads=1)
     assert Cache(model, 1, 2).fits is fit
 
 
 def test_a_layer_without_mixer_moves_nothing_between_tokens():
-    model = small(["none"] * 2)
-    tokens = random_tokens(model.config, 1, 6)
-    changed = torch.cat([(tokens[:, :1] + 1) % 11, tokens[:, 1:]], dim=1)
-    with torch.no_grad():
-        assert torch.equal(model(tokens)[:, 1:], model(changed)[:, 1:])
+    u = torch.randn(2, 3, 16)
+    assert torch.equal(mil.NoMixer(sizes())(u, None), 0 * u)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -316,9 +310,7 @@ def replace(layers, mixers=("mamba2", *LLAMA[1:]), **change):
         (lambda: sizes(n_kv_heads=3), "n_heads 4 is not divisible by n_kv_heads 3"),
         (lambda: sizes(d=18), "width d 18 is not divisible by n_heads 4"),
         (lambda: sizes(head_dim=3), "head_dim is 3"),
-        (lambda: sizes(head_dim=-2), "head_dim is -2"),
         (lambda: sizes(n_layers=3), "4 mixers for 3 layers"),
-        (lambda: sizes(n_layers="4"), "n_layers is '4'"),
         (lambda: sizes(v=0), "v is 0"),
         (lambda: sizes(d_ff=1.5), "d_ff is 1.5"),
         (lambda: sizes(["attention", "rwkv"]), "'rwkv', expected one of attention"),
@@ -326,7 +318,6 @@ def replace(layers, mixers=("mamba2", *LLAMA[1:]), **change):
         (lambda: sizes(rope_scaling={"factor": 8, "low_freq_factor": 1}), "for factor, low_freq"),
         (lambda: sizes(rope_theta="x"), "rope_theta is 'x'"),
         (lambda: replace([4]), "layer 4 holds nothing, expected attention in 4 layers from 0 on"),
-        (lambda: replace([-1]), "layer -1 holds nothing"),
         (lambda: replace([1, 1]), "layer 1 holds mamba, .*none listed twice"),
         (lambda: replace([0]), "layer 0 holds mamba2, expected attention"),
         (lambda: replace([1], d_state=5), "d_state 5 does not divide"),
@@ -365,21 +356,6 @@ def test_what_makes_up_the_decay_and_the_state_stays_in_float32(tmp_path):
         assert w.dtype == torch.float64
 
 
-@given(configs(), st.integers(0, 100))
-@settings(max_examples=10)
-def test_save_and_load_give_the_same_model(tmp_path_factory, config, seed):
-    model, place = build(config, torch.float32, seed), tmp_path_factory.mktemp("save") / "a" / "b"
-    mil.save(model, place, note="kept", weights="a note cannot take the place of a key")
-    loaded = mil.load(place, DEVICE)
-    assert loaded.config == model.config and mil.read_config(place)["note"] == "kept"
-    assert set(loaded.state_dict()) == set(model.state_dict())
-    for name, w in model.state_dict().items():
-        got = loaded.state_dict()[name]
-        assert torch.equal(got, w) and got.dtype == w.dtype, name
-    assert (loaded.lm_head.weight is loaded.embed_tokens.weight) == config.tied
-    assert not loaded.training
-
-
 @pytest.mark.parametrize("module, name", [(torch, "save"), (json, "dumps"), (mil.os, "replace")])
 def test_a_crash_while_saving_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch, module, name):
     old, new, rename = small(seed=1), small(seed=2), mil.os.replace
@@ -399,6 +375,8 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint_whole(tmp_path, monkeypa
     monkeypatch.undo()
     assert torch.equal(mil.load(tmp_path, DEVICE).lm_head.weight, old.lm_head.weight)
     assert not list(tmp_path.glob(".*"))
-    mil.save(new, tmp_path)  # removes what it wrote before, the crash included, and nothing else
+    notes = dict(note="kept", weights="a note cannot take the place of a key")
+    mil.save(new, tmp_path, **notes)  # removes what it wrote before, and nothing else
+    assert mil.read_config(tmp_path)["note"] == "kept"
     assert torch.equal(mil.load(tmp_path, DEVICE).lm_head.weight, new.lm_head.weight)
     assert len(list(tmp_path.iterdir())) == 3 and (tmp_path / "weights-best.pt").exists()
