@@ -19,9 +19,9 @@ SIZES = dict(d=16, n_heads=4, n_kv_heads=2, d_ff=8, context=16)
 
 
 def defined(start, space, indent=""):
-    """`space` after the README's code in which `start` stands."""
+    """`space` after the README's code in which `start` stands, or a function with that body."""
     code = next(code for code in re.findall(r"```python\n(.*?)```", README, re.S) if start in code)
-    exec(f"def read(record):\n{textwrap.indent(code, '    ')}" if indent else code, space)
+    exec(f"def read(record):\n{textwrap.indent(code, indent)}" if indent else code, space)
     return space
 
 

@@ -122,12 +122,10 @@ def test_each_row_of_a_cache_is_as_if_alone_whatever_it_reads_and_keeps(config, 
         new = random_tokens(config, rows, l, i)
         with torch.no_grad():
             got = model(new, cache, counts if padded else None)
-            texts = [
-                torch.cat([text, row[:n]]) for text, row, n in zip(texts, new, counts, strict=True)
-            ]
-            for row, text, n in zip(got, texts, counts, strict=True):
+            for j, n in enumerate(counts):
+                texts[j] = torch.cat([texts[j], new[j, :n]])
                 if n:
-                    assert_close(row[:n], model(text[None])[0, -n:], 1e-8)
+                    assert_close(got[j, :n], model(texts[j][None])[0, -n:], 1e-8)
         action = data.draw(st.sampled_from(["go on", "keep", "clear"]))
         if action == "keep" and undo and l <= kernels.FEW and not padded:
             texts = [text[: len(text) - data.draw(st.integers(0, l))] for text in texts]
