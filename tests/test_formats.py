@@ -40,7 +40,7 @@ META = """model.= embed_tokens=tok_embeddings lm_head=output input_layernorm=att
     self_attn.q_proj=attention.wq self_attn.k_proj=attention.wk self_attn.v_proj=attention.wv
     self_attn.o_proj=attention.wo mlp.gate_proj=feed_forward.w1 mlp.down_proj=feed_forward.w2
     mlp.up_proj=feed_forward.w3 post_attention_layernorm=ffn_norm"""
-DROP = "drop"
+DROP = object()
 
 
 # -------------------- Folders of every kind
@@ -166,9 +166,9 @@ def authors_mamba(w, u):
     names = "in_proj_x", "in_proj_z", "B_proj", "C_proj"
     x, z, B, C = ((u @ w[f"{name}.weight"].T).unflatten(2, (-1, n)) for name in names)
     x, B = (t.repeat_interleave(2, 2) for t in (x, B))
-    dt = u @ w["dt_proj_down.weight"].T @ w["dt_proj.weight"].T + 2 * w["dt_proj.bias"]  # twice
-    dt, A, D = (t.unflatten(-1, (-1, n)) for t in (dt, -w["A_log"].exp().flatten(), w["D"]))
-    A = A.unflatten(0, (-1, n))
+    dt = u @ w["dt_proj_down.weight"].T @ w["dt_proj.weight"].T
+    dt = (dt + 2 * w["dt_proj.bias"]).unflatten(2, (-1, n))  # they add it twice
+    A, D = -w["A_log"].exp().unflatten(0, (-1, n)), w["D"].unflatten(0, (-1, n))
     return kernels.ssm_reference(convolve(w, x.flatten(2), n), dt, A, B, C, D, z)[0]
 
 
