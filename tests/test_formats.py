@@ -256,7 +256,7 @@ HYBRIDS += [("attention mamba2", 4, SSM2), ("mamba2 attention", 4, {"headdim": 6
 
 
 @pytest.mark.parametrize("mixers, n, ssm", HYBRIDS)
-def test_the_authors_hybrids_are_their_layers(tmp_path, mixers, n, ssm):
+def test_the_authors_hybrids_compute_what_their_layers_do(tmp_path, mixers, n, ssm):
     mixers = mixers.split()
     write_hybrid(tmp_path / "theirs", mixers, n, **ssm)
     edit(tmp_path / "theirs", "config.json", {"hidden_act": "swish"})
