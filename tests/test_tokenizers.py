@@ -16,7 +16,6 @@ from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
 import generate as g
-import mil
 from mil import Config, MilError
 
 # Small tokenizer.json files in the formats people download
@@ -334,9 +333,3 @@ def test_a_tokenizer_of_another_size_than_the_model_is_noted(tmp_path, capsys, v
     g.save_with_tokenizer(tiny(v), tmp_path, "bytes")
     _, tokenizer = g.load_with_tokenizer(tmp_path)
     assert told in capsys.readouterr().err and tokenizer.bytes_of(299) == b""
-
-
-def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path):
-    mil.save(tiny(257), tmp_path)
-    with pytest.raises(MilError, match="no tokenizer"):
-        g.load_with_tokenizer(tmp_path)
