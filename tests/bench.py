@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
+import itertools
 import json
 import platform
 import random
@@ -43,21 +44,20 @@ PACKAGES = ["torch", "triton", "mamba_ssm", "fla"] if CUDA else ["torch"]
 PACKAGES = [name for name in PACKAGES if importlib.util.find_spec(name)]
 FORWARD, BOTH = "forward", "forward + backward"
 STACKS = [["attention"], ["mamba2", "attention"], ["mamba2"], ["mamba"]]  # over and over
-MAMBA, MAMBA2 = ("Mamba", 256, 64, 16), ("Mamba-2", 32, 8, 128)  # heads, kv heads, p = n
-SCANS = [(4, 2048), (1, 2048), (1, 16384)]  # batch and length
-MIXERS = [(4, 2048), (2, 4096), (1, 8192), (1, 16384)]  # the same
-GROWTH = 2048, 131072  # lengths
-STEPS = [(1, 2048), (16, 32768)]  # rows, and tokens before a step
-MANY = 1024, 512  # rows and new tokens
 EIGHT = mil.Config()  # Llama-3-8B's shape; then those of Llama-3.2-1B and SmolLM2-135M
 ONE = mil.Config(d=2048, n_layers=16, d_ff=8192, tied=True)
 SMOL = mil.Config(v=49152, d=576, n_layers=30, n_heads=9, n_kv_heads=3, d_ff=1536, tied=True)
+MAMBA, MAMBA2 = ("Mamba", 256, 64, 16), ("Mamba-2", 32, 8, 128)  # heads, kv heads, p = n
+SCANS = [(4, 2048), (1, 2048), (1, 16384)]  # batch and length
+MIXERS = [(4, 2048), (2, 4096), (1, 8192), (1, 16384)]  # the same
+GROWTH, STEPS = (2048, 131072), [(1, 2048), (16, 32768)]  # lengths; rows and tokens before a step
+MANY = 1024, 512  # rows and new tokens
 if SMALL:
+    EIGHT = mil.Config(v=512, d=256, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=704)
+    ONE = SMOL = dataclasses.replace(EIGHT, d=64, head_dim=16)
     MAMBA, MAMBA2 = ("Mamba", 16, 4, 16), ("Mamba-2", 4, 2, 32)
     SCANS, MIXERS, GROWTH = [(1, 256)], [(1, 256), (1, 512)], (16, 1024)
     STEPS, MANY = [(1, 128), (4, 1024)], (8, 32)
-    EIGHT = mil.Config(v=512, d=256, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=704)
-    ONE = SMOL = dataclasses.replace(EIGHT, d=64, head_dim=16)
 TRAINING = [  # name, shape, what trains, mixer of half the layers, batch, length, packed, budget
     ("8B, stage 1, b4", EIGHT, "mixers", "mamba2", 4, 2048, False, 1),
     ("8B, stage 1, b4, budget 0.7", EIGHT, "mixers", "mamba2", 4, 2048, False, 0.7),
@@ -92,11 +92,11 @@ def measure(f, leaves, backward):
         y = f(*leaves)
         return torch.autograd.grad(y, leaves, dy) if backward else y
 
-    times = {}
+    times = None
     try:
         with torch.set_grad_enabled(backward):
             dy = torch.randn_like(f(*leaves))
-            times["wall"] = times["gpu"] = wall_ms(run)
+            times = dict.fromkeys(("wall", "gpu"), wall_ms(run))
             if CUDA:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
@@ -104,7 +104,7 @@ def measure(f, leaves, backward):
                 times["gpu"] = wall_ms(graph.replay)
     except Exception as e:  # a peer may refuse in any way
         print(f"  refused: {type(e).__name__} {str(e)[:120]!r}")
-    return times or None
+    return times
 
 
 def cell(value):
@@ -333,12 +333,10 @@ def step():
             first = first or ms
             weights = sum(w.nbytes for w in model.parameters()) - model.embed_tokens.weight.nbytes
             floor = 1e3 * (weights + held) / ceilings()[0]
+            checked = step_ms(model, filled(model, 1, l, undo=True), 5) if b == 1 else None
             row = {"ms": ms, "of floor": floor / ms, "÷ attention": ms / first}
-            row.update({"MiB a row": held / b / 2**20, "verify 5": None, "÷ step": None})
-            if b == 1:
-                row["verify 5"] = step_ms(model, filled(model, 1, l, undo=True), 5)
-                row["÷ step"] = row["verify 5"] / ms
-            yield f"{' + '.join(mixers)}, b{b} l{l:,}", row
+            row.update({"MiB a row": held / b / 2**20, "verify 5": checked})
+            yield f"{' + '.join(mixers)}, b{b} l{l:,}", {**row, "÷ step": checked and checked / ms}
             del model, cache  # before the next is made
 
 
@@ -392,11 +390,10 @@ def exactness():
     sizes = dict(v=512, d=256, d_ff=704) if CUDA else dict(v=7, d=16, d_ff=24, d_state=4)
     config = mil.Config(n_layers=2, n_heads=4, n_kv_heads=2, context=256, **sizes)
     stacks = [stacked(config, mixers) for mixers in (*STACKS, ["mamba", "attention"])]
-    pairs = [(a, b) for a in stacks for b in stacks]
-    n, row = 0, {"tokens": 0, "differ": 0}
+    pairs = itertools.cycle(itertools.product(stacks, stacks))
+    row = {"tokens": 0, "differ": 0}
     enough = 2_000 if "--small" in sys.argv else 30_000 if CUDA else 100_000
-    while row["tokens"] < enough:
-        target, draft = pairs[n % len(pairs)]
+    for n, (target, draft) in enumerate(pairs):
         model = random_model(target, dtype, 2 * n)
         more = dict(draft=random_model(draft, dtype, 2 * n + 1), K=1 + n % 8)
         dice, rows = random.Random(n), 1 + n // 8 % 4
@@ -406,8 +403,9 @@ def exactness():
         tokens = list(zip(sum(plain, []), sum(fast, []), strict=True))
         row["tokens"] += len(tokens)
         row["differ"] += sum(a != b for a, b in tokens)
-        n += 1
-    yield f"{n} pairs, {str(dtype)[6:]}", row
+        if row["tokens"] >= enough:
+            yield f"{n + 1} pairs, {str(dtype)[6:]}", row
+            return
 
 
 def speculation(model, encoding, draft):
@@ -421,9 +419,8 @@ def speculation(model, encoding, draft):
     for batch, temperature, K in runs:
         texts, passes, speed = [], 0, 0
         for i in range(0, 8, batch):
-            how = dict(draft=draft, K=K) if K else {}
-            how["generator"] = torch.Generator(DEVICE).manual_seed(i)
-            rounds = generate.generate(model, prompts[i : i + batch], 128, temperature, **how)
+            how = dict(generator=torch.Generator(DEVICE).manual_seed(i), draft=draft if K else None)
+            rounds = generate.generate(model, prompts[i : i + batch], 128, temperature, **how, K=K)
             new, used, _, warm = follow(rounds)
             texts += new
             passes += used
@@ -445,13 +442,11 @@ def trained(name, config, train, mixer, batch, length, packed, budget):
     s = train_distill.Settings(context=length, batch=batch, dtype=str(TYPE)[6:])
     s.memory_budget = budget
     run, base = train_distill.Run(s, torch.device(DEVICE)), random_model(config)
-    mixers = ["attention"] * config.n_layers
-    for i in mil.interleaved_layers(config.n_layers, 0.5):
-        mixers[i] = mixer
-    state = train_distill.State(step=970)  # of 1,000 steps, of which the loop logs each tenth
-    stage = train_distill.Stage(trains=train, steps=1000, lr=1e-5, name=name, mixers=mixers)
-    stage.schedule = "constant"
-    pair = train_distill.assemble(run, base, base, stage, 1, {})
+    half = mil.interleaved_layers(config.n_layers, 0.5)
+    mixers = [mixer if i in half else "attention" for i in range(config.n_layers)]
+    how = dict(trains=train, steps=1000, lr=1e-5, schedule="constant", name=name, mixers=mixers)
+    state, stage = train_distill.State(step=970), train_distill.Stage(**how)  # each tenth is logged
+    models = train_distill.assemble(run, base, base, stage, 1, {})
 
     def batches(step):
         """Random tokens, as train_distill.training_batches gives them, others in each step."""
@@ -466,12 +461,12 @@ def trained(name, config, train, mixer, batch, length, packed, budget):
     times, journal = [], io.StringIO()
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
-    train_distill.fit(run, state, stage, pair, batches, journal, "")
+    train_distill.fit(run, state, stage, models, batches, journal, "")
     first, *_, last = map(json.loads, journal.getvalue().splitlines())
-    speed = 20 * batch * length / (last["seconds"] - first["seconds"])
-    row = {"tokens/s": speed, "peak, GiB": last["memory"] / 2**30, "loss": last["loss"]}
-    row["first step, s"] = times[1] - times[0]
-    return {**row, "graphs": counters["stats"]["unique_graphs"]}
+    row = {"tokens/s": 20 * batch * length / (last["seconds"] - first["seconds"])}
+    row.update({"peak, GiB": last["memory"] / 2**30, "loss": last["loss"]})
+    row.update({"first step, s": times[1] - times[0], "graphs": counters["stats"]["unique_graphs"]})
+    return row
 
 
 def training(rows):

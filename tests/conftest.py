@@ -1,5 +1,4 @@
-"""What the tests share. With CUDA they run the compiled kernels, without it the same kernels under
-Triton's interpreter."""
+"""What the tests share. Without CUDA the kernels run under Triton's interpreter."""
 
 import contextlib
 import os
@@ -54,13 +53,9 @@ if DEVICE == "cpu" and kernels.triton is not None:  # the interpreter, without w
     interpreter.ScanOps.generic_scan = scan
 
 kernels.INTERPRET = False  # on the CPU only the tests that ask for form("triton") interpret
-settings.register_profile(
-    "mil",
-    deadline=None,
-    print_blob=True,
-    derandomize="CI" in os.environ,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
+how = dict(deadline=None, print_blob=True, derandomize="CI" in os.environ)
+settings.register_profile("mil", suppress_health_check=slow, **how)
 settings.load_profile("mil")
 
 
@@ -95,39 +90,23 @@ def assert_same_bits(got, want):
 
 def run_script(*argv, stdin=""):
     """A command as a user types it, in a process of its own and without the interpreter."""
-    return subprocess.run(
-        [sys.executable, *map(str, argv)],
-        cwd=Path(__file__).parent.parent,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
-    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    how = dict(cwd=Path(__file__).parent.parent, env=env, text=True, timeout=400)
+    argv = [sys.executable, *map(str, argv)]
+    return subprocess.run(argv, input=stdin, capture_output=True, **how)
 
 
 @st.composite
 def configs(draw, mixers=mil.MIXERS):
     """Small stacks of any mixers: grouped heads, sizes off the powers of two, tied or untied."""
-    n_kv_heads, group, head_dim = draw(
-        st.sampled_from([(1, 1, 4), (1, 3, 8), (2, 1, 6), (2, 2, 12), (3, 2, 4)])
-    )
+    heads = [(1, 1, 4), (1, 3, 8), (2, 1, 6), (2, 2, 12), (3, 2, 4)]
+    n_kv_heads, group, head_dim = draw(st.sampled_from(heads))
+    states = [k for k in (1, 2, 3, 4, 6) if n_kv_heads * head_dim % k == 0]
     chosen = draw(st.lists(st.sampled_from(mixers), min_size=1, max_size=3))
-    return mil.Config(
-        v=17,
-        d=draw(st.sampled_from([8, 20])),
-        n_layers=len(chosen),
-        n_heads=n_kv_heads * group,
-        n_kv_heads=n_kv_heads,
-        head_dim=head_dim,
-        d_ff=24,
-        context=64,
-        mixers=chosen,
-        tied=draw(st.booleans()),
-        d_state=draw(
-            st.sampled_from([k for k in (1, 2, 3, 4, 6) if n_kv_heads * head_dim % k == 0])
-        ),
-    )
+    sizes = dict(v=17, d=draw(st.sampled_from([8, 20])), d_ff=24, context=64)
+    sizes |= dict(n_heads=n_kv_heads * group, n_kv_heads=n_kv_heads, head_dim=head_dim)
+    sizes |= dict(tied=draw(st.booleans()), d_state=draw(st.sampled_from(states)))
+    return mil.Config(n_layers=len(chosen), mixers=chosen, **sizes)
 
 
 def build(config, dtype=torch.float64, seed=0):

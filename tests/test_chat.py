@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import DEVICE
-from test_generate import command, greedy, saved, scripted, tiny
+from test_generate import command, decoding, greedy, saved, scripted, tiny
 from test_tokenizers import llama3_file
 
 import generate as g
@@ -54,22 +54,18 @@ def test_each_turn_is_the_reply_to_all_that_was_said(talker, chat):
 def test_the_next_turn_reads_what_the_model_said_with_one_end(talker, chat, monkeypatch):
     read = []
 
-    class Scripted:
-        def __init__(self, *_):
-            pass
-
-        def decode(self, prompts, most, stop):
-            read.append(bytes(i % 256 for i in prompts[0]))  # the stop token as a 0
-            yield [[*b"h"]]
-            if len(read) == 1:
-                yield [[*b"i", 256]]  # a round of a draft
-            elif len(read) == 2:
-                signal.raise_signal(signal.SIGINT)
-                yield [[0xC3]]
-                yield [[*b"not any more"]]
+    def decode(*args):
+        read.append(bytes(i % 256 for i in args[-3][0]))  # the prompt, its stop tokens as 0
+        yield [[*b"h"]]
+        if len(read) == 1:
+            yield [[*b"i", 256]]  # a round of a draft
+        elif len(read) == 2:
+            signal.raise_signal(signal.SIGINT)
+            yield [[0xC3]]
+            yield [[*b"not any more"]]
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(g, "Decoder", Scripted)
+    monkeypatch.setattr(g, "Decoder", decoding(decode))
     out, err = chat(talker, "abcd")
     turns = [b"user:\na\nassistant:\nhi\0\n", b"user:\nb\nassistant:\nh\xc3\0\n"]
     assert read[-1] == b"".join(turns) + b"user:\nc\nassistant:\nh\0\nuser:\nd\nassistant:\n"
