@@ -50,7 +50,7 @@ import sys
 import textwrap
 import time
 import warnings
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent import futures
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,6 +210,11 @@ class Lab:
         self.s = td.Settings(out=str(out), device=str(device), compile=False, **said)
         td.complete(self.s, device)
         self.run = td.Run(self.s, device)
+        # What the teacher learns, as (context, batch, steps, rate). From long texts alone it did
+        # not learn to copy.
+        short, long, lr = size.short_context, size.teacher_context, self.s.teacher_lr
+        self.courses = [(short, size.step_tokens // short, size.teacher_steps, lr)]
+        self.courses += [(long, size.step_tokens // long, size.long_steps, lr / 3)]
         # The files of `encodings` are copies of each other.
         files = [file for file in td.standard_library() if "encodings" not in file.parts]
         texts = [text for text in (td.read_text(file, False) for file in files) if text.strip()]
@@ -238,17 +243,6 @@ class Lab:
         model, _ = td.read_models(self.run, self.out / "teacher")
         model.compute = self.run.dtype
         return model
-
-    @property
-    def courses(self):
-        """What the teacher learns: (context, batch, steps, rate). From long texts alone it did not
-        learn to copy."""
-        size, rate = self.size, self.s.teacher_lr
-        short, long = size.short_context, size.teacher_context
-        return [
-            (short, size.step_tokens // short, size.teacher_steps, rate),
-            (long, size.step_tokens // long, size.long_steps, rate / 3),
-        ]
 
     def make_teacher(self):
         """Trains the Llama, unless one made in the same way is there."""
@@ -567,26 +561,19 @@ def enter(make, *args):
 
 
 def work(f, *args):
-    """A worker's job, and how long it took. What it prints is dropped."""
-    began = time.perf_counter()
+    """A worker's job. What it prints is dropped."""
     with contextlib.redirect_stdout(io.StringIO()):
-        return f(LAB, *args), time.perf_counter() - began
+        return f(LAB, *args)
 
 
 def new_pool(lab, small):
     """Workers: of the smoke size one thread, otherwise processes, all on one GPU."""
     if small:
-        return ThreadPoolExecutor(1, initializer=enter, initargs=(lambda: lab,))
+        return futures.ThreadPoolExecutor(1, initializer=enter, initargs=(lambda: lab,))
     workers, context = min(8, max(1, os.cpu_count() // 2)), multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, context, enter, (Lab, lab.size, lab.out, lab.device))
-
-
-def choose_rate(tried, size):
-    """Of {rate: KL} the best rate; and, where that is the lowest or the highest and more may be
-    tried, one beyond it, else None."""
-    best = min(tried, key=tried.get)
-    beyond = {min(tried): min(tried) / 2, max(tried): max(tried) * 2}.get(best)
-    return best, beyond if len(tried) < len(size.rates) + size.more_rates else None
+    return futures.ProcessPoolExecutor(
+        workers, context, enter, (Lab, lab.size, lab.out, lab.device)
+    )
 
 
 class Students:
@@ -613,12 +600,11 @@ class Students:
         for name in drafts:
             self.submit(make_draft, name)
         while self.waiting:
-            for future in wait(self.waiting, return_when=FIRST_COMPLETED)[0]:
-                args, (found, seconds), done = self.waiting.pop(future), future.result(), done + 1
-                self.take(found, *args)
-                told = f"{getattr(args[0], 'name', args[0])}: {seconds:.1f} s"
+            for future in futures.wait(self.waiting, return_when=futures.FIRST_COMPLETED)[0]:
+                args, done = self.waiting.pop(future), done + 1
+                self.take(future.result(), *args)
                 taken = f"{time.perf_counter() - began:.0f} s"
-                td.show(f"{done} students, {len(self.waiting)} to come, {taken}; {told}", False)
+                td.show(f"students: {done}, {len(self.waiting)} to come, {taken}", done=False)
 
     def take(self, found, arm, seed=0, rate=None, sweep=False):
         """Keeps the rows of a job; after the last of a sweep, begins the arm's students."""
@@ -628,8 +614,9 @@ class Students:
         tried = self.tried.setdefault(arm.name, {})
         tried[rate] = found[-1]["kl"]
         if len(tried) >= len(self.size.rates):
-            best, beyond = choose_rate(tried, self.size)
-            if beyond:
+            best = min(tried, key=tried.get)
+            beyond = {min(tried): min(tried) / 2, max(tried): max(tried) * 2}.get(best)
+            if beyond and len(tried) < len(self.size.rates) + self.size.more_rates:
                 self.submit(learn, arm, SWEEP, beyond, True)
             else:
                 self.begin(arm, best)
@@ -720,9 +707,6 @@ def quality(size):
             for figure, what in (("kl", "is nearer"), ("teacher_nats", "writes what is likelier")):
                 said = f"{mixer}: {KEPT[a]} of attention {what} to the teacher than {KEPT[b]}"
                 claims.append((said, key(mixer, a), key(mixer, b), figure))
-    for c in (4, 8):
-        said = f"(not the paper's) {KEPT[c]}: Mamba-2 is nearer to the teacher than Mamba"
-        claims.append((said, key("mamba2", c), key("mamba", c), "kl"))
     return Table(
         "Quality by attention kept (Table 6 left), after stage 2",
         ("student", "attention", "paper ÷"),
@@ -796,7 +780,7 @@ def mixer(size):
         ("Mamba with A = 0, Δ = 1: linear attention", "", "linear"),
         ("nothing; what is left trains in stage 1", "151.98", "nothing"),
     ]
-    mamba2, mamba, linear, nothing = keys = [key(f"half, {arm}", 4) for *_, arm in names]
+    mamba2, mamba, _, nothing = keys = [key(f"half, {arm}", 4) for *_, arm in names]
     return Table(
         "What half of the layers must have in attention's place, after stage 2 (Table 9)",
         ("in its place", "paper (LAMBADA ppl)"),
@@ -805,7 +789,6 @@ def mixer(size):
         [
             ("Mamba beats nothing", mamba, nothing, "kl"),
             ("Mamba-2 beats nothing", mamba2, nothing, "kl"),
-            ("(not the paper's) Mamba beats linear attention", mamba, linear, "kl"),
         ],
     )
 
@@ -829,31 +812,29 @@ def stages(size):
     )
 
 
-def students_by_length(size, title, figure, form, claim, trials=0):
+def by_length(size, title, figure, form):
     """A table of a figure by length, of the teacher and its students."""
     lengths = [int(x * size.context) for x in size.lengths]
     rows = [(("teacher", "100 %"), TEACHER), (("Llama", "100 %"), LLAMA)]
     rows += [((m, KEPT[c]), key(m, c)) for m in ("mamba2", "mamba") for c in COUNTS]
-    claims = []
-    for (mixer, kept), mine in rows[2:]:
-        said = claim.format(f"{mixer}, {kept} of attention", f"{lengths[-1]:,} bytes")
-        sign = "-" * bool(trials)
-        claims.append((said, mine, TEACHER, f"{sign}{figure}@{lengths[-1]}", trials))
     columns = [(f"{k:,}", f"{figure}@{k}", form) for k in lengths]
-    return Table(title, ("model", "attention"), rows, columns, claims)
+    return Table(title, ("model", "attention"), rows, columns)
 
 
 def long(size):
     title = "Needles found (Figure 4), mean over depths, in so many bytes; distilled at "
     title += f"{size.context:,}, the teacher trained at {size.teacher_context:,}"
-    claim, trials = "{} finds more in {} than the teacher", size.samples * size.depths
-    return students_by_length(size, title, "found", ".0%", claim, trials)
+    table, trials = by_length(size, title, "found", ".0%"), size.samples * size.depths
+    far, figure, _ = table.columns[-1]
+    for (mixer, kept), mine in table.rows[2:]:
+        said = f"{mixer}, {kept} of attention: finds more in {far} bytes than the teacher"
+        table.claims.append((said, mine, TEACHER, f"-{figure}", trials))
+    return table
 
 
 def context(size):
     title = f"Perplexity of the same {size.context // 4} bytes at the end of longer texts"
-    claim = "(not the paper's) {} is less perplexed after {} than the teacher"
-    return students_by_length(size, title, "perplexity", ".2f", claim)
+    return by_length(size, title, "perplexity", ".2f")
 
 
 def speculation(size):
@@ -978,7 +959,7 @@ class Report:
     def __init__(self, o, size, about):
         name = "+".join(dict.fromkeys(o.tables)) or "reproduce"
         self.json, self.md = (o.out / f"{name}.{kind}" for kind in ("json", "md"))
-        self.texts, self.began, self.clock, self.rows = [LEGEND], time.perf_counter(), {}, []
+        self.texts, self.began, self.clock, self.rows = [about, LEGEND], time.perf_counter(), {}, []
         self.found = dict(about=about, seeds=o.seeds, size=vars(size), rows=self.rows)
         self.found |= dict(clock=self.clock, claims={}, tables={})
 
@@ -999,9 +980,7 @@ class Report:
         self.save()
 
     def save(self):
-        taken = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.clock.items())
-        md = "\n\n".join([*self.texts, f"{taken}; {self.found['about']}\n"])
-        found = json.dumps(self.found, indent=1)
+        found, md = json.dumps(self.found, indent=1), "\n\n".join(self.texts) + "\n"
         mil.write_whole(self.json, lambda f: f.write(found.encode()))
         mil.write_whole(self.md, lambda f: f.write(md.encode()))
 
@@ -1039,12 +1018,11 @@ def main(argv):
         machine = torch.cuda.get_device_name(device)
     about = f"{machine}, Python {platform.python_version()}, torch {torch.__version__}"
     about += "; smoke size: the figures mean nothing" * small
-    td.show(about)
     report = Report(o, size, about)
+    print(about, LEGEND, sep="\n\n", flush=True)
     try:
         lab = Lab(size, o.out, device)
         train_all(lab, report, tables, o.seeds, small)
-        print(f"\n{LEGEND}")
         for name in tables:  # each is printed and saved as it comes
             if name == "speculation":
                 report.rows += speculate(lab)
