@@ -23,7 +23,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch._dynamo  # noqa: F401 (a second, once and not in every process)
 import torch.distributed as dist
 from conftest import assert_close
 from test_train_distill import SIZES, SMALL, fill, flags, left, refused, train, write_recipe
@@ -66,7 +65,7 @@ def work(argv, said, before):
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-    gc.freeze()  # what is imported need not be searched again
+    gc.freeze()  # as in `train`
     before()
     try:
         t.main(argv)
@@ -228,10 +227,8 @@ OTHERS = {
     "--resume --clip 0.1 --stage2_lr 0.5": "--clip 1.0 0.1; --stage2_lr 0.5",
     "--resume --seed 1": "--seed 0 1",
     "--resume --batch 8": "--batch 4 8",
-    "--resume --alpha 0.5": "--alpha",
     "--resume --reverse": "--reverse",
     "--resume --mixer mamba --n_kv_heads 2": "--mixer",
-    "--resume --dtype bfloat16": "--dtype",
     "--resume --teacher_steps 31": "--teacher_steps",
     "--resume --recipe replace.json": "stage 1 replace",
     "--resume --recipe rate.json": "stage 1 lr",

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import gc
 import itertools
 import json
 import math
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # noqa: F401 (a second, once and not in every process)
 import torch.nn.functional as F
 from conftest import DEVICE, assert_close, build, run_script
 from hypothesis import given
@@ -91,7 +93,9 @@ def left(out):
 
 def train(out, text="", **more):
     """A run in this process, on the CPU; what it leaves."""
+    gc.freeze()  # a run collects garbage; what was there before need not be searched
     t.main(flags("--device cpu " + text, out=out, **more))
+    gc.unfreeze()
     return left(out)
 
 
@@ -482,7 +486,7 @@ def log_probability(model, ids):
     return sum(p[i, whole[i + 1]] for i in range(len(ids) - 1) if ids[i + 1] >= 0)
 
 
-@given(st.integers(0, 99), st.sampled_from([0.1, 2.0]))
+@pytest.mark.parametrize("seed, beta", [(0, 0.1), (1, 2.0), (2, 0.5)])
 def test_the_preference_loss_equals_equation_4_and_so_do_its_gradients(seed, beta):
     rng, sizes = np.random.default_rng(seed), dict(v=19, d=8, n_heads=2, n_kv_heads=1, d_ff=12)
     teacher = build(Config(**sizes, n_layers=2, d_state=2), seed=1)
@@ -704,7 +708,6 @@ REFUSED = [
 --answer_tokens 32 -> --answer_tokens
 --context 1 -> --context
 --memory_budget 0.5 -> --memory_budget GPU
---memory_budget 0.5 --no-compile -> --memory_budget GPU
 --alpha 0 --beta 0 -> nothing learned
 --warmup 2 -> --warmup
 --teacher_lr=-1 -> --teacher_lr
