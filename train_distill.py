@@ -175,7 +175,6 @@ CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "schedule": ("cosine", "linear", "constant"),
     "trains": ("mixers", "mlps", "all"),
-    "loss": ("distill", "dpo"),
 }
 LIMITS = {  # the least and the most
     (0, math.inf): """alpha beta steps stage2_steps stage3_steps answers save_minutes
@@ -396,6 +395,7 @@ def resolve(stages, config, where):
             dpo = stage.loss == "dpo"
             bare = stage.trains == "mixers" and set(mixers) <= {"attention", "none"}
             mil.refuse(
+                (stage.loss not in LOSSES, f"loss is {stage.loss!r}, not {', '.join(LOSSES)}"),
                 (isinstance(stage.data, str), f"data is {stage.data!r}, expected a list of paths"),
                 (odd, f"replaces layer {odd and odd[0]} twice"),
                 (dpo and not stage.data, "has the loss dpo and no data (--pairs)"),
