@@ -499,7 +499,8 @@ class Hybrid(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.v, config.d)
+        embedding = torch.empty(config.v, config.d)
+        self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
         self.layers = nn.ModuleList(Block(config, mixer) for mixer in config.mixers)
         self.norm = RMSNorm(config.d, eps=config.norm_eps)
         self.lm_head = Linear(config.d, config.v, bias=False)
@@ -513,6 +514,8 @@ class Hybrid(nn.Module):
     @torch.no_grad()
     def reset(self):
         """Normal 0.02 for every projection, less for those that write to the residual (GPT-2)."""
+        if self.embed_tokens.weight.is_meta:
+            return  # there are no values, and normal_ would import torch._dynamo, a second
         for name, module in self.named_modules():
             if name.endswith("dt_proj") or not isinstance(module, (nn.Linear, nn.Embedding)):
                 continue  # dt_proj has its own initial values
