@@ -63,62 +63,54 @@ def look(i):
     return how | dict(markeredgewidth=1.5, zorder=2 + i % 2)
 
 
-def distilled(report):
-    """[(mixer, share of attention kept, key)] of the students after stage 2."""
+def distilled(report, arm):
+    """{share of attention kept: key} of an arm's students after stage 2."""
     rows, n = report["rows"], report["size"]["n_layers"]
-    counts = {(r["arm"], r["replaced"]) for r in rows if r.get("stages") == "1 + 2"}
-    found = []
-    for arm in NAMES:
-        for count in sorted(c for name, c in counts if name == arm):
-            found.append((arm, 1 - count / n, dict(arm=arm, replaced=count, stages="1 + 2")))
-    return [one for one in found if students(rows, one[2])]
+    found = students(rows, dict(arm=arm, stages="1 + 2"))
+    counts = sorted({row["replaced"] for row in found})
+    return {1 - c / n: dict(arm=arm, replaced=c, stages="1 + 2") for c in counts}
 
 
 def quality(report, subplots):
     """KL and perplexity against the attention kept."""
-    found, rows = distilled(report), report["rows"]
-    if not found:
+    rows, found = report["rows"], {arm: distilled(report, arm) for arm in NAMES}
+    if not any(found.values()):
         return None
-    kept = sorted({share for _, share, _ in found} | {0.5, 0.25, 0.125, 0}, reverse=True)
-    at = {share: i for i, share in enumerate(kept)}
-    at[0.0625] = len(kept) - 1.5  # the paper's, half-way from 12.5 to 0
+    at = {0.5: 0, 0.25: 1, 0.125: 2, 0.0625: 2.5, 0: 3}  # places of shares
     figure, axes = subplots(1, 2, figsize=(9, 4.6), layout="constrained")
     titles = {"kl": "KL to the teacher, nats a byte", "ratio": "perplexity ÷ teacher's"}
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        llama = values(rows, dict(arm="Llama", stages="1 + 2"), name)
-        if llama:
-            axis.axhline(mean(llama)[0], color="0.45", ls="--", label="the Llama through stage 2")
+        llama = mean(values(rows, dict(arm="Llama", stages="1 + 2"), name))[0]
+        axis.axhline(llama, color="0.45", ls="--", label="the Llama through stage 2")
         for i, (arm, label) in enumerate(NAMES.items()):
-            mine = [
-                (at[share], *mean(values(rows, of, name))) for a, share, of in found if a == arm
-            ]
+            mine = [(at[share], *mean(values(rows, of, name))) for share, of in found[arm].items()]
             if mine:
                 axis.errorbar(*zip(*mine, strict=True), capsize=4, label=label, **look(i))
-        names = [f"{100 * share:.3g}" for share in kept]
-        axis.set(title=title, xlabel="attention kept, %", xticks=range(len(kept)))
-        axis.set_xticklabels(names)
+        axis.set(title=title, xlabel="attention kept, %", xticks=range(4))
+        axis.set_xticklabels(["50", "25", "12.5", "0"])
         axis.grid(alpha=0.3)
-    places, label = [at[share] for share in PAPER], "paper (Mamba, 7B; also at 6.25 %)"
-    axes[1].plot(places, [*PAPER.values()], color="0.6", ls=":", marker="*", ms=9, label=label)
+    paper, label = [[at[share] for share in PAPER], [*PAPER.values()]], "paper (Mamba, 7B)"
+    axes[1].plot(*paper, color="0.6", ls=":", marker="*", ms=9, label=label)
     axes[0].set_ylim(bottom=0)
-    title = "± standard error of the mean over students"
     handles = axes[1].get_legend_handles_labels()
+    title = "± standard error of the mean over students"
     figure.legend(*handles, loc="outside upper center", ncols=2, title=title)
     return figure
 
 
 def needle(report, subplots):
     """The share of needles found, by length and depth, of each model."""
-    rows, size = report["rows"], report["size"]
-    models = {"teacher, 100 %": dict(arm="teacher")}
-    models |= {f"{NAMES[arm]}, {100 * share:.3g} %": of for arm, share, of in distilled(report)}
+    rows, models = report["rows"], {"teacher, 100 %": dict(arm="teacher")}
+    for arm, label in NAMES.items():
+        kept = distilled(report, arm).items()
+        models |= {f"{label}, {100 * share:.3g} %": of for share, of in kept}
     found = {name: values(rows, of, "needles") for name, of in models.items()}
     found = {name: seeds for name, seeds in found.items() if seeds}
     if not found:
         return None
-    across, down = min(3, len(found)), -(-len(found) // 3)
+    down = -(-len(found) // 3)
     shape = dict(figsize=(9, 1.6 + 2.6 * down), squeeze=False, layout="constrained")
-    figure, axes = subplots(down, across, **shape)
+    figure, axes = subplots(down, 3, **shape)
     for axis in axes.flat[len(found) :]:
         axis.set_axis_off()
     for axis, (name, seeds) in zip(axes.flat, found.items(), strict=False):
@@ -126,18 +118,16 @@ def needle(report, subplots):
         columns = [zip(*(seed[k] for seed in seeds), strict=True) for k in lengths]
         shares = [[100 * mean(one)[0] for one in column] for column in columns]
         image = axis.imshow([*zip(*shares, strict=True)], "Greys", vmin=0, vmax=100, aspect="auto")
-        trained = size["teacher_context" if name.startswith("teacher") else "context"]
+        trained = report["size"]["teacher_context" if "teacher" in name else "context"]
         edge = sum(int(k) <= trained for k in lengths) - 0.5
         axis.axvline(edge, color="white", lw=4)
         axis.axvline(edge, color="black", ls="--")
-        last = len(shares[0]) - 1
-        axis.set(title=name, xticks=range(len(lengths)), yticks=[0, last / 2, last])
+        axis.set(title=name, xticks=range(len(lengths)), yticks=[0, len(shares[0]) - 1])
         axis.set_xticklabels(lengths, rotation=90)
-        axis.set_yticklabels(["0 %", "50 %", "100 %"])
-        axis.label_outer()
+        axis.set_yticklabels(["begin", "end"])
     figure.suptitle("model, attention kept")
     figure.supxlabel("length in bytes; left of the dashed line: as the model was trained on")
-    figure.supylabel("depth (0 % = beginning)")
+    figure.supylabel("depth")
     figure.colorbar(image, ax=axes, label="needles found, %", aspect=30)
     return figure
 
@@ -147,9 +137,7 @@ def speculation(report, subplots):
     rows, Ks = [row for row in report["rows"] if row.get("temperature")], report["size"]["Ks"]
     if not rows:
         return None
-    targets, drafts = (
-        list(dict.fromkeys(row[name] for row in rows)) for name in ("target", "draft")
-    )
+    targets, drafts = ([*dict.fromkeys(row[k] for row in rows)] for k in ("target", "draft"))
     shape = dict(sharex=True, sharey="row", squeeze=False, layout="constrained")
     figure, axes = subplots(2, len(targets), figsize=(9, 6.4), **shape)
     for target, column in zip(targets, axes.T, strict=True):
@@ -162,8 +150,8 @@ def speculation(report, subplots):
         column[0].set_title(f"target:\n{target}")
         column[1].axhline(1, color="0.5", linewidth=1, zorder=0)
         column[1].set_xticks(Ks)
-    axes[0, 0].set_ylabel("tokens a pass")
-    axes[1, 0].set_ylabel("speed ÷ plain decoding")
+    axes[0, 0].set(ylabel="tokens a pass")
+    axes[1, 0].set(ylabel="speed ÷ plain decoding")
     figure.supxlabel("K, tokens drafted a pass (sampled text)")
     handles = axes[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=2, title="draft")

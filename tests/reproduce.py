@@ -8,15 +8,15 @@
     quality      how much is lost with less and less attention (Table 6 left)
     init         attention's weights or random ones; MLPs frozen or not (Tables 7 left, 8)
     order        stepwise or at once; which layers keep attention (Table 7 right)
-    mixer        Mamba-2, Mamba, linear attention, nothing in attention's place (Table 9)
+    mixer        Mamba-2, Mamba or nothing in attention's place (Table 9)
     stages       stage 1, 1 + 2, 1 + 2 + preferences (Table 6 right)
     long         a needle in a haystack (Figure 4), and perplexity, by length
     speculation  tokens a pass of the target, and speed, by draft, target and K (Tables 1, 5)
 
 Signs and orderings are the claim, not digits. The teacher, a Llama over bytes, learns the sources
-of Python's standard library, in which notes (`# kd=582`) are strewn and repeated later: so it has
-to use its context, and a needle is something that it can find. Students are distilled by
-train_distill.py's own functions, on texts a quarter as long as the teacher's.
+of Python's standard library, in which notes (`# kd=582`) are strewn and repeated later: a needle is
+something that it can find. Students are distilled by train_distill.py's own functions, on texts a
+quarter as long as the teacher's.
 
 An arm's rate of stage 1 is the best of some, by the KL at the end of stage 1, on text that nothing
 else is measured on, with a seed that is not used again. Then the arm runs with --seeds others. A
@@ -381,11 +381,9 @@ def long_texts(lab, model):
 
 
 def teacher_row(lab):
-    models = td.prepare(lab.run, td.Models(None, lab.teacher))
+    models = td.Models(None, lab.teacher)
     figures, _ = td.evaluate(lab.run, models, lab.corpus, lab.encoding)
     figures |= dict(ratio=1, share=1) | writing(lab, lab.teacher) | long_texts(lab, lab.teacher)
-    parameters = sum(w.numel() for w in lab.teacher.parameters())
-    td.show(f"teacher: {parameters / 1e6:.1f} M parameters, perplexity {figures['perplexity']:.3f}")
     return dict(arm="teacher", replaced=0, stages="", seed=0) | figures
 
 
@@ -406,7 +404,6 @@ class Arm:
     init: str = "attention"
     trains: str = "mixers"  # in stage 1
     longer: bool = False  # stage 1 has the steps of stage 2 as well
-    linear: bool = False  # Mamba with A = 0 and Δ = 1, not learned
     judged: bool = False  # whether what it writes, and finds in long texts, is measured
 
     def stages(self, size, rate):
@@ -428,21 +425,16 @@ class Arm:
         return found
 
 
-def spread(count):
-    """The paper's steps, 25, 50, 75, 87.5, 100 % of 8 layers, as far as `count` of them."""
-    stages = [td.Stage(keep=1 - c / 8, steps=1) for c in (2, 4, 6, 7, 8) if c <= count]
-    td.resolve(stages, mil.Config(d=16, n_layers=8, n_heads=1, n_kv_heads=1, d_ff=4), "")
-    return tuple(tuple(i for i, m in enumerate(s.mixers) if m != "attention") for s in stages)
-
-
 def arms(tables):
     """The arms that these tables need; all of a table choose their rate at the same place."""
     tables = {*tables}
     judged = bool(tables & {"quality", "long", "speculation"})
     deep = 3 if "stages" in tables else 2 if "mixer" in tables else 1
-    whole, half, quarter = spread(8), spread(4), spread(6)
+    # The paper's steps, 25, 50, 75, 87.5, 100 %, evenly spread; and two that are not.
+    whole = [(0, 4), (0, 2, 4, 6), (0, 1, 2, 4, 5, 6), (0, 1, 2, 3, 4, 5, 6), (*range(8),)]
     firsts = [(0, 1), (0, 1, 2, 3), (0, 1, 2, 3, 4, 5)]
     lasts = [(6, 7), (4, 5, 6, 7), (2, 3, 4, 5, 6, 7)]
+    half, quarter = whole[:2], [(0, 4), (0, 1, 4, 5), (0, 1, 2, 4, 5, 6)]
     plan = [
         ("quality init long speculation", Arm("mamba2", whole, 1 + judged, judged=judged)),
         ("quality long speculation", Arm("mamba", whole, 2, "mamba", judged=True)),
@@ -459,23 +451,10 @@ def arms(tables):
         ("order", Arm("quarter, the first layers", firsts)),
         ("order", Arm("quarter, the last layers", lasts)),
         ("mixer", Arm("half, mamba", half, 2, "mamba")),
-        ("mixer", Arm("half, linear", half, 2, "mamba", linear=True)),
         ("mixer", Arm("half, nothing", half, 2, "none", trains="all")),
         ("stages", Arm("half, stage 1 longer", half, longer=True)),
     ]
     return [arm for needs, arm in plan if tables & {*needs.split()}]
-
-
-def freeze_linear(model):
-    """Makes Mamba linear attention: A = 0 and Δ = 1 whatever is read, never learned."""
-    for mixer in (layer.mixer for layer in model.layers):
-        if isinstance(mixer, mil.Mamba):
-            with torch.no_grad():
-                mixer.A_log.fill_(-math.inf)
-                mixer.dt_proj.weight.zero_()
-                mixer.dt_proj.bias.fill_(math.log(math.e - 1))  # softplus of it is 1
-            for w in (mixer.A_log, *mixer.dt_proj.parameters()):
-                w.requires_grad_(False)
 
 
 def learn(lab, arm, seed, rate, sweep=False):
@@ -491,8 +470,6 @@ def learn(lab, arm, seed, rate, sweep=False):
             continue
         trained, tokens = left[max(1, level - 1)]
         models = td.assemble(run, lab.teacher, lab.teacher, stage, number, trained)
-        if arm.linear:
-            freeze_linear(models.student)
         if level == 3:
             held, learned = read_pairs(lab)
             rows[-1] |= td.preferences(run, stage, models, held)
@@ -539,15 +516,13 @@ def make_draft(lab, name):
     stage = td.Stage(trains="all", steps=lab.size.draft_steps, lr=1e-3, mixers=[mixer] * count)
     models = td.assemble(lab.run, lab.teacher, base, stage, 1, {})
     batches = td.training_batches(lab.run, lab.corpus, [7, 0])
-    about = dict(arm=f"draft: {name}", seed=0, rate=stage.lr, stages="draft")
     try:
         td.fit(lab.run, td.State(), stage, models, batches, io.StringIO(), "No draft was saved")
     except MilError as e:
-        return [about | dict(diverged=str(e))]
+        return [dict(arm=name, seed=0, diverged=str(e))]
     place = lab.out / "models" / name
     td.save_student(lab.run, models.student, place, "bytes", torch.float32)
-    tokens = stage.steps * lab.s.batch * lab.s.context
-    return [about | measure(lab, lab.run, models, lab.corpus, tokens)]
+    return []
 
 
 LAB = None  # of this process
@@ -707,14 +682,10 @@ def quality(size):
             for figure, what in (("kl", "is nearer"), ("teacher_nats", "writes what is likelier")):
                 said = f"{mixer}: {KEPT[a]} of attention {what} to the teacher than {KEPT[b]}"
                 claims.append((said, key(mixer, a), key(mixer, b), figure))
-    return Table(
-        "Quality by attention kept (Table 6 left), after stage 2",
-        ("student", "attention", "paper ÷"),
-        rows,
-        [SHARE, *BASIC, AGREE, *WRITTEN],
-        claims,
-        "Llama: the teacher itself through stage 2, which is what more steps alone do",
-    )
+    title = "Quality by attention kept (Table 6 left), after stage 2"
+    note = "Llama: the teacher itself through stage 2, which is what more steps alone do"
+    heads = "student", "attention", "paper ÷"
+    return Table(title, heads, rows, [SHARE, *BASIC, AGREE, *WRITTEN], claims, note)
 
 
 def init(size):
@@ -726,23 +697,19 @@ def init(size):
     ]
     rows, claims = [], []
     for c in (4, 8):
-        kept = KEPT[c]
-        for begin, mlps, arm, half, none in ways:
-            rows.append(((kept, begin, mlps, half if c == 4 else none), key(arm, c, "1")))
-        best, random_, mlps, both = (key(arm, c, "1") for _, _, arm, *_ in ways)
-        claims += [
-            (f"{kept}, MLPs frozen: attention's weights beat random ones", best, random_, "kl"),
-            (f"{kept}, MLPs trained: attention's weights beat random ones", mlps, both, "kl"),
-            (f"{kept}, from attention: frozen MLPs beat trained ones", best, mlps, "kl"),
-            (f"{kept}, from random: frozen MLPs beat trained ones", random_, both, "kl"),
-        ]
-    return Table(
-        "Initialisation and frozen MLPs, after stage 1, rates chosen at 0 % (Tables 7 left, 8)",
-        ("attention", "new layers from", "MLPs", "paper ppl"),
-        rows,
-        BASIC,
-        claims,
-    )
+        best, random_, mlps, both = keys = [key(arm, c, "1") for _, _, arm, *_ in ways]
+        for mine, (begin, how, _, *paper) in zip(keys, ways, strict=True):
+            rows.append(((KEPT[c], begin, how, paper[c == 8]), mine))
+        for said, better, worse in (
+            ("MLPs frozen: attention's weights beat random ones", best, random_),
+            ("MLPs trained: attention's weights beat random ones", mlps, both),
+            ("from attention: frozen MLPs beat trained ones", best, mlps),
+            ("from random: frozen MLPs beat trained ones", random_, both),
+        ):
+            claims.append((f"{KEPT[c]}, {said}", better, worse, "kl"))
+    title = "Initialisation and frozen MLPs, after stage 1 (Tables 7 left, 8)"
+    heads = "attention", "new layers from", "MLPs", "paper ppl"
+    return Table(title, heads, rows, BASIC, claims, "rates are chosen at 0 %")
 
 
 def order(size):
@@ -754,62 +721,44 @@ def order(size):
     ]
     rows, claims = [], []
     for c, share in ((4, "half"), (6, "quarter")):
-        keys = [key(f"{share}, {way}", c, "1") for way, *_ in ways]
+        best, *others = keys = [key(f"{share}, {way}", c, "1") for way, *_ in ways]
         for mine, (_, which, how, *paper) in zip(keys, ways, strict=True):
             rows.append(((KEPT[c], which, how, paper[c == 6]), mine))
-        for worse, said in (
-            (keys[1], "stepwise beats at once"),
-            (keys[2], "attention spread evenly beats attention in the last layers"),
-            (keys[3], "attention spread evenly beats attention in the first layers"),
-        ):
-            claims.append((f"{KEPT[c]}: {said}", keys[0], worse, "kl"))
-    return Table(
-        "Order of replacement, after stage 1, same tokens (Table 7 right)",
-        ("attention", "which layers keep it", "replaced", "paper ppl"),
-        rows,
-        BASIC,
-        claims,
-        "the paper's, not interleaved: 2.41 at 50 %, 2.89 at 25 %",
-    )
+        end = "attention spread evenly beats attention in the"
+        said = "stepwise beats at once", f"{end} last layers", f"{end} first layers"
+        for what, worse in zip(said, others, strict=True):
+            claims.append((f"{KEPT[c]}: {what}", best, worse, "kl"))
+    title = "Order of replacement, after stage 1, same tokens (Table 7 right)"
+    heads = "attention", "which layers keep it", "replaced", "paper ppl"
+    note = "the paper's, not interleaved: 2.41 at 50 %, 2.89 at 25 %"
+    return Table(title, heads, rows, BASIC, claims, note)
 
 
 def mixer(size):
-    names = [
-        ("Mamba-2", "", "stepwise"),
-        ("Mamba", "6.20", "mamba"),
-        ("Mamba with A = 0, Δ = 1: linear attention", "", "linear"),
-        ("nothing; what is left trains in stage 1", "151.98", "nothing"),
-    ]
-    mamba2, mamba, _, nothing = keys = [key(f"half, {arm}", 4) for *_, arm in names]
-    return Table(
-        "What half of the layers must have in attention's place, after stage 2 (Table 9)",
-        ("in its place", "paper (LAMBADA ppl)"),
-        [(name[:2], mine) for name, mine in zip(names, keys, strict=True)],
-        [*BASIC, AGREE],
-        [
-            ("Mamba beats nothing", mamba, nothing, "kl"),
-            ("Mamba-2 beats nothing", mamba2, nothing, "kl"),
-        ],
-    )
+    mamba2, mamba, nothing = (key(f"half, {arm}", 4) for arm in ("stepwise", "mamba", "nothing"))
+    names = ("Mamba-2", ""), ("Mamba", "6.20"), ("nothing; all else trains in stage 1", "151.98")
+    title = "What half of the layers must have in attention's place, after stage 2 (Table 9)"
+    rows = [*zip(names, (mamba2, mamba, nothing), strict=True)]
+    claims = [("Mamba beats nothing", mamba, nothing, "kl")]
+    claims += [("Mamba-2 beats nothing", mamba2, nothing, "kl")]
+    return Table(title, ("in its place", "paper (LAMBADA ppl)"), rows, [*BASIC, AGREE], claims)
 
 
 def stages(size):
     one, two, three = (key("half, stepwise", 4, done) for done in ("1", "1 + 2", "1 + 2 + 3"))
     longer = key("half, stage 1 longer", 4, "1")
     rows = [(("1",), one), (("1, as long as 1 + 2",), longer)]
-    return Table(
-        "Stages, half Mamba-2 (Table 6 right); preferences: of two functions, the one that parses",
-        ("stages",),
-        rows + [(("1 + 2",), two), (("1 + 2 + 3",), three)],
-        [SHARE, *BASIC, *WRITTEN, ("preferred", "preferred", ".1%")],
-        [
-            ("stage 2 is nearer to the teacher than as long a stage 1", two, longer, "kl"),
-            ("stage 2 is less perplexed than as long a stage 1", two, longer, "perplexity"),
-            ("after preferences more functions parse", three, two, "-parses"),
-            ("after preferences the better is preferred", three, two, "-preferred"),
-        ],
-        "preferred: of pairs of other files, those whose better one gained more over the teacher",
-    )
+    rows += [(("1 + 2",), two), (("1 + 2 + 3",), three)]
+    claims = [
+        ("stage 2 is nearer to the teacher than as long a stage 1", two, longer, "kl"),
+        ("stage 2 is less perplexed than as long a stage 1", two, longer, "perplexity"),
+        ("after preferences more functions parse", three, two, "-parses"),
+        ("after preferences the better is preferred", three, two, "-preferred"),
+    ]
+    title = "Stages, half Mamba-2 (Table 6 right); preferred: of two functions, the one that parses"
+    note = "preferred: of pairs of other files, those whose better one gained more over the teacher"
+    columns = [SHARE, *BASIC, *WRITTEN, ("preferred", "preferred", ".1%")]
+    return Table(title, ("stages",), rows, columns, claims, note)
 
 
 def by_length(size, title, figure, form):
@@ -845,10 +794,8 @@ def speculation(size):
     columns = [("plain tokens/s", "plain", ".0f")]
     columns += [(f"a pass, K = {K}", f"per_pass@{K}", ".2f") for K in size.Ks]
     columns += [(f"÷ plain, K = {K}", f"ratio@{K}", ".2f") for K in size.Ks]
-    title = "Speculation, batch 1: tokens a pass of the target, ± between texts (Tables 1, 5), "
-    return Table(
-        title + "and speed over plain decoding", ("target", "draft", "text"), rows, columns
-    )
+    title = "Speculation, batch 1: tokens a pass, ± between texts, and speed (Tables 1, 5)"
+    return Table(title, ("target", "draft", "text"), rows, columns)
 
 
 TABLES = dict(quality=[quality], init=[init], order=[order], mixer=[mixer], stages=[stages])
