@@ -35,7 +35,6 @@ import copy
 import dataclasses
 import functools
 import gc
-import hashlib
 import io
 import itertools
 import json
@@ -58,7 +57,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import pictures
@@ -70,9 +68,8 @@ from mil import MilError
 
 LEGEND = """\
 KL, agree: to the teacher's distribution, in nats a byte, and how often both find the same byte
-likeliest. parses: of 192 functions completed at temperature 0.8, those that are Python as far as
-they go; length, in bytes; teacher's nats: how unlikely the teacher finds what was written, a byte.
-rate: of stage 1. ±: standard error of the mean over students."""
+likeliest. parses, length: of functions completed at temperature 0.8, how many are Python as far as
+they go, and their bytes. rate: of stage 1. ±: standard error of the mean over students."""
 SIZES = {  # on a GPU, in ten minutes; and in smoke
     "n_layers": (8, 8),
     "d": (256, 32),
@@ -155,15 +152,13 @@ def with_notes(text, context, dice):
     return "".join(out)
 
 
-def functions(documents, count, before, after, dice):
+def functions(documents, count, before, dice):
     """`count` places where a function begins: (the document's number, the text before, its header
-    the end of it, its header, what really follows)."""
+    the end of it, its header)."""
     header = re.compile(r"^ *def \w+\([^\n]*\)[^\n]*:\n", re.M)
     places = [(i, text, m) for i, text in enumerate(documents) for m in header.finditer(text)]
-    return [
-        (i, text[: m.end()][-before:], m[0], text[m.end() : m.end() + after])
-        for i, text, m in dice.sample(places, min(count, len(places)))
-    ]
+    places = dice.sample(places, min(count, len(places)))
+    return [(i, text[: m.end()][-before:], m[0]) for i, text, m in places]
 
 
 def body(header, text):
@@ -219,7 +214,9 @@ class Lab:
         files = [file for file in td.standard_library() if "encodings" not in file.parts]
         texts = [text for text in (td.read_text(file, False) for file in files) if text.strip()]
         dice = random.Random(0)
-        noted = [self.tokens(with_notes(text, size.teacher_context, dice)) for text in texts]
+        noted = [with_notes(text, size.teacher_context, dice).encode() for text in texts]
+        end = np.int16(self.encoding.stops[0])
+        noted = [np.append(np.frombuffer(text, np.uint8).astype(np.int16), end) for text in noted]
         self.raw, unseen = td.split(texts)
         train, held = td.split(noted)
         few = len(held) // 4  # a quarter of the unseen texts chooses the rates
@@ -228,15 +225,9 @@ class Lab:
         self.sweep_corpus = self.make_corpus(train, held[:few])
         self.corpus = self.make_corpus(train, held[few:])
 
-    def tokens(self, text):
-        ids = np.frombuffer(text.encode(), np.uint8).astype(np.int16)
-        return np.append(ids, np.int16(self.encoding.stops[0]))
-
     def make_corpus(self, *parts):
-        whole = [np.concatenate(part) for part in parts]
         begins = [np.cumsum([0, *map(len, part)])[:-1] for part in parts]
-        key = hashlib.sha256(b"".join(part.tobytes() for part in whole)).hexdigest()[:16]
-        return td.Corpus(*whole, begins, key, "")
+        return td.Corpus(*map(np.concatenate, parts), begins, "", "")
 
     @functools.cached_property
     def teacher(self):
@@ -245,18 +236,12 @@ class Lab:
         return model
 
     def make_teacher(self):
-        """Trains the Llama, unless one made in the same way is there."""
-        size, place = self.size, self.out / "teacher"
+        size = self.size
         config = td.new_config(self.s, self.encoding)
         # Llama 3.1's scaling, by so much that a slow channel stands still.
         scaling = dict(zip(mil.ROPE_SCALING, (1e9, 1.99, 2.0, size.rope_still), strict=True))
         longest = size.teacher_context
         config = dataclasses.replace(config, context=longest, rope_scaling=scaling)
-        recipe = dict(courses=self.courses, data=self.corpus.key, torch=torch.__version__)
-        recipe = json.loads(json.dumps(recipe))
-        old = mil.read_config(place) if (place / "config.json").exists() else {}
-        if (old.get("config"), old.get("recipe")) == (config, recipe):
-            return
         torch.manual_seed(self.s.seed)
         model = mil.Hybrid(config).to(self.device)
         for number, (context, batch, steps, lr) in enumerate(self.courses):
@@ -266,7 +251,7 @@ class Lab:
             models = td.prepare(run, td.Models(None, model))
             batches = td.training_batches(run, self.corpus, [self.s.seed, number])
             td.fit(run, td.State(), stage, models, batches, io.StringIO(), "No teacher was saved")
-        td.save_student(self.run, model, place, "bytes", torch.float32, recipe=recipe)
+        td.save_student(self.run, model, self.out / "teacher", "bytes", torch.float32)
 
     @property
     def lengths(self):
@@ -314,11 +299,11 @@ def make_pairs(lab):
     """Preferences: functions of the training text that the teacher completes twice; the one
     that parses is preferred to one that does not. Each is (its file's number, chosen,
     rejected), as train_distill.py has pairs."""
-    asked = functions(lab.raw, lab.size.pairs, lab.size.before, 0, random.Random(1))
-    prompts = [lab.encoding.encode(text)[-lab.size.before :] for _, text, *_ in asked]
+    asked = functions(lab.raw, lab.size.pairs, lab.size.before, random.Random(1))
+    prompts = [lab.encoding.encode(text)[-lab.size.before :] for _, text, _ in asked]
     twice = [complete(lab, lab.teacher, prompts, seed) for seed in (11, 10**6)]
     pairs, alike = [], []
-    for (number, _, header, _), prompt, *texts in zip(asked, prompts, *twice, strict=True):
+    for (number, _, header), prompt, *texts in zip(asked, prompts, *twice, strict=True):
         good = [parses(header, lab.encoding.decode(ids)) for ids in texts]
         texts = texts if good[0] else texts[::-1]
         read = [~i for i in prompt]
@@ -345,21 +330,14 @@ def losses(model, tokens):
 
 
 def writing(lab, model):
-    """Of functions the model completes: the share that parses, their length, and how unlikely the
-    teacher finds what it wrote, in nats a byte."""
+    """Of functions the model completes: the share that parses, and their length."""
     size = lab.size
-    asked = functions(lab.unseen, size.prompts, size.before, size.written, random.Random(0))
-    prompts = [lab.encoding.encode(before)[-size.before :] for _, before, *_ in asked]
-    texts = complete(lab, model, prompts, 1)
-    rows = [torch.tensor(a + b) for a, b in zip(prompts, texts, strict=True)]
-    block = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(lab.device)
-    loss = torch.cat([losses(lab.teacher, part) for part in block.split(64)])
-    ends = [(len(prompt) - 1, len(row) - 1) for prompt, row in zip(prompts, rows, strict=True)]
-    nats = [one[i:j].mean().item() for one, (i, j) in zip(loss, ends, strict=True)]
-    read = [(one[2], lab.encoding.decode(ids)) for one, ids in zip(asked, texts, strict=True)]
-    n, good = len(read), sum(parses(*one) for one in read)
-    length = sum(len(body(*one)) for one in read)
-    return dict(parses=good / n, length=length / n, teacher_nats=sum(nats) / n)
+    asked = functions(lab.unseen, size.prompts, size.before, random.Random(0))
+    prompts = [lab.encoding.encode(before)[-size.before :] for _, before, _ in asked]
+    texts = [lab.encoding.decode(ids) for ids in complete(lab, model, prompts, 1)]
+    read = [(header, text) for (_, _, header), text in zip(asked, texts, strict=True)]
+    length = sum(len(body(*one)) for one in read) / len(read)
+    return dict(parses=sum(parses(*one) for one in read) / len(read), length=length)
 
 
 @torch.no_grad()
@@ -441,7 +419,6 @@ def arms(tables):
         ("quality long", Arm("Llama", [()], 2, judged=True)),  # what stage 2 alone does
         ("init", Arm("random, mixers", whole, init="random")),
         ("init", Arm("attention, mlps", whole, trains="mlps")),
-        ("init", Arm("random, mlps", whole, init="random", trains="mlps")),
         ("order mixer stages", Arm("half, stepwise", half, deep, judged=deep == 3)),
         ("order", Arm("half, at once", half[-1:])),
         ("order", Arm("half, the first layers", firsts[:2])),
@@ -624,8 +601,8 @@ def speculate(lab):
     for name, place in (TARGETS | {name: f"models/{name}" for name in DRAFTS}).items():
         if (lab.out / place).exists():  # of one that diverged there is none
             models[name] = mil.pack(mil.load(lab.out / place, lab.device, lab.run.dtype))
-    asked = functions(lab.unseen, size.texts, size.context // 4, 0, random.Random(5))
-    prompts = [lab.encoding.encode(text)[-size.context // 4 :] for _, text, *_ in asked]
+    asked = functions(lab.unseen, size.texts, size.context // 4, random.Random(5))
+    prompts = [lab.encoding.encode(text)[-size.context // 4 :] for _, text, _ in asked]
     for target, temperature in [(t, hot) for t in TARGETS if t in models for hot in (0, 1)]:
         plain, _ = timed(lab, prompts, models[target], temperature)
         for draft in [name for name in DRAFTS if name in models]:
@@ -651,8 +628,7 @@ class Table:
     heads: tuple  # titles of the rows' names
     rows: list  # (name, key): the figures shown are of rows that match the key
     columns: list  # (title, figure, format)
-    # (sentence, better key, worse key, the figure that is lower for the better, and, of a share,
-    # of how many); "-figure" is higher for the better.
+    # (sentence, better key, worse key, the figure that is lower for the better); "-figure": higher
     claims: list = field(default_factory=list)
     note: str = ""
 
@@ -668,7 +644,6 @@ SHARE, AGREE = ("tokens ÷ teacher's", "share", ".2f"), ("agree", "agreement", "
 PPL, RATIO = ("ppl", "perplexity", ".3f"), ("÷ teacher", "ratio", ".4f")
 BASIC = [("rate", "rate", ".2g"), PPL, RATIO, ("KL", "kl", ".4f")]
 WRITTEN = [("parses", "parses", ".1%"), ("length", "length", ".0f")]
-WRITTEN += [("teacher's nats", "teacher_nats", ".3f")]
 
 
 def quality(size):
@@ -679,9 +654,8 @@ def quality(size):
             paper = str(pictures.PAPER.get(1 - c / 8, "")) if mixer == "mamba" else ""
             rows.append(((mixer, KEPT[c], paper), key(mixer, c)))
         for a, b in zip(COUNTS, COUNTS[1:], strict=False):
-            for figure, what in (("kl", "is nearer"), ("teacher_nats", "writes what is likelier")):
-                said = f"{mixer}: {KEPT[a]} of attention {what} to the teacher than {KEPT[b]}"
-                claims.append((said, key(mixer, a), key(mixer, b), figure))
+            said = f"{mixer}: {KEPT[a]} of attention is nearer to the teacher than {KEPT[b]}"
+            claims.append((said, key(mixer, a), key(mixer, b), "kl"))
     title = "Quality by attention kept (Table 6 left), after stage 2"
     note = "Llama: the teacher itself through stage 2, which is what more steps alone do"
     heads = "student", "attention", "paper ÷"
@@ -693,20 +667,15 @@ def init(size):
         ("attention", "frozen", "mamba2", "2.09", "3.36"),
         ("random", "frozen", "random, mixers", "7.4", "18.2"),
         ("attention", "trained", "attention, mlps", "9.1", "66.7"),
-        ("random", "trained", "random, mlps", "", ""),
     ]
     rows, claims = [], []
     for c in (4, 8):
-        best, random_, mlps, both = keys = [key(arm, c, "1") for _, _, arm, *_ in ways]
+        best, random_, mlps = keys = [key(arm, c, "1") for _, _, arm, *_ in ways]
         for mine, (begin, how, _, *paper) in zip(keys, ways, strict=True):
             rows.append(((KEPT[c], begin, how, paper[c == 8]), mine))
-        for said, better, worse in (
-            ("MLPs frozen: attention's weights beat random ones", best, random_),
-            ("MLPs trained: attention's weights beat random ones", mlps, both),
-            ("from attention: frozen MLPs beat trained ones", best, mlps),
-            ("from random: frozen MLPs beat trained ones", random_, both),
-        ):
-            claims.append((f"{KEPT[c]}, {said}", better, worse, "kl"))
+        said = f"{KEPT[c]}: attention's weights beat random ones"
+        claims.append((said, best, random_, "kl"))
+        claims.append((f"{KEPT[c]}: frozen MLPs beat trained ones", best, mlps, "kl"))
     title = "Initialisation and frozen MLPs, after stage 1 (Tables 7 left, 8)"
     heads = "attention", "new layers from", "MLPs", "paper ppl"
     return Table(title, heads, rows, BASIC, claims, "rates are chosen at 0 %")
@@ -773,11 +742,11 @@ def by_length(size, title, figure, form):
 def long(size):
     title = "Needles found (Figure 4), mean over depths, in so many bytes; distilled at "
     title += f"{size.context:,}, the teacher trained at {size.teacher_context:,}"
-    table, trials = by_length(size, title, "found", ".0%"), size.samples * size.depths
+    table = by_length(size, title, "found", ".0%")
     far, figure, _ = table.columns[-1]
     for (mixer, kept), mine in table.rows[2:]:
         said = f"{mixer}, {kept} of attention: finds more in {far} bytes than the teacher"
-        table.claims.append((said, mine, TEACHER, f"-{figure}", trials))
+        table.claims.append((said, mine, TEACHER, f"-{figure}"))
     return table
 
 
@@ -805,35 +774,22 @@ TABLES |= dict(long=[long, context], speculation=[speculation])
 T95 = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23
 
 
-def squared_error(values, trials):
-    """Of a mean, and its degrees of freedom; None if nothing is known of it.
-
-    Of a share of so many trials it is at least the binomial one, so that students who all fail are
-    not certain to.
-    """
-    n, (middle, error) = len(values), pictures.mean(values)
-    share = (abs(middle) * n * trials + 1) / (n * trials + 2)
-    least = share * (1 - share) / (n * trials) if trials else 0
-    if n == 1:
-        return (least, trials - 1) if trials else None
-    return max(least, error**2), n - 1
-
-
-def verdict(better, worse, paired=False, trials=0):
+def verdict(better, worse, paired=False):
     """Whether values, one a student, are lower than others beyond the error (Welch's t)."""
     if max(len(better), len(worse)) < 2:
         return "one student each, not judged"
     if paired:
         better, worse = [0.0], [y - x for x, y in zip(better, worse, strict=True)]
-    known = [one for one in (squared_error(side, trials) for side in (better, worse)) if one]
-    square = sum(e for e, _ in known)
-    freedom = square**2 / sum(e**2 / n for e, n in known) if square else 1
+    sides = [side for side in (better, worse) if len(side) > 1]  # one alone has no error
+    errors = [(pictures.mean(side)[1] ** 2, len(side) - 1) for side in sides]
+    square = sum(e for e, _ in errors)
+    freedom = square**2 / sum(e**2 / n for e, n in errors) if square else 1
     error = T95[min(int(freedom + 1e-9), len(T95)) - 1] * math.sqrt(square)
     gap = pictures.mean(worse)[0] - pictures.mean(better)[0]
     return "holds" if gap > error else "the opposite holds" if -gap > error else "within the error"
 
 
-def tested(rows, sentence, better, worse, figure, trials=0):
+def tested(rows, sentence, better, worse, figure):
     """(the claim, what is found, whether it holds), or None if a student is missing.
 
     Students of one arm are compared with themselves, by seed.
@@ -845,7 +801,7 @@ def tested(rows, sentence, better, worse, figure, trials=0):
         return None
     found = " and ".join(f"{pictures.mean(side)[0]:.4g}" for side in sides)
     sides = [[sign * x for x in side] for side in sides]
-    return sentence, f"{name} {found}", verdict(*sides, paired, trials)
+    return sentence, f"{name} {found}", verdict(*sides, paired)
 
 
 def cell(rows, of, figure, form):
@@ -885,7 +841,7 @@ def parse(argv):
     add("tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(TABLES)}; none: all")
     add("--minutes", type=float, default=10, help="about, on one H200: steps are scaled (10)")
     add("--seeds", type=int, default=3, help="students of every arm (3)")
-    add("--out", help="folder (out/reproduce, or out/smoke); a teacher there is used again")
+    add("--out", help="folder (out/reproduce, or out/smoke)")
     add("--smoke", action="store_true", help="the smallest sizes, as on a CPU")
     o = parser.parse_args(argv)
     small = o.smoke or not torch.cuda.is_available()
@@ -959,10 +915,8 @@ def main(argv):
     o, tables, small = parse(argv)
     device, size = generate.pick_device(""), sizes(small, o.minutes)
     mil.make_directory(o.out)
-    shutil.rmtree(o.out / "models", ignore_errors=True)  # an earlier run's
-    machine = f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
+    shutil.rmtree(o.out / "models", ignore_errors=True)  # of an earlier run
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     about = f"{machine}, Python {platform.python_version()}, torch {torch.__version__}"
     about += "; smoke size: the figures mean nothing" * small
     report = Report(o, size, about)

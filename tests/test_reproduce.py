@@ -166,18 +166,9 @@ def test_every_arm_replaces_the_layers_and_trains_what_it_is_named_for():
         assert arms[f"quarter, the {name} layers"].path == path
     mixers = {"mamba": "mamba", "half, mamba": "mamba", "half, nothing": "none"}
     for name, arm in arms.items():
-        if "the" not in name and arm.path != [()]:  # the paper's steps, as train_distill.py's
-            keeps = [td.Stage(keep=1 - len(done) / 8, steps=1) for done in arm.path]
-            td.resolve(
-                keeps,
-                td.new_config(
-                    td.Settings(d=32, n_layers=8, n_heads=1, n_kv_heads=1, d_ff=4, context=8),
-                    SimpleNamespace(size=9),
-                ),
-                "",
-            )
-            for stage, done in zip(keeps, arm.path, strict=True):
-                assert done == tuple(i for i in range(8) if stage.mixers[i] != "attention"), name
+        if "the" not in name:  # evenly spread, as mil.py has it
+            last = arm.path[-1]
+            assert last == tuple(mil.interleaved_layers(8, 1 - len(last) / 8)), name
         before = 0
         for level, number, stage in arm.stages(size, 5e-3):
             done, new = arm.path[number % 10], mixers.get(name, "mamba2")
@@ -320,9 +311,6 @@ def test_a_claim_holds_beyond_welchs_error_only():
     # Pairs: differences 0.9, 1, 1.1, though the students differ by more.
     assert r.verdict([1, 5, 9], [1.9, 6, 10.1]) == "within the error"
     assert r.verdict([1, 5, 9], [1.9, 6, 10.1], paired=True) == "holds"
-    # Three students who all find 1 of 64 are not certain to find more than a teacher who finds 0.
-    assert r.verdict([-1 / 64] * 3, [0.0], trials=64) == "within the error"
-    assert r.verdict([-0.5] * 3, [0.0], trials=64) == "holds"
     assert pictures.mean([1, 2, 3]) == (2, pytest.approx(1 / math.sqrt(3)))
 
 
@@ -334,8 +322,7 @@ def figures(arm, c, done, sign):
     for seed in range(3):
         kl = 100 + sign * bad + seed / 100
         row = dict(arm=arm, replaced=c, stages=done, seed=seed, kl=kl, perplexity=kl)
-        row |= dict(teacher_nats=kl, parses=0.5 + sign * 0.1 * (done == "1 + 2 + 3"))
-        row["preferred"] = row["parses"]
+        row["parses"] = row["preferred"] = 0.5 + sign * 0.1 * (done == "1 + 2 + 3")
         far = 256 * 20
         rows.append(row | {f"found@{far}": 0.5 + sign * 0.3, f"perplexity@{far}": kl})
     return rows
@@ -360,17 +347,16 @@ def test_of_students_as_the_paper_has_them_its_claims_hold_and_of_the_opposite_t
             assert {claim[2] for claim in mine} <= {verdict}, mine
             assert len(mine) == sum(not claim[0].startswith("(not") for claim in made.claims)
             count += len(mine)
-    assert count == 12 + 8 + 6 + 2 + 4 + 8
+    assert count == 6 + 4 + 6 + 2 + 4 + 8
 
 
 def test_every_column_shows_its_own_figure():
     names = ["share", "rate", "perplexity", "ratio", "kl", "agreement", "parses", "length"]
-    names.append("teacher_nats")
     row = dict(arm="mamba2", replaced=4, stages="1 + 2", seed=0)
     row |= {name: i / 8 for i, name in enumerate(names, 1)} | {"length": 80.0}
     cells = r.text_of(r.quality(r.sizes(False)), [row, row | dict(seed=1, kl=0.825)])[0]
     (shown,) = [line for line in cells if line[:2] == ["mamba2", "50 %"]]
-    wanted = ["0.12", "0.25", "0.375", "0.5000", "0.7250 ± 0.1000", "75.0%", "87.5%", "80", "1.125"]
+    wanted = ["0.12", "0.25", "0.375", "0.5000", "0.7250 ± 0.1000", "75.0%", "87.5%", "80"]
     assert shown[3:] == wanted
 
 
@@ -415,14 +401,6 @@ def test_what_cannot_be_reproduced_is_refused_in_one_line(argv, match):
     assert "\n" not in str(e.value)
 
 
-def test_minutes_scale_the_steps_of_all_that_trains_and_nothing_else():
-    whole, half = vars(r.sizes(False, 10)), vars(r.sizes(False, 5))
-    assert {name for name in whole if whole[name] != half[name]} == {
-        name for name in whole if name.endswith("_steps")
-    }
-    assert (half["teacher_steps"], half["layer_steps"]) == (1400, 11)
-
-
 def test_a_run_that_is_stopped_leaves_the_tables_it_has_made(tmp_path, lab, monkeypatch):
     def stopped(lab):
         raise KeyboardInterrupt
@@ -437,19 +415,6 @@ def test_a_run_that_is_stopped_leaves_the_tables_it_has_made(tmp_path, lab, monk
     assert "Order of replacement" in (tmp_path / "order+speculation+mixer.md").read_text()
 
 
-def test_a_picture_of_needles_has_depth_downwards_and_the_line_where_each_was_trained():
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    needles = {"128": [0.1, 0.2], "256": [0.3, 0.4], "512": [0.5, 0.6]}
-    student = dict(arm="mamba", replaced=4, stages="1 + 2", needles=needles)
-    rows = [student | dict(seed=0), student | dict(seed=1)]
-    size = dict(n_layers=8, context=128, teacher_context=256)
-    figure = pictures.needle(dict(rows=rows, size=size), pyplot.subplots)
-    (axis,) = [axis for axis in figure.axes if axis.images]
-    (image,) = axis.images
-    assert axis.get_title() == "Mamba, 50 %" and axis.lines[0].get_xdata()[0] == 0.5
-    assert image.get_array().tolist() == [pytest.approx([10, 30, 50]), pytest.approx([20, 40, 60])]
-
-
 def test_all_tables_are_made_from_nothing(tmp_path):
     said = run_script("tests/reproduce.py", "--smoke", "--seeds", "1", "--out", tmp_path)
     assert said.returncode == 0, said.stderr[-3000:] + said.stdout[-3000:]
@@ -457,11 +422,11 @@ def test_all_tables_are_made_from_nothing(tmp_path):
     report = json.loads((tmp_path / "reproduce.json").read_text())
     sizes = {name: len(lines) - 1 for name, lines in report["tables"].items()}
     assert sizes == dict(
-        quality=10, init=8, order=8, mixer=3, stages=4, long=10, context=10, speculation=32
+        quality=10, init=6, order=8, mixer=3, stages=4, long=10, context=10, speculation=32
     )
     students = [row for row in report["rows"] if "mixer" in row]
     assert all(math.isfinite(row["kl"]) and row["seed"] == 0 for row in students)
-    assert {row["seed"] for row in report["sweep"]} == {r.SWEEP} and len(report["sweep"]) == 16
+    assert {row["seed"] for row in report["sweep"]} == {r.SWEEP} and len(report["sweep"]) == 15
     wanted = [dataclasses.asdict(arm) for arm in r.arms(r.TABLES)]
     assert report["arms"] == json.loads(json.dumps(wanted))
     for name in ("init", "order", "mixer", "long", "context", "speculation"):
