@@ -3,12 +3,7 @@
 import math
 from pathlib import Path
 
-STYLES = [  # of lines: colour, dashes, marker
-    ("black", "-", "o"),
-    ("#0072b2", "--", "s"),
-    ("#d55e00", "-.", "^"),
-    ("#009e73", ":", "D"),
-]
+STYLES = ("black", "-", "o"), ("#0072b2", "--", "s"), ("#d55e00", "-.", "^"), ("#009e73", ":", "D")
 NAMES = {"mamba2": "Mamba-2", "mamba": "Mamba"}
 # Perplexity ÷ the teacher's by attention kept (Table 6, Mamba, 7B).
 PAPER = {0.5: 1.03, 0.25: 1.09, 0.0625: 1.22, 0: 1.66}
@@ -35,24 +30,18 @@ def mean(values):
 
 
 def draw(report, place):
-    """Writes quality.png, needle.png and speculation.png, of which the report holds figures.
-
-    Returns their paths.
-    """
+    """Writes quality.png, needle.png and speculation.png, those of which there are figures."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    paths = []
     for picture in (quality, needle, speculation):
         with pyplot.rc_context({"font.size": 12, "axes.titlesize": 12, "lines.linewidth": 1.8}):
             figure = picture(report, pyplot.subplots)
             if figure:
-                paths.append(Path(place) / f"{picture.__name__}.png")
-                figure.savefig(paths[-1], dpi=110)
+                figure.savefig(Path(place) / f"{picture.__name__}.png", dpi=110)
                 pyplot.close(figure)
-    return paths
 
 
 def look(i):
@@ -78,8 +67,8 @@ def quality(report, subplots):
         return None
     at = {0.5: 0, 0.25: 1, 0.125: 2, 0.0625: 2.5, 0: 3}  # places of shares
     figure, axes = subplots(1, 2, figsize=(9, 4.6), layout="constrained")
-    titles = {"kl": "KL to the teacher, nats a byte", "ratio": "perplexity ÷ teacher's"}
-    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+    titles = ("kl", "KL to the teacher, nats a byte"), ("ratio", "perplexity ÷ teacher's")
+    for axis, (name, title) in zip(axes, titles, strict=True):
         llama = mean(values(rows, dict(arm="Llama", stages="1 + 2"), name))[0]
         axis.axhline(llama, color="0.45", ls="--", label="the Llama through stage 2")
         for i, (arm, label) in enumerate(NAMES.items()):
@@ -125,7 +114,6 @@ def needle(report, subplots):
         axis.set(title=name, xticks=range(len(lengths)), yticks=[0, len(shares[0]) - 1])
         axis.set_xticklabels(lengths, rotation=90)
         axis.set_yticklabels(["begin", "end"])
-    figure.suptitle("model, attention kept")
     figure.supxlabel("length in bytes; left of the dashed line: as the model was trained on")
     figure.supylabel("depth")
     figure.colorbar(image, ax=axes, label="needles found, %", aspect=30)

@@ -14,9 +14,8 @@
     speculation  tokens a pass of the target, and speed, by draft, target and K (Tables 1, 5)
 
 Signs and orderings are the claim, not digits. The teacher, a Llama over bytes, learns the sources
-of Python's standard library, in which notes (`# kd=582`) are strewn and repeated later: a needle is
-something that it can find. Students are distilled by train_distill.py's own functions, on texts a
-quarter as long as the teacher's.
+of Python's standard library, in which notes (`# kd=582`) are strewn and repeated later: needles
+that it can find. train_distill.py's functions make the students, on texts a quarter as long.
 
 An arm's rate of stage 1 is the best of some, by the KL at the end of stage 1, on text that nothing
 else is measured on, with a seed that is not used again. Then the arm runs with --seeds others. A
@@ -24,8 +23,8 @@ claim holds where the difference is beyond Student's t at 95 %: Welch's, or of t
 arm is compared with itself; for the number of claims nothing is corrected. There is one teacher,
 and all students are measured on the same text: what others would change is in no error.
 
-OUT/reproduce.json holds the figures and every arm's settings, OUT/reproduce.md the tables; pictures
-are drawn beside them if matplotlib is there. (Of some tables only: order+mixer.json and so on.)
+OUT/reproduce.json (of some tables only: order+mixer.json and so on) holds the figures and every
+arm's settings, OUT/reproduce.md the tables; pictures are beside them, if matplotlib is there.
 """
 
 import argparse
@@ -199,6 +198,7 @@ class Lab:
 
     def __init__(self, size, out, device):
         self.size, self.out, self.device = size, Path(out), device
+        self.lengths = [int(x * size.context) for x in size.lengths]
         self.encoding = generate.load_tokenizer("bytes")
         names = (*td.SIZES, "rope_theta", "context", "batch", "eval_sequences")
         said = {name: getattr(size, name) for name in names}
@@ -240,8 +240,7 @@ class Lab:
         config = td.new_config(self.s, self.encoding)
         # Llama 3.1's scaling, by so much that a slow channel stands still.
         scaling = dict(zip(mil.ROPE_SCALING, (1e9, 1.99, 2.0, size.rope_still), strict=True))
-        longest = size.teacher_context
-        config = dataclasses.replace(config, context=longest, rope_scaling=scaling)
+        config = dataclasses.replace(config, context=size.teacher_context, rope_scaling=scaling)
         torch.manual_seed(self.s.seed)
         model = mil.Hybrid(config).to(self.device)
         for number, (context, batch, steps, lr) in enumerate(self.courses):
@@ -252,10 +251,6 @@ class Lab:
             batches = td.training_batches(run, self.corpus, [self.s.seed, number])
             td.fit(run, td.State(), stage, models, batches, io.StringIO(), "No teacher was saved")
         td.save_student(self.run, model, self.out / "teacher", "bytes", torch.float32)
-
-    @property
-    def lengths(self):
-        return [int(x * self.size.context) for x in self.size.lengths]
 
     @functools.cached_property
     def haystacks(self):
@@ -296,9 +291,8 @@ def complete(lab, model, prompts, seed):
 
 
 def make_pairs(lab):
-    """Preferences: functions of the training text that the teacher completes twice; the one
-    that parses is preferred to one that does not. Each is (its file's number, chosen,
-    rejected), as train_distill.py has pairs."""
+    """Preferences, (a file's number, chosen, rejected): functions of the training text that the
+    teacher completes twice, of which one parses."""
     asked = functions(lab.raw, lab.size.pairs, lab.size.before, random.Random(1))
     prompts = [lab.encoding.encode(text)[-lab.size.before :] for _, text, _ in asked]
     twice = [complete(lab, lab.teacher, prompts, seed) for seed in (11, 10**6)]
@@ -497,8 +491,7 @@ def make_draft(lab, name):
         td.fit(lab.run, td.State(), stage, models, batches, io.StringIO(), "No draft was saved")
     except MilError as e:
         return [dict(arm=name, seed=0, diverged=str(e))]
-    place = lab.out / "models" / name
-    td.save_student(lab.run, models.student, place, "bytes", torch.float32)
+    td.save_student(lab.run, models.student, lab.out / "models" / name, "bytes", torch.float32)
     return []
 
 
@@ -522,10 +515,9 @@ def new_pool(lab, small):
     """Workers: of the smoke size one thread, otherwise processes, all on one GPU."""
     if small:
         return futures.ThreadPoolExecutor(1, initializer=enter, initargs=(lambda: lab,))
-    workers, context = min(8, max(1, os.cpu_count() // 2)), multiprocessing.get_context("spawn")
-    return futures.ProcessPoolExecutor(
-        workers, context, enter, (Lab, lab.size, lab.out, lab.device)
-    )
+    workers, spawn = min(8, max(1, os.cpu_count() // 2)), multiprocessing.get_context("spawn")
+    args = Lab, lab.size, lab.out, lab.device
+    return futures.ProcessPoolExecutor(workers, spawn, enter, args)
 
 
 class Students:
@@ -673,8 +665,7 @@ def init(size):
         best, random_, mlps = keys = [key(arm, c, "1") for _, _, arm, *_ in ways]
         for mine, (begin, how, _, *paper) in zip(keys, ways, strict=True):
             rows.append(((KEPT[c], begin, how, paper[c == 8]), mine))
-        said = f"{KEPT[c]}: attention's weights beat random ones"
-        claims.append((said, best, random_, "kl"))
+        claims.append((f"{KEPT[c]}: attention's weights beat random ones", best, random_, "kl"))
         claims.append((f"{KEPT[c]}: frozen MLPs beat trained ones", best, mlps, "kl"))
     title = "Initialisation and frozen MLPs, after stage 1 (Tables 7 left, 8)"
     heads = "attention", "new layers from", "MLPs", "paper ppl"
@@ -818,11 +809,9 @@ def text_of(table, rows):
     for name, of in table.rows:
         lines.append([*name, *(cell(rows, of, *column) for _, *column in table.columns)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    shown = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    ]
-    shown.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    form = "| " + " | ".join(f"{{:{width}}}" for width in widths) + " |"
+    shown = [form.format(*line) for line in lines]
+    shown.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     claims = [one for claim in table.claims if (one := tested(rows, *claim))]
     said = [f"- {held}: {sentence} ({found})" for sentence, found, held in claims]
     said += [f"- {table.note}"] * bool(table.note)
