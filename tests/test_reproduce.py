@@ -206,27 +206,26 @@ def same(a, b, names):
     return bool(names) and all(torch.equal(a[name], b[name]) for name in names)
 
 
-def test_stage_2_begins_as_stage_1_left_the_student_and_the_next_layers_as_if_it_had_not_been(
-    lab, fits
+def test_a_stage_begins_as_the_one_before_left_the_student_and_stage_1_as_if_no_other_had_been(
+    lab, fits, monkeypatch
 ):
-    arm = r.Arm("arm", [(0, 1, 2, 3), (0, 1, 2, 3, 4)], 2)
-    rows = r.learn(lab, arm, 0, 1e-3)
-    first, second, third, fourth = fits
+    pairs = [[[~65, 66, 67], [~65, 67, 66]]] * 2
+    monkeypatch.setattr(r, "read_pairs", lambda lab: (pairs, pairs))
+    monkeypatch.setattr(td, "preferences", lambda *_: {"preferred": len(fits)})
+    rows = r.learn(lab, r.Arm("arm", [(0, 1, 2, 3), (0, 1, 2, 3, 4)], 3), 0, 1e-3)
+    first, second, third, again, *_ = fits
     teacher = dict(lab.teacher.named_parameters())
     assert {name.split(".")[1] for name in first.trains} == {"0", "1", "2", "3"}
     assert all(".mixer." in name for name in first.trains) and second.trains == {*second.after}
     assert same(second.before, first.after, first.after)
-    assert same(third.before, first.after, first.trains) and third.trains > first.trains
-    assert same(third.before, teacher, {*teacher} & ({*third.before} - third.trains))
-    assert same(fourth.before, third.after, third.after)
-    step = lab.s.batch * lab.s.context
-    learned = [row["share"] * (4 * 512 + 512) / step for row in rows]  # of the teacher's tokens
-    assert learned == pytest.approx([4, 5, 5, 6])
-    assert [row["stages"] for row in rows] == ["1", "1 + 2"] * 2
-    assert [(row["replaced"], row["ratio"], row["kl"]) for row in rows[::2]] == [
-        (4, 1.5, 0.5),
-        (5, 1.5, 0.5),
-    ]
+    assert same(third.before, second.after, second.after)
+    assert same(again.before, first.after, first.trains) and again.trains > first.trains
+    assert same(again.before, teacher, {*teacher} & ({*again.before} - again.trains))
+    step = lab.s.batch * lab.s.context / (4 * 512 + 512)  # of the teacher's tokens
+    assert [row["share"] / step for row in rows] == pytest.approx([4, 5, 5, 5, 6, 6])
+    assert [row["stages"] for row in rows] == ["1", "1 + 2", "1 + 2 + 3"] * 2
+    assert [(row["replaced"], row["ratio"]) for row in rows[::3]] == [(4, 1.5), (5, 1.5)]
+    assert [row.get("preferred") for row in rows] == [None, 2, 3, None, 5, 6]
 
 
 def test_a_sweep_measures_the_end_of_stage_1_on_text_of_its_own_and_seeds_read_other_text(
