@@ -765,8 +765,9 @@ TABLES |= dict(long=[long, context], speculation=[speculation])
 T95 = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23
 
 
-def verdict(better, worse, paired=False):
-    """Whether values, one a student, are lower than others beyond the error (Welch's t)."""
+def verdict(better, worse, paired=False, least=0.0):
+    """Whether values, one a student, are lower than others beyond the error (Welch's t), `least`
+    at least."""
     if max(len(better), len(worse)) < 2:
         return "one student each, not judged"
     if paired:
@@ -775,7 +776,7 @@ def verdict(better, worse, paired=False):
     errors = [(pictures.mean(side)[1] ** 2, len(side) - 1) for side in sides]
     square = sum(e for e, _ in errors)
     freedom = square**2 / sum(e**2 / n for e, n in errors) if square else 1
-    error = T95[min(int(freedom + 1e-9), len(T95)) - 1] * math.sqrt(square)
+    error = max(least, T95[min(int(freedom + 1e-9), len(T95)) - 1] * math.sqrt(square))
     gap = pictures.mean(worse)[0] - pictures.mean(better)[0]
     return "holds" if gap > error else "the opposite holds" if -gap > error else "within the error"
 
@@ -791,8 +792,11 @@ def tested(rows, sentence, better, worse, figure):
     if not all(sides) or paired and len(sides[0]) != len(sides[1]):
         return None
     found = " and ".join(f"{pictures.mean(side)[0]:.4g}" for side in sides)
+    # Students may agree by chance: of 64 tries each, shares that differ less may be the same.
+    share = name.startswith(("found", "parses", "preferred"))
+    least = 1.96 * math.sqrt(0.5 / 64 / min(map(len, sides))) if share else 0.0
     sides = [[sign * x for x in side] for side in sides]
-    return sentence, f"{name} {found}", verdict(*sides, paired)
+    return sentence, f"{name} {found}", verdict(*sides, paired, least)
 
 
 def cell(rows, of, figure, form):

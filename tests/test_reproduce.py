@@ -292,6 +292,8 @@ def test_a_claim_holds_beyond_welchs_error_only():
     assert r.verdict(a, [x + 3.1 for x in b]) == "holds"
     assert r.verdict([x + 3.1 for x in b], a) == "the opposite holds"
     assert r.verdict([1], [2]) == "one student each, not judged"
+    assert r.verdict([0.1] * 3, [0.2] * 3) == "holds"
+    assert r.verdict([0.1] * 3, [0.2] * 3, least=0.11) == "within the error"
     # One teacher has no error: 4.30 · √(0.01/3) = 0.248.
     assert r.verdict([1, 1.1, 1.2], [1.34]) == "within the error"
     assert r.verdict([1, 1.1, 1.2], [1.36]) == "holds"
