@@ -311,7 +311,7 @@ def figures(arm, c, done, sign):
     for seed in range(3):
         kl = 100 + sign * bad + seed / 100
         row = dict(arm=arm, replaced=c, stages=done, seed=seed, kl=kl, perplexity=kl)
-        row["parses"] = row["preferred"] = 0.5 + sign * 0.1 * (done == "1 + 2 + 3")
+        row["parses"] = row["preferred"] = 0.5 + sign * 0.2 * (done == "1 + 2 + 3")
         rows.append(row | {"found@5120": 0.5 + sign * 0.3})
     return rows
 
