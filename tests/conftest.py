@@ -1,5 +1,6 @@
 """What the tests share. Without CUDA the kernels run under Triton's interpreter."""
 
+import base64
 import contextlib
 import os
 import subprocess
@@ -121,3 +122,16 @@ def build(config, dtype=torch.float64, seed=0):
 
 def random_tokens(config, b, l, seed=0):
     return torch.randint(config.v, (b, l), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+MERGES = "h e,l l,he ll,hell o,Ġ t,Ġt he,1 2,12 3"  # of the tokenizers in the tests
+
+
+def llama3_file(path):
+    """Meta's tokenizer.model with the ids of test_tokenizers's FILES["llama3"]."""
+    shown = [b for b in range(256) if chr(b).isprintable() and b != 32]
+    tokens = [bytes([b]) for b in [*shown, *(b for b in range(256) if b not in shown)]]
+    tokens += MERGES.replace(" ", "").replace("Ġ", " ").encode().split(b",")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
+    return str(path)

@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import DEVICE
+from conftest import DEVICE, llama3_file
 from test_generate import command, decoding, greedy, saved, scripted, tiny
-from test_tokenizers import llama3_file
 
 import generate as g
 import mil

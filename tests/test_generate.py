@@ -11,10 +11,9 @@ import zlib
 
 import pytest
 import torch
-from conftest import DEVICE, build, configs, form, random_tokens, run_script
+from conftest import DEVICE, build, configs, form, llama3_file, random_tokens, run_script
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_tokenizers import llama3_file
 
 import generate as g
 from mil import Config, MilError

@@ -1,28 +1,28 @@
 """Tokenizers and conversations: the ids are the library's, and what people write stays text."""
 
-import base64
 import copy
 import json
 import sys
 
 import pytest
 import tiktoken
-import tokenizers
 import torch
-from conftest import build
+from conftest import MERGES, build, llama3_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, decoders, normalizers, pre_tokenizers
-from tokenizers.pre_tokenizers import ByteLevel
 
 import generate as g
 from mil import Config, MilError
 
+pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+decoders, pre_tokenizers = tokenizers.decoders, tokenizers.pre_tokenizers
+normalizers, ByteLevel = tokenizers.normalizers, pre_tokenizers.ByteLevel
+
 # Small tokenizer.json files in the formats people download
 
 
-MERGES = "h e,l l,he ll,hell o,Ġ t,Ġt he,1 2,12 3"
-SPLIT = pre_tokenizers.Split(Regex(g.PATTERN), "isolated")
+SPLIT = pre_tokenizers.Split(tokenizers.Regex(g.PATTERN), "isolated")
 CUT = pre_tokenizers.Sequence([SPLIT, ByteLevel(add_prefix_space=False, use_regex=False)])
 PREPEND = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 FIRST = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
@@ -105,16 +105,6 @@ def beside(folder, data, about=None, **files):
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     return g.load_tokenizer(str(folder))
-
-
-def llama3_file(path):
-    """Meta's tokenizer.model with the ids of FILES["llama3"]."""
-    shown = [b for b in range(256) if chr(b).isprintable() and b != 32]
-    tokens = [bytes([b]) for b in [*shown, *(b for b in range(256) if b not in shown)]]
-    tokens += MERGES.replace(" ", "").replace("Ġ", " ").encode().split(b",")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
-    return str(path)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from conftest import DEVICE, assert_close, build, run_script
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tokenizers import FILES
 
 import generate as g
 import mil
@@ -227,6 +226,9 @@ def test_a_larger_teacher_teaches_another_llama_and_stays_as_it_was(shelf, tmp_p
 
 
 def test_a_student_of_a_teacher_from_elsewhere_keeps_its_tokenizer(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    from test_tokenizers import FILES
+
     tokenizer = FILES["smollm2"]
     v = len(tokenizer["model"]["vocab"]) + len(tokenizer["added_tokens"])
     teacher = tiny(v=v, n_layers=2, tied=True).bfloat16().cpu()
