@@ -71,8 +71,8 @@ def distribution(logits, temperature=1.0, top_k=0, top_p=1.0):
 def draw(probs, generator=None, times=None):
     """A token (...) from each distribution (..., v); -1 where it holds a NaN.
 
-    Of clocks that ring at the rates `probs`, the first one's token: clocks of rate 1 take `times`
-    to ring. torch.multinomial does the same, but waits for the GPU.
+    An exponential race: of clocks that ring at the rates `probs` the first one wins; clocks of rate
+    1 take `times` to ring. torch.multinomial does the same, but waits for the GPU.
     """
     times = waiting_times(probs, generator) if times is None else times
     first, tokens = (probs / times).max(-1)
@@ -152,7 +152,7 @@ class Rounds:
         longest = max(lengths)
         if self.K == 0:
             out = self.halves[0](self.extend, longest)
-        elif min(lengths) == 1:  # the draft reads the last two tokens; once, no graph is made of it
+        elif min(lengths) == 1:  # only in a first round: the draft needs two tokens
             out = self.extend(longest)
         else:
             self.catch_up(1, texts)
@@ -167,8 +167,8 @@ class Rounds:
     def propose(self, longest):
         """K tokens of the draft and what they are drawn from: (b, K), (b, K, v).
 
-        Every pass reads the text's last two tokens, since the draft has not read its own last
-        proposal, and those proposed so far, from the same place on.
+        The draft has not read its own last proposal, so each pass begins with the text's last two
+        tokens. Only one pass can be taken back, so each reads again what was proposed so far.
         """
         draft, cache = self.models[1], self.caches[1]
         tokens, q = [self.before, self.last], []

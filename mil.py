@@ -300,7 +300,7 @@ class Mamba(nn.Module):
         super().__init__()
         self.config = config
         wide, narrow = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.dt_rank = rank = math.ceil(config.d / 16)
+        rank = math.ceil(config.d / 16)
         self.in_proj_x = Linear(config.d, narrow, bias=False)
         self.in_proj_z = Linear(config.d, wide, bias=False)
         self.B_proj = Linear(config.d, narrow, bias=False)
@@ -542,7 +542,7 @@ class Hybrid(nn.Module):
         for i, layer in enumerate(self.layers):
             if cache is None:
                 u = layer(u, angles, docs=docs)
-            else:  # forward steps round layer.compile(), which has not seen these kernels
+            else:  # not the compiled forward, which knows nothing of these kernels
                 u = layer.forward(u, angles, cache.states[i])
         if cache is not None:
             cache.close()
@@ -688,14 +688,6 @@ class MambaState:
         wide = torch.promote_types(dtype, torch.float32)
         self.h = torch.zeros(len(cache.at), *shape, dtype=wide, device=cache.device)
 
-    def allocate(self, written):
-        """The ring of inputs, made with the first: `written` (b, l, ...) have its types."""
-        if self.inputs is None:
-            passes = 2 if self.cache.undo else 1  # the pending one and the new one
-            size = 1 << (passes * kernels.FEW + self.window).bit_length()
-            self.inputs = [t.new_zeros(t.shape[0], size, *t.shape[2:]) for t in written]
-        return self.inputs
-
     def places(self, first, l):
         """Row and place in the ring of l tokens from `first` (b,) on."""
         at = first[:, None] + torch.arange(l, device=first.device)
@@ -706,7 +698,12 @@ class MambaState:
 
         `written` (b, l, ...) are the inputs that move the state, `read` the others.
         """
-        c, w, inputs = self.cache, self.window, self.allocate(written)
+        c, w = self.cache, self.window
+        if self.inputs is None:  # the first pass knows their types
+            passes = 2 if c.undo else 1  # the pending one and the new one
+            size = 1 << (passes * kernels.FEW + w).bit_length()
+            self.inputs = [t.new_zeros(t.shape[0], size, *t.shape[2:]) for t in written]
+        inputs = self.inputs
         if c.fused:
             return mixer.replay(*written, *read, inputs, self.h, (c.at, c.base, c.to))
         window = inputs[0][self.places(c.base - w, w)]
@@ -890,15 +887,16 @@ def expect(said, **allowed):
             raise MilError(f"{key} is {said[key]!r:.99}, expected {wanted}")
 
 
-def stays_wide(name):
-    """Whether a parameter is float32 at least: bf16 would round a decay near 1 to exactly 1."""
-    return name.endswith(("A_log", "D", "dt_bias", "dt_proj.bias"))
+def saved_type(name, dtype):
+    """`dtype`, or float32 where bf16 would round a decay near 1 to exactly 1."""
+    wide = name.endswith(("A_log", "D", "dt_bias", "dt_proj.bias"))
+    return torch.promote_types(dtype, torch.float32) if wide else dtype
 
 
 def cast(model, dtype):
     """Converts the parameters to `dtype`, but those that stay wide to float32 at least."""
     for name, w in model.named_parameters():
-        w.data = w.data.to(torch.promote_types(dtype, torch.float32) if stays_wide(name) else dtype)
+        w.data = w.data.to(saved_type(name, dtype))
     return model
 
 
@@ -962,10 +960,10 @@ def find_checkpoint(name):
 
 
 def read_config(path):
-    """What a checkpoint says of its model, with the notes of `save`: "config", a Config; "format",
-    mil, hf, mambainllama, meta or gguf; "tokenizer", a name (None: files in "folder"); "ids" of the
-    tokens that begin, end and pad; "remarks" to print; "weights", the files. Raises MilError if
-    there is none, or the model cannot be computed here."""
+    """What a checkpoint says of its model: "config", a Config; "format", mil, hf, mambainllama,
+    meta or gguf; "tokenizer", a name (None: files in "folder"); "ids" of the tokens that begin, end
+    and pad; "remarks" to print; "weights", the files. Raises MilError if there is none, or the
+    model cannot be computed here."""
     path = find_checkpoint(path)
     places = (path, path / "config.json", path / "params.json")
     file = next((place for place in places if place.is_file()), path)
@@ -978,7 +976,8 @@ def read_config(path):
         said = {} if file == path else read_json(file)
         if said.get("format") == "mil":
             given = None if said.get("tokenizer") in TEXT_FILES.split() else said.get("tokenizer")
-            about |= said | {"config": Config(**said["config"]), "tokenizer": given}
+            about |= {"format": "mil", "ids": dict(said.get("ids", {})), "tokenizer": given}
+            about |= {"config": Config(**said["config"])}
             return about | {"weights": [Path(said["weights"]).name]}
         read = {"params.json": read_meta, "config.json": read_hf}.get(file.name, read_gguf)
         about |= read(said, file)
@@ -1169,10 +1168,9 @@ def load(path, device=None, dtype=None, about=None):
         with naming(tensors[name][0][0] if name in tensors else about["folder"]):
             w = read_tensor(about, tensors, name, empty.shape, device or "cpu")
         tensors.pop(name)
-        kind = dtype or w.dtype
-        kind = torch.promote_types(kind, torch.float32) if stays_wide(name) else kind
         place, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(place), leaf, nn.Parameter(w.to(kind)))
+        w = w.to(saved_type(name, dtype or w.dtype))
+        setattr(model.get_submodule(place), leaf, nn.Parameter(w))
     model.tie()
     for name, ((path, theirs, _), *_) in tensors.items():  # RoPE's frequencies are in old files
         if not name.endswith(("inv_freq", "rope.freqs", "rope_freqs.weight", "lm_head.weight")):

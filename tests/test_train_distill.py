@@ -260,7 +260,7 @@ def test_in_bfloat16_a_student_is_as_wide_as_its_teachers_file(shelf, tmp_path, 
     argv = "--stage1_steps 2 --stage2_steps 1 --dtype bfloat16"
     done = taught(shelf, tmp_path / "o", argv, teacher=tmp_path / "teacher")
     assert computed == {torch.bfloat16}
-    weights = [w for k, w in done.student.named_parameters() if not mil.stays_wide(k)]
+    weights = [w for k, w in done.student.named_parameters() if mil.saved_type(k, kind) == kind]
     assert {w.dtype for w in weights} == {kind}
     rounded = all(torch.equal(w, w.bfloat16().float()) for w in weights)
     assert rounded == (kind == torch.bfloat16)  # computing in bfloat16 rounds no float32 weight
