@@ -8,7 +8,7 @@
     quality      how much is lost with less and less attention (Table 6 left)
     init         attention's weights or random ones; MLPs frozen or not (Tables 7 left, 8)
     order        stepwise or at once; which layers keep attention (Table 7 right)
-    mixer        Mamba-2, Mamba or nothing in attention's place (Table 9)
+    mixer        Mamba-2, Mamba, linear attention, nothing in attention's place (Table 9)
     stages       stage 1, 1 + 2, 1 + 2 + preferences (Table 6 right)
     long         a needle in a haystack (Figure 4), and perplexity, by length
     speculation  tokens a pass of the target, and speed, by draft, target and K (Tables 1, 5)
@@ -376,6 +376,7 @@ class Arm:
     init: str = "attention"
     trains: str = "mixers"  # in stage 1
     longer: bool = False  # stage 1 has the steps of stage 2 as well
+    linear: bool = False  # Mamba with A = 0 and Δ = 1, which are not learned
     judged: bool = False  # whether what it writes, and finds in long texts, is measured
 
     def stages(self, size, rate):
@@ -422,10 +423,23 @@ def arms(tables):
         ("order", Arm("quarter, the first layers", firsts)),
         ("order", Arm("quarter, the last layers", lasts)),
         ("mixer", Arm("half, mamba", half, 2, "mamba")),
+        ("mixer", Arm("half, linear", half, 2, "mamba", linear=True)),
         ("mixer", Arm("half, nothing", half, 2, "none", trains="all")),
         ("stages", Arm("half, stage 1 longer", half, longer=True)),
     ]
     return [arm for needs, arm in plan if tables & {*needs.split()}]
+
+
+def freeze_linear(model):
+    """Makes Mamba linear attention: A = 0 and Δ = 1 whatever is read, never learned."""
+    for mixer in (layer.mixer for layer in model.layers):
+        if isinstance(mixer, mil.Mamba):
+            with torch.no_grad():
+                mixer.A_log.fill_(-math.inf)
+                mixer.dt_proj.weight.zero_()
+                mixer.dt_proj.bias.fill_(math.log(math.e - 1))  # softplus of it is 1
+            for w in (mixer.A_log, *mixer.dt_proj.parameters()):
+                w.requires_grad_(False)
 
 
 def learn(lab, arm, seed, rate, sweep=False):
@@ -441,6 +455,8 @@ def learn(lab, arm, seed, rate, sweep=False):
             continue
         trained, tokens = left[max(1, level - 1)]
         models = td.assemble(run, lab.teacher, lab.teacher, stage, number, trained)
+        if arm.linear:
+            freeze_linear(models.student)
         if level == 3:
             held, learned = read_pairs(lab)
             rows[-1] |= td.preferences(run, stage, models, held)
@@ -695,10 +711,12 @@ def order(size):
 
 
 def mixer(size):
-    mamba2, mamba, nothing = (key(f"half, {arm}", 4) for arm in ("stepwise", "mamba", "nothing"))
-    names = ("Mamba-2", ""), ("Mamba", "6.20"), ("nothing; all else trains in stage 1", "151.98")
+    arms = "stepwise", "mamba", "linear", "nothing"
+    mamba2, mamba, linear, nothing = (key(f"half, {arm}", 4) for arm in arms)
+    names = ("Mamba-2", ""), ("Mamba", "6.20"), ("Mamba with A = 0, Δ = 1: linear attention", "")
+    names += (("nothing; all else trains in stage 1", "151.98"),)
     title = "What half of the layers must have in attention's place, after stage 2 (Table 9)"
-    rows = [*zip(names, (mamba2, mamba, nothing), strict=True)]
+    rows = [*zip(names, (mamba2, mamba, linear, nothing), strict=True)]
     claims = [("Mamba beats nothing", mamba, nothing, "kl")]
     claims += [("Mamba-2 beats nothing", mamba2, nothing, "kl")]
     return Table(title, ("in its place", "paper (LAMBADA ppl)"), rows, [*BASIC, AGREE], claims)

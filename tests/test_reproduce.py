@@ -156,7 +156,12 @@ def test_every_arm_replaces_the_layers_and_trains_what_it_is_named_for():
     for name, path in {"first": first, "last": [*last, (2, 3, 4, 5, 6, 7)]}.items():
         assert arms[f"half, the {name} layers"].path == path[:2]
         assert arms[f"quarter, the {name} layers"].path == path
-    mixers = {"mamba": "mamba", "half, mamba": "mamba", "half, nothing": "none"}
+    mixers = {
+        "mamba": "mamba",
+        "half, mamba": "mamba",
+        "half, linear": "mamba",
+        "half, nothing": "none",
+    }
     for name, arm in arms.items():
         if "the" not in name:  # evenly spread, as mil.py has it
             last = arm.path[-1]
@@ -176,6 +181,7 @@ def test_every_arm_replaces_the_layers_and_trains_what_it_is_named_for():
             assert stage.mixers == [new if i in done else "attention" for i in range(8)], name
             before = len(done)
         assert arm.init == ("random" if name.startswith("random") else "attention")
+        assert arm.linear == (name == "half, linear")
 
 
 @pytest.fixture
@@ -241,6 +247,16 @@ def test_a_sweep_measures_the_end_of_stage_1_on_text_of_its_own_and_seeds_read_o
     assert len(texts) == 8 and len({one.seed for one in fits} | {lab.s.seed}) == 4
     name = "layers.0.mixer.dt_bias"
     assert not torch.equal(fits[2].before[name], fits[5].before[name])
+
+
+def test_linear_attention_does_not_decay_and_stays_so_in_stage_2(lab, fits):
+    r.learn(lab, r.Arm("arm", [(0, 1, 2, 3)], 2, "mamba", linear=True), 0, 1e-3)
+    for one in fits:
+        decay = {name: w for name, w in one.after.items() if "A_log" in name}
+        assert len(decay) == 4 and all((w.exp() == 0).all() for w in decay.values())
+        bias, weight = (one.after[f"layers.0.mixer.dt_proj.{k}"] for k in ("bias", "weight"))
+        assert torch.allclose(torch.nn.functional.softplus(bias), torch.ones_like(bias))
+        assert not weight.any() and "layers.0.mixer.in_proj_x.weight" in one.trains
 
 
 def test_a_student_that_diverges_says_so_and_of_its_arm_nothing_is_shown(lab, monkeypatch):
@@ -407,11 +423,11 @@ def test_all_tables_are_made_from_nothing(tmp_path):
     report = json.loads((tmp_path / "reproduce.json").read_text())
     sizes = {name: len(lines) - 1 for name, lines in report["tables"].items()}
     assert sizes == dict(
-        quality=10, init=6, order=8, mixer=3, stages=4, long=10, context=10, speculation=32
+        quality=10, init=6, order=8, mixer=4, stages=4, long=10, context=10, speculation=32
     )
     students = [row for row in report["rows"] if "mixer" in row]
     assert all(math.isfinite(row["kl"]) and row["seed"] == 0 for row in students)
-    assert {row["seed"] for row in report["sweep"]} == {r.SWEEP} and len(report["sweep"]) == 15
+    assert {row["seed"] for row in report["sweep"]} == {r.SWEEP} and len(report["sweep"]) == 16
     wanted = [dataclasses.asdict(arm) for arm in r.arms(r.TABLES)]
     assert report["arms"] == json.loads(json.dumps(wanted))
     for name in ("init", "order", "mixer", "long", "context", "speculation"):
