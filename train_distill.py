@@ -504,13 +504,13 @@ def read_records(file, text, read):
     places = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     whole = parsed(text) if file.suffix.lower() == ".json" else None
     if isinstance(whole, list):
-        places = [(f"record {i}", json.dumps(record)) for i, record in enumerate(whole, 1)]
+        places = [(f"record {i}", record) for i, record in enumerate(whole, 1)]
     found = []
-    for where, line in places:
+    for where, record in places:
         with refused(f"{where}: "):
-            record = parsed(line)
+            record = parsed(record) if isinstance(record, str) else record
             if not isinstance(record, dict):
-                raise MilError(f"{line:.60} is not a JSON object")
+                raise MilError("is not a JSON object")
             found.append(read(record))
     return found
 
@@ -1357,7 +1357,7 @@ def fit(run, state, stage, models, batches, journal, last_good):
         for i, value in enumerate(values):
             if not math.isfinite(value):
                 at = f"step {state.step + 1 - len(recent) + i // 4} of {stage.steps}"
-                told = f"the loss became {value} at {at}; stopped. {last_good}"
+                told = f"the loss or its gradient became {value} at {at}; stopped. {last_good}"
                 advice = f"Try a lower learning rate (this stage had {stage.lr:g})"
                 raise MilError(f"{stage.name}: {told}. {advice}")
         means = [sum(values[i::4]) / len(recent) for i in range(4)]
