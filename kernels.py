@@ -1293,7 +1293,7 @@ def attend_join_kernel(
 def attend(q, k, v, cos, sin, keys, values, at):
     """Causal attention of l ≤ FEW new tokens over a cache of `at` (b,) tokens a row and each other.
 
-    q (b, l, h, p), k and v (b, l, g, p) before RoPE; cos, sin (b, 1, l, p / 2), float32; keys and
+    q (b, l, h, p), k and v (b, l, g, p) before RoPE; cos, sin (b, l, 1, p / 2), float32; keys and
     values (b, g, size, p). p ≤ 128 and h/g ≤ 16. Returns y (b, l, h, p).
     """
     (b, l, h, p), (g, size) = q.shape, keys.shape[1:3]

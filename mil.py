@@ -165,7 +165,7 @@ def wider(t):
 
 
 def rope_angles(config, pos):
-    """cos and sin (b, 1, l, p / 2), float32, of RoPE's angles at the positions pos (b, l).
+    """cos and sin (b, l, 1, p / 2), float32, of RoPE's angles at the positions pos (b, l).
 
     The frequencies are Hugging Face's to the last bit. Llama 3.1's scaling divides slow ones by
     `factor`, keeps fast ones, and goes smoothly from one to the other. Linear scaling divides all.
@@ -180,13 +180,13 @@ def rope_angles(config, pos):
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)
     freq = (1 - kept) * freq / scaling["factor"] + kept * freq
-    angle = pos[:, None, :, None].float() * freq
+    angle = pos[:, :, None, None].float() * freq
     return angle.cos(), angle.sin()
 
 
 def rotate(q, angles):
     """RoPE (2104.09864): turns the channel pairs (i, i + p/2) of q (b, l, h, p), in float32."""
-    cos, sin = (t.transpose(1, 2) for t in angles)  # (b, l, 1, p / 2)
+    cos, sin = angles
     q1, q2 = wider(q).chunk(2, dim=-1)
     return torch.cat([q1 * cos - q2 * sin, q2 * cos + q1 * sin], dim=-1).to(q.dtype)
 
@@ -616,7 +616,7 @@ class Cache:
         self.direct = not self.undo or l > kernels.FEW or lengths is not None
         self.to = self.at + self.counts if self.direct else self.at
         self.pos = self.at[:, None] + torch.arange(l, device=self.device)
-        self.angles = [t[0, 0, self.pos][:, None] for t in self.turns]  # (b, 1, l, p / 2)
+        self.angles = [t[0, self.pos] for t in self.turns]  # (b, l, 1, p / 2)
 
     def close(self):
         self.base.copy_(self.to)  # before `at` moves, which `to` may be
