@@ -1,12 +1,14 @@
 """How fast, how exact and how large: scans and mixers beside attention, decoding, training.
 
-    python tests/bench.py kernels                prints tables 1 to 5, writes bench-kernels.json
-    python tests/bench.py decode                 tables 6 to 9, bench-decode.json
+    python tests/bench.py kernels                prints tables 1 to 5
+    python tests/bench.py decode                 tables 6 to 9
     python tests/bench.py decode TARGET DRAFT    and 10, of two checkpoints over the same tokens
-    python tests/bench.py train                  table 11, bench-train.json
+    python tests/bench.py train                  table 11
     python tests/bench.py train 8B               only the rows whose name holds that word
     python tests/bench.py kernels scans kept     only the tables of these functions
     … --small                                    sizes for a CPU; the default without a GPU
+
+On a GPU what a command prints goes into assets/bench.md, in place of what it printed last time.
 
 The function that makes a table says what is in it. A time is the median in ms; wall / gpu: of a
 call from Python, and of the same as a CUDA graph, without Python and the launches (on a CPU, the
@@ -23,6 +25,7 @@ import platform
 import random
 import sys
 import time
+from datetime import date
 from functools import cache, partial
 from pathlib import Path
 
@@ -72,6 +75,16 @@ if SMALL:
     TRAINING = [(*row[:4], 2, 64, *row[6:]) for row in TRAINING]
 
 
+REPORT = Path(__file__).parent.parent / "assets" / "bench.md"
+HEAD = "# Measurements\n\nWritten by tests/bench.py, whose functions say what their tables hold.\n"
+LINES = []  # what has been printed
+
+
+def say(line):
+    LINES.append(line)
+    print(line, flush=True)
+
+
 def now():
     if CUDA:
         torch.cuda.synchronize()
@@ -103,7 +116,7 @@ def measure(f, leaves, backward):
                     run()
                 times["gpu"] = wall_ms(graph.replay)
     except Exception as e:  # a peer may refuse in any way
-        print(f"  refused: {type(e).__name__} {str(e)[:120]!r}")
+        say(f"  refused: {type(e).__name__} {str(e)[:120]!r}")
     return times
 
 
@@ -116,14 +129,11 @@ def cell(value):
 
 
 def table(title, rows):
-    """Prints (name, {column: value}) as they come, and returns them for the report."""
-    done = []
-    for name, row in rows:
-        if not done:
-            print(f"\n{title}\n{'':<46}" + "".join(f"{column:>16}" for column in row))
-        done.append({"name": name, **row})
-        print(f"{name:<46}" + "".join(f"{cell(value):>16}" for value in row.values()), flush=True)
-    return done
+    """Prints (name, {column: value}) as they come."""
+    for i, (name, row) in enumerate(rows):
+        if i == 0:
+            say(f"\n{title}\n{'':<46}" + "".join(f"{column:>16}" for column in row))
+        say(f"{name:<46}" + "".join(f"{cell(value):>16}" for value in row.values()))
 
 
 @cache
@@ -239,7 +249,7 @@ def mixers():
             cheaper[name] = (cheaper.get(name) or l) if ratio < 1 else None
     for name in ("mamba", "mamba2"):
         said = f"from l = {cheaper[name]:,} on" if cheaper[name] else "at none of these lengths"
-        print(f"{name} is cheaper than attention {said}")
+        say(f"{name} is cheaper than attention {said}")
 
 
 def growth():
@@ -478,7 +488,7 @@ def training(rows):
                 told = trained(*row)
             yield row[0], told
         except torch.OutOfMemoryError as e:
-            print(f"{row[0]}: out of memory: {str(e).splitlines()[0][:90]}", flush=True)
+            say(f"{row[0]}: out of memory: {str(e).splitlines()[0][:90]}")
 
 
 TABLES = {
@@ -502,12 +512,23 @@ def main(argv):
         sys.exit(__doc__)
     versions = {name: importlib.import_module(name).__version__ for name in PACKAGES}
     machine = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU"
-    print(f"{machine}, {versions}, {TYPE}{', small sizes' * SMALL}")
-    print("bytes, operations, exponentials a second:", *(f"{n:.3g}" for n in ceilings()))
-    report = dict(machine=machine, versions=versions, limits=ceilings())
+    about = ", ".join(f"{name} {version}" for name, version in versions.items())
+    say(f"{date.today()}, {machine}, {about}, {str(TYPE)[6:]}{', small sizes' * SMALL}")
+    most = "{:.3g} bytes, {:.3g} operations, {:.3g} exponentials a second".format(*ceilings())
+    say(f"the most here: {most}")
     for f, given in tables.items():
-        report[f.__name__] = table(f.__doc__.splitlines()[0], f(*given))
-    Path(f"bench-{what}.json").write_text(json.dumps(report, indent=1, ensure_ascii=False))
+        table(f.__doc__.splitlines()[0], f(*given))
+    if not SMALL:
+        record(" ".join(argv))
+
+
+def record(command):
+    """Writes what was printed to assets/bench.md, as the section of this command."""
+    title = f"python tests/bench.py {command}\n"
+    first, *sections = (REPORT.read_text() if REPORT.exists() else HEAD).split("\n## ")
+    sections = [section for section in sections if not section.startswith(title)]
+    sections.append("\n".join([title, "```", *LINES, "```", ""]))
+    REPORT.write_text("\n## ".join([first, *sections]))
 
 
 if __name__ == "__main__":
