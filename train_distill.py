@@ -443,12 +443,11 @@ def find_files(paths, out, flag="--data"):
         if not path.exists():
             raise MilError(f"{flag} {path}: no such file or folder")
         inside = [p for p in sorted(path.rglob("*")) if p.is_file()]
+        inside = [p for p in inside if "/." not in f"/{p.relative_to(path).as_posix()}"]
         inside = [p for p in inside if out not in p.resolve().parents]
-        inside = [p for p in inside if not p.relative_to(path).as_posix().startswith(".")]
-        inside = [p for p in inside if "/." not in p.relative_to(path).as_posix()]
         if path.is_dir() and not inside:
             raise MilError(f"{flag} {path}: no files here (hidden ones and --out are not read)")
-        files += inside if path.is_dir() else [path]
+        files += inside or [path]
     return files
 
 
@@ -456,28 +455,24 @@ def read_text(file, named, flag="--data"):
     """The text of a file; "" if it is not UTF-8 and not `named` by the user."""
     with mil.naming(f"{flag} {file}"):
         data = file.read_bytes()
-    try:
+    with contextlib.suppress(UnicodeDecodeError):
         text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" not in text:
-        return text
+        if "\0" not in text:
+            return text
     if named:
         raise MilError(f"{flag} {file}: not UTF-8 text")
     return ""
 
 
 def plain_messages(messages):
-    """Messages with text for content (its parts joined), or None if they are not messages."""
-    if not isinstance(messages, list) or not messages:
-        return None
+    """Messages with text for content (its parts joined); [] if they are not messages."""
     plain = []
-    for m in messages:
+    for m in messages if isinstance(messages, list) else []:
         content = m.get("content") if isinstance(m, dict) else None
         if isinstance(content, list) and all(isinstance(part, dict) for part in content):
             content = "".join(str(part.get("text", "")) for part in content)
         if not isinstance(content, str) or not isinstance(m.get("role"), str):
-            return None
+            return []
         if m["role"] not in ("system", "user", "assistant", "tool"):
             wanted = "expected system, user, assistant or tool"
             raise MilError(f"has a message of the role {m['role']!r}, {wanted}")
@@ -499,39 +494,39 @@ def document_of(record):
     raise MilError(f"has {', '.join(record) or 'no keys'}; expected {wanted}")
 
 
-def read_records(file, text, read):
-    """read(record) of each JSON object in a text, one a line or, in a .json, one list of all."""
-    places = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    whole = parsed(text) if file.suffix.lower() == ".json" else None
-    if isinstance(whole, list):
-        places = [(f"record {i}", record) for i, record in enumerate(whole, 1)]
-    found = []
-    for where, record in places:
-        with refused(f"{where}: "):
-            record = parsed(record) if isinstance(record, str) else record
-            if not isinstance(record, dict):
-                raise MilError("is not a JSON object")
-            found.append(read(record))
-    return found
-
-
 def parsed(text):
     """The value of a text in JSON, or None."""
     with contextlib.suppress(ValueError):
         return json.loads(text)
 
 
-def read_documents(file, named):
-    """The documents of a file: its records if it has any, otherwise its text."""
-    text, kind = read_text(file, named), file.suffix.lower()
-    records = kind in (".jsonl", ".ndjson")
-    if kind == ".json":  # one list of objects, or an object a line; JSON of another kind is text
-        first = parsed(text) or list(map(parsed, text.strip().split("\n")[:1]))
-        records = isinstance(first, list) and isinstance(first[0], dict)
-    if records:
-        with refused(f"--data {file}: "):
-            return read_records(file, text, document_of)
-    return [text] * bool(text.strip())
+def records_of(file, text):
+    """The records in a file's text with their places: JSON, one a line or, in a .json, one list.
+
+    A .json that begins with no object is text, and has none.
+    """
+    kind = file.suffix.lower()
+    if kind not in (".jsonl", ".ndjson", ".json"):
+        return []
+    whole = parsed(text) if kind == ".json" else None
+    if isinstance(whole, list):
+        records = [(f"record {i}", record) for i, record in enumerate(whole, 1)]
+    else:
+        lines = text.split("\n") if whole is None else []
+        records = [(f"line {i}", parsed(line)) for i, line in enumerate(lines, 1) if line.strip()]
+    begins = bool(records) and isinstance(records[0][1], dict)
+    return records if begins or kind != ".json" else []
+
+
+def read_documents(file, named, flag="--data", read=document_of):
+    """The documents of a file: read(record) of its records, or its text if it has none."""
+    text, documents = read_text(file, named, flag), []
+    for where, record in records_of(file, text):
+        with refused(f"{flag} {file}: {where}: "):
+            if not isinstance(record, dict):
+                raise MilError("is not a JSON object")
+            documents.append(read(record))
+    return documents or [text] * bool(text.strip())
 
 
 def document_tokens(encoding, document):
@@ -573,9 +568,9 @@ def split(documents):
     return ([d for i, d in enumerate(documents) if i % 20 != 9], held) if held else None
 
 
-def documents_in(files, paths):
-    """The documents of all files. Raises MilError if there are none."""
-    named = set(map(Path, paths))
+def documents_in(s, paths):
+    """The documents of --data, by default Python's library. Raises MilError if there are none."""
+    files, named = find_files(paths, s.out) or standard_library(), set(map(Path, paths))
     documents = [d for file in files for d in read_documents(file, file in named)]
     if not documents:
         given = " ".join(paths) or "(the standard library)"
@@ -585,15 +580,13 @@ def documents_in(files, paths):
 
 def load_corpus(s, paths, encoding, tokenizer):
     """The Corpus of these files, tokenised once: it is kept in out/data."""
-    files = find_files(paths, s.out) if paths else standard_library()
+    files = find_files(paths, s.out) or standard_library()
     key = digest(files, list(map(str, files)), repr(encoding.vocabulary), encoding.template)
     place = Path(s.out) / "data" / f"{key}.npz"
     if not place.exists():
-        documents, tokens = documents_in(files, paths), []
-        for i, document in enumerate(documents, 1):
-            tokens.append(np.array(document_tokens(encoding, document), dtype=np.int32))
-            if i % 500 == 0:
-                show(f"tokenising: {i} of {len(documents)} documents", done=False)
+        show(f"tokenising {len(files)} files", done=False)
+        documents = documents_in(s, paths)
+        tokens = [np.array(document_tokens(encoding, d), dtype=np.int32) for d in documents]
         first = [ids[: len(ids) * 9 // 10] for ids in tokens]
         last = [ids[len(ids) * 9 // 10 :] for ids in tokens]
         train, val = map(joined, split(tokens) or (first, last))
@@ -610,12 +603,12 @@ def joined(documents):
     return np.concatenate(documents).astype(np.int32), begins
 
 
-def new_corpus(s, train, val, begins, key, source, more="give more text"):
-    """A Corpus. Raises MilError if it is too little; `more` helps."""
-    wanted = f"expected more than --context {s.context}: {more}, or lower --context"
+def new_corpus(s, train, val, begins, key, source):
+    """A Corpus. Raises MilError if it is too little."""
     for name, part in (("training", train), ("validation", val)):
+        few = f"{len(part)} {name} tokens, expected more than --context {s.context}: lower it, or"
         mil.refuse(
-            (len(part) <= s.context, f"{len(part)} {name} tokens, {wanted}"),
+            (len(part) <= s.context, f"{few} give more text (or --answers, --answer_tokens)"),
             (not (part >= 0).any(), f"nothing to learn in the {name} part"),
             where="--data: ",
         )
@@ -653,9 +646,8 @@ class Batch(NamedTuple):
 
     def rows(self):
         """The row of each learned place (n,)."""
-        return self.learned(
-            torch.arange(len(self.x), device=self.x.device)[:, None].expand_as(self.x)
-        )
+        numbers = torch.arange(len(self.x), device=self.x.device)
+        return self.learned(numbers[:, None].expand_as(self.x))
 
 
 def to_device(x, y, pos, device, dtype=torch.float32):
@@ -724,51 +716,49 @@ def load_pairs(s, paths, encoding):
     them. All pairs of a prompt are in one part."""
     pairs, where = {}, "--pairs" if paths == s.pairs else "--recipe: data"
     for file in find_files(paths, s.out, where):
-        with refused(f"{where} {file}: "):
-            for asked, talks in read_records(file, read_text(file, True, where), conversations):
-                ids = [last_answer(document_tokens(encoding, talk)) for talk in talks]
-                pairs.setdefault(asked, []).append(tuple(cut(i, s.context + 1) for i in ids))
+        for talks in read_documents(file, True, where, pair_of):
+            if isinstance(talks, str):
+                raise MilError(f"{where} {file}: is text, expected .jsonl of pairs")
+            ids = [document_tokens(encoding, talk) for talk in talks]
+            asked = json.dumps(talks[0][:-1])
+            pairs.setdefault(asked, []).append([last_answer(i, s.context + 1) for i in ids])
     parts = split(list(pairs.values())) or ((), ())
-    train, held = ([pair for group in part for pair in group] for part in parts)
+    train, held = (list(itertools.chain(*part)) for part in parts)
     if not held or len(train) < s.batch // 2:
         wanted = f"expected 10 at least, and half of --batch {s.batch} pairs to train on"
         raise MilError(f"{where}: pairs for {len(pairs)} different prompts; {wanted}")
     return train, held
 
 
-def conversations(record):
-    """A pair's prompt, and its chosen and rejected conversation. Each may be text or messages."""
-    asked, *answers = (record.get(key) for key in ("prompt", "chosen", "rejected"))
-    if isinstance(asked, str):
-        asked = [{"role": "user", "content": asked}]
-    talks = []
-    for answer in answers:
-        if isinstance(answer, str):
-            answer = [{"role": "assistant", "content": answer}]
-        talk = plain_messages(answer) or [{"role": ""}]
-        first = plain_messages(asked) if talk[0]["role"] == "assistant" else []
-        talks.append((first or []) + talk)
-    one, other = ([talk[-1]["role"], len(talk) > 1, talk[:-1]] for talk in talks)
-    if one[:2] != ["assistant", True] or one != other:
+def pair_of(record):
+    """The chosen and the rejected conversation of a record. Each part may be text or messages."""
+    said = []
+    for key, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
+        part = record.get(key)
+        if isinstance(part, str):
+            part = [{"role": role, "content": part}]
+        said.append(plain_messages(part))
+    prompt, *answers = said
+    for i, answer in enumerate(answers):
+        if answer and answer[0]["role"] == "assistant":  # other messages repeat the prompt
+            answers[i] = prompt + answer
+    chosen, rejected = answers
+    same = len(chosen) > 1 and chosen[:-1] == rejected[:-1]
+    if not same or not chosen[-1]["role"] == rejected[-1]["role"] == "assistant":
         kinds = ", ".join(f"{key}: {type(value).__name__}" for key, value in record.items())
         wanted = "a prompt and two answers to it, chosen and rejected, each a text or messages"
         raise MilError(f"has {kinds or 'no keys'}; expected {wanted}")
-    return json.dumps(one[2]), talks
+    return chosen, rejected
 
 
-def last_answer(ids):
-    """ids of a conversation in which only the last answer is learned."""
-    learned = {i for i, token in enumerate(ids) if token >= 0}
-    begin = max((i for i in learned if i - 1 not in learned), default=0)
-    return [min(i, ~i) for i in ids[:begin]] + ids[begin:]
-
-
-def cut(ids, most):
-    """A prompt and an answer in `most` tokens. Of a prompt that leaves the answer too little room
-    the end is kept, at least half of them (the paper: 512 of 1,024)."""
-    prompt = next((i for i, token in enumerate(ids) if token >= 0), len(ids))
-    kept = min(prompt, max(most // 2, most - (len(ids) - prompt)))
-    return ids[prompt - kept :][:most]
+def last_answer(ids, most):
+    """At most `most` ids of a conversation, of which only the last answer is learned. Of a prompt
+    that leaves it too little room the end is kept, at least half (the paper: 512 of 1,024)."""
+    learned = [i for i, token in enumerate(ids) if token >= 0]
+    begin = max((i for i in learned if ids[i - 1] < 0), default=len(ids))
+    kept = min(begin, max(most // 2, most - (len(ids) - begin)))
+    prompt = [min(i, ~i) for i in ids[begin - kept : begin]]
+    return [*prompt, *ids[begin:]][:most]
 
 
 def pair_batch(run, pairs):
@@ -802,27 +792,27 @@ def pair_batches(run, pairs, seed):
 
 
 def prompts_of(s, paths, encoding):
-    """What the training documents ask, as (record, token ids), of messages those before the first
-    answer; of a text, the first quarter of every --context of its tokens."""
+    """What the training documents ask, as (messages or text, token ids): of messages those before
+    the first answer; of a text, the first quarter of every --context of its tokens."""
     most = s.context - s.answer_tokens  # room for the answer
-    documents = documents_in(find_files(paths, s.out) if paths else standard_library(), paths)
+    documents = documents_in(s, paths)
     parts = split(documents)
     for document in parts[0] if parts else documents:
         if isinstance(document, list):
             asked = list(itertools.takewhile(lambda m: m["role"] != "assistant", document))
             if asked and asked[-1]["role"] == "user":
                 ids, _ = encoding.conversation(asked, reply=True)
-                yield {"messages": asked}, ids[-most:]
+                yield asked, ids[-most:]
         elif isinstance(document, tuple):
             if document[0]:
-                yield {"prompt": document[0]}, encoding.encode(document[0])[-most:]
+                yield document[0], encoding.encode(document[0])[-most:]
         else:
             ids, quarter = encoding.encode(document), s.context // 4
             ids = ids if parts else ids[: len(ids) * 9 // 10]
             for i in range(0, max(1, len(ids) - quarter + 1), s.context):
                 part = ids[i : i + quarter]
                 if part:
-                    yield {"prompt": encoding.decode(part)}, part
+                    yield encoding.decode(part), part
 
 
 def answered(run, paths, place, encoding, tokenizer):
@@ -846,25 +836,24 @@ def answered(run, paths, place, encoding, tokenizer):
     lines = [line for file in files for line in file.read_text("utf-8").splitlines()]
     records = sorted(map(json.loads, lines), key=lambda record: record["number"])
     train, begins = joined([record["tokens"] for record in records])
-    more = "have more --answers, or longer (--answer_tokens)"
     source = f"the teacher's answers, {name}.… ({tokenizer})"
-    return new_corpus(s, train, corpus.val, [begins, corpus.begins[1]], key, source, more)
+    return new_corpus(s, train, corpus.val, [begins, corpus.begins[1]], key, source)
 
 
 def answer(run, prompts, rows, file, place, encoding):
-    """Writes this process's answers to `prompts`, (record, token ids): every run.size'th `rows`."""
+    """Writes this process's answers to the prompts of prompts_of: every run.size'th `rows`."""
     s, stop = run.s, encoding.stops
     firsts = range(run.rank * rows, len(prompts), run.size * rows)  # where its batches begin
-    lines = file.read_text("utf-8").split("\n")[:-1] if file.exists() else []
-    done = len(lines) // rows  # a batch that was cut short is made again, the same
-    if len(lines) == sum(len(prompts[i : i + rows]) for i in firsts):
+    lines = file.read_text("utf-8").splitlines(keepends=True) if file.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    if len(whole) == sum(len(prompts[i : i + rows]) for i in firsts):
         return
-    kept = "".join(line + "\n" for line in lines[: done * rows])
-    mil.write_whole(file, lambda f: f.write(kept.encode()))
+    done = len(whole) // rows  # a batch that was cut short is made again, the same
+    mil.write_whole(file, lambda f: f.write("".join(whole[: done * rows]).encode()))
     teacher, decoder = mil.pack(mil.load(place, run.device, run.dtype)), None
     generator, began, made = torch.Generator(run.device), time.perf_counter(), 0
     with open(file, "a", encoding="utf-8") as out:
-        for turn, first in enumerate(firsts[done:], done + 1):
+        for turn, first in enumerate(firsts[done:], 1):
             batch, seed = prompts[first : first + rows], (s.seed * 2**20 + first // rows) % 2**63
             generator.manual_seed(seed)
             if decoder is None or len(batch) != rows:
@@ -873,23 +862,22 @@ def answer(run, prompts, rows, file, place, encoding):
             for new in decoder.decode([ids for _, ids in batch], s.answer_tokens, stop):
                 for reply, more in zip(replies, new, strict=True):
                     reply += more
-            for i, ((record, ids), reply) in enumerate(zip(batch, replies, strict=True)):
+            for number, (asked, ids), reply in zip(itertools.count(first), batch, replies):
                 text = encoding.decode([token for token in reply if token not in stop])
-                said = {"completion": text}
-                if "messages" in record:
-                    message = {"role": "assistant", "content": text}
-                    said = {"messages": [*record["messages"], message]}
+                record = {"prompt": asked, "completion": text}
+                if isinstance(asked, list):
+                    record = {"messages": [*asked, {"role": "assistant", "content": text}]}
                 tokens = [*(~token for token in ids), *reply]
-                record = record | said | dict(number=first + i, seed=seed, tokens=tokens)
+                record |= dict(number=number, seed=seed, tokens=tokens)
                 out.write(json.dumps(record) + "\n")
             out.flush()
             if run.stop:
                 leave(run)  # alone: the others may have no more to do
             made += sum(map(len, replies))
-            speed = made / (time.perf_counter() - began)
-            left = (time.perf_counter() - began) / (turn - done) * (len(firsts) - turn)
-            told = f"answers: batch {turn} of {len(firsts)}  {speed:,.0f} tokens/s"
-            show(f"{told}  ETA {timedelta(seconds=int(left))}", done=turn == len(firsts))
+            seconds = time.perf_counter() - began
+            left = timedelta(seconds=int(seconds / turn * (len(firsts) - done - turn)))
+            told = f"answers: batch {done + turn} of {len(firsts)}  {made / seconds:,.0f} tokens/s"
+            show(f"{told}  ETA {left}", done=done + turn == len(firsts))
 
 
 # --------------------------------------------------------------------------------------------------
