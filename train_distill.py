@@ -474,8 +474,7 @@ def plain_messages(messages):
         if not isinstance(content, str) or not isinstance(m.get("role"), str):
             return []
         if m["role"] not in ("system", "user", "assistant", "tool"):
-            wanted = "expected system, user, assistant or tool"
-            raise MilError(f"has a message of the role {m['role']!r}, {wanted}")
+            raise MilError(f"has the role {m['role']!r}, expected system, user, assistant or tool")
         plain.append({"role": m["role"], "content": content})
     return plain
 
@@ -501,9 +500,9 @@ def parsed(text):
 
 
 def records_of(file, text):
-    """The records in a file's text with their places: JSON, one a line or, in a .json, one list.
+    """The JSON records of a file with their places: one a line or, in a .json, one list of all.
 
-    A .json that begins with no object is text, and has none.
+    [] if the file is text, as a .json is that does not begin with a record.
     """
     kind = file.suffix.lower()
     if kind not in (".jsonl", ".ndjson", ".json"):
@@ -563,9 +562,11 @@ def checkpoint_digest(place):
 
 
 def split(documents):
-    """(training, validation), every twentieth document; None if there are fewer than ten."""
-    held = documents[9::20]
-    return ([d for i, d in enumerate(documents) if i % 20 != 9], held) if held else None
+    """(training, validation): every twentieth document or, of fewer than ten, the ends of all."""
+    if len(documents) < 10:
+        first = [d[: len(d) * 9 // 10] for d in documents]
+        return first, [d[len(d) * 9 // 10 :] for d in documents]
+    return [d for i, d in enumerate(documents) if i % 20 != 9], documents[9::20]
 
 
 def documents_in(s, paths):
@@ -573,7 +574,7 @@ def documents_in(s, paths):
     files, named = find_files(paths, s.out) or standard_library(), set(map(Path, paths))
     documents = [d for file in files for d in read_documents(file, file in named)]
     if not documents:
-        given = " ".join(paths) or "(the standard library)"
+        given = " ".join(map(str, paths))
         raise MilError(f"--data {given}: no text found, the files are empty or not UTF-8")
     return documents
 
@@ -587,9 +588,7 @@ def load_corpus(s, paths, encoding, tokenizer):
         show(f"tokenising {len(files)} files", done=False)
         documents = documents_in(s, paths)
         tokens = [np.array(document_tokens(encoding, d), dtype=np.int32) for d in documents]
-        first = [ids[: len(ids) * 9 // 10] for ids in tokens]
-        last = [ids[len(ids) * 9 // 10 :] for ids in tokens]
-        train, val = map(joined, split(tokens) or (first, last))
+        train, val = map(joined, split(tokens))
         mil.make_directory(place.parent)
         mil.write_whole(place, lambda f: np.savez(f, *train, *val))
     train, train_begins, val, val_begins = np.load(place).values()
@@ -679,8 +678,8 @@ def training_batches(run, corpus, seed):
         dice = np.random.default_rng([*seed, step])
         starts = dice.integers(0, len(data) - s.context, size=s.batch)
         x, y, pos = windows(data, begins, starts, s.context)
-        parts = parts_of(run, s.batch)
-        parts = [to_device(x[i], y[i], pos[i], run.device, run.dtype) for i in parts]
+        rows = parts_of(run, s.batch)
+        parts = [to_device(x[i], y[i], pos[i], run.device, run.dtype) for i in rows]
         return parts, int((y >= 0).sum())
 
     return batch
@@ -722,9 +721,9 @@ def load_pairs(s, paths, encoding):
             ids = [document_tokens(encoding, talk) for talk in talks]
             asked = json.dumps(talks[0][:-1])
             pairs.setdefault(asked, []).append([last_answer(i, s.context + 1) for i in ids])
-    parts = split(list(pairs.values())) or ((), ())
-    train, held = (list(itertools.chain(*part)) for part in parts)
-    if not held or len(train) < s.batch // 2:
+    groups = list(pairs.values())
+    train, held = (list(itertools.chain(*part)) for part in split(groups))
+    if len(pairs) < 10 or len(train) < s.batch // 2:
         wanted = f"expected 10 at least, and half of --batch {s.batch} pairs to train on"
         raise MilError(f"{where}: pairs for {len(pairs)} different prompts; {wanted}")
     return train, held
@@ -763,10 +762,9 @@ def last_answer(ids, most):
 
 def pair_batch(run, pairs):
     """The Batch of some pairs: rows of the chosen, then of the rejected, padded on the right."""
-    rows = [ids for side in zip(*pairs, strict=True) for ids in side]
-    block = torch.full((len(rows), max(map(len, rows))), -1)  # ~0, a token that is not learned
-    for row, ids in zip(block, rows, strict=True):
-        row[: len(ids)] = torch.tensor(ids)
+    rows = [torch.tensor(ids) for side in zip(*pairs, strict=True) for ids in side]
+    # -1 is ~0, a token that is not learned
+    block = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
     x = torch.where(block < 0, ~block, block)[:, :-1]
     y = block.masked_fill(block < 0, -100)[:, 1:]
     pos = torch.arange(x.shape[1]).expand(x.shape)
@@ -796,8 +794,9 @@ def prompts_of(s, paths, encoding):
     the first answer; of a text, the first quarter of every --context of its tokens."""
     most = s.context - s.answer_tokens  # room for the answer
     documents = documents_in(s, paths)
-    parts = split(documents)
-    for document in parts[0] if parts else documents:
+    few = len(documents) < 10
+    del documents[9::20]  # what split holds out
+    for document in documents:
         if isinstance(document, list):
             asked = list(itertools.takewhile(lambda m: m["role"] != "assistant", document))
             if asked and asked[-1]["role"] == "user":
@@ -808,7 +807,7 @@ def prompts_of(s, paths, encoding):
                 yield document[0], encoding.encode(document[0])[-most:]
         else:
             ids, quarter = encoding.encode(document), s.context // 4
-            ids = ids if parts else ids[: len(ids) * 9 // 10]
+            ids = ids[: len(ids) * 9 // 10] if few else ids
             for i in range(0, max(1, len(ids) - quarter + 1), s.context):
                 part = ids[i : i + quarter]
                 if part:
