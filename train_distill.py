@@ -605,9 +605,9 @@ def joined(documents):
 def new_corpus(s, train, val, begins, key, source):
     """A Corpus. Raises MilError if it is too little."""
     for name, part in (("training", train), ("validation", val)):
-        few = f"{len(part)} {name} tokens, expected more than --context {s.context}: lower it, or"
+        few = f"{len(part)} {name} tokens, expected more than --context {s.context}"
         mil.refuse(
-            (len(part) <= s.context, f"{few} give more text (or --answers, --answer_tokens)"),
+            (len(part) <= s.context, f"{few}: give more text or --answers, or lower --context"),
             (not (part >= 0).any(), f"nothing to learn in the {name} part"),
             where="--data: ",
         )
@@ -817,66 +817,60 @@ def prompts_of(s, paths, encoding):
 def answered(run, paths, place, encoding, tokenizer):
     """A Corpus of the answers of the teacher in `place`; its validation part is that of `paths`.
 
-    Answers are sampled in batches of one seed each and written to out/data as they come, in one
-    .jsonl a process. Those there are not made again by as many processes.
+    Answers are sampled in batches of one seed each. Each batch is a file in out/data, and what is
+    there is not made again.
     """
     s, rows = run.s, min(64, run.s.batch)
     with in_turn(run):
         corpus = load_corpus(s, paths, encoding, tokenizer)
     asked = s.seed, s.answers, s.answer_tokens, s.context, s.dtype, rows
     key = digest([], checkpoint_digest(place), corpus.key, asked)
-    name = Path(s.out) / "data" / f"{key}.answers"
-    files = [Path(f"{name}.{rank + 1}of{run.size}.jsonl") for rank in range(run.size)]
+    folder = Path(s.out) / "data" / f"{key}.answers"
     prompts = list(itertools.islice(prompts_of(s, paths, encoding), s.answers or None))
     if not prompts:
         raise MilError("--pseudo_labels: nothing in --data is a prompt")
-    answer(run, prompts, rows, files[run.rank], place, encoding)
+    mil.make_directory(folder)
+    batches = [prompts[i : i + rows] for i in range(0, len(prompts), rows)]
+    files = [folder / f"{number:06}.jsonl" for number in range(len(batches))]
+    answer(run, batches, files, place, encoding)
     together(run)
     lines = [line for file in files for line in file.read_text("utf-8").splitlines()]
-    records = sorted(map(json.loads, lines), key=lambda record: record["number"])
-    train, begins = joined([record["tokens"] for record in records])
-    source = f"the teacher's answers, {name}.… ({tokenizer})"
+    train, begins = joined([json.loads(line)["tokens"] for line in lines])
+    source = f"the teacher's answers, {folder} ({tokenizer})"
     return new_corpus(s, train, corpus.val, [begins, corpus.begins[1]], key, source)
 
 
-def answer(run, prompts, rows, file, place, encoding):
-    """Writes this process's answers to the prompts of prompts_of: every run.size'th `rows`."""
-    s, stop = run.s, encoding.stops
-    firsts = range(run.rank * rows, len(prompts), run.size * rows)  # where its batches begin
-    lines = file.read_text("utf-8").splitlines(keepends=True) if file.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    if len(whole) == sum(len(prompts[i : i + rows]) for i in firsts):
+def answer(run, batches, files, place, encoding):
+    """Answers those of this process's batches of prompts that have no file yet."""
+    missing = [i for i in range(len(files))[run.rank :: run.size] if not files[i].exists()]
+    if not missing:
         return
-    done = len(whole) // rows  # a batch that was cut short is made again, the same
-    mil.write_whole(file, lambda f: f.write("".join(whole[: done * rows]).encode()))
     teacher, decoder = mil.pack(mil.load(place, run.device, run.dtype)), None
     generator, began, made = torch.Generator(run.device), time.perf_counter(), 0
-    with open(file, "a", encoding="utf-8") as out:
-        for turn, first in enumerate(firsts[done:], 1):
-            batch, seed = prompts[first : first + rows], (s.seed * 2**20 + first // rows) % 2**63
-            generator.manual_seed(seed)
-            if decoder is None or len(batch) != rows:
-                decoder = Decoder(teacher, len(batch), s.context, generator=generator)
-            replies = [[] for _ in batch]
-            for new in decoder.decode([ids for _, ids in batch], s.answer_tokens, stop):
-                for reply, more in zip(replies, new, strict=True):
-                    reply += more
-            for number, (asked, ids), reply in zip(itertools.count(first), batch, replies):
-                text = encoding.decode([token for token in reply if token not in stop])
-                record = {"prompt": asked, "completion": text}
-                if isinstance(asked, list):
-                    record = {"messages": [*asked, {"role": "assistant", "content": text}]}
-                tokens = [*(~token for token in ids), *reply]
-                record |= dict(number=number, seed=seed, tokens=tokens)
-                out.write(json.dumps(record) + "\n")
-            out.flush()
-            if run.stop:
-                leave(run)  # alone: the others may have no more to do
-            made += sum(map(len, replies))
-            seconds = time.perf_counter() - began
-            left = timedelta(seconds=int(seconds / turn * (len(firsts) - done - turn)))
-            told = f"answers: batch {done + turn} of {len(firsts)}  {made / seconds:,.0f} tokens/s"
-            show(f"{told}  ETA {left}", done=done + turn == len(firsts))
+    for turn, i in enumerate(missing, 1):
+        batch, seed = batches[i], (run.s.seed * 2**20 + i) % 2**63
+        generator.manual_seed(seed)
+        if decoder is None or len(batch) != len(batches[0]):  # the last may be smaller
+            decoder = Decoder(teacher, len(batch), run.s.context, generator=generator)
+        prompts = [ids for _, ids in batch]
+        rounds = list(decoder.decode(prompts, run.s.answer_tokens, encoding.stops))
+        replies = [list(itertools.chain(*row)) for row in zip(*rounds, strict=True)]
+        lines = ""
+        for (asked, ids), reply in zip(batch, replies, strict=True):
+            said = encoding.decode([token for token in reply if token not in encoding.stops])
+            record = {"prompt": asked, "completion": said}
+            if isinstance(asked, list):
+                record = {"messages": [*asked, {"role": "assistant", "content": said}]}
+            tokens = [*(~token for token in ids), *reply]
+            lines += json.dumps(record | {"seed": seed, "tokens": tokens}) + "\n"
+        mil.write_whole(files[i], lambda f, lines=lines: f.write(lines.encode()))
+        if run.stop:
+            leave(run)  # alone: the others may have no more to do
+        made += sum(map(len, replies))
+        seconds = time.perf_counter() - began
+        left = timedelta(seconds=int(seconds / turn * (len(missing) - turn)))
+        told = f"answers: batch {turn} of {len(missing)}  {made / seconds:,.0f} tokens/s"
+        show(f"{told}  ETA {left}", done=turn == len(missing))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -370,9 +370,9 @@ def test_of_a_long_prompt_the_end_is_kept_and_of_a_long_answer_the_beginning(tmp
 
 
 def answers_of(out):
-    """The file of the teacher's answers, and its lines."""
-    (file,) = (out / "data").glob("*.answers.1of1.jsonl")
-    return file, [json.loads(line) for line in file.read_text().splitlines()]
+    """The files of the teacher's answers, and their lines."""
+    files = sorted((out / "data").glob("*.answers/*.jsonl"))
+    return files, [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
 RECORDS = [
@@ -389,28 +389,29 @@ ASKED_BY += [["t" * 10] * 3, [], [talk("b" * 50 + "?")]]
 
 def test_the_teacher_answers_what_the_training_documents_ask(shelf, tmp_path):
     """What comes before a first answer, of a text the first quarter of every window; the end, if it
-    is long. Answers that were cut short are completed; another seed or teacher gives others."""
+    is long. A missing batch is made again, the same; another seed or teacher gives others."""
     (tmp_path / "a.jsonl").write_text(lines(*RECORDS * 4))
     recipe = write_recipe(tmp_path, {"keep": 0.5, "steps": 1, "lr": 0})
     argv = "--context 40 --batch 8 --eval_sequences 1 --pseudo_labels --answer_tokens 12 --seed 3"
-    files = dict(data=tmp_path / "a.jsonl", recipe=recipe)
-    train(tmp_path / "o", argv, teacher=shelf / "teacher", **files)
-    file, found = answers_of(tmp_path / "o")
+    given = dict(data=tmp_path / "a.jsonl", recipe=recipe)
+    train(tmp_path / "o", argv, teacher=shelf / "teacher", **given)
+    files, found = answers_of(tmp_path / "o")
     asked = [what for i in range(24) if i != 9 for what in ASKED_BY[i % 6]]
     assert [r["messages"][:-1] if "messages" in r else r["prompt"] for r in found] == asked
-    assert [r["number"] for r in found] == [*range(len(asked))]
     check_answers(shelf / "teacher", found, 8)
     lengths = [sum(token < 0 for token in r["tokens"]) for r in found]
     assert max(lengths) == 28 and shown(found[1]["tokens"]).startswith("a" * 27 + "?[")
-    whole = file.read_bytes()
-    marked = whole.replace(b"{", b"{ ", 1)  # an answer that would be seen to be made again
-    for said, end in ((whole, 0), (marked, len(whole) - 3)):
-        file.write_bytes(said[:end])
-        train(tmp_path / "o", argv, teacher=shelf / "teacher", **files)
-        assert file.read_bytes() == said
+    marked = files[0].read_bytes().replace(b"{", b"{ ", 1)  # seen if it is made again
+    files[0].write_bytes(marked)
+    whole = [file.read_bytes() for file in files]
+    for lost in (files[1:2], files[1:]):
+        for file in lost:
+            file.unlink()
+        train(tmp_path / "o", argv, teacher=shelf / "teacher", **given)
+        assert [file.read_bytes() for file in files] == whole
     mil.save(tiny(5).cpu(), tmp_path / "teacher", tokenizer="bytes")
     for name, more in (("1", "--seed 4"), ("2", f"--teacher {tmp_path}/teacher")):
-        train(tmp_path / name, f"{argv} --teacher {shelf}/teacher {more}", **files)
+        train(tmp_path / name, f"{argv} --teacher {shelf}/teacher {more}", **given)
         assert answers_of(tmp_path / name)[1][0]["tokens"] != found[0]["tokens"], more
 
 
