@@ -652,12 +652,11 @@ class Batch(NamedTuple):
 def to_device(x, y, pos, device, dtype=torch.float32):
     """The Batch of x, y, pos (b, l) on `device`."""
 
-    def send(t):
-        return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
-
     at = (y.flatten() >= 0).nonzero()[:, 0]
     docs = mil.Documents(pos, device, dtype) if (pos[:, 1:] == 0).any() else None
-    return Batch(send(x), send(y), None if len(at) == y.numel() else send(at), docs)
+    if device.type == "cuda":
+        x, y, at = (t.pin_memory().to(device, non_blocking=True) for t in (x, y, at))
+    return Batch(x, y, None if len(at) == y.numel() else at, docs)
 
 
 def parts_of(run, rows):
@@ -686,12 +685,8 @@ def training_batches(run, corpus, seed):
 
 
 def turns(run, count, rows):
-    """Shares out `count` things among the processes. Yields this process's numbers, some at a time,
-    and how many of them count.
-
-    The others, number 0, fill up the turn: FSDP2 needs all processes in every pass, and compiled
-    layers batches of one size.
-    """
+    """Shares out `count` things. Yields this process's numbers, some at a time, and how many count.
+    The others are 0: FSDP2 needs all processes in every pass, compiled layers equal batches."""
     size = max(1, rows // (run.size * run.s.accumulate))
     least = size if run.compiled else 1
     for i in range(0, count, size * run.size):
@@ -802,16 +797,14 @@ def prompts_of(s, paths, encoding):
             if asked and asked[-1]["role"] == "user":
                 ids, _ = encoding.conversation(asked, reply=True)
                 yield asked, ids[-most:]
-        elif isinstance(document, tuple):
-            if document[0]:
-                yield document[0], encoding.encode(document[0])[-most:]
-        else:
+        elif isinstance(document, str):
             ids, quarter = encoding.encode(document), s.context // 4
             ids = ids[: len(ids) * 9 // 10] if few else ids
-            for i in range(0, max(1, len(ids) - quarter + 1), s.context):
-                part = ids[i : i + quarter]
-                if part:
-                    yield encoding.decode(part), part
+            starts = range(0, max(1, len(ids) - quarter + 1), s.context)
+            for part in filter(None, [ids[i : i + quarter] for i in starts]):
+                yield encoding.decode(part), part
+        elif document[0]:
+            yield document[0], encoding.encode(document[0])[-most:]
 
 
 def answered(run, paths, place, encoding, tokenizer):
