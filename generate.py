@@ -126,9 +126,10 @@ def verify(proposed, q, p, generator=None):
 
 
 class Rounds:
-    """The tensors of decoding: models with their caches, and where the text of each row stands.
+    """Models that read texts, a batch of `rows`, and append 1 to K + 1 tokens a round to each.
 
-    A round appends 1 to K + 1 tokens to each row. Without a draft K is 0.
+    Of a text the model's cache holds all but the last token, the draft's all but the last two.
+    Without a draft K is 0.
     """
 
     def __init__(self, models, rows, context, K, how, generator):
@@ -143,19 +144,52 @@ class Rounds:
         self.halves = [Graph(self.device if fused else None, generator) for _ in models]
         self.many = fused and rows > kernels.MANY and not undo
         self.choose = torch.compile(choose) if self.many else choose
-        self.held = [[0] * rows for _ in models]  # how much of each text a cache holds
+        self.texts = [[]] * rows
+        self.torn = True  # whether a cache may hold other tokens than these
+        self.drafted = False  # whether the draft has begun to read them
 
-    def launch(self, texts):
-        """Begins a round of these texts. Returns the result of `extend`, on the CPU, and an event
-        after which it is there, or None."""
-        lengths = [len(text) for text in texts]
+    def begin(self, prompts):
+        """Takes prompts for texts. If they continue those before, only what is new is read."""
+        known = self.texts
+        for text, prompt in zip(known, prompts, strict=True):
+            self.torn |= text[:-1] != prompt[:-1][: len(text) - 1]
+        if self.torn:
+            known, self.drafted = [[]] * len(prompts), False
+            for cache in self.caches:
+                cache.clear()
+        self.texts = [list(prompt) for prompt in prompts]
+        self.torn = True  # until a round has ended well
+        self.read(0, known)
+        if self.drafted:
+            self.read(1, known)
+        cursor = [(len(text) - 1, [0, *text][-2], text[-1]) for text in self.texts]
+        self.cursor.copy_(torch.tensor(cursor).T)
+
+    def read(self, which, known):
+        """The model (0) or the draft (1) reads the texts, of which it has read those `known`."""
+        held = [max(0, len(text) - 1 - which) for text in known]
+        new = [text[n : -1 - which] for n, text in zip(held, self.texts, strict=True)]
+        counts = [len(tokens) for tokens in new]
+        most = max(counts)
+        if most:
+            cache = self.caches[which]
+            cache.keep(torch.tensor(held), max(held))
+            padded = [tokens + [0] * (most - len(tokens)) for tokens in new]
+            self.models[which].hidden(torch.tensor(padded, device=self.device), cache, counts)
+
+    def launch(self):
+        """Begins a round. Returns the result of `extend`, on the CPU, and an event after which it
+        is there, or None."""
+        lengths = [len(text) for text in self.texts]
         longest = max(lengths)
         if self.K == 0:
             out = self.halves[0](self.extend, longest)
         elif min(lengths) == 1:  # only in a first round: the draft needs two tokens
             out = self.extend(longest)
         else:
-            self.catch_up(1, texts)
+            if not self.drafted:
+                self.read(1, [[]] * len(lengths))
+                self.drafted = True
             proposal = self.halves[1](self.propose, longest)
             out = self.halves[0](self.extend, longest, *proposal)
         out, event = out.to("cpu", non_blocking=True), None
@@ -199,19 +233,6 @@ class Rounds:
         self.last.copy_(extra.clamp(min=0))
         return torch.cat([count[:, None], new[:, 1:], extra[:, None]], dim=1)
 
-    def catch_up(self, which, texts):
-        """The model (0) or the draft (1) reads the texts, but for the last token, or last two."""
-        held, cache = self.held[which], self.caches[which]
-        new = [text[n : -1 - which] for n, text in zip(held, texts, strict=True)]
-        counts = [len(tokens) for tokens in new]
-        most = max(counts)
-        if most:
-            cache.keep(torch.tensor(held), max(held))
-            padded = [tokens + [0] * (most - len(tokens)) for tokens in new]
-            padded = torch.tensor(padded, device=self.device)
-            self.models[which].hidden(padded, cache, counts)
-        self.held[which] = [len(text) - 1 - which for text in texts]
-
 
 class Decoder:
     """Continues texts, a batch of `rows` with room for `size` tokens each.
@@ -219,7 +240,8 @@ class Decoder:
     `decode` may be called again with the same texts, longer, and reads only what is new. With a
     `draft`, another model over the same tokens, rounds are speculative; whatever the draft, the
     text has the model's own distribution. proposed, accepted, passes count the draft's tokens,
-    those in the text, and passes of the model, each row for itself.
+    those in the text, and passes of the model, each row for itself. `context` is the most tokens
+    that a text can have: `size`, or less where there is attention.
     """
 
     @torch.inference_mode()
@@ -228,7 +250,8 @@ class Decoder:
     ):
         check_sampling(1, temperature, top_k, top_p)
         models = [model, draft] if draft else [model]
-        self.v, self.context = model.config.v, min(size, longest_text(*models))
+        contexts = [m.config.context for m in models if "attention" in m.config.mixers]
+        self.v, self.context = model.config.v, min([size, *contexts])
         theirs = models[-1].config.v
         told = f"the draft's vocabulary is {theirs}, the model's {self.v}"
         mil.refuse(
@@ -238,8 +261,6 @@ class Decoder:
         K = min(K, self.context - 1) if draft else 0
         how = temperature, top_k, top_p
         self.rounds = Rounds(models, rows, self.context, K, how, generator)
-        self.texts = [[] for _ in range(rows)]
-        self.torn = False  # whether a cache may hold other tokens than these
         self.proposed = self.accepted = self.passes = 0
 
     @torch.inference_mode()
@@ -251,40 +272,25 @@ class Decoder:
         MilError if a prompt or setting cannot work, and if logits are NaN.
         """
         check_sampling(max_new_tokens)
-        check_prompts(prompts, len(self.texts), self.v, self.context, stop)
-        self.begin(prompts)
-        stop = {*stop, -1}
-        limits = [min(len(prompt) + max_new_tokens, self.context) for prompt in prompts]
-        live = set(range(len(prompts)))
+        rounds, stop = self.rounds, {*stop, -1}
+        check_prompts(prompts, len(rounds.texts), self.v, self.context)
+        rounds.begin(prompts)
+        texts = rounds.texts
+        limits = [min(len(text) + max_new_tokens, self.context) for text in texts]
+        live = set(range(len(texts)))
         coming = None
         while live:
-            self.torn = True  # should this round fail
-            out, event = coming or self.rounds.launch(self.texts)
+            rounds.torn = True  # should this round fail
+            out, event = coming or rounds.launch()
             # Of many rows the next round is launched before this one's tokens are looked at.
-            more = self.rounds.many and any(limits[i] - len(self.texts[i]) > 1 for i in live)
-            coming = self.rounds.launch(self.texts) if more else None
+            more = rounds.many and any(limits[i] - len(texts[i]) > 1 for i in live)
+            coming = rounds.launch() if more else None
             if event:
                 event.synchronize()
             new = self.take(out, live, limits, stop)
-            self.torn = len(live) < len(prompts) or coming is not None
-            live -= {i for i in live if len(self.texts[i]) == limits[i] or new[i][-1] in stop}
+            rounds.torn = len(live) < len(texts) or coming is not None
+            live -= {i for i in live if len(texts[i]) == limits[i] or new[i][-1] in stop}
             yield new
-
-    def begin(self, prompts):
-        """Takes the prompts for texts; forgets what the caches hold if they are others."""
-        rounds = self.rounds
-        for which, held in enumerate(rounds.held):
-            for n, text, prompt in zip(held, self.texts, prompts, strict=True):
-                self.torn |= text[:n] != prompt[: -1 - which][:n]
-        if self.torn:
-            rounds.held = [[0] * len(prompts) for _ in rounds.held]
-            for cache in rounds.caches:
-                cache.clear()
-        self.texts = [list(prompt) for prompt in prompts]
-        self.torn = True  # until a round has ended well
-        rounds.catch_up(0, self.texts)
-        cursor = [(len(text) - 1, [0, *text][-2], text[-1]) for text in self.texts]
-        rounds.cursor.copy_(torch.tensor(cursor).T)
 
     def take(self, out, live, limits, stop):
         """Adds a round's tokens to the texts of the live rows. Returns a tuple per row.
@@ -292,12 +298,10 @@ class Decoder:
         Tuples, since the garbage collector does not track them: with lists, 1,024 a round, it
         paused for 0.2 s now and then.
         """
-        counts, *columns = out.T.tolist()
-        new = [()] * len(self.texts)
+        rows, new = list(zip(*out.T.tolist(), strict=True)), [()] * len(out)
         for i in live:
-            text, n = self.texts[i], counts[i]
-            tokens = (*[column[i] for column in columns[:n]], columns[-1][i])
-            tokens = tokens[: limits[i] - len(text)]
+            text, (n, *_) = self.rounds.texts[i], rows[i]
+            tokens = (rows[i][1 : n + 1] + rows[i][-1:])[: limits[i] - len(text)]
             if not stop.isdisjoint(tokens):
                 last = next(j for j, token in enumerate(tokens) if token in stop)
                 tokens = tokens[: last + 1]
@@ -308,9 +312,7 @@ class Decoder:
             text += tokens
             self.accepted += min(n, len(tokens))
         self.passes += len(live)
-        self.proposed += len(live) * (len(columns) - 1)
-        for which in range(min(2, len(columns))):  # the draft reads what it proposes
-            self.rounds.held[which] = [len(text) - 1 - which for text in self.texts]
+        self.proposed += len(live) * (out.shape[1] - 2)
         return new
 
 
@@ -350,11 +352,6 @@ def generate(model, prompts, max_new_tokens, *sampling, stop=(), **more):
     yield from decoder.decode(prompts, max_new_tokens, stop)
 
 
-def longest_text(*models):
-    """How many tokens all the models can read and write: the context, where there is attention."""
-    return min(m.config.context if "attention" in m.config.mixers else math.inf for m in models)
-
-
 def check_sampling(max_new_tokens=1, temperature=1, top_k=0, top_p=1, where=""):
     overflows = temperature != 0 and not 1e-6 <= temperature < math.inf  # logits / temperature
     mil.refuse(
@@ -366,13 +363,12 @@ def check_sampling(max_new_tokens=1, temperature=1, top_k=0, top_p=1, where=""):
     )
 
 
-def check_prompts(prompts, rows, v, context, stop):
+def check_prompts(prompts, rows, v, context):
     """Raises MilError if a prompt cannot be continued, or a token is not one of v."""
     room = f"the context is {context}: expected at most {context - 1}, to leave room for one more"
     mil.refuse(
         (not prompts, "no prompts: there is nothing to continue"),
         (len(prompts) != rows, f"{len(prompts)} prompts for a decoder of {rows} rows"),
-        *((not 0 <= i < v, f"stop token {i} is outside the vocabulary of {v}") for i in stop),
     )
     for n, prompt in enumerate(prompts, 1):
         odd = [i for i in prompt if not 0 <= i < v]
@@ -798,8 +794,8 @@ def load_draft(s, tokenizer, device):
 class Chat:
     """Lines in, replies out. The decoder keeps its cache: a turn reads only what is new."""
 
-    def __init__(self, s, tokenizer, decoder, room):
-        self.s, self.tokenizer, self.decoder, self.room = s, tokenizer, decoder, room
+    def __init__(self, s, tokenizer, decoder):
+        self.s, self.tokenizer, self.decoder, self.room = s, tokenizer, decoder, decoder.context
         self.reset()
 
     def reset(self):
@@ -877,13 +873,12 @@ def main(argv):
     draft = load_draft(s, tokenizer, device) if s.draft else None
     texts = [read_prompt(text, i) for i, text in enumerate(s.prompt, 1)]
     prompts = [tokenizer.encode(text) for text in texts]
-    context = longest_text(model, draft or model)
     size = s.context or 8192 if s.chat else max(map(len, prompts)) + s.max_new_tokens
     generator = torch.Generator(device).manual_seed(s.seed)
     how = s.temperature, s.top_k, s.top_p, generator
     decoder = Decoder(model, len(texts) or 1, size, *how, draft, s.speculate if draft else 0)
     if s.chat:
-        return Chat(s, tokenizer, decoder, min(size, context)).run()
+        return Chat(s, tokenizer, decoder).run()
     streams, began = [TextStream(tokenizer) for _ in texts], time.perf_counter()
     for rows in decoder.decode(prompts, s.max_new_tokens, tokenizer.stops):
         first = not streams[0].tokens  # only now is it sure that the prompt can be continued
@@ -901,8 +896,8 @@ def main(argv):
         line += f", {kept:.0%} of the draft's tokens kept"
         line += f", {count / decoder.passes:.2f} tokens a pass of the model (K = {s.speculate})"
     lengths = [len(p) + len(stream.tokens) for p, stream in zip(prompts, streams, strict=True)]
-    if max(lengths) >= context:
-        line += f", up to the context of {context}"
+    if max(lengths) == decoder.context < size:
+        line += f", up to the context of {decoder.context}"
     print(line, file=sys.stderr)
 
 

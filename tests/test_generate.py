@@ -391,7 +391,6 @@ def test_a_cuda_graph_is_freed_with_the_text_and_not_by_the_garbage_collector():
         ([[1] * 40], {"draft": {"context": 40}}, "prompt 1 has 40 tokens, the context is 40"),
         ([[300]], {}, "has token 300, but the model's vocabulary is 257"),
         ([[5, -1]], {}, "has token -1"),
-        ([[1]], {"stop": [257]}, "stop token 257 is outside the vocabulary of 257"),
         ([[1]], {"draft": {"v": 300}}, "draft's vocabulary is 300, the model's 257"),
         ([[1]], {"draft": {}, "K": -1}, "K is -1, expected 1 to 15"),
         ([[1]], {"draft": {}, "K": 16}, "K is 16, expected 1 to 15"),
@@ -402,12 +401,12 @@ def test_a_cuda_graph_is_freed_with_the_text_and_not_by_the_garbage_collector():
     ],
 )
 def test_what_cannot_be_decoded_is_refused(prompts, setting, told):
-    setting = {"rows": len(prompts), "size": 99, "most": 5, "stop": []} | setting
+    setting = {"rows": len(prompts), "size": 99, "most": 5} | setting
     if "draft" in setting:
         setting["draft"] = tiny(**setting["draft"])
-    most, stop = setting.pop("most"), setting.pop("stop")
+    most = setting.pop("most")
     with pytest.raises(MilError, match=told):
-        next(g.Decoder(tiny(), **setting).decode(prompts, most, stop))
+        next(g.Decoder(tiny(), **setting).decode(prompts, most))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -437,7 +436,7 @@ def scripted(rows, seen):
 
 def decoding(decode):
     """A Decoder that does this with its own arguments and those of decode."""
-    return lambda *args: types.SimpleNamespace(decode=functools.partial(decode, *args))
+    return lambda *args: types.SimpleNamespace(context=99, decode=functools.partial(decode, *args))
 
 
 def test_the_command_prints_the_prompt_the_text_and_the_speed(student, capsys):
