@@ -91,12 +91,6 @@ def choose(logits, times, how):
     return draw(distribution(logits, *how), times=times)
 
 
-def acceptance(p, q, tokens):
-    """The probability min(1, p/q) of keeping tokens (...) drawn from q (..., v), p being wanted."""
-    p, q = (t.gather(-1, tokens[..., None])[..., 0] for t in (p, q))
-    return (p / q).clamp(max=1)
-
-
 def residual(p, q):
     """The distribution (..., v) of the token in place of a rejected one: what p has over q.
 
@@ -113,9 +107,10 @@ def verify(proposed, q, p, generator=None):
     The tokens are drawn from q (b, K, v); the model's distributions are p (b, K + 1, v). The result
     is distributed as if drawn from p alone.
     """
-    chance = acceptance(p[:, :-1], q, proposed)  # (b, K); NaN, so rejected, where q is
-    coin = torch.rand(chance.shape, generator=generator, dtype=p.dtype, device=p.device)
-    count = (coin < chance).long().cumprod(1).sum(1)
+    wanted, given = (t.gather(-1, proposed[..., None])[..., 0] for t in (p[:, :-1], q))  # (b, K)
+    coin = torch.rand(wanted.shape, generator=generator, dtype=p.dtype, device=p.device)
+    kept = coin < wanted / given  # a NaN is rejected
+    count = kept.long().cumprod(1).sum(1)
     q = torch.cat([q, torch.zeros_like(p[:, :1])], dim=1)  # after the last nothing is dealt out
     row = torch.arange(len(p), device=p.device)
     return count, draw(residual(p[row, count], q[row, count]), generator)
@@ -439,8 +434,11 @@ class Tokenizer:
         own = [False] * len(ids)
         for i, message in enumerate(messages):
             if message["role"] == "assistant" and i > 0:
-                begin = shared(ids, self.render(messages[:i], reply=True))
-                end = shared(ids, self.render(messages[: i + 1], reply=False))
+                before, after = (
+                    self.render(messages[:i], True),
+                    self.render(messages[: i + 1], False),
+                )
+                begin, end = (len(os.path.commonprefix([ids, part])) for part in (before, after))
                 last = [j + 1 for j in range(begin, end) if ids[j] in self.stops][-1:] or [end]
                 own[begin : last[0]] = [True] * (last[0] - begin)
         return ids, own
@@ -533,11 +531,6 @@ class Transformers(Tokenizer):
 def mend(text):
     """The text with U+FFFD in place of half a surrogate pair."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def shared(a, b):
-    """How many ids two lists begin with in common."""
-    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))))
 
 
 def token_bytes(token, letters):
@@ -646,22 +639,20 @@ def load_with_tokenizer(directory, device=None, dtype=None):
 
 
 class TextStream:
-    """Tokens in, text out. A character that spans tokens appears with its last byte."""
+    """Tokens in, text out: first the `prompt`. A character appears with the last of its bytes."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.tokens, self.text = tokenizer, [], ""
+    def __init__(self, tokenizer, prompt=""):
+        self.tokenizer, self.prompt, self.tokens, self.text = tokenizer, prompt, [], ""
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, tokens, final=False):
-        """The text that these tokens add."""
+        """The text that these tokens add; with `final` also what is left of a character."""
         said = [token for token in tokens if token not in self.tokenizer.stops]
         text = self.decoder.decode(b"".join(map(self.tokenizer.bytes_of, said)), final)
+        text, self.prompt = self.prompt + text, ""
         self.tokens += tokens
         self.text += text
         return text
-
-    def finish(self):
-        return self.feed([], final=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -775,12 +766,9 @@ def check_settings(s):
 
 def read_prompt(text, number):
     try:
-        text = sys.stdin.buffer.read().decode() if text == "-" else os.fsencode(text).decode()
+        return (sys.stdin.buffer.read() if text == "-" else os.fsencode(text)).decode()
     except UnicodeDecodeError as e:
         raise MilError(f"prompt {number} is not UTF-8 text (byte {e.start})") from None
-    if not text:
-        raise MilError(f"prompt {number} is empty: there is nothing to continue")
-    return text
 
 
 def load_draft(s, tokenizer, device):
@@ -795,7 +783,7 @@ class Chat:
     """Lines in, replies out. The decoder keeps its cache: a turn reads only what is new."""
 
     def __init__(self, s, tokenizer, decoder):
-        self.s, self.tokenizer, self.decoder, self.room = s, tokenizer, decoder, decoder.context
+        self.s, self.tokenizer, self.decoder = s, tokenizer, decoder
         self.reset()
 
     def reset(self):
@@ -807,8 +795,8 @@ class Chat:
         sys.stdin.reconfigure(errors="replace")
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 (gives input() editing and history)
-        told = f"{self.s.model}: room for {self.room} tokens; /reset forgets, /quit or Ctrl-D ends"
-        print(told, file=sys.stderr)
+        room = f"{self.s.model}: room for {self.decoder.context} tokens"
+        print(f"{room}; /reset forgets, /quit or Ctrl-D ends", file=sys.stderr)
         while True:
             try:
                 line = input("> " if sys.stdin.isatty() else "").strip()
@@ -824,7 +812,10 @@ class Chat:
             elif re.fullmatch(r"/\w+", line):
                 print("(/reset forgets, /quit ends; there is nothing else)", file=sys.stderr)
             elif line:
-                self.turn([*self.messages, {"role": "user", "content": line}])
+                try:
+                    self.turn([*self.messages, {"role": "user", "content": line}])
+                except MilError as e:  # such as a text that is too long
+                    print(f"({e}; /reset begins anew)", file=sys.stderr)
 
     def turn(self, messages):
         asked, _ = self.tokenizer.conversation(messages, reply=True)
@@ -832,10 +823,6 @@ class Chat:
         if n and asked[:n] == self.asked:  # the template goes on; after the reply's end it is new
             ends = [i for i in range(n, len(asked)) if asked[i] in self.tokenizer.stops]
             ids = self.ids + asked[ends[0] :] if ends else asked
-        if len(ids) >= self.room:
-            taken = f"{len(self.ids)} of {self.room} tokens are taken"
-            more = f"this takes {len(ids) - len(self.ids)}"
-            return print(f"(no room: {taken}, {more}; say less, or /reset)", file=sys.stderr)
         said, text = self.reply(ids)
         self.messages = [*messages, {"role": "assistant", "content": text}]
         self.asked, self.ids = asked, ids + said
@@ -854,12 +841,9 @@ class Chat:
             signal.signal(signal.SIGINT, before)
         count, speed = len(stream.tokens), len(stream.tokens) / (time.perf_counter() - began)
         said = [token for token in stream.tokens if token not in stops]
-        taken, why = len(ids) + len(said), ""
-        if len(said) == count and not interrupts:
-            why = ", cut for want of room" if taken >= self.room else ", cut at --max_new_tokens"
-        print(stream.finish() + (" …" if len(said) == count else ""), flush=True)
-        told = f"{count} tokens{why}, {speed:.1f} tokens/s; {taken} of {self.room} taken"
-        print(f"({told})", file=sys.stderr)
+        print(stream.feed([], final=True) + " …" * (len(said) == count), flush=True)
+        taken = f"{len(ids) + len(said)} of {self.decoder.context} taken"
+        print(f"({count} tokens, {speed:.1f} tokens/s; {taken})", file=sys.stderr)
         return said, stream.text
 
 
@@ -879,17 +863,15 @@ def main(argv):
     decoder = Decoder(model, len(texts) or 1, size, *how, draft, s.speculate if draft else 0)
     if s.chat:
         return Chat(s, tokenizer, decoder).run()
-    streams, began = [TextStream(tokenizer) for _ in texts], time.perf_counter()
+    streams, began = [TextStream(tokenizer, text) for text in texts], time.perf_counter()
     for rows in decoder.decode(prompts, s.max_new_tokens, tokenizer.stops):
-        first = not streams[0].tokens  # only now is it sure that the prompt can be continued
         pieces = [stream.feed(new) for stream, new in zip(streams, rows, strict=True)]
         if len(texts) == 1:
-            print((texts[0] if first else "") + pieces[0], end="", flush=True)
+            print(pieces[0], end="", flush=True)
     seconds, count = time.perf_counter() - began, sum(len(stream.tokens) for stream in streams)
-    for i, stream in enumerate(streams):
-        tail = stream.finish()
-        whole = f"=== {i + 1} of {len(texts)}\n{texts[i]}{stream.text}"
-        print(tail if len(texts) == 1 else whole)
+    for i, stream in enumerate(streams, 1):
+        tail = stream.feed([], final=True)
+        print(tail if len(texts) == 1 else f"=== {i} of {len(texts)}\n{stream.text}")
     line = f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s"
     if draft:
         kept = decoder.accepted / max(1, decoder.proposed)

@@ -171,7 +171,7 @@ def test_a_million_spaces_are_refused(load):
 def test_a_character_whose_bytes_span_tokens_prints_whole(load):
     stream = g.TextStream(load("bytes"))
     assert [stream.feed([b]) for b in "aé€".encode()] == ["a", "", "é", "", "", "€"]
-    assert stream.feed([0xE2, 256]) == "" and stream.finish() == "\ufffd"
+    assert stream.feed([0xE2, 256]) == "" and stream.feed([], final=True) == "\ufffd"
     assert stream.text == "aé€\ufffd" and stream.tokens == [*"aé€".encode(), 0xE2, 256]
 
 
