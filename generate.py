@@ -140,29 +140,26 @@ class Rounds:
         self.many = fused and rows > kernels.MANY and not undo
         self.choose = torch.compile(choose) if self.many else choose
         self.texts = [[]] * rows
-        self.torn = True  # whether a cache may hold other tokens than these
-        self.drafted = False  # whether the draft has begun to read them
+        self.known = []  # for each model the texts that it has read: these or those before
+        self.torn = True  # whether a cache may hold other tokens
 
     def begin(self, prompts):
         """Takes prompts for texts. If they continue those before, only what is new is read."""
-        known = self.texts
-        for text, prompt in zip(known, prompts, strict=True):
+        for text, prompt in zip(self.texts, prompts, strict=True):
             self.torn |= text[:-1] != prompt[:-1][: len(text) - 1]
         if self.torn:
-            known, self.drafted = [[]] * len(prompts), False
+            self.known = [[[]] * len(prompts) for _ in self.models]
             for cache in self.caches:
                 cache.clear()
         self.texts = [list(prompt) for prompt in prompts]
         self.torn = True  # until a round has ended well
-        self.read(0, known)
-        if self.drafted:
-            self.read(1, known)
+        self.read(0)
         cursor = [(len(text) - 1, [0, *text][-2], text[-1]) for text in self.texts]
         self.cursor.copy_(torch.tensor(cursor).T)
 
-    def read(self, which, known):
-        """The model (0) or the draft (1) reads the texts, of which it has read those `known`."""
-        held = [max(0, len(text) - 1 - which) for text in known]
+    def read(self, which):
+        """The model (0) or the draft (1) reads what is new to it."""
+        held = [max(0, len(text) - 1 - which) for text in self.known[which]]
         new = [text[n : -1 - which] for n, text in zip(held, self.texts, strict=True)]
         counts = [len(tokens) for tokens in new]
         most = max(counts)
@@ -171,6 +168,7 @@ class Rounds:
             cache.keep(torch.tensor(held), max(held))
             padded = [tokens + [0] * (most - len(tokens)) for tokens in new]
             self.models[which].hidden(torch.tensor(padded, device=self.device), cache, counts)
+        self.known[which] = self.texts
 
     def launch(self):
         """Begins a round. Returns the result of `extend`, on the CPU, and an event after which it
@@ -182,15 +180,12 @@ class Rounds:
         elif min(lengths) == 1:  # only in a first round: the draft needs two tokens
             out = self.extend(longest)
         else:
-            if not self.drafted:
-                self.read(1, [[]] * len(lengths))
-                self.drafted = True
+            self.read(1)
             proposal = self.halves[1](self.propose, longest)
             out = self.halves[0](self.extend, longest, *proposal)
         out, event = out.to("cpu", non_blocking=True), None
         if self.device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self.device))
+            event = torch.cuda.current_stream(self.device).record_event()
         return out, event
 
     def propose(self, longest):
@@ -248,9 +243,8 @@ class Decoder:
         contexts = [m.config.context for m in models if "attention" in m.config.mixers]
         self.v, self.context = model.config.v, min([size, *contexts])
         theirs = models[-1].config.v
-        told = f"the draft's vocabulary is {theirs}, the model's {self.v}"
         mil.refuse(
-            (theirs != self.v, f"{told}: they must have the same tokens"),
+            (theirs != self.v, f"the draft's vocabulary is {theirs}, the model's {self.v}"),
             (draft and not 1 <= K < kernels.FEW, f"K is {K}, expected 1 to {kernels.FEW - 1}"),
         )
         K = min(K, self.context - 1) if draft else 0
