@@ -428,11 +428,8 @@ class Tokenizer:
         own = [False] * len(ids)
         for i, message in enumerate(messages):
             if message["role"] == "assistant" and i > 0:
-                before, after = (
-                    self.render(messages[:i], True),
-                    self.render(messages[: i + 1], False),
-                )
-                begin, end = (len(os.path.commonprefix([ids, part])) for part in (before, after))
+                parts = self.render(messages[:i], True), self.render(messages[: i + 1], False)
+                begin, end = (len(os.path.commonprefix([ids, part])) for part in parts)
                 last = [j + 1 for j in range(begin, end) if ids[j] in self.stops][-1:] or [end]
                 own[begin : last[0]] = [True] * (last[0] - begin)
         return ids, own
@@ -488,9 +485,9 @@ class Transformers(Tokenizer):
             hf = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **gguf)
             decoder = hf.backend_tokenizer.decoder
             byte_level = decoder is not None and b"ByteLevel" in decoder.__getstate__()
-            letters = {c: bytes([b]) for b, c in bytes_to_unicode().items()} if byte_level else {}
+            letters = {c: bytes([b]) for b, c in bytes_to_unicode().items()}
         self.folder, self.hf = folder, hf
-        stops = [*stated_stops(folder), *([] if hf.eos_token_id is None else [hf.eos_token_id])]
+        stops = [i for i in (*stated_stops(folder), hf.eos_token_id) if isinstance(i, int)]
         last = [token for i, token in hf.added_tokens_decoder.items() if i in stops]
         for token in last:
             token.special = True
@@ -499,8 +496,13 @@ class Transformers(Tokenizer):
         control = {token.content: i for i, token in added.items() if token.special}
         vocabulary = [b""] * (max(vocab.values()) + 1)
         for token, i in vocab.items():
-            if token not in control:
-                vocabulary[i] = token.encode() if i in added else token_bytes(token, letters)
+            byte = re.fullmatch("<0x([0-9A-F]{2})>", token)  # as sentencepiece writes one
+            if i in added:
+                vocabulary[i] = b"" if token in control else token.encode()
+            elif byte_level:
+                vocabulary[i] = b"".join(letters.get(c, c.encode()) for c in token)
+            else:
+                vocabulary[i] = bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
         bare, whole = hf.encode("a", add_special_tokens=False), hf.encode("a")
         begin = whole[: whole.index(bare[0])]
         template = str(hf.get_chat_template()) if hf.chat_template else ""
@@ -527,23 +529,15 @@ def mend(text):
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def token_bytes(token, letters):
-    """The bytes of a token: `letters` of a byte-level vocabulary, or as sentencepiece writes it."""
-    if letters:
-        return b"".join(letters.get(c, c.encode()) for c in token)
-    byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
-    return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
-
-
 def stated_stops(folder):
-    """The ids that end a text, by generation_config.json and config.json (ours: under "ids")."""
+    """What ends a text, by generation_config.json and config.json (ours: under "ids")."""
     stops = []
     for name in ("generation_config.json", "config.json"):
         with contextlib.suppress(MilError, AttributeError):
             said = mil.read_json(folder / name)
             found = (said.get("ids") or said).get("eos_token_id")
             stops += found if isinstance(found, list) else [found]
-    return [i for i in stops if isinstance(i, int)]
+    return stops
 
 
 def read_meta(path):
@@ -619,8 +613,7 @@ def load_with_tokenizer(directory, device=None, dtype=None):
     about = mil.read_config(directory)
     tokenizer = load_tokenizer(tokenizer_of(directory, about))
     model = mil.load(directory, device, dtype, about)
-    size, v = tokenizer.size, model.config.v
-    notes = list(about["remarks"])
+    size, v, notes = tokenizer.size, model.config.v, [*about["remarks"]]
     if size != v:
         what = "stand for nothing" if size < v else "are never drawn, and refused in a prompt"
         sizes = f"the tokenizer has {size} tokens, the model {v}"
