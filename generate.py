@@ -545,11 +545,9 @@ def read_meta(path):
 
     They are named as in Llama 3.1. 3.0 has other names for some that it never says.
     """
-    try:
+    with mil.naming(path, "not lines of `base64 rank`, as Llama 3's file has them"):
         lines = map(bytes.split, path.read_bytes().splitlines())
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    except ValueError:
-        raise MilError(f"{path}: not lines of `base64 rank`, as Llama 3's file has them") from None
     n = len(ranks)
     if {*ranks.values()} != {*range(n)} or not {bytes([b]) for b in range(256)} <= {*ranks}:
         what = f"its {n} ranks are not 0 … {n - 1}, or it lacks some of the 256 bytes"
@@ -615,9 +613,7 @@ def load_with_tokenizer(directory, device=None, dtype=None):
     model = mil.load(directory, device, dtype, about)
     size, v, notes = tokenizer.size, model.config.v, [*about["remarks"]]
     if size != v:
-        what = "stand for nothing" if size < v else "are never drawn, and refused in a prompt"
-        sizes = f"the tokenizer has {size} tokens, the model {v}"
-        notes.append(f"{directory}: {sizes}: those from {min(size, v)} on {what}")
+        notes.append(f"{directory}: the tokenizer has {size} tokens, the model {v}")
     if not tokenizer.stops:
         notes.append(f"{directory}: no token is known to end a text")
     for note in notes:
@@ -698,15 +694,13 @@ def run_command(main):
 
 def pick_device(name):
     """torch.device for a --device flag, made the current one; "" takes CUDA when there is one."""
-    try:
+    with mil.naming(f"--device {name}", "not usable here"):
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in ("cpu", "cuda"):
-            raise RuntimeError(f"expected cpu or cuda, not {device.type}")
+            raise MilError(f"is {device.type}, expected cpu or cuda")
         device = torch.empty(0, device=device).device  # with its number
         if device.type == "cuda":
             torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as e:
-        raise MilError(f"--device {name}: not usable here: {str(e).splitlines()[0]}") from e
     return device
 
 
@@ -752,10 +746,8 @@ def check_settings(s):
 
 
 def read_prompt(text, number):
-    try:
+    with mil.naming(f"prompt {number}", "not UTF-8 text"):
         return (sys.stdin.buffer.read() if text == "-" else os.fsencode(text)).decode()
-    except UnicodeDecodeError as e:
-        raise MilError(f"prompt {number} is not UTF-8 text (byte {e.start})") from None
 
 
 def load_draft(s, tokenizer, device):

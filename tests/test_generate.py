@@ -522,7 +522,7 @@ def test_a_draft_must_speak_the_models_tokens(student, tmp_path):
         (["--device", "meta"], "expected cpu or cuda"),
         (["--device", "abacus"], "--device abacus: not usable"),
         (["--prompt", ""], "prompt 2 is empty"),
-        (["--prompt", "\udcff"], "prompt 2 is not UTF-8 text"),
+        (["--prompt", "\udcff"], "prompt 2: not UTF-8 text"),
         (["--prompt", "x" * 60], "prompt 2 has 60 tokens, the context is 48"),
         (["--model", "/nowhere"], "/nowhere: no checkpoint here"),
         (["--draft", "/nowhere"], "/nowhere: no checkpoint here"),

@@ -315,8 +315,9 @@ def test_a_tokenizer_and_its_files_travel_with_a_model(load, tmp_path, kind, mon
     assert files <= {path.name for path in (tmp_path / "m").iterdir()}
 
 
-@pytest.mark.parametrize("v, told", [(250, "from 250 on are never drawn"), (300, "for nothing")])
-def test_a_tokenizer_of_another_size_than_the_model_is_noted(tmp_path, capsys, v, told):
+@pytest.mark.parametrize("v", [250, 300])
+def test_a_tokenizer_of_another_size_than_the_model_is_noted(tmp_path, capsys, v):
     g.save_with_tokenizer(tiny(v), tmp_path, "bytes")
     _, tokenizer = g.load_with_tokenizer(tmp_path)
-    assert told in capsys.readouterr().err and tokenizer.bytes_of(299) == b""
+    assert f"has 257 tokens, the model {v}\n" in capsys.readouterr().err
+    assert tokenizer.bytes_of(299) == b""
