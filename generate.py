@@ -262,7 +262,7 @@ class Decoder:
         """
         check_sampling(max_new_tokens)
         rounds, stop = self.rounds, {*stop, -1}
-        check_prompts(prompts, len(rounds.texts), self.v, self.context)
+        check_prompts(prompts, self.v, self.context)
         rounds.begin(prompts)
         texts = rounds.texts
         limits = [min(len(text) + max_new_tokens, self.context) for text in texts]
@@ -336,7 +336,7 @@ class Graph:
 
 def generate(model, prompts, max_new_tokens, *sampling, stop=(), **more):
     """Continues each of `prompts` as a new Decoder does. sampling: temperature, top_k, top_p."""
-    size = max(map(len, prompts), default=0) + max(0, max_new_tokens)
+    size = max(map(len, prompts)) + max(0, max_new_tokens)
     decoder = Decoder(model, len(prompts), size, *sampling, **more)
     yield from decoder.decode(prompts, max_new_tokens, stop)
 
@@ -352,13 +352,9 @@ def check_sampling(max_new_tokens=1, temperature=1, top_k=0, top_p=1, where=""):
     )
 
 
-def check_prompts(prompts, rows, v, context):
+def check_prompts(prompts, v, context):
     """Raises MilError if a prompt cannot be continued, or a token is not one of v."""
     room = f"the context is {context}: expected at most {context - 1}, to leave room for one more"
-    mil.refuse(
-        (not prompts, "no prompts: there is nothing to continue"),
-        (len(prompts) != rows, f"{len(prompts)} prompts for a decoder of {rows} rows"),
-    )
     for n, prompt in enumerate(prompts, 1):
         odd = [i for i in prompt if not 0 <= i < v]
         mil.refuse(

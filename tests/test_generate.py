@@ -383,9 +383,7 @@ def test_a_cuda_graph_is_freed_with_the_text_and_not_by_the_garbage_collector():
 @pytest.mark.parametrize(
     "prompts, setting, told",
     [
-        ([], {}, "no prompts"),
         ([[]], {}, "prompt 1 is empty"),
-        ([[1]] * 2, {"rows": 1}, "2 prompts for a decoder of 1 rows"),
         ([[1], [1] * 48], {}, "prompt 2 has 48 tokens, the context is 48"),
         ([[1] * 10], {"size": 10}, "prompt 1 has 10 tokens, the context is 10"),
         ([[1] * 40], {"draft": {"context": 40}}, "prompt 1 has 40 tokens, the context is 40"),
