@@ -287,10 +287,12 @@ class Decoder:
         Tuples, since the garbage collector does not track them: with lists, 1,024 a round, it
         paused for 0.2 s now and then.
         """
-        rows, new = list(zip(*out.T.tolist(), strict=True)), [()] * len(out)
+        rows = list(zip(*out.T.tolist(), strict=True))
+        new = [()] * len(rows)
         for i in live:
-            text, (n, *_) = self.rounds.texts[i], rows[i]
-            tokens = (rows[i][1 : n + 1] + rows[i][-1:])[: limits[i] - len(text)]
+            text, row = self.rounds.texts[i], rows[i]
+            kept = row[1 : 1 + row[0]]
+            tokens = (*kept, row[-1])[: limits[i] - len(text)]
             if not stop.isdisjoint(tokens):
                 last = next(j for j, token in enumerate(tokens) if token in stop)
                 tokens = tokens[: last + 1]
@@ -299,7 +301,7 @@ class Decoder:
                     raise MilError(f"prompt {i + 1}: the model's {told}")
             new[i] = tokens
             text += tokens
-            self.accepted += min(n, len(tokens))
+            self.accepted += min(len(kept), len(tokens))
         self.passes += len(live)
         self.proposed += len(live) * (out.shape[1] - 2)
         return new
@@ -607,9 +609,10 @@ def load_with_tokenizer(directory, device=None, dtype=None):
     about = mil.read_config(directory)
     tokenizer = load_tokenizer(tokenizer_of(directory, about))
     model = mil.load(directory, device, dtype, about)
-    size, v, notes = tokenizer.size, model.config.v, [*about["remarks"]]
-    if size != v:
-        notes.append(f"{directory}: the tokenizer has {size} tokens, the model {v}")
+    notes = [*about["remarks"]]
+    if tokenizer.size != model.config.v:
+        told = f"the tokenizer has {tokenizer.size} tokens, the model {model.config.v}"
+        notes.append(f"{directory}: {told}")
     if not tokenizer.stops:
         notes.append(f"{directory}: no token is known to end a text")
     for note in notes:
@@ -627,8 +630,9 @@ class TextStream:
     def feed(self, tokens, final=False):
         """The text that these tokens add; with `final` also what is left of a character."""
         said = [token for token in tokens if token not in self.tokenizer.stops]
-        text = self.decoder.decode(b"".join(map(self.tokenizer.bytes_of, said)), final)
-        text, self.prompt = self.prompt + text, ""
+        data = b"".join(map(self.tokenizer.bytes_of, said))
+        text = self.prompt + self.decoder.decode(data, final)
+        self.prompt = ""
         self.tokens += tokens
         self.text += text
         return text
