@@ -644,10 +644,8 @@ class TextStream:
 
 def flag(default, help, **parse):
     """A dataclass field that is also a flag `--name value`. `parse` goes to argparse."""
-    about = {"help": help, "parse": parse}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata=about)
-    return dataclasses.field(default=default, metadata=about)
+    start = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**start, metadata={"help": help, "parse": parse})
 
 
 def parse_flags(settings, argv, description, groups=()):
