@@ -91,6 +91,12 @@ def choose(logits, times, how):
     return draw(distribution(logits, *how), times=times)
 
 
+def acceptance(p, q, tokens):
+    """The probability min(1, p/q) of keeping tokens (...) drawn from q (..., v), p being wanted."""
+    p, q = (t.gather(-1, tokens[..., None])[..., 0] for t in (p, q))
+    return (p / q).clamp(max=1)
+
+
 def residual(p, q):
     """The distribution (..., v) of the token in place of a rejected one: what p has over q.
 
@@ -107,10 +113,9 @@ def verify(proposed, q, p, generator=None):
     The tokens are drawn from q (b, K, v); the model's distributions are p (b, K + 1, v). The result
     is distributed as if drawn from p alone.
     """
-    wanted, given = (t.gather(-1, proposed[..., None])[..., 0] for t in (p[:, :-1], q))  # (b, K)
-    coin = torch.rand(wanted.shape, generator=generator, dtype=p.dtype, device=p.device)
-    kept = coin < wanted / given  # a NaN is rejected
-    count = kept.long().cumprod(1).sum(1)
+    chance = acceptance(p[:, :-1], q, proposed)  # (b, K); NaN, so rejected, where q is
+    coin = torch.rand(chance.shape, generator=generator, dtype=p.dtype, device=p.device)
+    count = (coin < chance).long().cumprod(1).sum(1)
     q = torch.cat([q, torch.zeros_like(p[:, :1])], dim=1)  # after the last nothing is dealt out
     row = torch.arange(len(p), device=p.device)
     return count, draw(residual(p[row, count], q[row, count]), generator)

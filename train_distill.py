@@ -585,9 +585,11 @@ def load_corpus(s, paths, encoding, tokenizer):
     key = digest(files, list(map(str, files)), repr(encoding.vocabulary), encoding.template)
     place = Path(s.out) / "data" / f"{key}.npz"
     if not place.exists():
-        show(f"tokenising {len(files)} files", done=False)
-        documents = documents_in(s, paths)
-        tokens = [np.array(document_tokens(encoding, d), dtype=np.int32) for d in documents]
+        documents, tokens = documents_in(s, paths), []
+        for i, document in enumerate(documents, 1):
+            tokens.append(np.array(document_tokens(encoding, document), dtype=np.int32))
+            if i % 500 == 0:
+                show(f"tokenising: {i} of {len(documents)} documents", done=False)
         train, val = map(joined, split(tokens))
         mil.make_directory(place.parent)
         mil.write_whole(place, lambda f: np.savez(f, *train, *val))

@@ -518,8 +518,8 @@ def main(argv):
     say(f"the most here: {most}")
     for f, given in tables.items():
         table(f.__doc__.splitlines()[0], f(*given))
-    if not SMALL:
-        record(" ".join(argv))
+        if not SMALL:
+            record(" ".join(argv))
 
 
 def record(command):

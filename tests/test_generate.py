@@ -139,7 +139,7 @@ def test_by_enumeration_the_text_of_a_round_has_the_models_distribution(K, seed)
     for proposed, chance in all_texts(K, q).items():
         for i, token in enumerate(proposed):
             before = proposed[:i]
-            keep = min(1.0, (p(before)[token] / q(before)[token]).item())
+            keep = g.acceptance(p(before), q(before), torch.tensor(token)).item()
             for instead, r in enumerate(g.residual(p(before), q(before)).tolist()):
                 if keep < 1 and r:
                     spread(got, (*before, instead), chance * (1 - keep) * r, K + 1, p)
