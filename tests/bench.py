@@ -122,7 +122,7 @@ def measure(f, leaves, backward):
 
 def cell(value):
     if isinstance(value, dict):  # times
-        return " / ".join(map(cell, value.values()))
+        return " / ".join(f"{ms:.3g}" for ms in value.values())
     if value is None or isinstance(value, str):
         return value or "–"
     return f"{value:,.0f}" if value >= 1000 or isinstance(value, int) else f"{value:.4g}"
