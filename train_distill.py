@@ -1240,10 +1240,12 @@ class State:
 
 
 def save_state(run, state, student, optimizer=None):
-    """Writes the checkpoint; without an optimizer it is that of a stage's end.
+    """Writes the checkpoint; without an optimizer it is that of the next stage's beginning.
 
     Returns the tensors trained so far; of several processes each maps those in the file.
     """
+    if optimizer is None:
+        state.stage, state.step, state.seconds = state.stage + 1, 0, 0.0
     kept = {k: w for k, w in parameters(student).items() if k in state.trained or w.requires_grad}
     trained = gathered(run, kept)
     groups = optimizer.param_groups if optimizer else []
@@ -1263,51 +1265,64 @@ def read_checkpoint(run):
 
 
 def load_state(run, stages, corpus):
-    """The State in the checkpoint, or a new one.
+    """The State in the checkpoint, or a new one; None if --resume finds a finished run.
 
-    Raises MilError if it was made with other settings, or there is one and --resume is not given.
+    Raises MilError if either was made with other settings, or there is a checkpoint and --resume is
+    not given.
     """
-    s = run.s
-    said = {k: v for k, v in dataclasses.asdict(s).items() if k not in FREE.split()}
-    said = {f"--{k}": v for k, v in said.items()} | {"what --data holds": corpus.key}
+    s, results = run.s, Path(run.s.out) / "results.json"
+    now = settings_of(s, stages, corpus)
+    if run.checkpoint.exists():
+        if not s.resume:
+            advice = f"--resume goes on with it, or delete {run.checkpoint}"
+            raise MilError(f"--out {s.out}: holds an unfinished run; {advice}")
+        state = State(**read_checkpoint(run))
+        file, was = run.checkpoint, state.settings
+    elif s.resume and results.exists():
+        state = None
+        file, was = results, read_json(results).get("made_from", {})
+    else:
+        if results.exists():
+            show(f"note: {s.out} holds a finished run, which is replaced")
+        elif s.resume:
+            show(f"note: --out {s.out}: there is no checkpoint to go on from; this run begins anew")
+        return State(stage=1 if s.teacher else 0, settings=now)
+    other = [k for k in {**was, **now} if was.get(k) != now.get(k)]
+    if other:
+        found = "; ".join(f"{k} was {was.get(k)!r} and is {now.get(k)!r}" for k in other[:4])
+        advice = "Give them as they were, or another --out"
+        raise MilError(f"--resume: {file} was made with other settings: {found}. {advice}")
+    if state:
+        names = ["the teacher", *(stage.name for stage in stages), "the report"]
+        show(f"goes on from {file}: {names[state.stage]}, after step {state.step}")
+    return state
+
+
+def settings_of(s, stages, corpus):
+    """What a run that is resumed must have in common with the one before, as JSON reads it."""
+    free = FREE.split()
+    found = {f"--{k}": v for k, v in vars(s).items() if k not in free}
+    found["what --data holds"] = corpus.key
     for name in ("teacher", "init_from"):
         if getattr(s, name):
-            said[f"what --{name} holds"] = checkpoint_digest(getattr(s, name))
+            found[f"what --{name} holds"] = checkpoint_digest(getattr(s, name))
     for i, stage in enumerate(stages, 1):
-        said |= {f"stage {i}: {k}": v for k, v in vars(stage).items()}
-        said[f"what the data of stage {i} hold"] = digest(find_files(stage.data, s.out))
-    if not run.checkpoint.exists():
-        if s.resume and not (Path(s.out) / "results.json").exists():
-            show(f"note: --out {s.out}: there is no checkpoint to go on from; this run begins anew")
-        return State(settings=said)
-    if not s.resume:
-        told = f"holds an unfinished run; --resume goes on with it, or delete {run.checkpoint}"
-        raise MilError(f"--out {s.out}: {told}")
-    state = State(**read_checkpoint(run))
-    was = state.settings
-    other = [k for k in {**was, **said} if was.get(k) != said.get(k)]
-    if other:
-        found = "; ".join(f"{k} was {was.get(k)!r} and is {said.get(k)!r}" for k in other[:4])
-        told = "was made with other settings"
-        advice = "Give them as they were, or another --out"
-        raise MilError(f"--resume: {run.checkpoint} {told}: {found}. {advice}")
-    names = ["the teacher", *(stage.name for stage in stages), "the report"]
-    show(f"goes on from {run.checkpoint}: {names[state.stage]}, after step {state.step}")
-    return state
+        found |= {f"stage {i}: {k}": v for k, v in vars(stage).items()}
+        found[f"what the data of stage {i} hold"] = digest(find_files(stage.data, s.out))
+    return json.loads(json.dumps(found))
 
 
 def spread(moments, w):
     """AdamW's state of a parameter, sharded as that is."""
-    if not hasattr(w, "device_mesh"):
-        return {key: t.clone() for key, t in moments.items()}
     from torch.distributed.tensor import distribute_tensor
 
-    def share(t):
-        if not t.dim():
-            return t.clone()
-        return distribute_tensor(t.to(w.device), w.device_mesh, w.placements)
-
-    return {key: share(t) for key, t in moments.items()}
+    found = {}
+    for key, t in moments.items():
+        if hasattr(w, "device_mesh") and t.dim():  # not the count of steps
+            found[key] = distribute_tensor(t.to(w.device), w.device_mesh, w.placements)
+        else:
+            found[key] = t.clone()
+    return found
 
 
 def fit(run, state, stage, models, batches, journal, last_good):
@@ -1586,23 +1601,6 @@ def announce(job):
         show(f"{line}{alpha:>6}{stage.beta:>6g}")
 
 
-def finished(job, state):
-    """Whether --resume finds a finished run; otherwise its report goes."""
-    s = job.s
-    if not job.run.checkpoint.exists() and job.results.exists():
-        same = read_json(job.results).get("made_from") == json.loads(json.dumps(state.settings))
-        if s.resume and not same:
-            told = "is of other settings; without --resume it is replaced"
-            raise MilError(f"--resume: {job.results} {told}")
-        if s.resume:
-            return True
-        show(f"note: {s.out} holds a finished run, which is replaced")
-    together(job.run)
-    if job.run.rank == 0:
-        job.results.unlink(missing_ok=True)
-    return False
-
-
 def train_teacher(job, state, journal):
     """Trains a Llama on --data."""
     s, run, corpus = job.s, job.run, job.corpus()
@@ -1614,8 +1612,8 @@ def train_teacher(job, state, journal):
     save_student(run, models.student, job.place, job.tokenizer, torch.float32)
     row, _ = evaluate(run, models, corpus, job.encoding)
     state.rows = [{"model": "teacher", **row, **speed(run, state, stage)}]
-    state.stage, state.step, state.seconds, state.trained = 1, 0, 0.0, {}
-    models.student.requires_grad_(False)  # nothing of it belongs in the checkpoint
+    state.trained = {}  # the file has it all
+    models.student.requires_grad_(False)
     save_state(run, state, models.student)
 
 
@@ -1704,7 +1702,6 @@ def run_stages(job, state, bases, journal):
                 more |= preferences(run, stage, models, held)
             add_row(run, state, stage.name, models, validation, encoding, last_good, more)
             save_student(run, models.student, job.student, job.tokenizer, dtype, stage=stage.name)
-            state.stage, state.step, state.seconds = number + 1, 0, 0.0
             state.trained = save_state(run, state, models.student)
             if run.stop and run.size == 1:
                 leave(run)
@@ -1789,16 +1786,18 @@ def run_job(run, began):
     with alone(run):
         announce(job)
         state = load_state(run, job.stages, job.corpus())
-        if finished(job, state):
+        if state is None:
             return show(f"{job.results}: this run is finished")
+        together(run)  # all have read it
+        if run.rank == 0:
+            job.results.unlink(missing_ok=True)
         for stage in job.stages:
             if stage.data and stage.loss == "distill":
                 job.corpus(stage.data)  # now, not after the stages before
         listen(run)
         with open_journal(run, state) as journal:
-            if not run.s.teacher and state.stage == 0:
+            if state.stage == 0:
                 train_teacher(job, state, journal)
-            state.stage = max(1, state.stage)
             if run.s.pseudo_labels and any(not stage.data for stage in job.stages):
                 job.corpus(answers=True)  # now, while the GPU is empty
             bases = read_models(run, job.place)
