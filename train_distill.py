@@ -330,6 +330,11 @@ def paper_stages(s, n):
     return stages + [everything] * (s.stage2_steps > 0)
 
 
+def count_of(config):
+    """How many parameters a model has."""
+    return sum(w.numel() for w in mil.empty_model(config).parameters())
+
+
 def plan(s, config):
     """The stages, --recipe's or the paper's, of a run whose student begins as a Llama `config`.
 
@@ -1293,7 +1298,7 @@ def load_state(run, stages, corpus):
         advice = "Give them as they were, or another --out"
         raise MilError(f"--resume: {file} was made with other settings: {found}. {advice}")
     if state:
-        names = ["the teacher", *(stage.name for stage in stages), "the report"]
+        names = [*(stage.name for stage in stages), "the report"]
         show(f"goes on from {file}: {names[state.stage]}, after step {state.step}")
     return state
 
@@ -1306,7 +1311,7 @@ def settings_of(s, stages, corpus):
     for name in ("teacher", "init_from"):
         if getattr(s, name):
             found[f"what --{name} holds"] = checkpoint_digest(getattr(s, name))
-    for i, stage in enumerate(stages, 1):
+    for i, stage in enumerate(stages):
         found |= {f"stage {i}: {k}": v for k, v in vars(stage).items()}
         found[f"what the data of stage {i} hold"] = digest(find_files(stage.data, s.out))
     return json.loads(json.dumps(found))
@@ -1516,6 +1521,12 @@ def save_student(run, student, place, tokenizer, dtype, **notes):
 # The run: a teacher, the stages, the report
 
 
+def new_config(s, encoding):
+    """The Llama that the flags ask for."""
+    sizes = {name: getattr(s, name) for name in SIZES}
+    return mil.Config(v=encoding.size, context=s.context, rope_theta=s.rope_theta, **sizes)
+
+
 class Job:
     """What a run reads and makes: its stages, tokenizer, text and folders."""
 
@@ -1536,7 +1547,9 @@ class Job:
             self.check_tokens(s.tokenizer, f"--tokenizer {s.tokenizer}")
         self.config = about.get("config") or new_config(s, self.encoding)
         self.base = self.read_base()
-        self.stages = plan(s, self.base)
+        how = dict(steps=s.teacher_steps, lr=s.teacher_lr, warmup=s.warmup, schedule=s.schedule)
+        first = Stage(trains="all", beta=0, name="teacher", mixers=self.config.mixers, **how)
+        self.stages = [first, *plan(s, self.base)]  # the first one is passed over with --teacher
         paired = any(stage.loss == "dpo" for stage in self.stages)
         rows = run.size * s.accumulate * (1 + paired)
         if s.batch % rows:
@@ -1588,10 +1601,12 @@ class Job:
 
 def announce(job):
     """Prints the stages."""
-    s, first = job.s, [] if job.s.teacher else [teacher_stage(job.s, job.config)]
+    s = job.s
     show(f"{'':<38}{'attention':>10}{'trained':>10}{'tokens':>10}{'lr':>9}{'α':>6}{'β':>6}")
-    for stage in first + job.stages:
-        config = job.config if stage in first else job.base
+    for number, stage in enumerate(job.stages):
+        if number == 0 and s.teacher:
+            continue
+        config = job.base if number else job.config
         model = mil.empty_model(dataclasses.replace(config, mixers=stage.mixers))
         count = sum(w.numel() for k, w in model.named_parameters() if stage.learns(k))
         tokens, kept = stage.steps * s.batch * s.context, stage.mixers.count("attention")
@@ -1601,11 +1616,17 @@ def announce(job):
         show(f"{line}{alpha:>6}{stage.beta:>6g}")
 
 
+def speed(run, state, stage):
+    """How long a stage took, and at what rate."""
+    tokens = stage.steps * run.s.batch * run.s.context
+    return {"seconds": state.seconds, "tokens_per_second": tokens / max(state.seconds, 1e-9)}
+
+
 def train_teacher(job, state, journal):
     """Trains a Llama on --data."""
     s, run, corpus = job.s, job.run, job.corpus()
     torch.manual_seed(s.seed)
-    stage, model = teacher_stage(s, job.config), mil.Hybrid(job.config).to(run.device)
+    stage, model = job.stages[0], mil.Hybrid(job.config).to(run.device)
     models = prepare(run, Models(None, own(model, state.trained, state.trained)))
     batches = training_batches(run, corpus, [s.seed, 0])
     fit(run, state, stage, models, batches, journal, "This run saved no teacher")
@@ -1617,15 +1638,83 @@ def train_teacher(job, state, journal):
     save_state(run, state, models.student)
 
 
-def new_config(s, encoding):
-    """The Llama that the flags ask for."""
-    sizes = {name: getattr(s, name) for name in SIZES}
-    return mil.Config(v=encoding.size, context=s.context, rope_theta=s.rope_theta, **sizes)
+def add_row(job, state, name, models, last_good, more):
+    """Evaluates the student, and adds a row to the table."""
+    teachers, row = evaluate(job.run, models, job.corpus(), job.encoding)
+    state.rows = state.rows or [{"model": "teacher", **teachers}]
+    state.rows.append({"model": name, **row, **more})
+    if not math.isfinite(row["loss"]):
+        problem = f"the validation loss is {row['loss']}; stopped. {last_good}"
+        raise MilError(f"{name}: {problem}. Try lower learning rates")
+    line = f"{name}: validation loss {row['loss']:.4f}, KL to the teacher {row['kl']:.4f}"
+    if "kl_before" in more:
+        line += f" (before: {more['kl_before']:.4f})"
+    if "preferred" in more:
+        line += f", chosen preferred {more['preferred']:.1%} ± {more['preferred_error']:.1%}"
+        line += f", margin {more['margin']:.4f}"
+    show(line)
 
 
-def count_of(config):
-    """How many parameters a model has."""
-    return sum(w.numel() for w in mil.empty_model(config).parameters())
+def train_stage(job, state, number, teacher, base, journal):
+    """A stage of the student, and its row of the table."""
+    run, stage, seed = job.run, job.stages[number], [job.s.seed, number]
+    last_good = "This run saved no student"
+    if number > 1:
+        last_good = (
+            f"The last good checkpoint is {job.student}, after {job.stages[number - 1].name}"
+        )
+    models, held = assemble(run, teacher, base, stage, number, state.trained), ()
+    if not state.step:
+        state.before = evaluate(run, models, job.corpus(), job.encoding)[1]["kl"]
+    if stage.loss == "dpo":
+        train, held = load_pairs(run.s, stage.data, job.encoding)
+        batches = pair_batches(run, train, seed)
+    else:
+        answers = run.s.pseudo_labels and not stage.data
+        batches = training_batches(run, job.corpus(stage.data, answers), seed)
+    fit(run, state, stage, models, batches, journal, last_good)
+    more = {"seconds": state.seconds} if held else speed(run, state, stage)
+    more["kl_before"] = state.before
+    if held:
+        more |= preferences(run, stage, models, held)
+    add_row(job, state, stage.name, models, last_good, more)
+    dtype = base.embed_tokens.weight.dtype
+    save_student(run, models.student, job.student, job.tokenizer, dtype, stage=stage.name)
+    state.trained = save_state(run, state, models.student)
+    if run.stop and run.size == 1:
+        leave(run)
+
+
+def run_stages(job, state, journal):
+    """The stages from state.stage on: 0 trains the teacher, the others the student."""
+    run, stages = job.run, job.stages
+    if state.stage == 0:
+        train_teacher(job, state, journal)
+    if run.s.pseudo_labels and any(not stage.data for stage in stages[1:]):
+        job.corpus(answers=True)  # now, while the GPU is empty
+    teacher, base = read_models(run, job.place)
+    if len(state.rows) < 2:
+        all_at_once = dataclasses.replace(stages[1], mixers=stages[-1].mixers, trains="mixers")
+        models = assemble(run, teacher, base, all_at_once, 0, {})
+        add_row(job, state, "student, not trained", models, "This run saved no student", {})
+        del models
+    for number in range(state.stage, len(stages)):
+        train_stage(job, state, number, teacher, base, journal)
+
+
+def table(rows):
+    paired = any("preferred" in row for row in rows)
+    line = f"{'':<38}{'loss':>8}{'ppl':>11}{'bits/byte':>11}{'KL':>9}{'agree':>8}"
+    lines = [f"{line}{'tokens/s':>11}{'seconds':>9}" + f"{'preferred':>18}" * paired]
+    for row in rows:
+        line = f"{row['model']:<38}{row['loss']:>8.4f}{row['perplexity']:>#11.4g}"
+        line += f"{row['bits_per_byte']:>11.4f}{row['kl']:>9.4f}{row['agreement']:>8.1%}"
+        speed = f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else ""
+        line += f"{speed:>11}{row['seconds']:>9.1f}" if "seconds" in row else ""
+        if "preferred" in row:
+            line += f"{row['preferred']:>10.1%} ± {row['preferred_error']:.1%}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def sample(model, encoding, s, chat=False):
@@ -1639,74 +1728,6 @@ def sample(model, encoding, s, chat=False):
         i for (more,) in generate(model, ids, 200, 0.7, 0, 0.95, stop=encoding.stops) for i in more
     ]
     return s.prompt + "\n" * chat + encoding.decode([i for i in new if i not in encoding.stops])
-
-
-def teacher_stage(s, config):
-    """The stage that trains a teacher."""
-    how = dict(steps=s.teacher_steps, lr=s.teacher_lr, warmup=s.warmup, schedule=s.schedule)
-    return Stage(trains="all", beta=0, name="teacher", mixers=config.mixers, **how)
-
-
-def speed(run, state, stage):
-    """How long a stage took, and at what rate."""
-    tokens = stage.steps * run.s.batch * run.s.context
-    return {"seconds": state.seconds, "tokens_per_second": tokens / max(state.seconds, 1e-9)}
-
-
-def add_row(run, state, name, models, corpus, encoding, last_good, more):
-    """Evaluates the student, and adds a row to the table."""
-    first, row = evaluate(run, models, corpus, encoding)
-    state.rows = state.rows or [{"model": "teacher", **first}]
-    state.rows.append({"model": name, **row, **more})
-    if not math.isfinite(row["loss"]):
-        told = f"the validation loss is {row['loss']}; stopped. {last_good}"
-        raise MilError(f"{name}: {told}. Try lower learning rates")
-    told = f"{name}: validation loss {row['loss']:.4f}, KL to the teacher {row['kl']:.4f}"
-    if "kl_before" in more:
-        told += f" (before: {more['kl_before']:.4f})"
-    if "preferred" in more:
-        told += f", chosen preferred {more['preferred']:.1%} ± {more['preferred_error']:.1%}"
-        told += f", margin {more['margin']:.4f}"
-    show(told)
-
-
-def run_stages(job, state, bases, journal):
-    """The stages from state.stage on (1 is the first), each with a row of the table at its end.
-
-    bases: the teacher and the Llama that the student begins as.
-    """
-    run, stages, encoding = job.run, job.stages, job.encoding
-    dtype = bases[1].embed_tokens.weight.dtype
-    validation, last_good = job.corpus(), "This run saved no student"
-    if len(state.rows) < 2:
-        all_at_once = dataclasses.replace(stages[0], mixers=stages[-1].mixers, trains="mixers")
-        models = assemble(run, *bases, all_at_once, 0, {})
-        add_row(run, state, "student, not trained", models, validation, encoding, last_good, {})
-        del models
-    for number, stage in enumerate(stages, 1):
-        if number >= state.stage:
-            models = assemble(run, *bases, stage, number, state.trained)
-            if not state.step:
-                state.before = evaluate(run, models, validation, encoding)[1]["kl"]
-            held, seed = (), [run.s.seed, number]
-            if stage.loss == "dpo":
-                train, held = load_pairs(run.s, stage.data, encoding)
-                batches = pair_batches(run, train, seed)
-            else:
-                answers = run.s.pseudo_labels and not stage.data
-                batches = training_batches(run, job.corpus(stage.data, answers), seed)
-            fit(run, state, stage, models, batches, journal, last_good)
-            more = {"seconds": state.seconds} if held else speed(run, state, stage)
-            more["kl_before"] = state.before
-            if held:
-                more |= preferences(run, stage, models, held)
-            add_row(run, state, stage.name, models, validation, encoding, last_good, more)
-            save_student(run, models.student, job.student, job.tokenizer, dtype, stage=stage.name)
-            state.trained = save_state(run, state, models.student)
-            if run.stop and run.size == 1:
-                leave(run)
-            del models, batches  # the next student comes before this one would go
-        last_good = f"The last good checkpoint is {job.student}, after {stage.name}"
 
 
 def report(job, state, seconds):
@@ -1751,21 +1772,6 @@ def open_journal(run, state):
     return open(path, "a", encoding="utf-8")
 
 
-def table(rows):
-    paired = any("preferred" in row for row in rows)
-    line = f"{'':<38}{'loss':>8}{'ppl':>11}{'bits/byte':>11}{'KL':>9}{'agree':>8}"
-    lines = [f"{line}{'tokens/s':>11}{'seconds':>9}" + f"{'preferred':>18}" * paired]
-    for row in rows:
-        line = f"{row['model']:<38}{row['loss']:>8.4f}{row['perplexity']:>#11.4g}"
-        line += f"{row['bits_per_byte']:>11.4f}{row['kl']:>9.4f}{row['agreement']:>8.1%}"
-        speed = f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else ""
-        line += f"{speed:>11}{row['seconds']:>9.1f}" if "seconds" in row else ""
-        if "preferred" in row:
-            line += f"{row['preferred']:>10.1%} ± {row['preferred_error']:.1%}"
-        lines.append(line)
-    return "\n".join(lines)
-
-
 @contextlib.contextmanager
 def alone(run):
     """Refuses a second run with the same --out at the same time."""
@@ -1796,13 +1802,7 @@ def run_job(run, began):
                 job.corpus(stage.data)  # now, not after the stages before
         listen(run)
         with open_journal(run, state) as journal:
-            if state.stage == 0:
-                train_teacher(job, state, journal)
-            if run.s.pseudo_labels and any(not stage.data for stage in job.stages):
-                job.corpus(answers=True)  # now, while the GPU is empty
-            bases = read_models(run, job.place)
-            run_stages(job, state, bases, journal)
-            del bases
+            run_stages(job, state, journal)
         if run.rank == 0:
             report(job, state, time.perf_counter() - began)
 
