@@ -28,6 +28,7 @@ text is the data itself unless the teacher answers first (--pseudo_labels).
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -228,8 +229,8 @@ def complete(s, device, teacher=None):
         if getattr(s, name) is None:
             setattr(s, name, default)
         if teacher is not None and name in SIZES and getattr(s, name) != default:
-            told = f"but the teacher in {s.teacher} has {default}; leave it out"
-            raise MilError(f"--{name} is {getattr(s, name)}, {told}")
+            wanted = f"but the teacher in {s.teacher} has {default}; leave it out"
+            raise MilError(f"--{name} is {getattr(s, name)}, {wanted}")
     s.dtype = s.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     check(s, "--")
     s.answer_tokens = s.answer_tokens or max(1, s.context * 3 // 4)
@@ -347,8 +348,9 @@ def plan(s, config):
     first, second = min(3e-3, 8e-5 * size), min(1e-3, 2e-5 * size)
     names = ("mixer", "alpha", "beta", "temperature", "reverse", "schedule", "warmup")
     flags = {name: getattr(s, name) for name in names}
+    where = f"--recipe {s.recipe}: " if s.recipe else "--student_layers: " * bool(s.student_layers)
     stages = []
-    for entry in entries:
+    for i, entry in enumerate(entries, 1):
         trains = entry.get("trains", "mixers" if {"keep", "replace"} & entry.keys() else "all")
         rest = dict(steps=s.stage1_steps, lr=s.stage1_lr or first)
         if trains == "all":
@@ -357,7 +359,8 @@ def plan(s, config):
             trains = entry.get("trains", "all")
             rest = dict(steps=s.stage3_steps, lr=s.stage3_lr, beta=s.dpo_beta, data=s.pairs)
         stages.append(Stage(**flags | rest | {"trains": trains} | entry))
-    where = f"--recipe {s.recipe}: " if s.recipe else "--student_layers: " * bool(s.student_layers)
+        with refused(f"{where}stage {i}: "):
+            check(stages[-1], "")
     return resolve(stages, config, where)
 
 
@@ -367,15 +370,17 @@ def layers_to_replace(stage, mixers, final):
         return stage.replace
     done = [i for i, mixer in enumerate(mixers) if mixer != "attention"]
     count, n = len(mil.interleaved_layers(len(mixers), stage.keep)), len(mixers)
-    told = f"the stages before leave only {n - len(done)} of {n} layers"
     mil.refuse(
         (stage.replace, "keep and replace: expected one of them"),
         (count == n and stage.keep > 0, f"keep is less than 1 of {n} layers; expected 0 or more"),
-        (count < len(done), f"keep is {stage.keep:g}, but {told}"),
+        (
+            count < len(done),
+            f"keep is {stage.keep:g}, but only {n - len(done)} of {n} layers are left",
+        ),
     )
     even = [final[j * len(final) // count] for j in range(count)]
-    more = [i for i in (*even, *final) if i not in done]
-    return sorted(list(dict.fromkeys(more))[: max(0, count - len(done))])
+    free = [i for i in dict.fromkeys(even + final) if i not in done]
+    return sorted(free[: count - len(done)])
 
 
 def resolve(stages, config, where):
@@ -384,12 +389,11 @@ def resolve(stages, config, where):
     Layers are spread evenly at every step: half of 32 in two steps is 0, 4, 8 … then 2, 6, 10 …
     """
     mixers, n = list(config.mixers), config.n_layers
-    shares = [stage.keep for stage in stages if stage.keep is not None and 0 <= stage.keep <= 1]
+    shares = [stage.keep for stage in stages if stage.keep is not None]
     final = mil.interleaved_layers(n, min(shares, default=1))
-    kinds = {"mixers": 0, "all": 0, "dpo": 0}
+    count = collections.Counter()
     for i, stage in enumerate(stages, 1):
         with refused(f"{where}stage {i}: "):
-            check(stage, "")
             replace = layers_to_replace(stage, mixers, final)
             if replace:
                 mil.check_layers(sorted(replace), n)
@@ -408,16 +412,16 @@ def resolve(stages, config, where):
                 (not dpo and stage.steps < 1, f"steps is {stage.steps}, expected 1 or more"),
                 (bare, "trains the mixers, and there is none to train; expected keep or replace"),
             )
-        kind = "dpo" if dpo else "all" if stage.trains == "all" else "mixers"
-        kinds[kind] += 1
-        again = f" ({kinds[kind]})" if kinds[kind] > 1 else ""
         replaced = n - mixers.count("attention")
-        names = {
-            "mixers": f"stage 1.{kinds[kind]}, {replaced} of {n} layers replaced",
-            "all": f"stage 2, all parameters{again}",
-            "dpo": f"stage 3, preferences{again}",
-        }
-        stage.name = stage.name or names[kind]
+        name = "stage 3, preferences" if dpo else "stage 2, all parameters"
+        if not dpo and stage.trains != "all":
+            name = "stage 1"
+        count[name] += 1
+        if name == "stage 1":
+            name = f"stage 1.{count[name]}, {replaced} of {n} layers replaced"
+        elif count[name] > 1:
+            name += f" ({count[name]})"
+        stage.name = stage.name or name
     return stages
 
 
@@ -1353,9 +1357,9 @@ def fit(run, state, stage, models, batches, journal, last_good):
         for i, value in enumerate(values):
             if not math.isfinite(value):
                 at = f"step {state.step + 1 - len(recent) + i // 4} of {stage.steps}"
-                told = f"the loss or its gradient became {value} at {at}; stopped. {last_good}"
+                problem = f"the loss or its gradient became {value} at {at}; stopped. {last_good}"
                 advice = f"Try a lower learning rate (this stage had {stage.lr:g})"
-                raise MilError(f"{stage.name}: {told}. {advice}")
+                raise MilError(f"{stage.name}: {problem}. {advice}")
         means = [sum(values[i::4]) / len(recent) for i in range(4)]
         state.seconds = time.perf_counter() - began
         report_step(run, state, stage, means, journal)
@@ -1400,20 +1404,20 @@ def update(run, stage, models, optimizer, parts, count):
 def report_step(run, state, stage, means, journal):
     """A line of the log, and one on the terminal."""
     a, b = ("chosen", "margin") if stage.loss == "dpo" else ("ce", "kl")
-    line = {"stage": stage.name, "step": state.step, "loss": means[0], a: means[1], b: means[2]}
-    line |= {"gradient": means[3], "lr": stage.rate(state.step - 1)}
-    line |= {"seconds": round(state.seconds, 2), "memory": most_memory(run.device)}
+    record = {"stage": stage.name, "step": state.step, "loss": means[0], a: means[1], b: means[2]}
+    record |= {"gradient": means[3], "lr": stage.rate(state.step - 1)}
+    record |= {"seconds": round(state.seconds, 2), "memory": most_memory(run.device)}
     if run.rank == 0:
-        journal.write(json.dumps(line) + "\n")
+        journal.write(json.dumps(record) + "\n")
         journal.flush()
-    told = f"{stage.name}  step {state.step}/{stage.steps}  loss {means[0]:.4f}"
-    told += f"  {a} {means[1]:.4f}  {b} {means[2]:.4f}"
+    line = f"{stage.name}  step {state.step}/{stage.steps}  loss {means[0]:.4f}"
+    line += f"  {a} {means[1]:.4f}  {b} {means[2]:.4f}"
     if stage.loss != "dpo":
-        told += f"  {state.step * run.s.batch * run.s.context / state.seconds:,.0f} tokens/s"
+        line += f"  {state.step * run.s.batch * run.s.context / state.seconds:,.0f} tokens/s"
     if run.device.type == "cuda":
-        told += f"  {line['memory'] / 2**30:.1f} GiB"
+        line += f"  {record['memory'] / 2**30:.1f} GiB"
     left = state.seconds / state.step * (stage.steps - state.step)
-    show(f"{told}  ETA {timedelta(seconds=int(left))}", done=state.step == stage.steps)
+    show(f"{line}  ETA {timedelta(seconds=int(left))}", done=state.step == stage.steps)
 
 
 def leave(run, jointly=False):
@@ -1432,8 +1436,8 @@ def listen(run):
             raise KeyboardInterrupt
         run.stop = signal.Signals(number).name
         if not run.rank:  # print may be what was interrupted
-            told = "stops at the next logged step, with a checkpoint; a second signal stops at once"
-            os.write(2, f"\n{run.stop}: {told}, without one\n".encode())
+            line = "stops at the next logged step, with a checkpoint; a second signal stops at once"
+            os.write(2, f"\n{run.stop}: {line}, without one\n".encode())
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, heard)
@@ -1738,10 +1742,10 @@ def report(job, state, seconds):
         machine = torch.cuda.get_device_name(run.device)
     machine = f"{run.size} processes, {machine}" if run.size > 1 else machine
     memory, ratio = most_memory(run.device), rows[-1]["loss"] / rows[0]["loss"]
-    told = f"student / teacher validation loss: {ratio:.4f}   peak memory "
-    told += "of process 0 " * (run.size > 1) + f"{memory / 2**30:.2f} GiB"
-    told += f"   {seconds:.0f} s {'since --resume' if s.resume else 'in all'} on {machine}"
-    show(f"\n{table(rows)}\n\n{told}, torch {torch.__version__}")
+    line = f"student / teacher validation loss: {ratio:.4f}   peak memory "
+    line += "of process 0 " * (run.size > 1) + f"{memory / 2**30:.2f} GiB"
+    line += f"   {seconds:.0f} s {'since --resume' if s.resume else 'in all'} on {machine}"
+    show(f"\n{table(rows)}\n\n{line}, torch {torch.__version__}")
     results = {"rows": rows, "seconds": seconds, "peak_memory_bytes": memory}
     results |= {"machine": machine, "torch": torch.__version__}
     results |= {"python": platform.python_version(), "made_from": state.settings}
@@ -1781,8 +1785,8 @@ def alone(run):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                told = "another run is writing here; wait for it, or give another --out"
-                raise MilError(f"--out {run.s.out}: {told}") from None
+                advice = "another run is writing here; wait for it, or give another --out"
+                raise MilError(f"--out {run.s.out}: {advice}") from None
         yield
 
 
@@ -1819,8 +1823,8 @@ def main(argv):
     except RuntimeError as e:  # of gloo; NCCL waits, and torchrun ends what waits
         if not (run.size > 1 and re.search("by peer|Broken pipe", str(e))):
             raise
-        told = "another process has ended; what it said stands above"
-        raise MilError(f"{told}. --resume goes on from the newest checkpoint") from e
+        cause = "another process has ended; what it said stands above"
+        raise MilError(f"{cause}. --resume goes on from the newest checkpoint") from e
     if dist.is_initialized():  # not after an error: NCCL would wait for the others' next exchange
         dist.destroy_process_group()
 
