@@ -976,8 +976,8 @@ class DistillationLoss(torch.autograd.Function):
         d_head = torch.zeros_like(head, dtype=wide) if needs_head else None
         ce, kl, weight = torch.empty_like(alpha), torch.empty_like(alpha), head.to(hidden.dtype)
         for at, logits, theirs in chunks(hidden, weight, teacher_hidden, teacher_head):
-            more = alpha[at], beta[at], tau, reverse, needs_hidden or needs_head
-            ce[at], kl[at], dx = token_losses(logits, theirs, targets[at], *more)
+            how = alpha[at], beta[at], tau, reverse, needs_hidden or needs_head
+            ce[at], kl[at], dx = token_losses(logits, theirs, targets[at], *how)
             if needs_hidden:
                 torch.mm(dx, weight, out=d_hidden[at])
             if needs_head:
@@ -1011,14 +1011,10 @@ def distill(models, batch, stage, scale):
     """Eq. 2: `scale` times the sum of the loss over the batch's tokens, and of CE and of KL."""
     theirs, ours = models.read(batch, stage.beta > 0)
     weight = torch.full((len(ours),), scale, device=ours.device)
-    heads = (
-        ours,
-        models.student.lm_head.weight,
-        theirs,
-        models.teacher and models.teacher.lm_head.weight,
-    )
-    more = stage.alpha * weight, stage.beta * weight, stage.temperature, stage.reverse
-    loss, ce, kl = DistillationLoss.apply(*heads, batch.learned(batch.y), *more)
+    teacher_head = models.teacher.lm_head.weight if models.teacher else None
+    heads = ours, models.student.lm_head.weight, theirs, teacher_head
+    how = stage.alpha * weight, stage.beta * weight, stage.temperature, stage.reverse
+    loss, ce, kl = DistillationLoss.apply(*heads, batch.learned(batch.y), *how)
     return loss, torch.stack([ce.sum(), kl.sum()]).detach() * scale
 
 
@@ -1045,8 +1041,8 @@ def dpo(models, batch, stage, scale):
         # Its gradient is that of the rows' CE, weighted: a second pass, so that no logits are kept.
         slope = scale * stage.beta * torch.sigmoid(-margin)
         alpha = torch.cat([slope, -slope])[batch.rows()]
-        more = batch.learned(batch.y), alpha, alpha, 1.0, False
-        same, *_ = DistillationLoss.apply(ours, head, None, None, *more)
+        how = batch.learned(batch.y), alpha, alpha, 1.0, False
+        same, *_ = DistillationLoss.apply(ours, head, None, None, *how)
         loss = same - same.detach() + loss
     return loss, torch.stack([(margin > 0).float().sum(), margin.sum()]) * scale
 
@@ -1390,9 +1386,9 @@ def update(run, stage, models, optimizer, parts, count):
     sums = torch.zeros(4, device=run.device)
     for part in parts:
         # times run.size, since FSDP2 takes the mean of the gradients
-        loss, more = LOSSES[stage.loss](models, part, stage, run.size / max(1, count))
+        loss, numbers = LOSSES[stage.loss](models, part, stage, run.size / max(1, count))
         loss.backward()
-        sums[:3] += torch.cat([loss.detach()[None], more]) / run.size
+        sums[:3] += torch.cat([loss.detach()[None], numbers]) / run.size
     train = [w for group in optimizer.param_groups for w in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(train, run.s.clip)
     optimizer.step()
@@ -1539,7 +1535,7 @@ class Job:
         self.run = run
         about = mil.read_config(s.teacher) if s.teacher else {}
         complete(s, run.device, about.get("config"))
-        self.place = Path(s.teacher or Path(s.out) / "teacher")
+        self.teacher = Path(s.teacher or Path(s.out) / "teacher")
         self.student, self.results = Path(s.out) / "student", Path(s.out) / "results.json"
         for name in ("teacher", "init_from"):
             path = getattr(s, name)
@@ -1593,12 +1589,12 @@ class Job:
         """The Corpus of --data, of a stage's own data, or of the teacher's answers."""
         key = (*data, answers)
         if key not in self.corpora:
-            more = self.encoding, self.tokenizer
+            how, paths = (self.encoding, self.tokenizer), list(data) or self.s.data
             if answers:
-                self.corpora[key] = answered(self.run, self.s.data, self.place, *more)
+                self.corpora[key] = answered(self.run, paths, self.teacher, *how)
             else:
                 with in_turn(self.run):
-                    self.corpora[key] = load_corpus(self.s, list(data) or self.s.data, *more)
+                    self.corpora[key] = load_corpus(self.s, paths, *how)
             show(f"data: {self.corpora[key].about}")
         return self.corpora[key]
 
@@ -1634,7 +1630,7 @@ def train_teacher(job, state, journal):
     models = prepare(run, Models(None, own(model, state.trained, state.trained)))
     batches = training_batches(run, corpus, [s.seed, 0])
     fit(run, state, stage, models, batches, journal, "This run saved no teacher")
-    save_student(run, models.student, job.place, job.tokenizer, torch.float32)
+    save_student(run, models.student, job.teacher, job.tokenizer, torch.float32)
     row, _ = evaluate(run, models, corpus, job.encoding)
     state.rows = [{"model": "teacher", **row, **speed(run, state, stage)}]
     state.trained = {}  # the file has it all
@@ -1696,7 +1692,7 @@ def run_stages(job, state, journal):
         train_teacher(job, state, journal)
     if run.s.pseudo_labels and any(not stage.data for stage in stages[1:]):
         job.corpus(answers=True)  # now, while the GPU is empty
-    teacher, base = read_models(run, job.place)
+    teacher, base = read_models(run, job.teacher)
     if len(state.rows) < 2:
         all_at_once = dataclasses.replace(stages[1], mixers=stages[-1].mixers, trains="mixers")
         models = assemble(run, teacher, base, all_at_once, 0, {})
@@ -1728,10 +1724,10 @@ def sample(model, encoding, s, chat=False):
         ids, _ = encoding.conversation([{"role": "user", "content": s.prompt}], reply=True)
     ids = [ids[: model.config.context - 1]]
     torch.manual_seed(s.seed)
-    new = [
-        i for (more,) in generate(model, ids, 200, 0.7, 0, 0.95, stop=encoding.stops) for i in more
-    ]
-    return s.prompt + "\n" * chat + encoding.decode([i for i in new if i not in encoding.stops])
+    reply = []
+    for (new,) in generate(model, ids, 200, 0.7, 0, 0.95, stop=encoding.stops):
+        reply += [i for i in new if i not in encoding.stops]
+    return s.prompt + "\n" * chat + encoding.decode(reply)
 
 
 def report(job, state, seconds):
@@ -1754,7 +1750,7 @@ def report(job, state, seconds):
     mil.write_whole(job.results, lambda f: f.write(text))
     first = read_documents(find_files(s.data, s.out)[0], False) if s.data else []
     chat = any(isinstance(document, list) for document in first)
-    for name, place in (("teacher", job.place), ("student", job.student)):
+    for name, place in (("teacher", job.teacher), ("student", job.student)):
         model = mil.load(place, run.device, run.dtype)
         show(f"\n--- {name}\n{sample(model, job.encoding, s, chat)}")
     flags = f"--model {job.student} "
