@@ -1319,14 +1319,12 @@ def settings_of(s, stages, corpus):
 
 def spread(moments, w):
     """AdamW's state of a parameter, sharded as that is."""
-    from torch.distributed.tensor import distribute_tensor
+    found = {key: t.clone() for key, t in moments.items()}
+    if hasattr(w, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
 
-    found = {}
-    for key, t in moments.items():
-        if hasattr(w, "device_mesh") and t.dim():  # not the count of steps
-            found[key] = distribute_tensor(t.to(w.device), w.device_mesh, w.placements)
-        else:
-            found[key] = t.clone()
+        for key in ("exp_avg", "exp_avg_sq"):
+            found[key] = distribute_tensor(found[key].to(w.device), w.device_mesh, w.placements)
     return found
 
 
