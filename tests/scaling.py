@@ -246,8 +246,9 @@ def parse(argv):
     if not CUDA and {*o.shapes} - {"toy"}:
         raise MilError(f"--shapes {' '.join(o.shapes)}: without CUDA expected toy")
     divide = all(n >= 1 and max(o.processes) % n == 0 for n in o.processes)
+    lacking = {*o.shapes} - {"toy"} and max(o.processes) > MOST  # toy runs on the CPU
     # Of a stage of fewer than 200 steps, twice as many as here, each is logged.
-    if not FIRST < o.steps < 100 or o.rows < 1 or not divide or CUDA and max(o.processes) > MOST:
+    if not FIRST < o.steps < 100 or o.rows < 1 or not divide or lacking:
         told = f"--steps {o.steps} --rows {o.rows} --processes {' '.join(map(str, o.processes))}"
         wanted = (
             f"{FIRST + 1} to 99 --steps, --rows, and --processes that divide the largest of them"
