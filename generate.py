@@ -150,8 +150,12 @@ class Rounds:
 
     def begin(self, prompts):
         """Takes prompts for texts. If they continue those before, only what is new is read."""
+        growth = 0
         for text, prompt in zip(self.texts, prompts, strict=True):
             self.torn |= text[:-1] != prompt[:-1][: len(text) - 1]
+            growth = max(growth, len(prompt) - len(text))
+        # What is new is padded to equal lengths behind the longest text: it may not fit.
+        self.torn |= max(map(len, self.texts)) + growth > self.context
         if self.torn:
             self.known = [[[]] * len(prompts) for _ in self.models]
             for cache in self.caches:

@@ -14,7 +14,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start: their tensors are small
-torch.set_num_threads(1)
 
 import numpy as np
 import pytest
@@ -23,6 +22,8 @@ from hypothesis import strategies as st
 
 import kernels
 import mil
+
+torch.set_num_threads(1)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -380,6 +380,14 @@ def test_a_cuda_graph_is_freed_with_the_text_and_not_by_the_garbage_collector():
         gc.enable()
 
 
+def test_rows_that_grow_unevenly_are_read_again_where_padding_would_not_fit():
+    first, grown = [[1] * 40, [2, 3]], [[1] * 40 + [5], [2, 3, *range(30)]]
+    decoder = g.Decoder(tiny(), 2, 48, 0)
+    list(decoder.decode(first, 1))
+    grown[0][40] = decoder.rounds.texts[0][40]
+    assert list(decoder.decode(grown, 4)) == list(g.Decoder(tiny(), 2, 48, 0).decode(grown, 4))
+
+
 @pytest.mark.parametrize(
     "prompts, setting, told",
     [
