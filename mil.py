@@ -588,7 +588,8 @@ class Cache:
         self.at, self.base = torch.zeros(2, batch, dtype=torch.long, device=self.device)
         self.used = 0  # no row holds more tokens
         everywhere = torch.arange(size, device=self.device)[None]
-        self.turns = rope_angles(c, everywhere)
+        turned = {*c.mixers} - {"mamba", "mamba2", "none"}  # attention, and what a fork adds
+        self.turns = rope_angles(c, everywhere) if turned else ()
         self.states = [layer.mixer.new_state(self) for layer in model.layers]
         # What the kernels hold in registers; a mixer of a fork may lack `replay`.
         self.fits = max(c.head_dim, c.d_state) <= 128 and c.n_heads // c.n_kv_heads <= 16

@@ -41,6 +41,8 @@ def test_the_mixer_of_the_readme_reads_a_text_in_any_pieces_as_a_whole(gla, mixe
         parts = [model(part, cache) for part in tokens.split([5, 1, 3, 2, 1], dim=1)]
         assert_close(torch.cat(parts, dim=1), model(tokens), 1e-4)
         assert not cache.fused
+    for got, want in zip(cache.angles, mil.rope_angles(model.config, cache.pos), strict=True):
+        assert torch.equal(got, want)  # this mixer reads none, another may
 
 
 def test_the_mixer_of_the_readme_takes_attentions_weights_and_is_distilled(gla, tmp_path):
